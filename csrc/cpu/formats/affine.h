@@ -1,0 +1,92 @@
+// AFQ, MLX's affine formats: groups of 32, 64 or 128 weights with a 16-bit scale and bias, w = scale * code + bias.
+//
+// The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative where
+// the positive extreme dominates (mlx/backend/cpu/quantized.cpp). By default the codes belong to the rounded scale and bias
+// that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does.
+#pragma once
+
+#include "cpu/formats/bitstream.h"
+#include "cpu/quantize/blockwise.h"
+
+namespace isqtorch::ISQ_ISA {
+
+template <int kBits, int kGroup, Dtype kScaleType>
+struct Affine : BlockwiseFormat {
+#pragma pack(push, 1)
+  struct Block {
+    uint16_t scale, bias;
+    uint8_t codes[kGroup * kBits / 8];
+  };
+#pragma pack(pop)
+  static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
+  static constexpr bool kTakesImportance = false, kHasRules = true;
+  static constexpr bool kF16 = kScaleType == Dtype::kF16;
+
+  // "afq4", "afq4g32", "afq4g128.f16": the default group 64 and bf16 are not spelled out.
+  static constexpr auto kSpelling = [] {
+    struct {
+      char text[16] = {};
+    } name;
+    int n = 0;
+    const auto add = [&](const char* s) {
+      while (*s) name.text[n++] = *s++;
+    };
+    add("afq");
+    name.text[n++] = '0' + kBits;
+    add(kGroup == 32 ? "g32" : kGroup == 128 ? "g128" : "");
+    add(kF16 ? ".f16" : "");
+    return name;
+  }();
+  static constexpr const char* kName = kSpelling.text;
+
+  static void decode(const Block& block, float* w) {
+    const float scale = kF16 ? f16_to_f32(block.scale) : bf16_to_f32(block.scale);
+    const float bias = kF16 ? f16_to_f32(block.bias) : bf16_to_f32(block.bias);
+    load_stream<kBits>(block.codes, kGroup, w);
+    for (int i = 0; i < kGroup; ++i) w[i] = scale * w[i] + bias;
+  }
+
+  static I quantize(const LaneBlocks<kGroup>& in, Block* out) {
+    constexpr float kSmallestScale = 1e-7f;
+    F low, high;
+    first_min_max(in.x, kGroup, &low, &high);
+    const I negative = abs(low) > abs(high);
+    F scale = max((high - low) / (float)kMax, splat(kSmallestScale));
+    scale = select(negative, scale, -scale);
+    const F edge = select(negative, low, high);
+    const F steps = round_even(edge / scale);  // from the edge to zero
+    const I on_grid = steps != 0.0f;
+    scale = select(on_grid, edge / steps, scale);
+    F bias = select(on_grid, edge, splat(0.0f));
+
+    const Halves stored_scale = kF16 ? to_f16(scale, in.rule == Rule::kDefault) : to_bf16(scale);
+    const Halves stored_bias = kF16 ? to_f16(bias) : to_bf16(bias);
+    if (in.rule == Rule::kDefault) {
+      scale = stored_scale.value;
+      bias = stored_bias.value;
+    }
+    I codes[kGroup];
+    for (int i = 0; i < kGroup; ++i) codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)kMax));
+    for (int l = 0; l < kLanes; ++l) {
+      out[l].scale = stored_scale.bits[l];
+      out[l].bias = stored_bias.bits[l];
+      store_stream<kBits>(codes, l, kGroup, out[l].codes);
+    }
+    return stored_scale.infinite | stored_bias.infinite;
+  }
+
+ private:
+  // f16 rounding that, if asked, goes away from zero among the subnormal numbers: those are so coarse that a scale rounded
+  // down would cut off a large part of the group's range.
+  static Halves to_f16(F f, bool subnormals_up = false) {
+    Halves h = ISQ_ISA::to_f16(f);
+    if (!subnormals_up) return h;
+    const I magnitude_short = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
+    for (int l = 0; l < kLanes; ++l) {
+      if (magnitude_short[l]) h.value[l] = f16_to_f32(++h.bits[l]);
+    }
+    return h;
+  }
+};
+
+}  // namespace isqtorch::ISQ_ISA

@@ -1,0 +1,161 @@
+// ggml's 32-weight formats q4_0 q4_1 q5_0 q5_1 q8_0 q8_1: how a block decodes, and how its codes are chosen.
+#pragma once
+
+#include "cpu/quantize/blockwise.h"
+#include "cpu/quantize/search.h"
+
+namespace isqtorch::ISQ_ISA {
+
+// The weight of every element's squared error when importance is given: large weights of important columns count most.
+template <int kBlock>
+ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, F mean_square, F* w) {
+  for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
+}
+
+ISQ_INLINE F reciprocal_or_zero(F d) { return select(d != 0.0f, 1.0f / d, splat(0.0f)); }
+
+constexpr Guesses kWeightedGuesses = {-0.9f, 0.05f, 36, false};
+
+ISQ_INLINE uint32_t load_high_bits(const uint8_t* qh) {
+  uint32_t bits;
+  std::memcpy(&bits, qh, 4);
+  return bits;
+}
+
+// The codes of a 4- or 5-bit block, as q4_0 .. q5_1 share them.
+template <int kBits, class Block>
+ISQ_INLINE void store_codes(const I* levels, int lane, Block& block) {
+  uint32_t high = 0;
+  for (int j = 0; j < 16; ++j) {
+    block.qs[j] = (uint8_t)((levels[j][lane] & 15) | (levels[j + 16][lane] & 15) << 4);
+    high |= (uint32_t)(levels[j][lane] >> 4 & 1) << j | (uint32_t)(levels[j + 16][lane] >> 4 & 1) << (j + 16);
+  }
+  if constexpr (kBits == 5) std::memcpy(block.qh, &high, 4);
+}
+template <int kBits, class Block>
+ISQ_INLINE void load_codes(const Block& block, int* codes) {
+  for (int j = 0; j < 16; ++j) {
+    codes[j] = block.qs[j] & 15;
+    codes[j + 16] = block.qs[j] >> 4;
+  }
+  if constexpr (kBits == 5) {
+    const uint32_t high = load_high_bits(block.qh);
+    for (int j = 0; j < 32; ++j) codes[j] |= (int)(high >> j & 1) << 4;
+  }
+}
+
+// w = d * (code - 2^(bits-1)): q4_0, q5_0
+template <int kBits, class BlockType>
+struct Symmetric32 : BlockwiseFormat {
+  using Block = BlockType;
+  static constexpr const char* kName = kBits == 4 ? "q4_0" : "q5_0";
+  static constexpr int kBlock = 32, kHalf = 1 << (kBits - 1);
+  static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
+
+  static void decode(const Block& block, float* w) {
+    int codes[32];
+    load_codes<kBits>(block, codes);
+    const float d = f16_to_f32(block.d);
+    for (int i = 0; i < 32; ++i) w[i] = (float)(codes[i] - kHalf) * d;
+  }
+
+  static I quantize(const LaneBlocks<32>& in, Block* out) {
+    I levels[32];
+    F d;
+    if (in.weighted) {
+      F w[32];
+      importance_weights(in, in.row_mean_square, w);
+      d = search_symmetric<32>(in.x, w, kHalf, levels);
+    } else {
+      d = first_extreme(in.x, 32) / (float)-kHalf;
+      const F inverse = reciprocal_or_zero(d);
+      for (int i = 0; i < 32; ++i) levels[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
+    }
+    const Halves stored = to_f16(d);
+    for (int l = 0; l < kLanes; ++l) {
+      out[l].d = stored.bits[l];
+      store_codes<kBits>(levels, l, out[l]);
+    }
+    return stored.infinite;
+  }
+};
+using Q4_0 = Symmetric32<4, BlockQ4_0>;
+using Q5_0 = Symmetric32<5, BlockQ5_0>;
+
+// w = d * code + m: q4_1, q5_1
+template <int kBits, class BlockType>
+struct MinMax32 : BlockwiseFormat {
+  using Block = BlockType;
+  static constexpr const char* kName = kBits == 4 ? "q4_1" : "q5_1";
+  static constexpr int kBlock = 32, kMax = (1 << kBits) - 1;
+  static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
+
+  static void decode(const Block& block, float* w) {
+    int codes[32];
+    load_codes<kBits>(block, codes);
+    const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
+    for (int i = 0; i < 32; ++i) w[i] = (float)codes[i] * d + m;
+  }
+
+  static I quantize(const LaneBlocks<32>& in, Block* out) {
+    I levels[32];
+    F d, m;
+    if (in.weighted) {
+      F w[32], offset;
+      importance_weights(in, in.row_mean_square, w);
+      d = search_affine<32>(in.x, w, kMax, kWeightedGuesses, levels, &offset);
+      m = -offset;
+    } else {
+      F high;
+      first_min_max(in.x, 32, &m, &high);
+      d = (high - m) / (float)kMax;
+      const F inverse = reciprocal_or_zero(d);
+      for (int i = 0; i < 32; ++i) levels[i] = clamp(truncate((in.x[i] - m) * inverse + 0.5f), 0, kMax);
+    }
+    const Halves stored_d = to_f16(d), stored_m = to_f16(m);
+    for (int l = 0; l < kLanes; ++l) {
+      out[l].d = stored_d.bits[l];
+      out[l].m = stored_m.bits[l];
+      store_codes<kBits>(levels, l, out[l]);
+    }
+    return stored_d.infinite | stored_m.infinite;
+  }
+};
+using Q4_1 = MinMax32<4, BlockQ4_1>;
+using Q5_1 = MinMax32<5, BlockQ5_1>;
+
+// w = d * code, signed bytes: q8_0, and q8_1 which also stores d * sum(codes)
+template <class BlockType, bool kHasSum>
+struct Bytes32 : BlockwiseFormat {
+  using Block = BlockType;
+  static constexpr const char* kName = kHasSum ? "q8_1" : "q8_0";
+  static constexpr int kBlock = 32;
+  static constexpr bool kTakesImportance = false;
+
+  static void decode(const Block& block, float* w) {
+    const float d = f16_to_f32(block.d);
+    for (int i = 0; i < 32; ++i) w[i] = (float)block.qs[i] * d;
+  }
+
+  static I quantize(const LaneBlocks<32>& in, Block* out) {
+    const F d = largest_magnitude(in.x, 32) / 127.0f;
+    const F inverse = reciprocal_or_zero(d);
+    I sum = splat(0);
+    for (int i = 0; i < 32; ++i) {
+      const I code = round_away(in.x[i] * inverse);
+      sum += code;
+      for (int l = 0; l < kLanes; ++l) out[l].qs[i] = (int8_t)code[l];
+    }
+    const Halves stored = to_f16(d);
+    for (int l = 0; l < kLanes; ++l) out[l].d = stored.bits[l];
+    if constexpr (kHasSum) {
+      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; no weight is decoded from it
+      for (int l = 0; l < kLanes; ++l) out[l].s = s.bits[l];
+    }
+    return stored.infinite;
+  }
+};
+using Q8_0 = Bytes32<BlockQ8_0, false>;
+using Q8_1 = Bytes32<BlockQ8_1, true>;
+
+}  // namespace isqtorch::ISQ_ISA

@@ -1,0 +1,169 @@
+// HQQ, half-quadratic quantization: w = (code - zero) * scale with f16 scale and zero.
+//
+// The scale comes from the group's range; the zero point is moved, step by step, to where the p-norm of the error (p = 0.7: outliers
+// count less) is least. The steps end when the mean error of the WHOLE matrix no longer falls, so all groups take each step
+// together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.)
+#pragma once
+
+#include "cpu/formats/bitstream.h"
+#include "cpu/quantize/blockwise.h"
+
+namespace isqtorch::ISQ_ISA {
+
+typedef double D __attribute__((vector_size(8 * kLanes)));
+
+template <int kBits, int kGroup>
+struct Hqq {
+#pragma pack(push, 1)
+  struct Block {
+    uint16_t scale, zero;  // f16
+    uint8_t codes[kGroup * kBits / 8];
+  };
+#pragma pack(pop)
+  static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
+  static constexpr const char* kName = kBits == 4 ? (kGroup == 64 ? "hqq4" : kGroup == 32 ? "hqq4g32" : "hqq4g128")
+                                                  : (kGroup == 64 ? "hqq8" : kGroup == 32 ? "hqq8g32" : "hqq8g128");
+
+  static void decode(const Block& block, float* w) {
+    const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
+    load_stream<kBits>(block.codes, kGroup, w);
+    for (int i = 0; i < kGroup; ++i) w[i] = (w[i] - zero) * scale;
+  }
+
+  static QuantizeResult quantize(const QuantizeJob& job) {
+    Matrix matrix(job);
+    matrix.start();
+    double best = __builtin_inf();
+    for (int step = 0; step < kSteps; ++step) {
+      const double error = matrix.move_zeros();
+      if (!(error < best)) break;  // the package keeps this last move, too
+      best = error;
+    }
+    matrix.store();
+    return matrix.result;
+  }
+
+ private:
+  static constexpr int kSteps = 20;
+  static constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
+  static constexpr float kLargestInverse = 2e4f;
+  static constexpr float kFlat = 1e-4f;          // a smaller range is not resolved
+  static constexpr float kLargestF16 = 65504.0f;
+  static constexpr float kExact = 2000.0f;       // integers up to 2048 are exact in f16
+  static constexpr float kShrinkFrom = 0.17f;    // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
+
+  static F integer_for(F x, F inverse, F zero) { return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax); }
+
+  // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
+  static F shrink(F e) {
+    F shrunk = splat(0.0f);
+    const I large = abs(e) >= kShrinkFrom;
+    if (!any(large)) return shrunk;
+    for (int l = 0; l < kLanes; ++l) {
+      const float size = __builtin_fabsf(e[l]);
+      if (!large[l]) continue;
+      const float rest = size - powf(size, kPower) / kBeta;
+      shrunk[l] = rest > 0 ? __builtin_copysignf(rest, e[l]) : 0.0f;
+    }
+    return shrunk;
+  }
+
+  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors of sixteen groups.
+  struct Matrix {
+    const QuantizeJob& job;
+    const int64_t groups, units;
+    F *inverse, *zero;  // [units]
+    double* errors;     // [units]: sums of |e|, added up in a fixed order whatever the threads did
+    QuantizeResult result;
+
+    explicit Matrix(const QuantizeJob& j)
+        : job(j), groups(j.rows * (j.k / kGroup)), units((groups + kLanes - 1) / kLanes),
+          inverse(new F[units]), zero(new F[units]), errors(new double[units]) {}
+    ~Matrix() {
+      delete[] inverse;
+      delete[] zero;
+      delete[] errors;
+    }
+    Matrix(const Matrix&) = delete;
+    Matrix& operator=(const Matrix&) = delete;
+
+    template <class Body>
+    void for_units(const Body& body) {
+      for_range(job, units, 1 + (1 << 14) / (kLanes * kGroup), [&](int64_t begin, int64_t end) {
+        LaneBlocks<kGroup> lanes;
+        lanes.weighted = false;
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t left = groups - unit * kLanes, count = left < kLanes ? left : kLanes;
+          load_blocks(job, unit * kLanes, count, lanes, &result.bad_weight);
+          body(unit, count, lanes);
+        }
+      });
+    }
+
+    void start() {
+      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
+        F low, high;
+        first_min_max(in.x, kGroup, &low, &high);
+        const F span = high - low;
+        const F exact = select(span <= kFlat, splat(1.0f), (float)kMax / span);
+        inverse[unit] = select(exact > kLargestInverse, splat(kLargestInverse), exact);
+        zero[unit] = -low * inverse[unit];
+        if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the package's default for 4 bits
+      });
+    }
+
+    // One step for every group. Returns the mean |error| before it.
+    double move_zeros() {
+      for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
+        const F s = inverse[unit], z = zero[unit];
+        D moved = {}, size = {};
+        for (int i = 0; i < kGroup; ++i) {
+          const F q = integer_for(in.x[i], s, z);
+          const F e = in.x[i] - (q - z) / s;
+          moved += __builtin_convertvector(q - (in.x[i] - shrink(e)) * s, D);
+          size += __builtin_convertvector(abs(e), D);
+        }
+        zero[unit] = __builtin_convertvector(moved / (double)kGroup, F);
+        errors[unit] = 0;
+        for (int l = 0; l < count; ++l) errors[unit] += size[l];
+      });
+      double sum = 0;
+      for (int64_t unit = 0; unit < units; ++unit) sum += errors[unit];
+      return sum / ((double)groups * kGroup);
+    }
+
+    // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones. A zero beyond f16 (a narrow group
+    // far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
+    void store() {
+      for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
+        const F exact_scale = 1.0f / inverse[unit];
+        const F offset = zero[unit] * exact_scale;
+        const I far = abs(zero[unit]) > kLargestF16;
+        const Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
+        const Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
+        I codes[kGroup];
+        for (int i = 0; i < kGroup; ++i) {
+          codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
+        }
+        Block packed[kLanes];
+        for (int l = 0; l < count; ++l) {
+          packed[l].scale = scale.bits[l];
+          packed[l].zero = zero_point.bits[l];
+          store_stream<kBits>(codes, l, kGroup, packed[l].codes);
+          if (scale.infinite[l] | zero_point.infinite[l]) lower_to(&result.overflow_at, (unit * kLanes + l) * kGroup);
+        }
+        std::memcpy(job.out + unit * kLanes * sizeof(Block), packed, count * sizeof(Block));
+      });
+    }
+  };
+};
+
+template <int kBits, int kGroup>
+struct KernelsOf<Hqq<kBits, kGroup>> {
+  using Format = Hqq<kBits, kGroup>;
+  static constexpr FormatKernels get() {
+    return {Format::kName, kGroup, sizeof(typename Format::Block), false, decode_blocks<Format>, Format::quantize};
+  }
+};
+
+}  // namespace isqtorch::ISQ_ISA

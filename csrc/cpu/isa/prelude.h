@@ -1,0 +1,16 @@
+// Every foreign header that code inside an ISA region uses. Included before the region opens, so that nothing in them is
+// compiled for instructions the machine may lack.
+#pragma once
+
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "blocks.h"
+#include "cpu/kernels.h"

@@ -1,0 +1,399 @@
+// The operators on CPU tensors: checks, errors, memory and threads. Arithmetic is in the kernels (kernels.h), which know
+// nothing of torch.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+
+namespace isqtorch {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 1024;              // weights decoded at a time: 4 KB of f32, well inside the first-level cache
+constexpr int64_t kWeightsPerTask = 1 << 16;  // less than this is not worth another thread
+constexpr int64_t kPanelWeights = 1 << 21;    // weights decoded for one matrix product: stays in the second-level caches
+
+// ---- tensors ------------------------------------------------------------------------------------------------------------
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+std::optional<Dtype> float_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Dtype::kF32;
+    case ScalarType::Half: return Dtype::kF16;
+    case ScalarType::BFloat16: return Dtype::kBf16;
+    default: return std::nullopt;
+  }
+}
+
+Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
+  const auto known = float_dtype(dtype);
+  check(known.has_value(), op, ": ", what, " must be float32, float16 or bfloat16, got ", name_of(dtype), ".");
+  return *known;
+}
+
+int64_t item_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
+  return shape;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += text(i ? ", " : "", shape[i]);
+  return s + "]";
+}
+
+// A new contiguous CPU tensor.
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+void parallel(int64_t count, int64_t grain, RangeFn body) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
+}
+
+template <class Body>
+void parallel_rows(int64_t rows, int64_t weights_per_row, const Body& body) {
+  const int64_t grain = 1 + kWeightsPerTask / std::max<int64_t>(weights_per_row, 1);
+  torch::stable::parallel_for(0, rows, grain, body);
+}
+
+// A packed weight [..., N, row_bytes], understood.
+struct PackedMatrix {
+  const FormatKernels* format;
+  const KernelTable* kernels;
+  Tensor keep_alive;
+  const uint8_t* bytes;
+  int64_t rows, row_bytes, k;
+
+  PackedMatrix(const char* op, const Tensor& weight, const std::string& name)
+      : kernels(&selected_table()), keep_alive(dense(weight)) {
+    format = &find_format(*kernels, op, name);
+    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ", name_of(weight.scalar_type()), ".");
+    check(weight.dim() >= 2, op, ": a packed weight has at least 2 dimensions [N, row_bytes], got ",
+          shape_text(shape_of(weight)), ".");
+    row_bytes = weight.size(weight.dim() - 1);
+    check(row_bytes > 0 && row_bytes % format->block_bytes == 0, op, ": a packed row of ", name,
+          " must be a positive multiple of ", format->block_bytes, " bytes, got ", row_bytes,
+          ". The weight was packed in another format, or cut inside a block.");
+    k = row_bytes / format->block_bytes * format->block;
+    rows = weight.numel() / row_bytes;
+    bytes = static_cast<const uint8_t*>(keep_alive.const_data_ptr());
+  }
+
+  // Weights [begin, begin + count) of a row as f32; both multiples of the block.
+  void decode(int64_t row, int64_t begin, int64_t count, float* w) const {
+    format->decode(bytes + row * row_bytes + begin / format->block * format->block_bytes, count / format->block, w);
+  }
+
+  // A whole row in any float type.
+  void decode_row(int64_t row, Dtype dtype, uint8_t* out) const {
+    alignas(64) float w[kChunk];
+    for (int64_t begin = 0; begin < k; begin += kChunk) {
+      const int64_t count = std::min(kChunk, k - begin);
+      decode(row, begin, count, w);
+      kernels->store(w, count, dtype, out + begin * item_bytes(dtype));
+    }
+  }
+};
+
+// ---- quantize -------------------------------------------------------------------------------------------------------------
+
+std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
+  std::string position;
+  for (size_t i = shape.size(); i-- > 0;) {
+    position = text(index % shape[i], position.empty() ? "" : ", ", position);
+    index /= shape[i];
+  }
+  return position;
+}
+
+// f32 importance [matrices, K], checked; empty if there is none.
+std::vector<float> checked_importance(const std::optional<Tensor>& importance, int64_t matrices, int64_t k) {
+  if (!importance) return {};
+  const std::vector<int64_t> shape = shape_of(*importance);
+  const bool shared = shape.size() == 1, fits = !shape.empty() && shape.back() == k;
+  check(fits && (shared || (shape.size() == 2 && shape[0] == matrices)), "quantize: importance must have the shape [", k,
+        "], one value per column", matrices > 1 ? text(", or [", matrices, ", ", k, "]") : "", ", got ", shape_text(shape), ".");
+  const Dtype dtype = checked_dtype("quantize", "importance", importance->scalar_type());
+  const Tensor values = dense(*importance);
+  std::vector<float> columns(matrices * k);
+  const int64_t count = shared ? k : matrices * k;
+  selected_table().load(values.const_data_ptr(), dtype, count, columns.data());
+  for (int64_t i = 0; i < count; ++i) {
+    check(std::isfinite(columns[i]) && columns[i] >= 0, "quantize: importance[", position_text(i, shape), "] is ", columns[i],
+          "; it must be finite and not negative.");
+  }
+  for (int64_t e = 1; shared && e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
+  return columns;
+}
+
+Rule checked_rule(const FormatKernels& format, const std::optional<std::string>& rule) {
+  if (!rule) return Rule::kDefault;
+  check(format.has_rules, "quantize: ", format.name, " has one rule only, got rule=\"", *rule, "\". Leave rule out.");
+  check(*rule == "mlx", "quantize: unknown rule \"", *rule, "\" for ", format.name, ". Use \"mlx\", or leave rule out.");
+  return Rule::kMlx;
+}
+
+Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance, std::optional<std::string> rule) {
+  const KernelTable& kernels = selected_table();
+  const FormatKernels& format = find_format(kernels, "quantize", format_name);
+  const std::vector<int64_t> shape = shape_of(w);
+  check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got ", shape_text(shape), ".");
+  const int64_t k = shape.back(), rows = shape[shape.size() - 2];
+  check(k > 0 && k % format.block == 0, format.name, ": in_features must be a positive multiple of ", format.block, ", got ", k,
+        ". Use a format with a smaller block, or leave this weight as it is.");
+  const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
+  const Dtype dtype = checked_dtype("quantize", "weight", source.scalar_type());
+  const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
+  const std::vector<float> columns = checked_importance(importance, matrices, k);
+
+  std::vector<int64_t> packed_shape = shape;
+  packed_shape.back() = k / format.block * format.block_bytes;
+  Tensor out = empty(packed_shape, ScalarType::Byte);
+  const int64_t matrix_bytes = rows * packed_shape.back(), matrix_weights = rows * k;
+  const Rule checked = checked_rule(format, rule);
+  for (int64_t e = 0; e < matrices; ++e) {
+    QuantizeJob job;
+    job.w = static_cast<const uint8_t*>(source.const_data_ptr()) + e * matrix_weights * item_bytes(dtype);
+    job.dtype = dtype;
+    job.rows = rows;
+    job.k = k;
+    job.importance = columns.empty() ? nullptr : columns.data() + e * k;
+    job.rule = checked;
+    job.out = static_cast<uint8_t*>(out.mutable_data_ptr()) + e * matrix_bytes;
+    job.parallel_for = parallel;
+    const QuantizeResult result = format.quantize(job);
+    if (result.bad_weight != QuantizeResult::kNone) {
+      const int64_t at = e * matrix_weights + result.bad_weight;
+      float value;
+      kernels.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1, &value);
+      check(false, "quantize: weight[", position_text(at, shape), "] is ",
+            std::isnan(value) ? "nan" : (value > 0 ? "inf" : "-inf"), "; ", format.name, " needs finite values.");
+    }
+    check(result.overflow_at == QuantizeResult::kNone, "quantize: the block of ", format.name, " that starts at weight[",
+          position_text(e * matrix_weights + (result.overflow_at == QuantizeResult::kNone ? 0 : result.overflow_at), shape),
+          "] holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider scale (q8k, fp8).");
+  }
+  return out;
+}
+
+// ---- dequantize, embedding ------------------------------------------------------------------------------------------------
+
+Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
+  const PackedMatrix packed("dequantize", weight, format_name);
+  const Dtype out_dtype = checked_dtype("dequantize", "dtype", dtype);
+  std::vector<int64_t> shape = shape_of(weight);
+  shape.back() = packed.k;
+  Tensor out = empty(shape, dtype);
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  parallel_rows(packed.rows, packed.k, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) packed.decode_row(row, out_dtype, to + row * packed.k * item_bytes(out_dtype));
+  });
+  return out;
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
+  const PackedMatrix packed("embedding", weight, format_name);
+  check(weight.dim() == 2, "embedding: weight must be [N, row_bytes], got ", shape_text(shape_of(weight)), ".");
+  const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
+  const ScalarType id_type = ids.scalar_type();
+  check(id_type == ScalarType::Long || id_type == ScalarType::Int, "embedding: ids must be int64 or int32, got ",
+        name_of(id_type), ".");
+  const Tensor flat = dense(ids);
+  const int64_t count = flat.numel();
+  std::vector<int64_t> rows(count);
+  const void* data = flat.const_data_ptr();
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = id_type == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    if (rows[i] < 0 || rows[i] >= packed.rows) {
+      throw std::out_of_range(text("embedding: id ", rows[i], " is outside the table of ", packed.rows, " rows."));
+    }
+  }
+  std::vector<int64_t> shape = shape_of(ids);
+  shape.push_back(packed.k);
+  Tensor out = empty(shape, dtype);
+  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  parallel_rows(count, packed.k, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) packed.decode_row(rows[i], out_dtype, to + i * packed.k * item_bytes(out_dtype));
+  });
+  return out;
+}
+
+// ---- linear ---------------------------------------------------------------------------------------------------------------
+
+struct LinearArguments {
+  Tensor x;  // contiguous [m, k]
+  Dtype dtype;
+  int64_t m, n, k;
+  std::vector<float> bias;  // [n], or empty
+  uint8_t* y;               // [m, n] of dtype
+};
+
+// Writes values [begin, begin + count) of row m, adding the bias.
+void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t m, int64_t begin, int64_t count, float* values) {
+  if (!a.bias.empty()) {
+    for (int64_t i = 0; i < count; ++i) values[i] += a.bias[begin + i];
+  }
+  kernels.store(values, count, a.dtype, a.y + (m * a.n + begin) * item_bytes(a.dtype));
+}
+
+// Few rows of x: every weight is decoded once, into the first-level cache, and used for all of them.
+void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
+  constexpr int64_t kTile = 16;  // outputs collected before they are converted and stored
+  std::vector<float> x(a.m * a.k);
+  packed.kernels->load(a.x.const_data_ptr(), a.dtype, a.m * a.k, x.data());
+  parallel_rows((a.n + kTile - 1) / kTile, kTile * a.k, [&](int64_t tile_begin, int64_t tile_end) {
+    alignas(64) float w[kChunk];
+    float y[kMaxDotRows][kTile];
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      const int64_t first = tile * kTile, count = std::min(kTile, a.n - first);
+      for (int64_t i = 0; i < count; ++i) {
+        float sums[kMaxDotRows] = {};
+        for (int64_t begin = 0; begin < a.k; begin += kChunk) {
+          const int64_t length = std::min(kChunk, a.k - begin);
+          packed.decode(first + i, begin, length, w);
+          packed.kernels->dot(w, x.data() + begin, a.k, static_cast<int>(a.m), length, sums);
+        }
+        for (int64_t m = 0; m < a.m; ++m) y[m][i] = sums[m];
+      }
+      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y[m]);
+    }
+  });
+}
+
+// Many rows of x: decode a panel of weight rows, multiply with torch's own matrix product, next panel. f16 goes through f32,
+// because few processors multiply f16 matrices at speed.
+void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
+  const Dtype dtype = a.dtype == Dtype::kF16 ? Dtype::kF32 : a.dtype;
+  const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;
+  const Tensor x = a.dtype == Dtype::kF16 ? torch::stable::to(a.x, scalar) : a.x;
+  const int64_t panel_rows = std::min(a.n, std::max<int64_t>(64, kPanelWeights / a.k));
+  Tensor panel = empty({panel_rows, a.k}, scalar);
+  uint8_t* panel_bytes = static_cast<uint8_t*>(panel.mutable_data_ptr());
+  for (int64_t first = 0; first < a.n; first += panel_rows) {
+    const int64_t rows = std::min(panel_rows, a.n - first);
+    parallel_rows(rows, a.k, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) packed.decode_row(first + i, dtype, panel_bytes + i * a.k * item_bytes(dtype));
+    });
+    Tensor cut = torch::stable::narrow(panel, 0, 0, rows);
+    const Tensor y = dense(torch::stable::matmul(x, torch::stable::transpose(cut, 0, 1)));  // [m, rows]
+    const uint8_t* from = static_cast<const uint8_t*>(y.const_data_ptr());
+    parallel_rows(a.m, rows, [&](int64_t begin, int64_t end) {
+      alignas(64) float values[kChunk];
+      for (int64_t m = begin; m < end; ++m) {
+        for (int64_t i = 0; i < rows; i += kChunk) {
+          const int64_t count = std::min(kChunk, rows - i);
+          packed.kernels->load(from + (m * rows + i) * item_bytes(dtype), dtype, count, values);
+          store_outputs(a, *packed.kernels, m, first + i, count, values);
+        }
+      }
+    });
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
+  const PackedMatrix packed("linear", weight, format_name);
+  check(weight.dim() == 2, "linear: weight must be [N, row_bytes], got ", shape_text(shape_of(weight)), ".");
+  LinearArguments a;
+  a.dtype = checked_dtype("linear", "x", x.scalar_type());
+  a.n = packed.rows;
+  a.k = packed.k;
+  std::vector<int64_t> shape = shape_of(x);
+  check(!shape.empty() && shape.back() == a.k, "linear: x must have the shape [..., ", a.k, "] to match the ", format_name,
+        " weight [", a.n, ", ", a.k, "], got ", shape_text(shape), ".");
+  if (bias) {
+    check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have the shape [", a.n, "], got ",
+          shape_text(shape_of(*bias)), ".");
+    const Dtype bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
+    a.bias.resize(a.n);
+    packed.kernels->load(dense(*bias).const_data_ptr(), bias_dtype, a.n, a.bias.data());
+  }
+  a.m = x.numel() / a.k;
+  shape.back() = a.n;
+  Tensor y = empty(shape, x.scalar_type());
+  if (a.m == 0 || a.n == 0) return y;
+  a.x = torch::stable::view(dense(x), {a.m, a.k});
+  a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
+  if (a.m <= kMaxDotRows) {
+    linear_rows(a, packed);
+  } else {
+    linear_panels(a, packed);
+  }
+  return y;
+}
+
+// ---- inspection -----------------------------------------------------------------------------------------------------------
+
+std::string cpu_info() {
+  const auto quoted = [](const std::string& s) { return '"' + s + '"'; };
+  std::string compiled, supported, formats;
+  for (const IsaLevel& level : isa_levels()) {
+    compiled += text(compiled.empty() ? "" : ", ", quoted(level.name));
+    if (level.supported) supported += text(supported.empty() ? "" : ", ", quoted(level.name));
+  }
+  const KernelTable& table = selected_table();
+  for (int i = 0; i < table.format_count; ++i) {
+    const FormatKernels& f = table.formats[i];
+    formats += text(i ? ", " : "", quoted(f.name), ": {\"block\": ", f.block, ", \"block_bytes\": ", f.block_bytes, "}");
+  }
+  return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported, "], \"isa_selected\": ", quoted(table.isa),
+              ", \"reason\": ", quoted(selection_reason()), ", \"threads\": ", torch::stable::get_num_threads(),
+              ", \"formats\": {", formats, "}}");
+}
+
+void set_cpu_isa(std::string name) { select_isa(name); }
+
+}  // namespace
+}  // namespace isqtorch
+
+STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&isqtorch::quantize));
+  m.impl("dequantize", TORCH_BOX(&isqtorch::dequantize));
+  m.impl("linear", TORCH_BOX(&isqtorch::linear));
+  m.impl("embedding", TORCH_BOX(&isqtorch::embedding));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(isqtorch, CompositeExplicitAutograd, m) {
+  m.impl("cpu_info", TORCH_BOX(&isqtorch::cpu_info));
+  m.impl("set_cpu_isa", TORCH_BOX(&isqtorch::set_cpu_isa));
+}

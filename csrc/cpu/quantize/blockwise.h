@@ -1,0 +1,145 @@
+// The driver of every quantizer that works block by block: loads sixteen blocks, lets the format choose their codes, stores
+// them. Blocks are numbered through the whole matrix, so a unit of sixteen may span rows; the result does not depend on how
+// units are spread over threads.
+#pragma once
+
+#include "cpu/convert.h"
+#include "cpu/fp_env.h"
+
+namespace isqtorch::ISQ_ISA {
+
+// Sixteen blocks, element i of block l in x[i][l].
+template <int kBlock>
+struct LaneBlocks {
+  F x[kBlock];
+  F importance[kBlock];  // of the elements' columns; unset if the job has none
+  F row_mean_square;     // of the row each block lies in, for formats that ask for it
+  bool weighted;
+  Rule rule;
+};
+
+// A format without blocks that can overflow, without row statistics, unless it says otherwise.
+struct BlockwiseFormat {
+  static constexpr bool kNeedsRowMeanSquare = false;
+  static constexpr bool kHasRules = false;
+};
+
+template <class Body>
+void for_range(const QuantizeJob& job, int64_t count, int64_t grain, const Body& body) {
+  job.parallel_for(count, grain, {&body, [](const void* context, int64_t begin, int64_t end) {
+                                    const IeeeScope ieee;
+                                    (*static_cast<const Body*>(context))(begin, end);
+                                  }});
+}
+
+ISQ_INLINE void lower_to(int64_t* target, int64_t value) {
+  int64_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (value < seen &&
+         !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+ISQ_INLINE const uint8_t* weight_at(const QuantizeJob& job, int64_t index) {
+  return static_cast<const uint8_t*>(job.w) + index * (job.dtype == Dtype::kF32 ? 4 : 2);
+}
+
+// The position of the first NaN or infinity, or -1.
+ISQ_INLINE int first_not_finite(const float* w, int n) {
+  uint32_t largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t magnitude = float_bits(w[i]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest < 0x7f800000) return -1;
+  int i = 0;
+  while ((float_bits(w[i]) & 0x7fffffff) < 0x7f800000) ++i;
+  return i;
+}
+
+// mean_square[r] = sum of x^2 over row r, in index order, / k
+inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
+  for_range(job, job.rows, 1 + (1 << 15) / job.k, [&](int64_t begin, int64_t end) {
+    float w[32];
+    for (int64_t row = begin; row < end; ++row) {
+      float sum = 0;
+      for (int64_t k = 0; k < job.k; k += 32) {
+        load_floats(weight_at(job, row * job.k + k), job.dtype, 32, w);
+        for (int i = 0; i < 32; ++i) sum += w[i] * w[i];
+      }
+      mean_square[row] = sum / (float)job.k;
+    }
+  });
+}
+
+// Fills lanes from block `first` on; lanes past the last block get zeros.
+template <int kBlock>
+void load_blocks(const QuantizeJob& job, int64_t first, int64_t count, LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
+  alignas(64) float w[kBlock];
+  const int64_t blocks_per_row = job.k / kBlock;
+  for (int l = 0; l < kLanes; ++l) {
+    const int64_t block = first + l;
+    if (l < count) {
+      load_floats(weight_at(job, block * kBlock), job.dtype, kBlock, w);
+      const int bad = first_not_finite(w, kBlock);
+      if (bad >= 0) lower_to(bad_weight, block * kBlock + bad);
+    } else {
+      std::memset(w, 0, sizeof w);
+    }
+    for (int i = 0; i < kBlock; ++i) lanes.x[i][l] = w[i];
+    if (!lanes.weighted) continue;
+    const float* importance = job.importance + block % blocks_per_row * kBlock;
+    for (int i = 0; i < kBlock; ++i) lanes.importance[i][l] = l < count ? importance[i] : 0.0f;
+  }
+}
+
+template <class Format>
+QuantizeResult quantize_blockwise(const QuantizeJob& job) {
+  constexpr int kBlock = Format::kBlock;
+  using Block = typename Format::Block;
+  const int64_t blocks_per_row = job.k / kBlock, blocks = job.rows * blocks_per_row;
+  const bool weighted = Format::kTakesImportance && job.importance;
+  const bool needs_rows = Format::kNeedsRowMeanSquare && weighted;
+  float* mean_square = needs_rows ? new float[job.rows] : nullptr;
+  if (needs_rows) row_mean_squares(job, mean_square);
+
+  QuantizeResult result;
+  const int64_t units = (blocks + kLanes - 1) / kLanes;
+  for_range(job, units, 1 + (1 << 12) / (kLanes * kBlock), [&](int64_t begin, int64_t end) {
+    LaneBlocks<kBlock> lanes;
+    lanes.weighted = weighted;
+    lanes.rule = job.rule;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * kLanes, left = blocks - first, count = left < kLanes ? left : kLanes;
+      load_blocks(job, first, count, lanes, &result.bad_weight);
+      if (needs_rows) {
+        for (int l = 0; l < kLanes; ++l) lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
+      }
+      Block packed[kLanes];
+      const I overflow = Format::quantize(lanes, packed);
+      for (int l = 0; l < count; ++l) {
+        if (overflow[l]) lower_to(&result.overflow_at, (first + l) * kBlock);
+      }
+      std::memcpy(job.out + first * sizeof(Block), packed, count * sizeof(Block));
+    }
+  });
+  delete[] mean_square;
+  return result;
+}
+
+template <class Format>
+void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
+  using Block = typename Format::Block;
+  const Block* blocks = reinterpret_cast<const Block*>(bytes);
+  for (int64_t b = 0; b < count; ++b) Format::decode(blocks[b], w + b * Format::kBlock);
+}
+
+// A format's line in the kernel table. Formats that do not work block by block specialize this.
+template <class Format>
+struct KernelsOf {
+  static constexpr FormatKernels get() {
+    return {Format::kName,     Format::kBlock,        sizeof(typename Format::Block),
+            Format::kHasRules, decode_blocks<Format>, quantize_blockwise<Format>};
+  }
+};
+
+}  // namespace isqtorch::ISQ_ISA

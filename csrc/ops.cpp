@@ -1,0 +1,22 @@
+// Every operator of the library, on one screen. Device kernels register themselves beside their code (cpu/ops_cpu.cpp, ...);
+// shapes for tracing and the gradient of `linear` are in isqtorch/ops/schema.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(isqtorch, m) {
+  // w [..., N, K] float -> uint8 [..., N, row_bytes]; importance f32 [K], or [E, K] for w [E, N, K]
+  m.def("quantize(Tensor w, str format, Tensor? importance=None, str? rule=None) -> Tensor");
+
+  // weight uint8 [..., N, row_bytes] -> [..., N, K]
+  m.def("dequantize(Tensor weight, str format, ScalarType dtype) -> Tensor");
+
+  // x [..., K] -> [..., N] = x @ dequantize(weight)^T + bias, in x's dtype; weight uint8 [N, row_bytes], bias [N]
+  m.def("linear(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+
+  // ids int32 or int64 [...] -> [..., K]: rows of dequantize(weight)
+  m.def("embedding(Tensor ids, Tensor weight, str format, ScalarType dtype) -> Tensor");
+
+  // What the CPU part was compiled for, what this machine can run and what is selected, as JSON.
+  m.def("cpu_info() -> str");
+  // Select an instruction-set level by name, for tests and measurements; "" selects the best one again.
+  m.def("set_cpu_isa(str name) -> ()");
+}

@@ -1,0 +1,8 @@
+"""The formats: what the bytes of a quantized weight mean."""
+
+from . import affine, fp8, ggml, hqq, kquants
+from .base import Fields, Part, QuantFormat, formats, get_format, register, resolve_format
+
+__all__ = ["Fields", "Part", "QuantFormat", "formats", "get_format", "register", "resolve_format"]
+
+del affine, fp8, ggml, hqq, kquants  # imported so that they register; reached through get_format

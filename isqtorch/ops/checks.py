@@ -1,0 +1,163 @@
+"""The checks of arguments that every implementation of the ops makes, with the same messages.
+
+Each returns what the caller computes with. The ones that look at values (finite weights, ids in range) wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..formats import QuantFormat
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _position(index: int, shape: torch.Size) -> str:
+    """A flat index as text: 5 in a 2 x 3 tensor is "1, 2"."""
+    parts = []
+    for size in reversed(shape):
+        index, i = divmod(index, size)
+        parts.append(str(i))
+    return ", ".join(reversed(parts))
+
+
+def _first(bad: Tensor) -> int | None:
+    """The flat index, in row-major order, of the first True; None if there is none."""
+    flat = bad.reshape(-1)
+    if not bool(flat.any()):
+        return None
+    return int(flat.int().argmax())
+
+
+def check_weight(w: Tensor, fmt: QuantFormat) -> int:
+    """A weight to quantize must be float, have rows, and rows of whole blocks.
+
+    Returns:
+        Bytes of a packed row.
+    """
+    if w.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"quantize: weight must be one of {_names(WEIGHT_DTYPES)}, got {_spelled(w.dtype)}.")
+    if w.ndim < 2:
+        raise ValueError(
+            f"quantize: weight must have at least 2 dimensions [N, K], got shape {list(w.shape)}. "
+            "Vectors (biases, norms) are left as they are."
+        )
+    return fmt.row_bytes(w.shape[-1])
+
+
+def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
+    """Weights must be finite, also after conversion to f32 (`w32`)."""
+    if bool(w32.isfinite().all()):
+        return
+    first = _first(~w32.isfinite())
+    assert first is not None
+    value = float(w.reshape(-1)[first])
+    fault = f"is {value:.6g}, which float32 cannot hold" if math.isfinite(value) else f"is {value}"
+    raise ValueError(
+        f"quantize: weight[{_position(first, w.shape)}] {fault}; {fmt.name} needs finite values. "
+        "Repair the checkpoint, or leave this weight out."
+    )
+
+
+def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
+    """An importance vector must have one finite, non-negative value per column of each matrix.
+
+    Returns:
+        f32 `[matrices, K]` on the weight's device: one vector for all, or one for each; None if there is none.
+    """
+    if importance is None:
+        return None
+    columns, matrices = w.shape[-1], w.shape[:-2]
+    if importance.shape not in ((columns,), (*matrices, columns)):
+        own = f", or {[*matrices, columns]}, one vector per matrix" if matrices else ""
+        raise ValueError(
+            f"quantize: importance must have shape [{columns}], one value per column of the weight{own}; "
+            f"got {list(importance.shape)}. Is this the entry of another layer?"
+        )
+    if not importance.dtype.is_floating_point:
+        raise ValueError(f"quantize: importance must be a float tensor, got {_spelled(importance.dtype)}.")
+    vector = importance.detach().to(w.device, torch.float32)
+    first = _first(~(vector.isfinite() & (vector >= 0)))
+    if first is not None:
+        raise ValueError(
+            f"quantize: importance[{_position(first, importance.shape)}] is {float(importance.reshape(-1)[first])}; "
+            "importance must be finite and not negative."
+        )
+    return vector.reshape(-1, columns)
+
+
+def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = False) -> int:
+    """A packed weight must be uint8 with rows of whole blocks; with `matrix`, exactly two-dimensional.
+
+    Returns:
+        K, the number of weights in a row.
+    """
+    if weight.dtype != torch.uint8:
+        raise ValueError(f"{op}: a packed weight is uint8, got {_spelled(weight.dtype)}. Pack it with isqtorch.quantize.")
+    if weight.ndim < 2 or (matrix and weight.ndim != 2):
+        wanted = "2 dimensions [N, row_bytes]" if matrix else "at least 2 dimensions [N, row_bytes]"
+        raise ValueError(f"{op}: a packed weight must have {wanted}, got shape {list(weight.shape)}.")
+    return fmt.in_features(weight.shape[-1])
+
+
+def check_output_dtype(op: str, dtype: torch.dtype) -> None:
+    """Decoded weights and activations are f32, f16 or bf16."""
+    if dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"{op}: dtype must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(dtype)}.")
+
+
+def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None) -> int:
+    """The arguments of `linear` must fit each other.
+
+    Returns:
+        K.
+    """
+    columns = check_packed("linear", weight, fmt, matrix=True)
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"linear: x must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(x.dtype)}.")
+    if x.ndim < 1 or x.shape[-1] != columns:
+        raise ValueError(
+            f"linear: the last dimension of x must be {columns}, the in_features of this {fmt.name} weight, "
+            f"got shape {list(x.shape)}."
+        )
+    if x.device != weight.device:
+        raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}. Move one of them.")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}.")
+        if not bias.dtype.is_floating_point:
+            raise ValueError(f"linear: bias must be a float tensor, got {_spelled(bias.dtype)}.")
+        if bias.device != weight.device:
+            raise ValueError(f"linear: bias is on {bias.device}, the weight on {weight.device}. Move one of them.")
+    return columns
+
+
+def check_ids(ids: Tensor, weight: Tensor) -> None:
+    """Ids of `embedding` must be integers on the weight's device and name rows that exist.
+
+    Raises:
+        ValueError: wrong type or device.
+        IndexError: an id out of range.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"embedding: ids must be int64 or int32, got {_spelled(ids.dtype)}.")
+    if ids.device != weight.device:
+        raise ValueError(f"embedding: ids are on {ids.device}, the weight on {weight.device}. Move one of them.")
+    first = _first((ids < 0) | (ids >= weight.shape[0]))
+    if first is not None:
+        raise IndexError(
+            f"embedding: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, "
+            f"but the table has {weight.shape[0]} rows."
+        )

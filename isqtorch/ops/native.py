@@ -1,0 +1,60 @@
+"""Loads the compiled extension, which defines the operators `torch.ops.isqtorch.*` and their CPU kernels.
+
+The library holds no Python symbols, so it is loaded as a plain shared library and not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+def _load() -> Path:
+    folder = Path(__file__).resolve().parent.parent
+    found = sorted([*folder.glob("_C*.so"), *folder.glob("_C*.pyd")])
+    if not found:
+        raise ImportError(
+            f"isqtorch is not compiled: there is no _C library in {folder}. Build it with `make build` in a checkout, or "
+            "install the package with `pip install --no-build-isolation .`"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        raise ImportError(
+            f"isqtorch: {found[0].name} does not load with torch {torch.__version__}; it needs torch >= 2.10. "
+            f"Rebuild it with `make build`. ({error})"
+        ) from error
+    return found[0]
+
+
+LIBRARY = _load()
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """What the CPU kernels were compiled for and which of them run."""
+
+    isa_compiled: tuple[str, ...]  # instruction-set levels in the library, best last
+    isa_supported: tuple[str, ...]  # those this machine can run
+    isa_selected: str
+    reason: str  # why that one
+    threads: int
+    formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes}, as the C++ side has them
+
+
+def cpu_info() -> CpuInfo:
+    """Describe the CPU kernels. The level is the best supported one, unless ISQTORCH_CPU_ISA names another."""
+    raw = json.loads(torch.ops.isqtorch.cpu_info())
+    return CpuInfo(**{**raw, "isa_compiled": tuple(raw["isa_compiled"]), "isa_supported": tuple(raw["isa_supported"])})
+
+
+def set_cpu_isa(name: str) -> None:
+    """Select an instruction-set level for the whole process; "" goes back to the default choice.
+
+    Raises:
+        ValueError: there is no such level, or this machine cannot run it.
+    """
+    torch.ops.isqtorch.set_cpu_isa(name)

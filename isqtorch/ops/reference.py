@@ -1,0 +1,102 @@
+"""The ops in plain torch: slow, obvious, on any device. Native kernels are tested against these."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..formats import QuantFormat, get_format
+from ..quantizers import check_rule, solve
+from ..quantizers.denormals import blocks_per_chunk, denormals_kept
+from .checks import check_finite, check_ids, check_importance, check_linear, check_output_dtype, check_packed, check_weight
+
+
+@torch.no_grad()
+def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
+    """Quantize and pack matrices.
+
+    Args:
+        w: float `[..., N, K]`, any strides; leading dimensions are separate matrices.
+        format: name of the format.
+        importance: float `[K]`, or `[..., K]` with a vector per matrix; ignored by formats that take none.
+        rule: alternative rule of the format's quantizer.
+
+    Returns:
+        uint8 `[..., N, row_bytes]`.
+
+    Raises:
+        ValueError: arguments that do not fit the format or each other, or weights that are not finite.
+    """
+    fmt = get_format(format)
+    row_bytes = check_weight(w, fmt)
+    check_rule(fmt, rule)
+    vectors = check_importance(importance, w)  # [1 or E, K]
+    w32 = w.detach().float()
+    check_finite(w, w32, fmt)
+
+    *matrices, rows, columns = w.shape
+    if fmt.solver == "hqq":  # stops by the error of a whole matrix
+        parts = [_pack(fmt, matrix) for matrix in w32.reshape(-1, rows, columns)] if w32.numel() else []
+        packed = torch.cat(parts) if parts else w32.new_empty(0, fmt.block_bytes, dtype=torch.uint8)
+    else:
+        count = 1
+        for size in matrices:
+            count *= size
+        packed = _pack(fmt, w32.reshape(count * rows, columns), vectors if w32.numel() else None, rule)
+    return packed.view(*matrices, rows, row_bytes)
+
+
+def _pack(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
+    return fmt.pack(solve(fmt, w, importance, rule))  # [N * K / block, block_bytes]
+
+
+@torch.no_grad()
+def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """Decode packed matrices: uint8 `[..., N, row_bytes]` -> `[..., N, K]`, computed in f32 and rounded to `dtype` once."""
+    fmt = get_format(format)
+    columns = check_packed("dequantize", weight, fmt)
+    check_output_dtype("dequantize", dtype)
+    blocks = weight.reshape(weight.numel() // fmt.block_bytes, fmt.block_bytes)
+    out = torch.empty(blocks.shape[0], fmt.block, dtype=dtype, device=weight.device)
+    with denormals_kept() if weight.device.type == "cpu" else nullcontext():
+        chunk = blocks_per_chunk(fmt.block, weight.device)
+        for start in range(0, blocks.shape[0], chunk):
+            out[start : start + chunk] = fmt.decode(fmt.unpack(blocks[start : start + chunk])).to(dtype)
+    return out.view(*weight.shape[:-1], columns)
+
+
+def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    """`x @ dequantize(weight).T + bias` in f32, rounded to the type of x.
+
+    Args:
+        x: f32, f16 or bf16 `[..., K]`.
+        weight: uint8 `[N, row_bytes]`.
+        format: name of the weight's format.
+        bias: float `[N]`.
+
+    Returns:
+        `[..., N]`, same dtype as x.
+    """
+    fmt = get_format(format)
+    check_linear(x, weight, fmt, bias)
+    y = x.float() @ dequantize(weight, format, torch.float32).t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+@torch.no_grad()
+def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """Rows of `dequantize(weight)`: int64 or int32 `[...]` -> `[..., K]`.
+
+    Raises:
+        IndexError: an id that names no row.
+    """
+    fmt = get_format(format)
+    columns = check_packed("embedding", weight, fmt, matrix=True)
+    check_output_dtype("embedding", dtype)
+    check_ids(ids, weight)
+    rows = weight[ids.reshape(-1).long()]  # [M, row_bytes]
+    return dequantize(rows, format, dtype).view(*ids.shape, columns)

@@ -1,0 +1,71 @@
+"""What torch needs to know of the operators besides their kernels: shapes without data, the gradient, and where no native
+kernel exists the plain PyTorch reference.
+
+Schemas are defined in C++ (csrc/ops.cpp). The weight is frozen: `linear` has a gradient for x and for the bias, none for
+the packed weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import get_format
+from . import reference
+from .native import LIBRARY
+
+assert LIBRARY  # the operators exist from here on
+
+_DEVICES_WITHOUT_KERNELS = ("CUDA", "MPS", "XPU")
+
+for _device in _DEVICES_WITHOUT_KERNELS:
+    for _op in (reference.quantize, reference.dequantize, reference.linear, reference.embedding):
+        torch.library.impl(f"isqtorch::{_op.__name__}", _device.lower(), _op)
+
+
+@torch.library.register_fake("isqtorch::quantize")
+def _(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
+    return w.new_empty((*w.shape[:-1], get_format(format).row_bytes(w.shape[-1])), dtype=torch.uint8)
+
+
+@torch.library.register_fake("isqtorch::dequantize")
+def _(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty((*weight.shape[:-1], get_format(format).in_features(weight.shape[-1])), dtype=dtype)
+
+
+@torch.library.register_fake("isqtorch::linear")
+def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    in_features = get_format(format).in_features(weight.shape[-1])
+    torch._check_value(
+        x.shape[-1] == in_features,
+        lambda: f"linear: x must have the shape [..., {in_features}] to match the {format} weight, got {list(x.shape)}.",
+    )
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("isqtorch::embedding")
+def _(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])), dtype=dtype)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, format, bias = inputs
+    ctx.save_for_backward(weight)
+    ctx.format = format
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    """y = x W^T + b: dx = dy W, and db = the sum of dy over all rows."""
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        (weight,) = ctx.saved_tensors
+        dx = grad @ torch.ops.isqtorch.dequantize(weight, ctx.format, grad.dtype)
+    if ctx.needs_input_grad[3]:
+        db = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, None, db
+
+
+torch.library.register_autograd("isqtorch::linear", _linear_backward, setup_context=_linear_setup)

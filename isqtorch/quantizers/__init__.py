@@ -1,0 +1,91 @@
+"""The quantizers: how integers and scales are chosen, in plain torch. They are the oracle for the native kernels.
+
+One family per module; a format names its family in `solver`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats import Fields, QuantFormat
+from . import absmax, affine, fp8, hqq, kquants, minmax
+from .blocks import Blocks, row_mean_square
+from .denormals import blocks_per_chunk, denormals_kept
+
+__all__ = ["check_rule", "solve"]
+
+
+@dataclass(frozen=True)
+class _Solver:
+    solve: Callable[[QuantFormat, Blocks, str | None], Fields]
+    rules: tuple[str, ...] = ()  # alternatives to the default rule
+    row_power: bool = False  # an importance vector is combined with the mean square of the whole row
+    whole: bool = False  # needs all blocks at once
+
+
+_SOLVERS = {
+    "absmax": _Solver(absmax.solve, row_power=True),
+    "minmax": _Solver(minmax.solve, row_power=True),
+    "kquants": _Solver(kquants.solve),
+    "affine": _Solver(affine.solve, rules=("mlx",)),
+    "hqq": _Solver(hqq.solve, whole=True),
+    "fp8": _Solver(fp8.solve),
+}
+
+
+def check_rule(fmt: QuantFormat, rule: str | None) -> None:
+    """ValueError if the format's family does not know `rule`."""
+    rules = _SOLVERS[fmt.solver].rules
+    if rule is not None and rule not in rules:
+        known = " or ".join(["None", *map(repr, rules)])
+        raise ValueError(f"quantize: {fmt.name} has no rule {rule!r}. Use rule={known}.")
+
+
+def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: str | None = None) -> Fields:
+    """Quantize a matrix.
+
+    The result does not depend on the process's flush-to-zero mode.
+
+    Args:
+        fmt: the format.
+        w: f32 `[N, K]`, finite, K a multiple of `fmt.block`.
+        importance: f32 `[K]`, >= 0, for all rows; or `[G, K]`, one vector for each of G equal runs of rows. Formats that
+            take none ignore it.
+        rule: the family's alternative rule of that name; None is the default.
+
+    Returns:
+        The fields of the `N * K / block` blocks, in row order.
+
+    Raises:
+        ValueError: unknown rule, or values too large for the format's scales.
+    """
+    check_rule(fmt, rule)
+    solver = _SOLVERS[fmt.solver]
+    rows, columns = w.shape
+    x = w.reshape(rows * columns // fmt.block, fmt.block)
+    per_row = columns // fmt.block
+    if not fmt.takes_importance:
+        importance = None
+    elif importance is not None:
+        importance = importance.reshape(-1, fmt.block)  # [G * per_row, block]
+        rows_per_vector = rows * per_row // max(1, importance.shape[0])
+
+    with denormals_kept() if w.device.type == "cpu" else nullcontext():
+        power = row_mean_square(w) if importance is not None and solver.row_power else None
+        chunk = max(1, x.shape[0]) if solver.whole else blocks_per_chunk(fmt.block, w.device)
+        done: list[Fields] = []
+        for start in range(0, max(1, x.shape[0]), chunk):
+            index = torch.arange(start, min(start + chunk, x.shape[0]), device=w.device)
+            row = index // per_row
+            blocks = Blocks(
+                x=x[start : start + chunk],
+                importance=None if importance is None else importance[row // rows_per_vector * per_row + index % per_row],
+                row_power=None if power is None else power[row],
+            )
+            done.append(solver.solve(fmt, blocks, rule))
+    return {name: torch.cat([fields[name] for fields in done]) for name in done[0]}

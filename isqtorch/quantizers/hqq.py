@@ -1,0 +1,106 @@
+"""HQQ: the half-quadratic solver of the hqq package, and the storage of its result in f16.
+
+The solver looks for the zero point that minimizes a p-norm (p = 0.7, so that outliers count less) of the error. It stops when
+the mean error of the whole matrix no longer falls, so a matrix must be solved in one piece: parts of it give other bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats import Fields, QuantFormat
+from .blocks import Blocks
+from .rounding import divide
+
+_ITERATIONS = 20
+_BETA = 10.0
+_P = 0.7
+_LARGEST_INVERSE = 2e4  # the solver's steps are at least 5e-5
+_FLAT = 1e-4  # groups with a smaller range get scale 1 and become a constant
+_FAR = 65504.0  # the largest f16
+_EXACT = 2000.0  # integers up to 2048 are exact in f16
+
+
+@dataclass(frozen=True)
+class HqqSolution:
+    """What the solver finds: `w ~ (codes - zero) * scale`."""
+
+    codes: Tensor  # uint8 [groups, g]
+    scale: Tensor  # f32 [groups]
+    zero: Tensor  # f32 [groups]
+    errors: tuple[float, ...]  # mean |error| before each update of the zero point
+
+
+def _mean(x: Tensor, dim: int | None = None) -> Tensor:
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no f64
+    return x.mean(dtype=wide) if dim is None else x.mean(dim=dim, keepdim=True, dtype=wide).float()
+
+
+def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
+    """Solve for the zero points of all groups of one matrix.
+
+    Args:
+        groups: f32 `[groups, g]`, at least one group.
+        bits: bits per code.
+        round_zero: start from an integer zero point, as the package does by default for 4 bits.
+
+    Returns:
+        The solution, with scale and zero not yet rounded for storage.
+    """
+    nmax = (1 << bits) - 1
+    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)  # [groups, 1]
+    span = high - low
+    inverse = torch.where(span <= _FLAT, 1.0, divide(nmax, span)).clamp(max=_LARGEST_INVERSE)
+    zero = -low * inverse
+    if round_zero:
+        zero = zero.round()
+
+    def encode() -> Tensor:
+        return (groups * inverse + zero).round().clamp(0, nmax)
+
+    best, errors = float("inf"), []
+    for _ in range(_ITERATIONS):
+        q = encode()
+        error = groups - (q - zero) / inverse
+        size = error.abs()
+        shrunk = error.sign() * torch.relu(size - size ** (_P - 1) / _BETA)
+        zero = _mean(q - (groups - shrunk) * inverse, dim=1)
+        errors.append(float(_mean(size)))
+        if not errors[-1] < best:
+            break
+        best = errors[-1]
+    return HqqSolution(encode().to(torch.uint8), divide(1.0, inverse)[:, 0], zero[:, 0], tuple(errors))
+
+
+def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
+    """Round scale and zero to f16, and choose the codes that belong to the rounded ones.
+
+    A zero point beyond the f16 range (a narrow group far from 0) is never stored as infinity: such a group gets a coarser
+    scale that puts the zero at +-2000. Its values then keep the precision of f16 itself, |error| <= |w| / 4000.
+
+    Raises:
+        ValueError: a scale too large for f16.
+    """
+    offset = solution.zero * solution.scale
+    far = solution.zero.abs() > _FAR
+    scale = torch.where(far, divide(offset.abs(), _EXACT), solution.scale).half()
+    step = scale.float()
+    zero = torch.where(far, (offset / step).round(), solution.zero).half()
+    if not bool((scale.isfinite() & zero.isfinite()).all()):
+        raise ValueError(
+            f"quantize: hqq{bits} stores its scale as float16, which a group with weights up to {float(groups.abs().max()):.6g} "
+            f"overflows. Use afq{bits} (bf16 scales)."
+        )
+    q = (groups / step[:, None] + zero.float()[:, None]).round().clamp(0, (1 << bits) - 1)
+    return {"scale": scale, "zero": zero, "q": q.to(torch.uint8)}
+
+
+def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
+    """Scale, zero and codes of one whole matrix."""
+    if blocks.x.shape[0] == 0:
+        none = blocks.x.new_empty(0, dtype=torch.float16)
+        return {"scale": none, "zero": none, "q": blocks.x.to(torch.uint8)}
+    return store_f16(blocks.x, hqq_solve(blocks.x, fmt.bits, round_zero=fmt.bits == 4), fmt.bits)
