@@ -24,6 +24,22 @@ ISQ_INLINE I as_int(F value) { return (I)value; }
 ISQ_INLINE F to_float(I i) { return __builtin_convertvector(i, F); }
 ISQ_INLINE I truncate(F f) { return __builtin_convertvector(f, I); }
 
+// Sixteen bytes as integers, and sixteen floats to memory: the two ends of every decoder.
+ISQ_INLINE I load_bytes(const uint8_t* p) {
+  I v;
+#if ISQ_VECTOR_FLOATS == 16
+  v = (I)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p));
+#elif ISQ_VECTOR_FLOATS == 8
+  const __m256i halves[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                             _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+  std::memcpy(&v, halves, sizeof v);
+#else
+  for (int l = 0; l < kLanes; ++l) v[l] = p[l];
+#endif
+  return v;
+}
+ISQ_INLINE void store_lanes(F v, float* p) { std::memcpy(p, &v, sizeof v); }
+
 ISQ_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
 ISQ_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
 ISQ_INLINE F min(F a, F b) { return a < b ? a : b; }

@@ -53,7 +53,7 @@ std::optional<Dtype> float_dtype(ScalarType dtype) {
 
 Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
   const auto known = float_dtype(dtype);
-  check(known.has_value(), op, ": ", what, " must be float32, float16 or bfloat16, got ", name_of(dtype), ".");
+  check(known.has_value(), op, ": ", what, " must be one of float32, float16, bfloat16, got ", name_of(dtype), ".");
   return *known;
 }
 
@@ -105,16 +105,16 @@ struct PackedMatrix {
   const uint8_t* bytes;
   int64_t rows, row_bytes, k;
 
-  PackedMatrix(const char* op, const Tensor& weight, const std::string& name)
+  PackedMatrix(const char* op, const Tensor& weight, const std::string& name, bool must_be_matrix)
       : kernels(&selected_table()), keep_alive(dense(weight)) {
     format = &find_format(*kernels, op, name);
-    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ", name_of(weight.scalar_type()), ".");
-    check(weight.dim() >= 2, op, ": a packed weight has at least 2 dimensions [N, row_bytes], got ",
-          shape_text(shape_of(weight)), ".");
+    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ", name_of(weight.scalar_type()),
+          ". Pack it with isqtorch.quantize.");
+    check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",
+          must_be_matrix ? "" : "at least ", "2 dimensions [N, row_bytes], got shape ", shape_text(shape_of(weight)), ".");
     row_bytes = weight.size(weight.dim() - 1);
-    check(row_bytes > 0 && row_bytes % format->block_bytes == 0, op, ": a packed row of ", name,
-          " must be a positive multiple of ", format->block_bytes, " bytes, got ", row_bytes,
-          ". The weight was packed in another format, or cut inside a block.");
+    check(row_bytes > 0 && row_bytes % format->block_bytes == 0, name, ": a packed row must be a positive multiple of ",
+          format->block_bytes, " bytes, got ", row_bytes, ". The weight was packed in another format, or cut inside a block.");
     k = row_bytes / format->block_bytes * format->block;
     rows = weight.numel() / row_bytes;
     bytes = static_cast<const uint8_t*>(keep_alive.const_data_ptr());
@@ -138,6 +138,11 @@ struct PackedMatrix {
 
 // ---- quantize -------------------------------------------------------------------------------------------------------------
 
+std::string number_text(float value) {
+  if (std::isfinite(value)) return text(value);
+  return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+}
+
 std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
   std::string position;
   for (size_t i = shape.size(); i-- > 0;) {
@@ -148,20 +153,29 @@ std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
 }
 
 // f32 importance [matrices, K], checked; empty if there is none.
-std::vector<float> checked_importance(const std::optional<Tensor>& importance, int64_t matrices, int64_t k) {
+std::vector<float> checked_importance(const std::optional<Tensor>& importance, const std::vector<int64_t>& weight_shape) {
   if (!importance) return {};
+  const int64_t k = weight_shape.back();
+  std::vector<int64_t> own(weight_shape.begin(), weight_shape.end() - 2);  // one vector per matrix
+  int64_t matrices = 1;
+  for (const int64_t size : own) matrices *= size;
+  own.push_back(k);
   const std::vector<int64_t> shape = shape_of(*importance);
-  const bool shared = shape.size() == 1, fits = !shape.empty() && shape.back() == k;
-  check(fits && (shared || (shape.size() == 2 && shape[0] == matrices)), "quantize: importance must have the shape [", k,
-        "], one value per column", matrices > 1 ? text(", or [", matrices, ", ", k, "]") : "", ", got ", shape_text(shape), ".");
-  const Dtype dtype = checked_dtype("quantize", "importance", importance->scalar_type());
-  const Tensor values = dense(*importance);
+  const bool shared = shape == std::vector<int64_t>{k};
+  check(shared || shape == own, "quantize: importance must have shape [", k, "], one value per column of the weight",
+        own.size() > 1 ? text(", or ", shape_text(own), ", one vector per matrix") : "", "; got ", shape_text(shape),
+        ". Is this the entry of another layer?");
+  check(float_dtype(importance->scalar_type()) || importance->scalar_type() == ScalarType::Double,
+        "quantize: importance must be a float tensor, got ", name_of(importance->scalar_type()), ".");
+  const Tensor values = dense(torch::stable::to(*importance, ScalarType::Float));
   std::vector<float> columns(matrices * k);
   const int64_t count = shared ? k : matrices * k;
-  selected_table().load(values.const_data_ptr(), dtype, count, columns.data());
-  for (int64_t i = 0; i < count; ++i) {
-    check(std::isfinite(columns[i]) && columns[i] >= 0, "quantize: importance[", position_text(i, shape), "] is ", columns[i],
-          "; it must be finite and not negative.");
+  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()), columns.begin());
+  const auto last = columns.begin() + (matrices ? count : 0);
+  const auto bad = std::find_if_not(columns.begin(), last, [](float v) { return std::isfinite(v) && v >= 0; });
+  if (bad != last) {
+    check(false, "quantize: importance[", position_text(bad - columns.begin(), shape), "] is ", number_text(*bad),
+          "; importance must be finite and not negative.");
   }
   for (int64_t e = 1; shared && e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
   return columns;
@@ -169,8 +183,8 @@ std::vector<float> checked_importance(const std::optional<Tensor>& importance, i
 
 Rule checked_rule(const FormatKernels& format, const std::optional<std::string>& rule) {
   if (!rule) return Rule::kDefault;
-  check(format.has_rules, "quantize: ", format.name, " has one rule only, got rule=\"", *rule, "\". Leave rule out.");
-  check(*rule == "mlx", "quantize: unknown rule \"", *rule, "\" for ", format.name, ". Use \"mlx\", or leave rule out.");
+  check(format.has_rules && *rule == "mlx", "quantize: ", format.name, " has no rule '", *rule, "'. Use rule=None",
+        format.has_rules ? " or 'mlx'" : "", ".");
   return Rule::kMlx;
 }
 
@@ -178,20 +192,23 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = find_format(kernels, "quantize", format_name);
   const std::vector<int64_t> shape = shape_of(w);
-  check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got ", shape_text(shape), ".");
+  check(float_dtype(w.scalar_type()) || w.scalar_type() == ScalarType::Double,
+        "quantize: weight must be one of float32, float16, bfloat16, float64, got ", name_of(w.scalar_type()), ".");
+  check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got shape ", shape_text(shape),
+        ". Vectors (biases, norms) are left as they are.");
   const int64_t k = shape.back(), rows = shape[shape.size() - 2];
   check(k > 0 && k % format.block == 0, format.name, ": in_features must be a positive multiple of ", format.block, ", got ", k,
         ". Use a format with a smaller block, or leave this weight as it is.");
+  const Rule checked = checked_rule(format, rule);
+  const std::vector<float> columns = checked_importance(importance, shape);
   const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
-  const Dtype dtype = checked_dtype("quantize", "weight", source.scalar_type());
+  const Dtype dtype = *float_dtype(source.scalar_type());
   const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
-  const std::vector<float> columns = checked_importance(importance, matrices, k);
 
   std::vector<int64_t> packed_shape = shape;
   packed_shape.back() = k / format.block * format.block_bytes;
   Tensor out = empty(packed_shape, ScalarType::Byte);
   const int64_t matrix_bytes = rows * packed_shape.back(), matrix_weights = rows * k;
-  const Rule checked = checked_rule(format, rule);
   for (int64_t e = 0; e < matrices; ++e) {
     QuantizeJob job;
     job.w = static_cast<const uint8_t*>(source.const_data_ptr()) + e * matrix_weights * item_bytes(dtype);
@@ -208,11 +225,13 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
       float value;
       kernels.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1, &value);
       check(false, "quantize: weight[", position_text(at, shape), "] is ",
-            std::isnan(value) ? "nan" : (value > 0 ? "inf" : "-inf"), "; ", format.name, " needs finite values.");
+            number_text(value), "; ", format.name, " needs finite values. Repair the checkpoint, or leave this weight out.");
     }
-    check(result.overflow_at == QuantizeResult::kNone, "quantize: the block of ", format.name, " that starts at weight[",
-          position_text(e * matrix_weights + (result.overflow_at == QuantizeResult::kNone ? 0 : result.overflow_at), shape),
-          "] holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider scale (q8k, fp8).");
+    if (result.overflow_at != QuantizeResult::kNone) {
+      const int64_t at = e * matrix_weights + result.overflow_at;
+      check(false, "quantize: the block of ", format.name, " from weight[", position_text(at, shape),
+            "] on holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider scale (q8k, fp8).");
+    }
   }
   return out;
 }
@@ -220,7 +239,7 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
 // ---- dequantize, embedding ------------------------------------------------------------------------------------------------
 
 Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
-  const PackedMatrix packed("dequantize", weight, format_name);
+  const PackedMatrix packed("dequantize", weight, format_name, false);
   const Dtype out_dtype = checked_dtype("dequantize", "dtype", dtype);
   std::vector<int64_t> shape = shape_of(weight);
   shape.back() = packed.k;
@@ -233,8 +252,7 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
 }
 
 Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
-  const PackedMatrix packed("embedding", weight, format_name);
-  check(weight.dim() == 2, "embedding: weight must be [N, row_bytes], got ", shape_text(shape_of(weight)), ".");
+  const PackedMatrix packed("embedding", weight, format_name, true);
   const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
   const ScalarType id_type = ids.scalar_type();
   check(id_type == ScalarType::Long || id_type == ScalarType::Int, "embedding: ids must be int64 or int32, got ",
@@ -246,7 +264,8 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
   for (int64_t i = 0; i < count; ++i) {
     rows[i] = id_type == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
     if (rows[i] < 0 || rows[i] >= packed.rows) {
-      throw std::out_of_range(text("embedding: id ", rows[i], " is outside the table of ", packed.rows, " rows."));
+      throw std::out_of_range(text("embedding: ids[", position_text(i, shape_of(ids)), "] is ", rows[i], ", but the table has ",
+                                   packed.rows, " rows."));
     }
   }
   std::vector<int64_t> shape = shape_of(ids);
@@ -332,17 +351,16 @@ void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
-  const PackedMatrix packed("linear", weight, format_name);
-  check(weight.dim() == 2, "linear: weight must be [N, row_bytes], got ", shape_text(shape_of(weight)), ".");
+  const PackedMatrix packed("linear", weight, format_name, true);
   LinearArguments a;
   a.dtype = checked_dtype("linear", "x", x.scalar_type());
   a.n = packed.rows;
   a.k = packed.k;
   std::vector<int64_t> shape = shape_of(x);
-  check(!shape.empty() && shape.back() == a.k, "linear: x must have the shape [..., ", a.k, "] to match the ", format_name,
-        " weight [", a.n, ", ", a.k, "], got ", shape_text(shape), ".");
+  check(!shape.empty() && shape.back() == a.k, "linear: the last dimension of x must be ", a.k, ", the in_features of this ",
+        format_name, " weight, got shape ", shape_text(shape), ".");
   if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have the shape [", a.n, "], got ",
+    check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have shape [", a.n, "], got ",
           shape_text(shape_of(*bias)), ".");
     const Dtype bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
     a.bias.resize(a.n);

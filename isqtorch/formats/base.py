@@ -127,7 +127,9 @@ class QuantFormat(ABC):
         """
         raw = {}
         for part in self.parts:
-            piece = blocks[:, part.offset : part.offset + part.nbytes].contiguous().view(part.dtype)  # [n, count]
+            # a copy, not .contiguous(): that keeps the offset and the strides of a single block, which view() may reject
+            piece = blocks[:, part.offset : part.offset + part.nbytes].clone(memory_format=torch.contiguous_format)
+            piece = piece.view(part.dtype)  # [n, count]
             raw[part.name] = piece if part.count > 1 else piece[:, 0]
         return raw
 
@@ -137,7 +139,7 @@ class QuantFormat(ABC):
         for part in self.parts:
             piece = raw[part.name].reshape(-1, part.count)
             assert piece.dtype == part.dtype, f"{self.name}.{part.name}: {piece.dtype} is not {part.dtype}"
-            columns.append(piece.contiguous().view(torch.uint8))
+            columns.append(piece.clone(memory_format=torch.contiguous_format).view(torch.uint8))
         return torch.cat(columns, dim=1)
 
     # ---- meaning -----------------------------------------------------------------------------------------------------

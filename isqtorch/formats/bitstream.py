@@ -44,7 +44,7 @@ def unpack_stream(stream: Tensor, bits: int) -> Tensor:
 
 
 def pack_planes(codes: Tensor, bits: int, width: int) -> Tensor:
-    """Pack codes as ggml does: plane p of a chunk holds `width` consecutive codes at bit `p * bits` of its `width` bytes.
+    """Pack codes as ggml does: plane p of a chunk holds `width` consecutive codes at bit `p * bits` of its bytes.
 
         bits = 4, width = 32:  byte l of chunk c = code 64c + l (low nibble) | code 64c + 32 + l (high nibble)
 

@@ -1,6 +1,8 @@
 """FP8: 128 floating-point codes of type e4m3fn under one f32 scale.
 
-    code: sign | exponent (4 bits, bias 7) | mantissa (3 bits)      largest 448 = 0x7E, NaN = 0x7F, no infinities
+The bits of a code:
+
+    sign | exponent (4 bits, bias 7) | mantissa (3 bits)      largest 448 = 0x7E, NaN = 0x7F, no infinities
 """
 
 from __future__ import annotations
@@ -56,6 +58,6 @@ register(
         solver="fp8",
         fallback="q8_0",
         aliases=("fp8_e4m3", "fp8_e4m3fn"),
-        weight_error=0.028,
+        weight_error=0.027,
     )
 )

@@ -1,5 +1,7 @@
 """ggml's formats with 32 weights in a block: one scale each, and for the `_1` formats an offset.
 
+Where the codes lie:
+
     q4_0, q4_1: qs[l] = code l (low nibble) | code l + 16 (high nibble)
     q5_0, q5_1: the same, and bit e of the little-endian word qh is bit 4 of code e
     q8_0, q8_1: one signed byte per code
@@ -56,7 +58,7 @@ register(
         solver="absmax",
         takes_importance=True,
         promoted="q6k",
-        weight_error=0.094,
+        weight_error=0.09,
         zero_point=8,
     )
 )
@@ -71,7 +73,7 @@ register(
         solver="minmax",
         takes_importance=True,
         promoted="q6k",
-        weight_error=0.085,
+        weight_error=0.082,
     )
 )
 register(
@@ -85,7 +87,7 @@ register(
         solver="absmax",
         takes_importance=True,
         promoted="q8_0",
-        weight_error=0.047,
+        weight_error=0.045,
         zero_point=16,
     )
 )
@@ -100,7 +102,7 @@ register(
         solver="minmax",
         takes_importance=True,
         promoted="q8_0",
-        weight_error=0.041,
+        weight_error=0.04,
     )
 )
 register(
@@ -112,7 +114,7 @@ register(
         formula="q * d",
         source=_SOURCE,
         solver="absmax",
-        weight_error=0.006,
+        weight_error=0.0056,
     )
 )
 register(
@@ -125,6 +127,6 @@ register(
         source=_SOURCE,
         solver="absmax",
         promoted="q8_0",
-        weight_error=0.006,
+        weight_error=0.0056,
     )
 )

@@ -1,5 +1,7 @@
 """ggml's K-quants: super-blocks of 256 weights, cut into sub-blocks of 16 or 32 with a small integer scale each.
 
+How a weight w comes out of its code q:
+
     q2k q4k q5k:  w = (d * sc) * q - (dmin * mn)     sc, mn: unsigned, one per sub-block
     q3k q6k:      w = (d * sc) * (q - zero)          sc: signed (q3k stores sc + 32)
     q8k:          w = d * q
@@ -23,7 +25,10 @@ def _per_element(sub_blocks: Tensor, block: int = 256) -> Tensor:
 
 @dataclass(frozen=True)
 class _ScaleAndMin(QuantFormat):
-    """The decoder of the formats with two super-scales. Fields: `d`, `dmin` f16 `[n]`; `sc`, `mn` uint8 `[n, s]`; `q` uint8 `[n, 256]`."""
+    """The decoder of the formats with two super-scales.
+
+    Fields: `d`, `dmin` f16 `[n]`; `sc`, `mn` uint8 `[n, s]`; `q` uint8 `[n, 256]`.
+    """
 
     def decode(self, fields: Fields) -> Tensor:
         scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, s]
@@ -58,8 +63,9 @@ class Q2K(_ScaleAndMin):
 
 @dataclass(frozen=True)
 class Q3K(QuantFormat):
-    """16 sub-blocks of 16. Fields: `d` f16 `[n]`; `sc` uint8 `[n, 16]` = scale + 32; `q` uint8 `[n, 256]` = 0..7 for -4..3.
+    """16 sub-blocks of 16.
 
+    Fields: `d` f16 `[n]`; `sc` uint8 `[n, 16]` = scale + 32; `q` uint8 `[n, 256]` = 0..7 for -4..3.
     A 6-bit `sc_j` is split: low nibbles in `scales[0:8]` (sc_j low, sc_{j+8} high), upper two bits in `scales[8:12]`
     (byte j % 4, bit 2 * (j / 4)). Bit 2 of q lies in `hmask`, bits 0-1 in `qs`.
     """
@@ -101,7 +107,8 @@ class Q45K(_ScaleAndMin):
 
     def unpack(self, blocks: Tensor) -> Fields:
         fields = self.split(blocks)
-        first, second, third = fields.pop("scales").split(4, dim=1)  # [n, 4] each
+        scales = fields.pop("scales")
+        first, second, third = scales[:, :4], scales[:, 4:8], scales[:, 8:]
         fields["sc"] = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=1)
         fields["mn"] = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=1)
         fields["q"] = unpack_planes(fields.pop("qs"), bits=4, width=32)
@@ -110,8 +117,8 @@ class Q45K(_ScaleAndMin):
         return fields
 
     def pack(self, fields: Fields) -> Tensor:
-        sc_low, sc_high = fields["sc"].split(4, dim=1)
-        mn_low, mn_high = fields["mn"].split(4, dim=1)
+        sc_low, sc_high = fields["sc"][:, :4], fields["sc"][:, 4:]
+        mn_low, mn_high = fields["mn"][:, :4], fields["mn"][:, 4:]
         first = sc_low | sc_high >> 4 << 6
         second = mn_low | mn_high >> 4 << 6
         third = sc_high & 15 | mn_high << 4
@@ -146,7 +153,7 @@ class Q6K(QuantFormat):
         )
 
     def decode(self, fields: Fields) -> Tensor:
-        scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, 16]; this product and the next are both rounded
+        scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, 16], rounded, as the next product is
         return _per_element(scale) * (fields["q"].float() - 32)
 
 
@@ -196,7 +203,7 @@ register(
         fallback="q4_0",
         promoted="q6k",
         aliases=("q3_k",),
-        weight_error=0.17,
+        weight_error=0.16,
     )
 )
 register(
@@ -212,7 +219,7 @@ register(
         fallback="q5_0",
         promoted="q6k",
         aliases=("q4_k",),
-        weight_error=0.078,
+        weight_error=0.075,
     )
 )
 register(
@@ -228,7 +235,7 @@ register(
         fallback="q5_1",
         promoted="q8_0",
         aliases=("q5_k",),
-        weight_error=0.04,
+        weight_error=0.038,
     )
 )
 register(
@@ -259,6 +266,6 @@ register(
         fallback="q8_1",
         promoted="q8_0",
         aliases=("q8_k",),
-        weight_error=0.0075,
+        weight_error=0.0073,
     )
 )

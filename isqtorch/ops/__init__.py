@@ -1,11 +1,19 @@
 """The operators: quantize, dequantize, linear, embedding.
 
-Importing this package registers them as `torch.ops.isqtorch.*`. `reference` is their definition in plain PyTorch.
+Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
+those operators. `reference` is their definition in plain PyTorch.
 """
+
+import torch
 
 from . import schema
 from .native import CpuInfo, cpu_info, set_cpu_isa
 
-__all__ = ["CpuInfo", "cpu_info", "set_cpu_isa"]
+__all__ = ["CpuInfo", "cpu_info", "dequantize", "embedding", "linear", "quantize", "set_cpu_isa"]
 
 del schema  # imported for what it registers
+
+quantize = torch.ops.isqtorch.quantize
+dequantize = torch.ops.isqtorch.dequantize
+linear = torch.ops.isqtorch.linear
+embedding = torch.ops.isqtorch.embedding

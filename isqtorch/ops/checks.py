@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats import QuantFormat
+from ..formats import Fields, QuantFormat
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
@@ -71,6 +71,26 @@ def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
     )
 
 
+def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
+    """The scales that a quantizer chose must be finite; 16-bit ones overflow on very large weights.
+
+    Args:
+        fields: of all blocks, in the order of the weight.
+        w: `[..., K]`, to name the first block that does not fit.
+    """
+    for name, values in fields.items():
+        if not values.is_floating_point() or name == "s":  # q8_1's sum: no weight is decoded from it
+            continue
+        first = _first(~values.isfinite())
+        if first is not None:
+            wider = f"Use {fmt.name.removesuffix('.f16')}, which has bf16 scales"
+            other = "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
+            raise ValueError(
+                f"quantize: the block of {fmt.name} from weight[{_position(first * fmt.block, w.shape)}] on holds values "
+                f"too large for its 16-bit scale. {wider if fmt.name.endswith('.f16') else other}."
+            )
+
+
 def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
     """An importance vector must have one finite, non-negative value per column of each matrix.
 
@@ -105,7 +125,9 @@ def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = Fa
         K, the number of weights in a row.
     """
     if weight.dtype != torch.uint8:
-        raise ValueError(f"{op}: a packed weight is uint8, got {_spelled(weight.dtype)}. Pack it with isqtorch.quantize.")
+        raise ValueError(
+            f"{op}: a packed weight is uint8, got {_spelled(weight.dtype)}. Pack it with isqtorch.quantize."
+        )
     if weight.ndim < 2 or (matrix and weight.ndim != 2):
         wanted = "2 dimensions [N, row_bytes]" if matrix else "at least 2 dimensions [N, row_bytes]"
         raise ValueError(f"{op}: a packed weight must have {wanted}, got shape {list(weight.shape)}.")

@@ -7,10 +7,19 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..formats import QuantFormat, get_format
+from ..formats import get_format
 from ..quantizers import check_rule, solve
 from ..quantizers.denormals import blocks_per_chunk, denormals_kept
-from .checks import check_finite, check_ids, check_importance, check_linear, check_output_dtype, check_packed, check_weight
+from .checks import (
+    check_finite,
+    check_ids,
+    check_importance,
+    check_linear,
+    check_output_dtype,
+    check_packed,
+    check_scales,
+    check_weight,
+)
 
 
 @torch.no_grad()
@@ -27,7 +36,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
         uint8 `[..., N, row_bytes]`.
 
     Raises:
-        ValueError: arguments that do not fit the format or each other, or weights that are not finite.
+        ValueError: arguments that do not fit the format or each other, or weights that are not finite or too large.
     """
     fmt = get_format(format)
     row_bytes = check_weight(w, fmt)
@@ -38,18 +47,14 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
 
     *matrices, rows, columns = w.shape
     if fmt.solver == "hqq":  # stops by the error of a whole matrix
-        parts = [_pack(fmt, matrix) for matrix in w32.reshape(-1, rows, columns)] if w32.numel() else []
-        packed = torch.cat(parts) if parts else w32.new_empty(0, fmt.block_bytes, dtype=torch.uint8)
+        apart = w32.reshape(-1, rows, columns) if w32.numel() else w32.reshape(1, 0, columns)
+        parts = [solve(fmt, matrix) for matrix in apart]
+        fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     else:
-        count = 1
-        for size in matrices:
-            count *= size
-        packed = _pack(fmt, w32.reshape(count * rows, columns), vectors if w32.numel() else None, rule)
-    return packed.view(*matrices, rows, row_bytes)
-
-
-def _pack(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
-    return fmt.pack(solve(fmt, w, importance, rule))  # [N * K / block, block_bytes]
+        stacked = w32.reshape(w32.numel() // columns, columns)
+        fields = solve(fmt, stacked, vectors if w32.numel() else None, rule)
+    check_scales(fields, w, fmt)
+    return fmt.pack(fields).view(*matrices, rows, row_bytes)
 
 
 @torch.no_grad()

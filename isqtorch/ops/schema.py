@@ -40,7 +40,7 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
     in_features = get_format(format).in_features(weight.shape[-1])
     torch._check_value(
         x.shape[-1] == in_features,
-        lambda: f"linear: x must have the shape [..., {in_features}] to match the {format} weight, got {list(x.shape)}.",
+        lambda: f"linear: the last dimension of x must be {in_features}, the in_features of this {format} weight, got shape {list(x.shape)}.",
     )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -63,7 +63,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None,
     if ctx.needs_input_grad[0]:
         (weight,) = ctx.saved_tensors
         dx = grad @ torch.ops.isqtorch.dequantize(weight, ctx.format, grad.dtype)
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # a bias left out leaves no entry either
         db = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, db
 

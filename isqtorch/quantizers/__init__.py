@@ -61,8 +61,10 @@ def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: s
     Returns:
         The fields of the `N * K / block` blocks, in row order.
 
+        Where weights are too large for a scale of 16 bits, it is not finite.
+
     Raises:
-        ValueError: unknown rule, or values too large for the format's scales.
+        ValueError: unknown rule.
     """
     check_rule(fmt, rule)
     solver = _SOLVERS[fmt.solver]
@@ -82,10 +84,9 @@ def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: s
         for start in range(0, max(1, x.shape[0]), chunk):
             index = torch.arange(start, min(start + chunk, x.shape[0]), device=w.device)
             row = index // per_row
-            blocks = Blocks(
-                x=x[start : start + chunk],
-                importance=None if importance is None else importance[row // rows_per_vector * per_row + index % per_row],
-                row_power=None if power is None else power[row],
-            )
+            weights = None
+            if importance is not None:
+                weights = importance[row // rows_per_vector * per_row + index % per_row]
+            blocks = Blocks(x[start : start + chunk], weights, None if power is None else power[row])
             done.append(solver.solve(fmt, blocks, rule))
     return {name: torch.cat([fields[name] for fields in done]) for name in done[0]}

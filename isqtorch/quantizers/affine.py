@@ -63,11 +63,7 @@ def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scale, bias and codes of n groups.
-
-    Raises:
-        ValueError: weights too large for the 16-bit type of scale and bias.
-    """
+    """Scale, bias and codes of n groups. Scale or bias is infinite where weights are too large for its type."""
     assert isinstance(fmt, AffineFormat)
     dtype = fmt.scale_dtype
     scale, bias = _scale_and_bias(blocks.x, fmt.bits)
@@ -77,11 +73,4 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
     else:
         stored_scale, stored_bias = _stored_scale(scale, dtype), bias.to(dtype)
         q = _codes(blocks.x, stored_scale.float(), stored_bias.float(), fmt.bits)
-    if not bool((stored_scale.isfinite() & stored_bias.isfinite()).all()):
-        largest = float(blocks.x.abs().max())
-        way_out = f"Use {fmt.name.removesuffix('.f16')} (bf16 scales)" if dtype == torch.float16 else "Scale the weight down"
-        raise ValueError(
-            f"quantize: {fmt.name} stores scale and bias as {str(dtype).removeprefix('torch.')}, which a group with "
-            f"weights up to {largest:.6g} overflows. {way_out}."
-        )
     return {"scale": stored_scale, "bias": stored_bias, "q": q}

@@ -16,7 +16,7 @@ class Blocks:
 
     x: Tensor  # f32 [n, block]
     importance: Tensor | None = None  # f32 [n, block], >= 0
-    row_power: Tensor | None = None  # f32 [n], mean of w * w over the whole row that a block comes from; with importance only
+    row_power: Tensor | None = None  # f32 [n], mean of w * w over the whole row that a block comes from
 
 
 def importance_weight(x: Tensor, importance: Tensor, power: Tensor) -> Tensor:

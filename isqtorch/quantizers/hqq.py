@@ -35,8 +35,9 @@ class HqqSolution:
 
 
 def _mean(x: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over one or all dimensions in f64, so that the order of the sum hardly matters."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no f64
-    return x.mean(dtype=wide) if dim is None else x.mean(dim=dim, keepdim=True, dtype=wide).float()
+    return x.mean(dtype=wide) if dim is None else x.mean(dim=dim, keepdim=True, dtype=wide)
 
 
 def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
@@ -67,7 +68,7 @@ def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
         error = groups - (q - zero) / inverse
         size = error.abs()
         shrunk = error.sign() * torch.relu(size - size ** (_P - 1) / _BETA)
-        zero = _mean(q - (groups - shrunk) * inverse, dim=1)
+        zero = _mean(q - (groups - shrunk) * inverse, dim=1).float()
         errors.append(float(_mean(size)))
         if not errors[-1] < best:
             break
@@ -78,22 +79,15 @@ def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
 def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
     """Round scale and zero to f16, and choose the codes that belong to the rounded ones.
 
-    A zero point beyond the f16 range (a narrow group far from 0) is never stored as infinity: such a group gets a coarser
-    scale that puts the zero at +-2000. Its values then keep the precision of f16 itself, |error| <= |w| / 4000.
-
-    Raises:
-        ValueError: a scale too large for f16.
+    A zero point beyond the f16 range (a narrow group far from 0) is never stored as infinity: such a group gets a
+    coarser scale that puts the zero at +-2000. Its values then keep the precision of f16 itself, |error| <= |w| / 4000.
+    The scale is infinite where the range of a group is too large for f16.
     """
     offset = solution.zero * solution.scale
     far = solution.zero.abs() > _FAR
     scale = torch.where(far, divide(offset.abs(), _EXACT), solution.scale).half()
     step = scale.float()
     zero = torch.where(far, (offset / step).round(), solution.zero).half()
-    if not bool((scale.isfinite() & zero.isfinite()).all()):
-        raise ValueError(
-            f"quantize: hqq{bits} stores its scale as float16, which a group with weights up to {float(groups.abs().max()):.6g} "
-            f"overflows. Use afq{bits} (bf16 scales)."
-        )
     q = (groups / step[:, None] + zero.float()[:, None]).round().clamp(0, (1 << bits) - 1)
     return {"scale": scale, "zero": zero, "q": q.to(torch.uint8)}
 

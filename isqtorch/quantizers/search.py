@@ -72,8 +72,7 @@ def _sweep(
         codes, sumlx, suml2 after the sweeps.
     """
     weighted = weight * x
-    rows = codes.float().unbind(0)
-    level = list(rows)
+    level = list(codes.float().unbind(0))
     active = torch.ones_like(sumlx, dtype=torch.bool)
     for _ in range(5):
         moved = torch.zeros_like(active)
@@ -142,7 +141,7 @@ def search_affine(
     low, high = first_min(x), first_max(x)
     weighted = weight * x
     sum_w, sum_x = ordered_sum(torch.stack([weight, weighted], dim=1), start=None)
-    low = torch.where(low > 0, 0.0, low)
+    start = low = torch.where(low > 0, 0.0, low)
     flat = high <= low
 
     def encode(numerator: float, low: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +172,8 @@ def search_affine(
         scale = torch.where(better, new_scale, scale)
         low = torch.where(better, new_low, low)
         best = torch.where(better, new_error, best)
-        # a flat lane divides by 0 and may find anything; it is overwritten below
-    flat_low = first_min(x)
-    low = torch.where(flat, torch.where(flat_low > 0, 0.0, flat_low), low)
-    return torch.where(flat, 0.0, scale), -low, torch.where(flat, 0, codes)
+    # a flat lane divided by 0 and may have found anything
+    return torch.where(flat, 0.0, scale), -torch.where(flat, start, low), torch.where(flat, 0, codes)
 
 
 def search_positive(x: Tensor, weight: Tensor, nmax: int) -> tuple[Tensor, Tensor]:

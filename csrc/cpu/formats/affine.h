@@ -42,8 +42,7 @@ struct Affine : BlockwiseFormat {
   static void decode(const Block& block, float* w) {
     const float scale = kF16 ? f16_to_f32(block.scale) : bf16_to_f32(block.scale);
     const float bias = kF16 ? f16_to_f32(block.bias) : bf16_to_f32(block.bias);
-    load_stream<kBits>(block.codes, kGroup, w);
-    for (int i = 0; i < kGroup; ++i) w[i] = scale * w[i] + bias;
+    load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return scale * codes + bias; });
   }
 
   static I quantize(const LaneBlocks<kGroup>& in, Block* out) {

@@ -7,21 +7,6 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// The value of every code. A table, because bit tricks on f32 would pass through subnormal numbers.
-struct E4m3Table {
-  float value[256];
-  constexpr E4m3Table() : value() {
-    for (int code = 0; code < 256; ++code) {
-      const int exponent = code >> 3 & 15, mantissa = code & 7;
-      float magnitude = (exponent ? 8 + mantissa : mantissa) / 512.0f;  // of 2^-9
-      for (int i = 1; i < exponent; ++i) magnitude *= 2;
-      if ((code & 127) == 127) magnitude = __builtin_nanf("");
-      value[code] = code & 128 ? -magnitude : magnitude;
-    }
-  }
-};
-inline constexpr E4m3Table kE4m3;
-
 struct Fp8 : BlockwiseFormat {
 #pragma pack(push, 1)
   struct Block {
@@ -36,7 +21,7 @@ struct Fp8 : BlockwiseFormat {
 
   static void decode(const Block& block, float* w) {
     const float scale = block.scale;
-    for (int i = 0; i < 128; ++i) w[i] = kE4m3.value[block.codes[i]] * scale;
+    for (int i = 0; i < 128; i += kLanes) store_lanes(value_of(load_bytes(block.codes + i)) * scale, w + i);
   }
 
   static I quantize(const LaneBlocks<128>& in, Block* out) {
@@ -52,6 +37,16 @@ struct Fp8 : BlockwiseFormat {
   }
 
  private:
+  // Exact, and never through a subnormal f32, which the thread may flush to zero.
+  static F value_of(I code) {
+    const I magnitude = code & 0x7f;
+    const F normal = as_float((magnitude << 20) + (120 << 23));  // exponent bias 7 to 127
+    const F subnormal = to_float(magnitude) * 0x1p-9f;
+    const F value = select(magnitude < 8, subnormal, normal);
+    const F with_nan = select(magnitude == 0x7f, splat(__builtin_nanf("")), value);
+    return as_float(as_int(with_nan) | (code & 0x80) << 24);
+  }
+
   // To nearest even, saturating.
   static I encode(F f) {
     const F magnitude = min(abs(f), splat(kLargest));

@@ -26,8 +26,7 @@ struct Hqq {
 
   static void decode(const Block& block, float* w) {
     const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
-    load_stream<kBits>(block.codes, kGroup, w);
-    for (int i = 0; i < kGroup; ++i) w[i] = (w[i] - zero) * scale;
+    load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return (codes - zero) * scale; });
   }
 
   static QuantizeResult quantize(const QuantizeJob& job) {

@@ -55,11 +55,17 @@ struct Q2K : BlockwiseFormat {
 
   static void decode(const Block& block, float* w) {
     const float d = f16_to_f32(block.d), dmin = f16_to_f32(block.dmin);
+    float scale[16], offset[16];
     for (int j = 0; j < 16; ++j) {
-      const float scale = d * (float)(block.scales[j] & 15), offset = dmin * (float)(block.scales[j] >> 4);
-      const uint8_t* qs = block.qs + 32 * (j / 8) + 16 * (j % 2);
-      const int shift = 2 * (j % 8 / 2);
-      for (int i = 0; i < 16; ++i) w[16 * j + i] = scale * (float)(qs[i] >> shift & 3) - offset;
+      scale[j] = d * (float)(block.scales[j] & 15);
+      offset[j] = dmin * (float)(block.scales[j] >> 4);
+    }
+    for (int run = 0; run < 4; ++run) {  // sixteen bytes: codes of the sub-blocks j, j + 2, j + 4, j + 6
+      const I bytes = load_bytes(block.qs + 16 * run);
+      for (int c = 0; c < 4; ++c) {
+        const int j = run / 2 * 8 + run % 2 + 2 * c;
+        store_lanes(scale[j] * to_float(bytes >> (2 * c) & 3) - offset[j], w + 16 * j);
+      }
     }
   }
 
@@ -132,13 +138,12 @@ struct Q3K : BlockwiseFormat {
     int t[16];
     unpack_scales(block.scales, t);
     const float d = f16_to_f32(block.d);
-    for (int j = 0; j < 16; ++j) {
-      const float scale = d * (float)(t[j] - 32);
-      const int half = 16 * (j % 2), shift = 2 * (j % 8 / 2), bit = j / 2;
-      const uint8_t *qs = block.qs + 32 * (j / 8) + half, *hmask = block.hmask + half;
-      for (int i = 0; i < 16; ++i) {
-        const int code = (qs[i] >> shift & 3) | (hmask[i] >> bit & 1) << 2;
-        w[16 * j + i] = scale * (float)(code - 4);
+    for (int run = 0; run < 4; ++run) {
+      const I bytes = load_bytes(block.qs + 16 * run), mask = load_bytes(block.hmask + 16 * (run % 2));
+      for (int c = 0; c < 4; ++c) {
+        const int j = run / 2 * 8 + run % 2 + 2 * c;
+        const I code = (bytes >> (2 * c) & 3) | (mask >> (j / 2) & 1) << 2;
+        store_lanes(d * (float)(t[j] - 32) * to_float(code - 4), w + 16 * j);
       }
     }
   }
@@ -217,14 +222,13 @@ struct Pairs256 : BlockwiseFormat {
     int ls[8], lm[8];
     unpack_pairs(block.scales, ls, lm);
     const float d = f16_to_f32(block.d), dmin = f16_to_f32(block.dmin);
-    for (int j = 0; j < 8; ++j) {
-      const float scale = d * (float)ls[j], offset = dmin * (float)lm[j];
-      const uint8_t* qs = block.qs + 32 * (j / 2);
-      const int shift = 4 * (j % 2);
-      for (int i = 0; i < 32; ++i) {
-        int code = qs[i] >> shift & 15;
-        if constexpr (kBits == 5) code |= (block.qh[i] >> j & 1) << 4;
-        w[32 * j + i] = scale * (float)code - offset;
+    for (int run = 0; run < 8; ++run) {  // sixteen bytes: half of sub-block j in the low nibbles, half of j + 1 in the high ones
+      const I bytes = load_bytes(block.qs + 16 * run);
+      for (int c = 0; c < 2; ++c) {
+        const int j = run / 2 * 2 + c;
+        I code = bytes >> (4 * c) & 15;
+        if constexpr (kBits == 5) code |= (load_bytes(block.qh + 16 * (run % 2)) >> j & 1) << 4;
+        store_lanes(d * (float)ls[j] * to_float(code) - dmin * (float)lm[j], w + 32 * j + 16 * (run % 2));
       }
     }
   }
@@ -306,15 +310,14 @@ struct Q6K : BlockwiseFormat {
 
   static void decode(const Block& block, float* w) {
     const float d = f16_to_f32(block.d);
-    for (int j = 0; j < 16; ++j) {
-      const float scale = d * (float)block.scales[j];
-      const int half = j / 8, quarter = j % 8 / 2, first = 16 * (j % 2);  // of 128, of 32
-      const uint8_t* ql = block.ql + 64 * half + 32 * (quarter % 2) + first;
-      const uint8_t* qh = block.qh + 32 * half + first;
-      const int low_shift = 4 * (quarter / 2), high_shift = 2 * quarter;
-      for (int i = 0; i < 16; ++i) {
-        const int code = (ql[i] >> low_shift & 15) | (qh[i] >> high_shift & 3) << 4;
-        w[16 * j + i] = scale * (float)(code - 32);
+    for (int run = 0; run < 4; ++run) {  // of 32 weights in each of the four quarters of a half
+      const int half = run / 2, first = 16 * (run % 2);
+      const I high = load_bytes(block.qh + 32 * half + first);
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const int j = 8 * half + 2 * quarter + run % 2;
+        const I low = load_bytes(block.ql + 64 * half + 32 * (quarter % 2) + first) >> (4 * (quarter / 2)) & 15;
+        const I code = low | (high >> (2 * quarter) & 3) << 4;
+        store_lanes(d * (float)block.scales[j] * to_float(code - 32), w + 16 * j);
       }
     }
   }

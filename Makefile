@@ -1,0 +1,73 @@
+# One entry point per task; `make help` lists them. Nothing is installed outside $(VENV).
+
+# Any torch >= 2.10 works, with or without CUDA, e.g. make demo TORCH='torch==2.11.0'. The CPU build is enough: to get it where the
+# default is a CUDA build, point pip there with its own environment variables (see pytorch.org, "Get started").
+TORCH   ?= torch==2.13.0
+PYTHON3 ?= python3
+VENV    ?= .venv
+
+PYTHON  := $(VENV)/bin/python
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+# Stamps: empty files that remember what was done. A changed prerequisite makes make do that step again, and no other.
+TORCH_STAMP   := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(TORCH)))
+INSTALL_STAMP := $(VENV)/.stamp-install
+BUILD_STAMP   := $(VENV)/.stamp-build
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format tables build clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
+	@mkdir -p build
+	$(PYTHON) -m isqtorch demo --plot build/demo.png
+
+test: build  ## the test suite
+	$(PYTHON) -m pytest
+
+test-all: build  ## the test suite with its slow tests
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+lint: build  ## ruff, mypy --strict, clang-format, generated tables
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(PYTHON) docs/tables.py --check
+
+format: build  ## rewrite sources in the house format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+tables: build  ## rewrite the generated format tables in README.md and docs/
+	$(PYTHON) docs/tables.py
+
+build: $(BUILD_STAMP)  ## the virtual environment, the package in it, the C++ extension compiled
+
+clean:  ## remove what was built (the virtual environment stays)
+	rm -rf build dist *.egg-info isqtorch/_C*.so $(BUILD_STAMP)
+
+# ---- how to get there -----------------------------------------------------------------------------------------------
+
+$(PYTHON):
+	@command -v $(PYTHON3) >/dev/null || { echo "isqtorch: $(PYTHON3) not found. Install Python >= 3.10: sudo apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "isqtorch: $$($(PYTHON3) --version) is too old; 3.10 is needed (make PYTHON3=python3.12 ...)."; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || { echo "isqtorch: this Python cannot make virtual environments. On Debian or Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(PYTHON)
+	@command -v $${CXX:-c++} >/dev/null || { echo "isqtorch: no C++ compiler. On Debian or Ubuntu: sudo apt install g++; on macOS: xcode-select --install"; exit 1; }
+	$(PYTHON) -m pip install '$(TORCH)' 'setuptools>=77.0.3' wheel ninja
+	@rm -f $(VENV)/.stamp-*
+	@touch $@
+
+# Without build isolation the extension is compiled against the torch that will load it, and torch is not downloaded twice.
+$(INSTALL_STAMP): pyproject.toml setup.py $(TORCH_STAMP)
+	$(PYTHON) -m pip install --no-build-isolation -e '.[hf,plot,dev]'
+	@touch $@
+
+$(BUILD_STAMP): $(SOURCES) $(INSTALL_STAMP)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@

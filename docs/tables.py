@@ -1,0 +1,58 @@
+"""Rewrite the generated parts of README.md and docs/formats.md, between their `<!-- name:begin -->` and `<!-- name:end -->`.
+
+python docs/tables.py                 the format table, from the registry
+python docs/tables.py --check         exit 1 if a file is out of date, write nothing
+python docs/tables.py --demo FILE     also the demo table: FILE is the output of `isqtorch demo --markdown`
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the tables of this source tree, whatever is installed
+
+from isqtorch.cli.formats import markdown  # noqa: E402
+
+FILES = [ROOT / "README.md", ROOT / "docs" / "formats.md"]
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """`text` with the part between the markers of `name` replaced; unchanged if it has no such markers."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    if not found:
+        return text
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"docs/tables.py: {begin.strip()} without {end}")
+    return head + begin + content.strip() + "\n" + end + tail
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--demo", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    parts = {"formats": markdown()}
+    if args.demo:
+        parts["demo"] = args.demo.read_text(encoding="utf-8")
+    stale = []
+    for path in FILES:
+        old = new = path.read_text(encoding="utf-8")
+        for name, content in parts.items():
+            new = replace(new, name, content)
+        if new != old:
+            stale.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    if args.check and stale:
+        print(f"out of date: {', '.join(stale)}; run `make tables`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

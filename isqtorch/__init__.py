@@ -1,0 +1,41 @@
+"""Quantize a PyTorch model in place: `isqtorch.quantize_(model, 4)`.
+
+The public names, nothing else. They are imported here, in one go, on purpose: some functions are named as the module that
+holds them (`plan`, `quantize`, `formats`), and a module imported later would take the function's place.
+"""
+
+from ._version import __version__
+from .evaluation import kl_divergence, perplexity, reference_logits
+from .formats import QuantFormat, formats, get_format, resolve_format
+from .imatrix import Imatrix, read_imatrix
+from .modules import QuantEmbedding, QuantLinear
+from .plan import plan
+from .quantize import dequantize_, quantize_, requantize_
+from .report import LayerReport, QuantReport
+from .tensor import QuantizedTensor, quantize
+
+from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
+
+__all__ = [
+    "Imatrix",
+    "LayerReport",
+    "QuantEmbedding",
+    "QuantFormat",
+    "QuantLinear",
+    "QuantReport",
+    "QuantizedTensor",
+    "__version__",
+    "checkpoint",
+    "dequantize_",
+    "formats",
+    "get_format",
+    "kl_divergence",
+    "perplexity",
+    "plan",
+    "quantize",
+    "quantize_",
+    "read_imatrix",
+    "reference_logits",
+    "requantize_",
+    "resolve_format",
+]

@@ -1,0 +1,333 @@
+"""save and load_: a quantized model in one safetensors file, bit for bit.
+
+The file holds the state dict: packed weights as uint8 `[N, row_bytes]` under their ordinary names, shared tensors once. The
+metadata entry "isqtorch" says in JSON which layers are packed in which format, and which names share a tensor:
+
+    {"format_version": 1,
+     "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256, "out_features": 768,
+                                               "dtype": "bfloat16"}, ...},
+     "shared": {"lm_head.weight": "model.embed_tokens.weight"}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat, get_format
+
+from .inventory import storage_key
+from .modules import QuantEmbedding, QuantLinear
+from .modules.convert import layer_kind, to_packed, weight_matrix
+
+FORMAT_VERSION = 1
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What the file says about one packed layer."""
+
+    kind: str  # linear, conv1d or embedding
+    format: str
+    in_features: int
+    out_features: int
+    dtype: str  # of the layer, as torch spells it
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        return self.out_features, get_format(self.format).row_bytes(self.in_features)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked contents of the metadata entry."""
+
+    layers: dict[str, LayerEntry]
+    shared: dict[str, str]  # name -> the name it is stored under
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write `model` to a .safetensors file, replacing it at once: a reader sees the old file or the new one.
+
+    Raises:
+        ValueError: the state dict holds something that is not a tensor, or a tensor on the meta device.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    kept: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    names: dict[object, str] = {}  # storage -> first name
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"save: {name} is a {type(tensor).__name__}; only tensors can be saved")
+        if tensor.device.type == "meta":
+            raise ValueError(f"save: {name} is on the meta device and has no values")
+        first = names.setdefault(storage_key(tensor), name)
+        if first == name:
+            kept[name] = tensor.detach()
+        else:
+            shared[name] = first
+    layers = {
+        name: asdict(_entry_of(module))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (QuantLinear, QuantEmbedding))
+    }
+    header = {"format_version": FORMAT_VERSION, "layers": layers, "shared": shared}
+    metadata = {"format": "pt", "isqtorch": json.dumps(header, separators=(",", ":"))}
+    with _replacing(path) as temporary:
+        save_file(_separate(kept), temporary, metadata)
+
+
+def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fill a model with what `save` wrote: packed layers take the place of ordinary ones, everything else is assigned.
+
+    Args:
+        model: the ordinary model (same architecture, any weights, also on the meta device) or a quantized one.
+        path: the file, or a folder with a model.safetensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, a damaged one, one from a newer version, or one that does not fit the model; the model is
+            as it was.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    with _opened(path) as file:
+        header = read_header(file.metadata(), path)
+        stored = {name: file.get_slice(name) for name in file.keys()}
+        shapes = {name: (tuple(piece.get_shape()), str(piece.get_dtype())) for name, piece in stored.items()}
+        _check_fit(model, header, shapes, path)
+        parameters: dict[str, nn.Parameter] = {}  # stored name -> the one parameter made of it
+        done: dict[int, nn.Module] = {}
+        for name, entry in header.layers.items():
+            _load_layer(model, name, entry, header, file, parameters, done)
+        for name in model.state_dict():
+            if name.removesuffix(".weight") not in header.layers or not name.endswith(".weight"):
+                _load_tensor(model, name, header.shared.get(name, name), file, parameters)
+
+
+def read_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
+    """The checked metadata entry of a file; ValueError if it is not there or not understood."""
+    text = (metadata or {}).get("isqtorch")
+    if text is None:
+        raise ValueError(
+            f"{path}: was not written by isqtorch.checkpoint.save (there is no 'isqtorch' in its metadata)"
+        )
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: the isqtorch metadata is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: the isqtorch metadata is not an object")
+    version = content.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: format_version is {version!r}, must be a positive number")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest known here. Upgrade isqtorch."
+        )
+    layers, shared = content.get("layers"), content.get("shared")
+    if not isinstance(layers, dict) or not isinstance(shared, dict):
+        raise ValueError(f"{path}: the isqtorch metadata must hold 'layers' and 'shared' objects")
+    if not all(isinstance(name, str) for name in shared.values()):
+        raise ValueError(f"{path}: 'shared' must map names to names")
+    return Header({name: _parse_entry(name, entry, path) for name, entry in layers.items()}, shared)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _entry_of(module: QuantLinear | QuantEmbedding) -> LayerEntry:
+    rows, row_bytes = module.weight.shape
+    dtype = str(module.dtype).removeprefix("torch.")
+    return LayerEntry(
+        _kind(module) or "linear", module.format, get_format(module.format).in_features(row_bytes), rows, dtype
+    )
+
+
+def _kind(module: nn.Module) -> str | None:
+    """The kind of an ordinary layer, or of the one that a packed layer replaced."""
+    if isinstance(module, QuantEmbedding):
+        return "embedding"
+    if isinstance(module, QuantLinear):
+        return "linear" if module.origin is nn.Linear else "conv1d"
+    return layer_kind(module)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors with no memory in common, which is what safetensors accepts."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        out[name] = whole.clone() if storage in seen else whole
+        seen.add(storage)
+    return out
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved over it on success and removed otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # what the user's umask gives; safetensors would make it private
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # how safetensors reports a full disk or a missing folder
+        raise OSError(f"save: cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+
+
+def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
+    where = f"{path}: layer {name!r}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: is not an object")
+    kind, dtype = entry.get("kind"), entry.get("dtype")
+    if kind not in ("linear", "conv1d", "embedding"):
+        raise ValueError(f"{where}: unknown kind {kind!r}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{where}: unknown dtype {dtype!r}")
+    columns, rows = entry.get("in_features"), entry.get("out_features")
+    if type(columns) is not int or type(rows) is not int or not (0 < columns < 1 << 48 and 0 < rows < 1 << 48):
+        raise ValueError(
+            f"{where}: in_features and out_features are {columns!r} and {rows!r}, must be positive numbers"
+        )
+    try:
+        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype)
+        parsed.packed_shape  # noqa: B018  (checks that blocks divide in_features)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return parsed
+
+
+def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tuple[int, ...], str]], path: Path) -> None:
+    """ValueError unless file and model hold the same names and shapes, and packed layers where layers can be packed."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    state = model.state_dict()
+    dangling = [alias for alias, name in header.shared.items() if name not in shapes]
+    missing = sorted((set(state) - set(shapes) - set(header.shared)) | set(dangling))
+    unexpected = sorted((set(shapes) | set(header.shared)) - set(state))
+    for names, what in ((missing, "lacks"), (unexpected, "holds, and the model does not have,")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{path}: the file {what} {', '.join(names[:5])}{more}. It was made from another model.")
+    for name, entry in header.layers.items():
+        module = modules.get(name)
+        if module is None or _kind(module) != entry.kind:
+            found = "nothing" if module is None else f"a {type(module).__name__}"
+            raise ValueError(f"{path}: {name} is a packed {entry.kind} layer, the model has {found} there")
+        size = _size(module)
+        if size != (entry.out_features, entry.in_features):
+            raise ValueError(
+                f"{path}: {name} is [{entry.out_features}, {entry.in_features}], in the model it is {list(size)}"
+            )
+    for name, tensor in state.items():
+        shape, dtype = shapes[header.shared.get(name, name)]
+        owner, _, leaf = name.rpartition(".")
+        packed = header.layers.get(owner) if leaf == "weight" else None
+        want = tuple(tensor.shape) if packed is None else packed.packed_shape
+        integer = not tensor.dtype.is_floating_point if packed is None else True
+        if (
+            shape != want
+            or (packed is not None and dtype != "U8")
+            or integer != dtype.startswith(("I", "U", "B0", "BOOL"))
+        ):
+            raise ValueError(
+                f"{path}: tensor {name} is {dtype} {list(shape)}, must be {'U8' if packed else tensor.dtype} {list(want)}"
+            )
+        if owner not in modules or leaf not in {**modules[owner]._parameters, **modules[owner]._buffers}:
+            raise ValueError(
+                f"{path}: {name} is neither a parameter nor a buffer of the model, so it cannot be assigned"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta" and name not in state:
+            raise ValueError(
+                f"load_: the buffer {name} is on the meta device and not part of the state dict, so no file has it. Build the model "
+                "so that buffers are real (accelerate.init_empty_weights does), or on the CPU."
+            )
+
+
+def _size(module: nn.Module) -> tuple[int, ...]:
+    """(N, K) of a layer, packed or not."""
+    if isinstance(module, QuantEmbedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, QuantLinear):
+        return module.out_features, module.in_features
+    return tuple(weight_matrix(module).shape)
+
+
+def _load_layer(
+    model: nn.Module,
+    name: str,
+    entry: LayerEntry,
+    header: Header,
+    file: Any,
+    parameters: dict[str, nn.Parameter],
+    done: dict[int, nn.Module],
+) -> None:
+    """Put a packed layer in the place of the one at `name`."""
+    fmt: QuantFormat = get_format(entry.format)
+    old = model.get_submodule(name)
+    if any(old is new for new in done.values()):
+        return  # the same parent under another name
+    if id(old) not in done:
+        key = header.shared.get(f"{name}.weight", f"{name}.weight")
+        if key not in parameters:
+            parameters[key] = nn.Parameter(_read(file, key, old.weight), requires_grad=False)
+        new = to_packed(old, parameters[key], fmt)
+        new.dtype = _DTYPES[entry.dtype]
+        done[id(old)] = new
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._modules[leaf] = done[id(old)]
+
+
+def _load_tensor(model: nn.Module, name: str, key: str, file: Any, parameters: dict[str, nn.Parameter]) -> None:
+    """Assign one parameter or buffer; names that share a stored tensor share one parameter."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = _read(file, key, owner._buffers[leaf])
+        return
+    old = owner._parameters[leaf]
+    assert old is not None
+    if key not in parameters:
+        parameters[key] = nn.Parameter(_read(file, key, old), requires_grad=old.requires_grad)
+    owner._parameters[leaf] = parameters[key]
+
+
+def _read(file: Any, key: str, like: Any) -> Tensor:
+    """A tensor of the file, on the device of the one it replaces (the CPU for meta)."""
+    tensor: Tensor = file.get_tensor(key)
+    return tensor if like is None or like.device.type == "meta" else tensor.to(like.device)

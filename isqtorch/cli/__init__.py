@@ -1,0 +1,72 @@
+"""The `isqtorch` command: one file per subcommand, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
+
+Exit status: 0 done; 1 something the user can mend, told in one line; 2 wrong usage (argparse); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from . import demo, doctor, formats, perplexity, plan, quantize
+
+__all__ = ["build_parser", "main"]
+
+_COMMANDS = {
+    "demo": demo,
+    "perplexity": perplexity,
+    "quantize": quantize,
+    "plan": plan,
+    "formats": formats,
+    "doctor": doctor,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; a command's docstring is its help text, examples included."""
+    parser = argparse.ArgumentParser(
+        prog="isqtorch", description="Quantize PyTorch models in place, and see what it costs and saves."
+    )
+    parser.add_argument("--version", action="version", version=f"isqtorch {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.HELP,
+            description=command.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None reads `sys.argv`.
+
+    Returns:
+        The exit status, see the module's docstring.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("isqtorch: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `isqtorch formats | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if args.debug:
+            raise
+        print(f"isqtorch: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever the message
+        return 1

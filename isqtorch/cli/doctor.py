@@ -1,0 +1,162 @@
+"""Check the installation: versions, what was compiled, what this machine supports, which kernels are selected and why; then
+run quantize, dequantize, linear and embedding of every format against the plain PyTorch reference.
+
+    isqtorch doctor
+    isqtorch doctor --json
+    ISQTORCH_CPU_ISA=baseline isqtorch doctor
+
+Exit status 1 if a format disagrees with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..formats import QuantFormat, formats, get_format
+from ..ops import cpu_info
+from ..ops.native import LIBRARY
+from ._common import add_json, text_table
+
+HELP = "check the installation and every kernel"
+
+_ROWS = 8
+_BYTES_ALLOWED = 0.001  # an iterative solver may round a tie the other way with another instruction set
+_CPU_FLAGS = (
+    "f16c fma avx2 avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_int8 "
+    "asimd asimddp i8mm bf16 sve"
+).split()  # those a kernel may be written for, as Linux spells them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variants", action="store_true", help="also check other group sizes and scale types")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    info = cpu_info()
+    checks = {name: check_format(get_format(name)) for name in formats(variants=args.variants)}
+    healthy = all(result["ok"] for result in checks.values())
+    if args.json:
+        native = {"library": str(LIBRARY), **asdict(info)}
+        found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
+        print(json.dumps(found, indent=2))
+        return 0 if healthy else 1
+
+    print("\n".join(machine_facts()))
+    print("packages: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"CPU features: {' '.join(cpu()['features']) or 'unknown'}")
+    print(f"native library: {LIBRARY}")
+    print(f"  compiled: {', '.join(info.isa_compiled)}; this machine runs: {', '.join(info.isa_supported)}")
+    print(f"  selected: {info.isa_selected}, {info.reason}")
+    print(f"other devices: {other_devices()}\n")
+    rows = [
+        [name, result["kernel"], "ok" if result["ok"] else "FAIL", result["detail"]] for name, result in checks.items()
+    ]
+    print(text_table(("format", "kernel", "", "linear error / allowed"), rows))
+    failed = [name for name, result in checks.items() if not result["ok"]]
+    print(
+        f"\n{len(checks) - len(failed)} of {len(checks)} formats ok"
+        + (f"; FAIL: {', '.join(failed)}" if failed else "")
+    )
+    return 0 if healthy else 1
+
+
+def machine_facts() -> list[str]:
+    """The machine and the software that a printed number depends on, one line each."""
+    facts = cpu()
+    info = cpu_info()
+    return [
+        f"{facts['name']}, {facts['cores']} logical cores, {platform.system()} {platform.machine()}",
+        f"isqtorch {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads",
+        f"CPU kernels: {info.isa_selected}, {info.reason}",
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what isqtorch works with; missing optional packages are left out."""
+    found = {"isqtorch": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "accelerate", "matplotlib"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """Name, cores and instruction-set features, as far as the system tells."""
+    name, flags = platform.processor(), set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []  # not Linux
+    for line in lines:
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key in ("flags", "Features"):
+            flags.update(value.split())
+    return {
+        "name": name or platform.machine(),
+        "cores": os.cpu_count(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def other_devices() -> str:
+    """GPUs that torch sees, and what runs there."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("Metal (mps)")
+    return ", ".join(names) + ": the plain PyTorch reference runs there" if names else "none"
+
+
+def check_format(fmt: QuantFormat) -> dict[str, Any]:
+    """Compare the four ops of a format with the reference on a small weight.
+
+    Returns:
+        `ok`; `kernel`, "native" or "reference"; `detail`, the error of linear and its bound, or what went wrong.
+    """
+    from ..ops import reference
+
+    generator = torch.Generator().manual_seed(0)
+    k = 4 * fmt.block
+    w = torch.randn(_ROWS, k, generator=generator)
+    x = torch.randn(3, k, generator=generator)
+    ids = torch.tensor([0, _ROWS - 1])
+    expected = reference.quantize(w, fmt.name)
+    weights = reference.dequantize(expected, fmt.name, torch.float32)
+    exact = x.double() @ weights.double().T
+    wrong, detail = [], ""
+    try:
+        ops = torch.ops.isqtorch
+        differing = float((ops.quantize(w, fmt.name) != expected).double().mean())
+        if differing > _BYTES_ALLOWED:
+            wrong.append(f"quantize gives other bytes ({100 * differing:.2g} %)")
+        if not torch.equal(ops.dequantize(expected, fmt.name, torch.float32), weights):
+            wrong.append("dequantize gives other weights")
+        if not torch.equal(ops.embedding(ids, expected, fmt.name, torch.float32), weights[ids]):
+            wrong.append("embedding gives other rows")
+        error = float((ops.linear(x, expected, fmt.name).double() - exact).norm() / exact.norm())
+        detail = f"{error:.1e} / {fmt.linear_error:.1e}"
+        if not error <= fmt.linear_error:
+            wrong.append("linear is too far off")
+    except Exception as error:  # whatever a broken build throws is a finding, not a crash of the doctor
+        wrong.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    native = fmt.name in cpu_info().formats
+    return {
+        "ok": not wrong,
+        "kernel": "native" if native else "reference",
+        "detail": "; ".join([*wrong, detail] if wrong else [detail]),
+    }

@@ -1,0 +1,88 @@
+"""Perplexity of a model on a text, as it is or quantized, and how far quantization moved its predictions.
+
+    isqtorch perplexity examples/demo_model/model --text examples/demo_model/heldout.txt
+    isqtorch perplexity examples/demo_model/model --isq q4k --kl --text examples/demo_model/heldout.txt
+    isqtorch perplexity ./my-model-q4k --text my.txt --mode llamacpp --json
+
+MODEL is a model for transformers, or a folder that `isqtorch quantize` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from typing import Any
+
+from ._common import add_imatrix, add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
+
+HELP = "perplexity and KL divergence on a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or id, or a folder written by `isqtorch quantize`")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    add_isq(parser, required=False)
+    add_policy(parser)
+    add_imatrix(parser)
+    parser.add_argument("--kl", action="store_true", help="with --isq: also the divergence from the unquantized model")
+    parser.add_argument("--context", type=int, default=512, help="tokens per window (%(default)s)")
+    parser.add_argument(
+        "--mode",
+        choices=["global", "llamacpp"],
+        default="global",
+        help="llamacpp: score the second half of each window",
+    )
+    parser.add_argument("--tokens", type=int, help="use only the first so many tokens of the text")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    from ..evaluation import kl_divergence, perplexity
+    from ..quantize import quantize_
+
+    text = read_text(args.text)
+    model, tokenizer = load_model(args.model)
+    ids = tokenizer(text, verbose=False)["input_ids"][: args.tokens]
+    reference = copy.deepcopy(model) if args.kl else None
+    if args.isq:
+        quantize_(
+            model,
+            args.isq,
+            topology=args.topology,
+            organization=args.organization,
+            imatrix=args.imatrix,
+            fallback=args.fallback,
+        )
+    score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=not args.json)
+    result: dict[str, Any] = {
+        "model": args.model,
+        "format": args.isq,
+        "mode": args.mode,
+        "context": args.context,
+        "tokens": score.tokens,
+        "perplexity": float(score),
+        "perplexity_stderr": score.stderr,
+    }
+    if reference is not None:
+        divergence = kl_divergence(model, reference, ids, context=args.context, progress=not args.json)
+        result |= {"kl_mean": divergence.mean, "kl_p99": divergence.p99, "top1_agreement": divergence.top1_agreement}
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"perplexity {score!r}")
+    if reference is not None:
+        print(divergence)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ..formats import resolve_format
+
+    if args.isq:
+        resolve_format(args.isq)  # before minutes of loading
+    elif args.kl or args.topology or args.imatrix:
+        raise ValueError("--kl, --topology and --imatrix need --isq FORMAT")
+    if args.isq and is_checkpoint(args.model):
+        raise ValueError(f"{args.model} is quantized already; leave out --isq, or give the original model")

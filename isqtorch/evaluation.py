@@ -1,0 +1,362 @@
+"""How good a model still is: perplexity on a text, and the KL divergence of its predictions from a reference model's.
+
+Both run the model over non-overlapping windows of `context` tokens, each from an empty cache. Position i of a window
+predicts token i + 1, so the last position of a window has no target and scores nothing. Differences between formats are
+far smaller than between texts: compare numbers from the same ids and the same context only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Model = Callable[..., Any]
+"""Anything that maps ids `[B, T]` to logits `[B, T, vocab]`: a tensor, a tuple that begins with it, or an object with .logits."""
+
+Ids = Tensor | Sequence[int] | str
+"""Token ids `[T]` or `[1, T]`, or a text, which then needs a tokenizer."""
+
+_PIECE = 1 << 22  # logits worked on at once, in f32 or f64: 27 positions of a vocabulary of 150,000
+
+
+class Perplexity(float):
+    """A perplexity: a float, with what it came from.
+
+    Attributes:
+        nll: mean negative log-likelihood per token, in nats; the perplexity is its exponential.
+        stderr: standard error of the perplexity, from the spread of the tokens' likelihoods (as llama.cpp computes it).
+        tokens: number of tokens scored.
+    """
+
+    nll: float
+    stderr: float
+    tokens: int
+
+    def __new__(cls, nll: float, nll_stderr: float, tokens: int) -> Perplexity:
+        value = math.exp(nll) if nll < 709 else nll + math.inf  # nan stays nan
+        self = super().__new__(cls, value)
+        self.nll, self.stderr, self.tokens = nll, value * nll_stderr, tokens
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Perplexity, (self.nll, self.stderr / self, self.tokens)
+
+    def __repr__(self) -> str:
+        return f"{float(self):.4f} +- {self.stderr:.4f} ({self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class KLResult:
+    """KL(reference || model) over the scored positions, in nats."""
+
+    mean: float
+    p99: float  # 99th percentile: 99 % of the positions are no higher
+    max: float
+    top1_agreement: float  # % of positions where both models find the same token most likely
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.mean:.6f}, 99 % {self.p99:.6f}, max {self.max:.4f}, same top token {self.top1_agreement:.2f} % "
+            f"({self.tokens} tokens)"
+        )
+
+
+def perplexity(
+    model: Model,
+    ids_or_text: Ids,
+    tokenizer: Any = None,
+    context: int = 512,
+    mode: str = "global",
+    batch: int = 1,
+    progress: bool = False,
+) -> Perplexity:
+    """Exponential of the mean negative log-likelihood over all scored tokens of a text.
+
+    Args:
+        model: see `Model`. A module runs in eval mode and gets its training flags back.
+        ids_or_text: token ids, or a text, tokenized with the tokenizer's usual special tokens.
+        tokenizer: needed for a text; in mode "llamacpp" also with ids, if the model expects a BOS token.
+        context: tokens per window.
+        mode: "global" scores every token but the first of each window, also of a shorter last one. "llamacpp" computes what
+            llama-perplexity does: whole windows only, the first token replaced by BOS if the tokenizer adds one, and
+            only the tokens after position context // 2 scored.
+        batch: windows per forward. Logits of `batch * context * vocabulary` values are held.
+        progress: show a bar.
+
+    Returns:
+        A float with attributes nll, stderr and tokens. NaN if the model's logits are NaN.
+
+    Raises:
+        ValueError: a bad argument, or too few tokens.
+    """
+    if mode not in ("global", "llamacpp"):
+        raise ValueError(f"perplexity: mode must be 'global' or 'llamacpp', got {mode!r}")
+    llamacpp = mode == "llamacpp"
+    ids = _token_ids(ids_or_text, tokenizer, "perplexity")
+    run = _Windows("perplexity", ids, context, batch, first=context // 2 if llamacpp else 0, whole_only=llamacpp)
+    bos = _bos_token(tokenizer) if llamacpp else None
+    nll = torch.empty(run.tokens, dtype=torch.float64)
+    done = 0
+    with _evaluating(model):
+        for window in run.each(progress, model):
+            inputs = window.clone()
+            if bos is not None:
+                inputs[:, 0] = bos
+            logits = _scored_logits(model, inputs, run.first)  # [n, vocab]
+            targets = window[:, run.first + 1 :].flatten().to(logits.device)  # [n]
+            for piece in _pieces(logits):
+                losses = nn.functional.cross_entropy(_float(logits[piece]), targets[piece], reduction="none")
+                nll[done : done + len(losses)] = losses.cpu()
+                done += len(losses)
+    assert done == run.tokens
+    mean = float(nll.mean())
+    variance = float(nll.var(correction=0)) / max(run.tokens - 1, 1)
+    return Perplexity(mean, math.sqrt(variance), run.tokens)
+
+
+def reference_logits(
+    model: Model,
+    ids_or_text: Ids,
+    tokenizer: Any = None,
+    context: int = 512,
+    batch: int = 1,
+    progress: bool = False,
+) -> Tensor:
+    """The logits of every scored position, to compare other models with by `kl_divergence`.
+
+    Returns:
+        `[tokens, vocab]` on the CPU, in the dtype that the model computes. This is large (a 30,000-token text and a
+        vocabulary of 128,000 make 8 GB in bf16); where both models fit in memory, give the model itself to
+        `kl_divergence` instead.
+    """
+    run = _Windows("reference_logits", _token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
+    stored = torch.empty(0)
+    done = 0
+    with _evaluating(model):
+        for window in run.each(progress, model):
+            logits = _scored_logits(model, window)
+            if not done:
+                stored = torch.empty(run.tokens, logits.shape[1], dtype=logits.dtype)
+            stored[done : done + len(logits)] = logits
+            done += len(logits)
+    return stored
+
+
+def kl_divergence(
+    model: Model,
+    reference: Tensor | Model,
+    ids_or_text: Ids,
+    tokenizer: Any = None,
+    context: int = 512,
+    batch: int = 1,
+    progress: bool = False,
+) -> KLResult:
+    """Kullback-Leibler divergence of a model's predictions from a reference's, KL(reference || model).
+
+    Computed in float64 from the logits, so also values near 1e-9 are exact to several digits.
+
+    Args:
+        model: the model to judge, see `Model`.
+        reference: what `reference_logits` returned for the same ids and context, or the reference model itself, which
+            then runs window by window, and nothing is stored.
+        ids_or_text, tokenizer, context, batch, progress: as for `perplexity`; the same tokens are scored as there.
+
+    Raises:
+        ValueError: a bad argument, too few tokens, or a reference with another number of positions or another vocabulary.
+    """
+    run = _Windows("kl_divergence", _token_ids(ids_or_text, tokenizer, "kl_divergence"), context, batch)
+    if isinstance(reference, Tensor) and (reference.ndim != 2 or len(reference) != run.tokens):
+        raise ValueError(
+            f"kl_divergence: the reference has shape {list(reference.shape)}, but these ids in windows of {context} have "
+            f"{run.tokens} scored positions. Make it with reference_logits for the same ids and the same context."
+        )
+    divergence = torch.empty(run.tokens, dtype=torch.float64)
+    same_top = done = 0
+    with _evaluating(model), _evaluating(reference):
+        for window in run.each(progress, model):
+            logits = _scored_logits(model, window)
+            if isinstance(reference, Tensor):
+                expected = reference[done : done + len(logits)]
+            else:
+                expected = _scored_logits(reference, window)
+            if expected.shape != logits.shape:
+                raise ValueError(
+                    f"kl_divergence: the reference has a vocabulary of {expected.shape[-1]}, the model of {logits.shape[-1]}"
+                )
+            for piece in _pieces(logits):
+                p, q = expected[piece].to(logits.device), logits[piece]
+                divergence[done : done + len(p)] = _kl(p, q).cpu()
+                same_top += int((p.argmax(-1) == q.argmax(-1)).sum())
+                done += len(p)
+    values = divergence.numpy()
+    return KLResult(
+        mean=float(values.mean()),
+        p99=float(np.quantile(values, 0.99, method="higher")),  # a value that occurs: no inf - inf
+        max=float(values.max()),
+        top1_agreement=100 * same_top / run.tokens,
+        tokens=run.tokens,
+    )
+
+
+def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) per row in float64: `[n, vocab]` twice -> `[n]`. Float32 would be wrong by 1e-6, as much as q8_0 differs."""
+    if p_logits.device.type == "mps":  # has no float64
+        p_logits, q_logits = p_logits.cpu(), q_logits.cpu()
+    log_p = torch.log_softmax(p_logits.double(), dim=-1)
+    terms = torch.log_softmax(q_logits.double(), dim=-1)
+    torch.sub(log_p, terms, out=terms)  # in place from here: new arrays of this size cost more than the arithmetic
+    p = log_p.exp_()
+    terms.mul_(p).masked_fill_(p == 0, 0.0)  # tokens masked with -inf add nothing
+    return terms.sum(-1).clamp_min_(0.0)
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+
+class _Windows:
+    """The windows of a text: how many tokens they score, and an iterator over batches of ids `[B, T]`."""
+
+    def __init__(
+        self, op: str, ids: Tensor, context: int, batch: int, first: int = 0, whole_only: bool = False
+    ) -> None:
+        self.op, self.ids, self.context, self.batch, self.first = op, ids, context, batch, first
+        least = 3 if whole_only else 2  # the first half of a window of 2 would leave nothing to score
+        if not isinstance(context, int) or context < least:
+            raise ValueError(f"{op}: context must be an integer of {least} or more, got {context!r}")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"{op}: batch must be a positive integer, got {batch!r}")
+        needed = context if whole_only else 2
+        if len(ids) < needed:
+            raise ValueError(f"{op}: {len(ids)} tokens are too few, at least {needed} are needed. Use a longer text.")
+        self.whole = len(ids) // context
+        tail = len(ids) % context
+        self.tail = tail if tail >= 2 and not whole_only else 0
+        self.tokens = self.whole * (context - 1 - first) + max(self.tail - 1, 0)
+
+    def each(self, progress: bool, model: Model) -> Iterator[Tensor]:
+        """Batches of windows; the shorter last one comes alone. Checks first that the model takes them."""
+        self._check_model(model)
+        end = self.whole * self.context
+        batches = list(torch.split(self.ids[:end].view(-1, self.context), self.batch)) if self.whole else []
+        if self.tail:
+            batches.append(self.ids[None, end : end + self.tail])
+        if not progress:
+            yield from batches
+            return
+        from tqdm import tqdm
+
+        yield from tqdm(batches, desc=self.op, unit="batch", leave=False)
+
+    def _check_model(self, model: Model) -> None:
+        config = getattr(model, "config", None)
+        config = getattr(config, "text_config", None) or config
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < self.context:
+            raise ValueError(
+                f"{self.op}: context is {self.context}, but the model has max_position_embeddings = {longest}. "
+                f"Use context={longest} or less."
+            )
+        vocabulary = getattr(config, "vocab_size", None)
+        low, high = (int(value) for value in torch.aminmax(self.ids))
+        if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
+            raise ValueError(
+                f"{self.op}: token ids run from {low} to {high}, the model knows 0 to "
+                f"{vocabulary - 1 if isinstance(vocabulary, int) else '...'}. Use the model's own tokenizer."
+            )
+
+
+def _token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
+    """int64 `[T]` on the CPU."""
+    if isinstance(ids_or_text, str):
+        if tokenizer is None:
+            raise ValueError(f"{op}: a text needs tokenizer=...; or give token ids")
+        return torch.tensor(_tokenize(tokenizer, ids_or_text), dtype=torch.int64)
+    ids = torch.as_tensor(ids_or_text)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1:
+        raise ValueError(f"{op}: token ids must have shape [T] or [1, T], got {list(ids.shape)}")
+    if len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"{op}: token ids must be integers, got {ids.dtype}")
+    return ids.to("cpu", torch.int64)
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    if callable(tokenizer):  # transformers; quiet, because it warns of every text longer than the model's context
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    encoded = tokenizer.encode(text)  # tokenizers.Tokenizer, sentencepiece
+    return list(getattr(encoded, "ids", encoded))
+
+
+def _bos_token(tokenizer: Any) -> int | None:
+    """The BOS token, if the tokenizer puts one before a text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos if bos is not None and _tokenize(tokenizer, "a")[:1] == [bos] else None
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evaluating(model: Tensor | Model) -> Iterator[None]:
+    """No gradients and eval mode; every submodule gets its own training flag back.
+
+    Not inference_mode: what a model caches during a forward must stay usable in training.
+    """
+    if not isinstance(model, nn.Module):
+        with torch.no_grad():
+            yield
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(flags[0][1])  # a call and not just the flags: some modules act on it
+        for module, training in flags:
+            module.training = training
+
+
+def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
+    """Logits of positions first .. T - 2, those with a target in the window: ids `[B, T]` -> `[B * (T - 1 - first), vocab]`."""
+    extra: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        parameter = next(model.parameters(), None)
+        if parameter is not None:
+            ids = ids.to(parameter.device)
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            extra["use_cache"] = False  # transformers would keep keys and values that nobody reads
+    output = model(ids, **extra)
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[:2] != ids.shape:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the model must return logits of shape [{ids.shape[0]}, {ids.shape[1]}, vocabulary] for ids of shape "
+            f"{list(ids.shape)}, got {found}. Use a causal language model with its head."
+        )
+    return output[:, first:-1].flatten(0, 1)
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows that keep what is computed from logits `[n, vocab]` at once below `_PIECE` values."""
+    rows = max(1, _PIECE // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        yield slice(start, min(start + rows, len(logits)))
+
+
+def _float(logits: Tensor) -> Tensor:
+    """At least f32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,116 @@
+"""Which layers can be quantized, and how one is turned into its packed form and back.
+
+Matched by exact type: subclasses of nn.Linear and nn.Embedding have code of their own that expects a float weight.
+transformers' Conv1D, a linear layer with a transposed weight, is known by name, so that transformers need not be imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat
+
+from .embedding import QuantEmbedding
+from .linear import QuantLinear
+from .packed import PackedModule, ordinary_tensors
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+# Carried over as the same objects, so that handles to remove a hook keep working.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def layer_kind(module: nn.Module) -> Kind | None:
+    """What `module` is to us, or None if its weight is not ours to quantize."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "conv1d"
+    return None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a module of a known kind cannot be quantized all the same, or None if it can."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight norm or a parametrization): remove that first"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (an accelerate or offload hook?): remove the hook first"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites rows while it looks them up; packed rows cannot change"
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        return "scale_grad_by_freq is for a table that learns; a packed table does not"
+    return None
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight of a layer as `[N, K]`, a view, whatever the layer stores."""
+    weight = cast(Tensor, module.weight)
+    return weight.t() if layer_kind(module) == "conv1d" else weight
+
+
+def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> QuantLinear | QuantEmbedding:
+    """The packed form of an ordinary layer or of another packed one. Bias, hooks and training mode move over; the weight
+    is not touched."""
+    if isinstance(module, PackedModule):
+        dtype, origin, trainable = module.dtype, module.origin, module.origin_requires_grad
+    else:
+        weight = cast(Tensor, module.weight)
+        dtype, origin, trainable = weight.dtype, type(module), weight.requires_grad
+    new: QuantLinear | QuantEmbedding
+    if isinstance(module, nn.Embedding):
+        new = QuantEmbedding.from_packed(packed, fmt, padding_idx=module.padding_idx, dtype=dtype)
+        new.sparse = module.sparse
+    else:
+        new = QuantLinear.from_packed(packed, fmt, bias=cast("Tensor | None", module.bias), dtype=dtype)
+    new.origin, new.origin_requires_grad = origin, trainable
+    _carry_over(module, new)
+    return new
+
+
+def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.Module:
+    """The ordinary layer that `module` once was, around `weight` in that layer's own layout (see `float_weight`)."""
+    new: Any
+    with torch.device("meta"):
+        if isinstance(module, QuantEmbedding):
+            new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, sparse=module.sparse)
+        elif module.origin is nn.Linear:
+            new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        else:
+            new = module.origin(module.out_features, module.in_features)  # Conv1D(nf, nx)
+    new.weight = weight
+    if isinstance(module, QuantLinear):
+        new.bias = module.bias
+    _carry_over(module, new)
+    return cast(nn.Module, new)
+
+
+def float_weight(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A new float parameter with the decoded weights, laid out as the layer that `module` replaced stores them."""
+    with ordinary_tensors():
+        weight = torch.ops.isqtorch.dequantize(module.weight, module.format, dtype or module.dtype)
+        if isinstance(module, QuantLinear) and module.origin is not nn.Linear:
+            weight = weight.t().contiguous()
+    return nn.Parameter(weight, requires_grad=module.origin_requires_grad)
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    new.training = old.training
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]

@@ -1,0 +1,97 @@
+"""QuantEmbedding: nn.Embedding over a packed table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat, get_format
+
+from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+
+
+class QuantEmbedding(PackedModule, nn.Embedding):
+    """Rows of a packed table, decoded on the way out.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: K, a multiple of the format's block.
+        padding_idx: kept for whoever asks; it has no effect, because the table does not learn.
+        format: format or its name.
+        device: where to allocate; "meta" allocates nothing.
+        dtype: type of the rows that `forward` returns.
+
+    Shapes: ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        format: QuantFormat | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Embedding's own would allocate a float table
+        fmt = self._set_format(format, dtype, nn.Embedding)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        # nn.Embedding's other attributes, at the only values supported: its extra_repr and other code read them
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        packed = torch.zeros(num_embeddings, fmt.row_bytes(embedding_dim), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Tensor,
+        format: QuantFormat | str,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantEmbedding:
+        """A table over bytes that exist: uint8 `[rows, row_bytes]`. A parameter is taken over as it is, not copied."""
+        fmt = get_format(format)
+        rows, dim = check_packed("QuantEmbedding.from_packed", packed, fmt)
+        layer = cls(rows, dim, padding_idx, format=fmt, device="meta", dtype=dtype)
+        layer.weight = packed_parameter(packed)
+        return layer
+
+    @classmethod
+    def from_float(
+        cls,
+        embedding: nn.Embedding,
+        format: QuantFormat | str,
+        *,
+        importance: Tensor | None = None,
+        rule: str | None = None,
+    ) -> QuantEmbedding:
+        """Quantize the table of `embedding`, which stays as it was.
+
+        Raises:
+            ValueError: K does not fit the format, a weight is not finite, or `max_norm` is set (it rewrites rows).
+        """
+        fmt = get_format(format)
+        if embedding.max_norm is not None:
+            raise ValueError(
+                "QuantEmbedding.from_float: max_norm rewrites rows while it looks them up; packed rows cannot change"
+            )
+        with ordinary_tensors():
+            packed = torch.ops.isqtorch.quantize(embedding.weight, fmt.name, importance, rule)
+        return cls.from_packed(packed, fmt, padding_idx=embedding.padding_idx, dtype=embedding.weight.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = torch.ops.isqtorch.embedding(ids, self.weight, self.format, self.dtype)
+        return rows
+
+    def reset_parameters(self) -> None:
+        """Back to zeros, as the constructor leaves it: packed bytes cannot be initialized randomly."""
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self.format}, {self.bits_per_weight:.2f} bpw"

@@ -1,0 +1,100 @@
+"""QuantLinear: nn.Linear over a packed weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat, get_format
+
+from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+
+
+class QuantLinear(PackedModule, nn.Linear):
+    """y = x @ dequantize(weight)^T + bias, with `weight` packed in a quantized format.
+
+    A subclass of nn.Linear, so that whoever looks for linear layers finds it. Usually made by `quantize_`, from a layer with
+    `from_float`, or from bytes with `from_packed`; the constructor makes one of zeros to load a state dict into.
+
+    Args:
+        in_features: K, a multiple of the format's block.
+        out_features: N.
+        bias: whether there is a bias `[N]`, of type `dtype`.
+        format: format or its name.
+        device: where to allocate; "meta" allocates nothing.
+        dtype: the float type the layer stands for.
+
+    Shapes: x `[..., K]` in f32, f16 or bf16; result `[..., N]` of the same type.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: QuantFormat | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a float weight
+        fmt = self._set_format(format, dtype, nn.Linear)
+        self.in_features = in_features
+        self.out_features = out_features
+        packed = torch.zeros(out_features, fmt.row_bytes(in_features), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_packed(
+        cls, packed: Tensor, format: QuantFormat | str, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """A layer over bytes that exist: uint8 `[N, row_bytes]`. Parameters are taken over as they are, not copied."""
+        fmt = get_format(format)
+        rows, in_features = check_packed("QuantLinear.from_packed", packed, fmt)
+        if bias is not None and bias.shape != (rows,):
+            raise ValueError(f"QuantLinear.from_packed: bias must be [{rows}], got {list(bias.shape)}")
+        layer = cls(in_features, rows, bias=False, format=fmt, device="meta", dtype=dtype)
+        layer.weight = packed_parameter(packed)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        format: QuantFormat | str,
+        *,
+        importance: Tensor | None = None,
+        rule: str | None = None,
+    ) -> QuantLinear:
+        """Quantize the weight of `linear`, which stays as it was; the bias is shared with it.
+
+        Raises:
+            ValueError: K does not fit the format, or a weight is not finite.
+        """
+        fmt = get_format(format)
+        with ordinary_tensors():
+            packed = torch.ops.isqtorch.quantize(linear.weight, fmt.name, importance, rule)
+        return cls.from_packed(packed, fmt, bias=linear.bias, dtype=linear.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.isqtorch.linear(x, self.weight, self.format, self.bias)
+        return y
+
+    def reset_parameters(self) -> None:
+        """Back to zeros, as the constructor leaves it: packed bytes cannot be initialized randomly."""
+        with torch.no_grad():
+            self.weight.zero_()
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.format}, {self.bits_per_weight:.2f} bpw"
+        )

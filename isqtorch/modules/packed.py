@@ -1,0 +1,128 @@
+"""What QuantLinear and QuantEmbedding share: a packed weight that nothing may cast, and the memory of what it replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
+from isqtorch.formats import QuantFormat, get_format
+
+
+class PackedModule(nn.Module):
+    """Base of the modules that hold one packed weight.
+
+    Attributes:
+        weight: uint8 `[N, row_bytes]`, a parameter that never asks for a gradient.
+        format: canonical name of the format of `weight`.
+        dtype: the float type the layer stands for: what `dequantize` gives, and the output of an embedding. It follows
+            `.half()`, `.bfloat16()` and `.to(dtype)`; the packed bytes do not.
+        origin: the class this layer replaced (nn.Linear, nn.Embedding, transformers' Conv1D).
+        origin_requires_grad: whether the replaced weight was trainable; `dequantize_` gives it back.
+    """
+
+    # transformers' tensor parallel: shard this parameter as it is, by its own shape
+    _hf_quantized_needs_local_tp = True
+
+    weight: Tensor
+    format: str
+    dtype: torch.dtype
+    origin: type[nn.Module]
+    origin_requires_grad: bool
+
+    def _set_format(self, format: QuantFormat | str, dtype: torch.dtype | None, origin: type[nn.Module]) -> QuantFormat:
+        fmt = get_format(format)
+        self.format = fmt.name
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"{type(self).__name__}: dtype must be a float type, got {self.dtype}")
+        self.origin = origin
+        self.origin_requires_grad = True
+        return fmt
+
+    @property
+    def bits_per_weight(self) -> float:
+        return get_format(self.format).bits_per_weight
+
+    def dequantize(self) -> Tensor:
+        """The weights as they are computed with: `[N, K]` in `self.dtype`."""
+        weight: Tensor = torch.ops.isqtorch.dequantize(self.weight, self.format, self.dtype)
+        return weight
+
+    # ---- nothing casts packed bytes ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """`.to()`, `.half()`, `.cuda()`, ...: the bytes move, the float type changes, and bytes are never cast."""
+
+        def keep_bytes(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if tensor.dtype == torch.uint8 and out.dtype != torch.uint8:  # .type(torch.float16) casts everything
+                return tensor.to(out.device)
+            return out
+
+        probe = fn(torch.empty(1, dtype=self.dtype, device=self.weight.device))
+        super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
+        if probe.dtype.is_floating_point:
+            self.dtype = probe.dtype
+        return self
+
+    # ---- state dicts -------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As nn.Module; the format goes into the metadata beside the version, where it changes no tensor."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})["format"] = self.format
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As nn.Module, but weights of another type or format are an error, never a cast."""
+        key = f"{prefix}weight"
+        incoming, stored = state_dict.get(key), local_metadata.get("format", self.format)
+        if isinstance(incoming, Tensor) and incoming.dtype != torch.uint8:
+            error_msgs.append(
+                f"{key}: this layer holds {self.format} bytes and cannot load {incoming.dtype} weights. "
+                "Load them before quantize_, or call dequantize_ first."
+            )
+        elif stored != self.format:
+            error_msgs.append(
+                f"{key}: this layer is {self.format}, the state dict holds {stored}. Quantize with that format first."
+            )
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+
+def packed_parameter(packed: Tensor) -> nn.Parameter:
+    """`packed` as a parameter; a parameter stays the same object, so that tied weights stay tied."""
+    return packed if isinstance(packed, nn.Parameter) else nn.Parameter(packed, requires_grad=False)
+
+
+def check_packed(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
+    """(N, K) of a packed matrix; ValueError if it is none."""
+    if packed.dtype != torch.uint8 or packed.dim() != 2:
+        raise ValueError(
+            f"{op}: the packed weight must be uint8 [N, row_bytes], got {packed.dtype} {list(packed.shape)}"
+        )
+    return packed.shape[0], fmt.in_features(packed.shape[1])
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """No autograd, and no inference tensors even inside `torch.inference_mode()`: what is made here lives in a module."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

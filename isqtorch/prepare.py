@@ -1,0 +1,230 @@
+"""Everything that quantize_ checks before it touches the first layer, and the list of jobs that comes out of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat
+
+from .imatrix import Imatrix, read_imatrix
+from .inventory import Inventory, inspect_model
+from .modules import PackedModule
+from .modules.convert import layer_kind
+from .modules.packed import ordinary_tensors
+from .policy import LayerInfo, Request, Verdict, decide
+
+ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
+
+_ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight to pack, under all the names that share it."""
+
+    names: tuple[str, ...]
+    has_input: bool  # one of them is a linear layer, so that columns can matter
+    fmt: QuantFormat
+    importance: Tensor | None
+    device: torch.device | None  # None: where it is
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request, ready to be carried out."""
+
+    inventory: Inventory
+    verdict: Verdict
+    jobs: list[Job]
+    target: torch.device | None  # where the whole model goes
+    notes: list[str]  # for the report, besides the verdict's
+    warnings: list[str]  # to be shown at once
+
+
+def prepare(
+    model: nn.Module, request: Request, imatrix: ImatrixLike | None, device: torch.device | str | None, rule: str | None
+) -> Prepared:
+    """Decide about every weight and check all that can fail.
+
+    Raises:
+        ValueError: see `quantize_`.
+    """
+    target = None if device is None else checked_device(device, f"{request.op}: device")
+    for entry in request.entries.entries:
+        if entry.device is not None:
+            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
+    inventory = inspect_model(model)
+    if target is not None:
+        inventory = replace(inventory, layers=[replace(layer, device_type=target.type) for layer in inventory.layers])
+    verdict = decide(inventory.layers, request)
+    importance = load_imatrix(imatrix)
+    jobs = _jobs(inventory, verdict, importance, target)
+    notes = [] if importance is None else _importance_notes(jobs, importance, request.op)
+    alarms = _dead_columns(jobs)
+    if not any(decision.format for decision in verdict.decisions):
+        alarms.append(f"{request.op} quantized nothing; the report has the reasons")
+    for job in jobs:
+        _check_weight(model, job.names[0], request.op)
+    _check_kernels(jobs, rule, request.op)
+    return Prepared(inventory, verdict, jobs, target, [*notes, *alarms], [*verdict.notes, *alarms])
+
+
+def check_model(model: nn.Module, op: str) -> None:
+    """The model must be a module around the layers, not a layer itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+    if layer_kind(model) is not None or isinstance(model, PackedModule):
+        raise ValueError(
+            f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "
+            "isqtorch.quantize on its weight."
+        )
+
+
+def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
+    """An Imatrix from what a user may pass for one."""
+    if imatrix is None or isinstance(imatrix, Imatrix):
+        return imatrix
+    if isinstance(imatrix, (str, os.PathLike)):
+        return read_imatrix(imatrix)
+    if isinstance(imatrix, Mapping):
+        return Imatrix(imatrix)
+    raise ValueError(f"imatrix must be a dict of layer names, a path or an Imatrix, got {type(imatrix).__name__}")
+
+
+def _jobs(inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, target: torch.device | None) -> list[Job]:
+    """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
+    groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
+    for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
+        if decision.format is not None and decision.format.name != layer.packed_as:
+            groups.setdefault(layer.tied_to or layer.name, []).append((layer, decision.format, decision.device))
+    jobs = []
+    for members in groups.values():
+        layers = [layer for layer, _, _ in members]
+        first, fmt, device = members[0]
+        importance = None if imatrix is None else _importance(imatrix, layers, first.shape[1])
+        jobs.append(
+            Job(
+                tuple(layer.name for layer in layers),
+                any(layer.kind == "linear" for layer in layers),
+                fmt,
+                importance if fmt.takes_importance else None,
+                device or target,
+            )
+        )
+    return jobs
+
+
+def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
+    """Which layers go without importance; ValueError if all do that could use it."""
+    useless = [job.names[0] for job in jobs if not job.fmt.takes_importance]
+    without = [job.names[0] for job in jobs if job.fmt.takes_importance and job.importance is None and job.has_input]
+    if without and not any(job.importance is not None for job in jobs):
+        raise ValueError(
+            f"{op}: no entry of {imatrix!r} belongs to a layer of this model; {without[0]}, for example, has none. "
+            "It was made for another model."
+        )
+    notes = []
+    if without:
+        notes.append(
+            f"{len(without)} layers have no entry in the importance matrix and were quantized without: {_some(without)}"
+        )
+    if useless:
+        notes.append(f"{len(useless)} layers have formats that take no importance: {_some(useless)}")
+    return notes
+
+
+def _dead_columns(jobs: list[Job]) -> list[str]:
+    """Warnings about sub-blocks in which no column matters."""
+    warnings = []
+    for job in jobs:
+        start = None if job.importance is None else _zero_run(job.importance)
+        if start is not None:
+            warnings.append(
+                f"importance of {job.names[0]} is zero for columns {start} to {start + _ZERO_RUN - 1}: these weights are rounded "
+                "as if nothing depended on them. Calibrate with more text."
+            )
+    return warnings
+
+
+def _importance(imatrix: Imatrix, layers: list[LayerInfo], columns: int) -> Tensor | None:
+    """The vector of the first layer that has one; a head before the embedding it is tied to, which has no input."""
+    for layer in sorted(layers, key=lambda layer: layer.kind == "embedding"):
+        vector = imatrix.vector(layer.name, columns)
+        if vector is not None:
+            return vector
+    return None
+
+
+def _zero_run(importance: Tensor) -> int | None:
+    """First column of a sub-block whose importance is zero throughout."""
+    dead = (importance.view(-1, _ZERO_RUN) == 0).all(dim=1).nonzero()
+    return int(dead[0]) * _ZERO_RUN if len(dead) else None
+
+
+def _check_weight(model: nn.Module, name: str, op: str) -> None:
+    """ValueError unless every weight of the layer is finite."""
+    module = model.get_submodule(name)
+    weight = cast(Tensor, module.weight)
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{op}: {name}.weight is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
+        )
+    with ordinary_tensors():
+        if isinstance(module, PackedModule):
+            weight = torch.ops.isqtorch.dequantize(module.weight, module.format, torch.float32)
+        low, high = weight.aminmax()  # NaN comes through; allocates nothing of the weight's size
+        if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+            return
+        row, column = _first_bad(weight)
+        raise ValueError(
+            f"{op}: {name}.weight[{row}, {column}] is {weight[row, column].item()}; weights must be finite. Repair the checkpoint, "
+            "or leave the layer out with exclude. Nothing was changed."
+        )
+
+
+def _first_bad(weight: Tensor) -> tuple[int, int]:
+    """Position of the first weight that is NaN or infinite; there is one."""
+    for row in range(weight.shape[0]):
+        bad = (~torch.isfinite(weight[row])).nonzero()
+        if len(bad):
+            return row, int(bad[0])
+    raise AssertionError("all weights are finite")
+
+
+def _check_kernels(jobs: list[Job], rule: str | None, op: str) -> None:
+    """Pack one block per format, so that a rule or kernel that is missing shows before the first layer is touched."""
+    for fmt in {job.fmt.name: job.fmt for job in jobs}.values():
+        try:
+            torch.ops.isqtorch.quantize(torch.zeros(1, fmt.block), fmt.name, None, rule)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
+
+
+def parsed_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that torch understands, whether or not it is there."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{what} {str(device)!r} is not a torch device: {str(error).splitlines()[0]}") from None
+
+
+def checked_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that is there and holds values."""
+    checked = parsed_device(device, what)
+    if checked.type == "meta":
+        raise ValueError(f"{what} 'meta' holds no weights; isqtorch.plan foresees sizes without them")
+    try:
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise ValueError(f"{what} {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+    return checked
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

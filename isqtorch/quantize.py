@@ -1,0 +1,265 @@
+"""quantize_, requantize_ and dequantize_: replace the layers of a live model, one by one, in place.
+
+Two phases. First everything that can fail is checked (`prepare.py`), without touching the model. Then each layer is packed
+and put in its place, and the original is freed before the next one is read, so that memory peaks at the model plus the
+scratch of its largest layer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat
+
+from .inventory import packed_names, storage_key
+from .modules import PackedModule, QuantEmbedding, QuantLinear
+from .modules.convert import float_weight, to_float, to_packed, weight_matrix
+from .modules.packed import ordinary_tensors
+from .policy import Request
+from .prepare import ImatrixLike, Job, check_model, prepare
+from .report import QuantReport
+from .topology import Spec, TopologyLike
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_ERROR_CHUNK = 1 << 20  # weights compared at a time by measure_error
+
+
+def quantize_(
+    model: nn.Module,
+    fmt: Spec | None,
+    *,
+    topology: TopologyLike | None = None,
+    organization: str = "default",
+    imatrix: ImatrixLike | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    fallback: str = "up",
+    device: torch.device | str | None = None,
+    rule: str | None = None,
+    progress: bool | None = None,
+    measure_error: bool = False,
+) -> QuantReport:
+    """Quantize the linear layers and embeddings of a model in place.
+
+    Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D. What is left as it is
+    (norms, biases, routers, convolutions, position embeddings, layers whose weight other code reads directly, ...) is in the
+    report with the reason.
+
+    Args:
+        model: the model; must not be itself a layer to quantize.
+        fmt: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits, which means the best format for the
+            device. None quantizes only what the topology names.
+        topology: formats for some of the layers, as a dict or a YAML file; see `isqtorch.topology`. Overrides promotion.
+        organization: "default", or "moqe" for the routed experts only.
+        imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
+            file, or an Imatrix.
+        include: regexes searched in the module path; only layers that match one are quantized.
+        exclude: regexes searched in the module path; layers that match one are left as they are.
+        fallback: where K is not a multiple of the format's block: "up" takes the next larger format that fits, "skip" leaves
+            the layer as it is, "error" refuses before anything is changed.
+        device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
+        rule: the rounding rule, for formats that have more than one (afq: "mlx").
+        progress: a progress bar; None shows one if stderr is a terminal.
+        measure_error: also report the relative RMS error of every weight (reads each once more).
+
+    Returns:
+        The report: every weight, what it was, what it is, and why.
+
+    Raises:
+        ValueError: anything wrong with the request, the importance or the weights (NaN, infinity, meta device). The model is
+            as it was.
+        OSError: a topology or imatrix file that cannot be read.
+    """
+    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_")
+    check_model(model, request.op)
+    packed = packed_names(model)
+    if packed:
+        raise ValueError(
+            f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
+            "dequantize_ first."
+        )
+    return _run(model, request, imatrix, device, rule, progress, measure_error)
+
+
+def requantize_(
+    model: nn.Module,
+    fmt: Spec | None,
+    *,
+    topology: TopologyLike | None = None,
+    organization: str = "default",
+    imatrix: ImatrixLike | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    fallback: str = "up",
+    device: torch.device | str | None = None,
+    rule: str | None = None,
+    progress: bool | None = None,
+    measure_error: bool = False,
+) -> QuantReport:
+    """Change the formats of a quantized model in place.
+
+    The new weights are made from the stored ones, so quality is bounded by what is stored: going from 4 to 8 bits gains
+    nothing, and the errors of both formats add up (`measure_error` compares with the stored weights). Layers that the
+    options leave out keep what they have; layers that were not quantized before are quantized like the others.
+
+    Args and Returns are those of `quantize_`.
+
+    Raises:
+        ValueError: as `quantize_`, and where the model holds no quantized layer.
+    """
+    request = Request(fmt, topology, organization, include, exclude, fallback, "requantize_")
+    check_model(model, request.op)
+    if not packed_names(model):
+        raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
+    return _run(model, request, imatrix, device, rule, progress, measure_error)
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn every quantized layer back into the ordinary layer it was, with the weights it computes with.
+
+    Tied weights stay tied; what was an nn.Linear, nn.Embedding or Conv1D is one again.
+
+    Args:
+        model: a model with quantized layers.
+        dtype: float type of the weights and of the layers' biases; None keeps each layer's own.
+
+    Raises:
+        ValueError: the model holds no quantized layer, is one itself, or `dtype` is not a float type.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dequantize_: dtype must be a float type, got {dtype}")
+    check_model(model, "dequantize_")
+    names = packed_names(model)
+    if not names:
+        raise ValueError("dequantize_: the model holds no quantized layer.")
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        groups.setdefault(storage_key(_weight(model, name)), []).append(name)
+    for group in groups.values():
+        weights: dict[bool, nn.Parameter] = {}  # by orientation
+        done: dict[int, nn.Module] = {}
+        for name in group:
+            old = model.get_submodule(name)
+            if not isinstance(old, (QuantLinear, QuantEmbedding)):
+                continue  # the same parent under another name: replaced already
+            if id(old) not in done:
+                transposed = old.origin not in (nn.Linear, nn.Embedding)
+                if transposed not in weights:
+                    weights[transposed] = float_weight(old, dtype)
+                new = to_float(old, weights[transposed])
+                done[id(old)] = new if dtype is None else new.to(dtype)
+            _put(model, name, done[id(old)])
+
+
+# ---- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def _run(
+    model: nn.Module,
+    request: Request,
+    imatrix: ImatrixLike | None,
+    device: torch.device | str | None,
+    rule: str | None,
+    progress: bool | None,
+    measure_error: bool,
+) -> QuantReport:
+    """Check, then replace layer by layer."""
+    started = time.perf_counter()
+    prepared = prepare(model, request, imatrix, device, rule)
+    for message in prepared.warnings:
+        warnings.warn(message, stacklevel=3)
+    errors: dict[str, float] = {}
+    placed: set[int] = set()
+    with _progress(len(prepared.jobs), request.op, progress) as bar:
+        for job in prepared.jobs:
+            bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
+            error = _replace(model, job, rule, measure_error, placed)
+            if error is not None:
+                errors.update(dict.fromkeys(job.names, error))
+            bar.update()
+    if prepared.target is not None:
+        _move_rest(model, prepared.target, placed)
+
+    report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
+    for layer in report.layers:
+        layer.error = errors.get(layer.name)
+    report.notes += prepared.notes
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed: set[int]) -> float | None:
+    """Pack one weight and put the packed layers in place; the originals are free when this returns."""
+    packed, error = _pack(model.get_submodule(job.names[0]), job, rule, measure)
+    parameter = nn.Parameter(packed, requires_grad=False)
+    done: dict[int, nn.Module] = {}
+    for name in job.names:
+        old = model.get_submodule(name)
+        if old.weight is parameter:
+            continue  # the same parent under another name: replaced already
+        if id(old) not in done:
+            new = to_packed(old, parameter, job.fmt)
+            done[id(old)] = new if job.device is None else new.to(job.device)
+            placed.add(id(new))
+        _put(model, name, done[id(old)])
+    return error
+
+
+def _pack(module: nn.Module, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
+    with ordinary_tensors():
+        if isinstance(module, PackedModule):
+            weight = torch.ops.isqtorch.dequantize(module.weight, module.format, torch.float32)
+        else:
+            weight = weight_matrix(module).detach()
+        if job.device is not None:
+            weight = weight.to(job.device)
+        importance = None if job.importance is None else job.importance.to(weight.device)
+        packed = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, rule)
+        return packed, relative_error(weight, packed, job.fmt) if measure else None
+
+
+def relative_error(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
+    """RMS of (decoded - weight) over RMS of weight, `[N, K]` against `[N, row_bytes]`; a few rows at a time."""
+    difference = total = 0.0
+    step = max(1, _ERROR_CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step].float()
+        decoded = torch.ops.isqtorch.dequantize(packed[start : start + step], fmt.name, torch.float32)
+        difference += (decoded - rows).double().square().sum().item()
+        total += rows.double().square().sum().item()
+    return float((difference / total) ** 0.5) if total else 0.0
+
+
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._modules[leaf] = new
+
+
+def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None:
+    """Everything that was not packed goes to `device` too."""
+    for module in model.modules():
+        if id(module) not in placed:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(name).weight)
+
+
+@contextmanager
+def _progress(total: int, op: str, wanted: bool | None) -> Iterator[tqdm[Any]]:
+    from tqdm import tqdm
+
+    show = sys.stderr.isatty() if wanted is None else wanted
+    with tqdm(total=total, desc=op, unit="layer", disable=not show) as bar:
+        yield bar

@@ -1,0 +1,33 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import ...`
+
+from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denormals
+
+from isqtorch.formats import QuantFormat
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: fmt.name)
+def fmt(request: pytest.FixtureRequest) -> QuantFormat:
+    """Every format, without the variants."""
+    return request.param
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> object:
+    """The ops: reference and native."""
+    return implementation(request.param)
+
+
+@pytest.fixture(params=["ieee", "flush_denormal"])
+def float_mode(request: pytest.FixtureRequest) -> Callable[[Callable[[], None]], None]:
+    """A function that runs a function, with subnormal numbers intact or flushed to zero."""
+    return (lambda work: work()) if request.param == "ieee" else run_flushing_denormals

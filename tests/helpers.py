@@ -1,0 +1,80 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from isqtorch.formats import QuantFormat, formats, get_format
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+FORMATS = [get_format(name) for name in formats()]
+ALL_FORMATS = [get_format(name) for name in formats(variants=True)]
+IMPLEMENTATIONS = ["reference", "native"]
+
+
+@cache
+def golden(name: str) -> dict[str, Tensor]:
+    """The tensors of `golden/<name>.safetensors`."""
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def implementation(name: str) -> Any:
+    """The four ops, in plain torch ("reference") or compiled ("native")."""
+    if name == "reference":
+        from isqtorch.ops import reference
+
+        return reference
+    import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
+
+    library = torch.ops.isqtorch
+    return SimpleNamespace(
+        quantize=library.quantize, dequantize=library.dequantize, linear=library.linear, embedding=library.embedding
+    )
+
+
+def run_flushing_denormals(work: Callable[[], None]) -> None:
+    """Run `work` where subnormal numbers count as zero, as after `torch.set_flush_denormal(True)` at the start of a process.
+
+    The mode belongs to a thread and is inherited by those it starts, so this is a fresh thread, with fresh workers.
+    """
+    raised: list[BaseException] = []
+
+    def target() -> None:
+        torch.set_flush_denormal(True)
+        assert float(torch.tensor(1e-30) * 1e-10) == 0.0
+        try:
+            work()
+            assert float(torch.tensor(1e-30) * 1e-10) == 0.0, "the mode was not restored"
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """RMS of the difference over RMS of `want`."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def weight(fmt: QuantFormat, rows: int = 16, blocks: int = 4, seed: int = 0) -> Tensor:
+    """Normally distributed f32 `[rows, blocks * fmt.block]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, blocks * fmt.block, generator=generator)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal including the sign of zero; for f32."""
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))

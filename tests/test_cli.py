@@ -1,0 +1,243 @@
+"""The `isqtorch` command: what each subcommand prints, its JSON, its exit status, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from isqtorch.cli import build_parser, demo, doctor, main
+from isqtorch.formats import formats, get_format
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = str(ROOT / "examples/demo_model/model")
+TEXT = str(ROOT / "examples/demo_model/heldout.txt")
+COMMANDS = ["demo", "perplexity", "quantize", "plan", "formats", "doctor"]
+
+
+def run(*argv: str) -> int:
+    try:
+        return main(argv)
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    assert run(*argv, "--json") == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert f"    isqtorch {command}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["quantize"],
+        ["plan", "-m", MODEL],
+        ["formats", "--json", "--markdown"],
+        ["perplexity", MODEL, "--text", TEXT, "--mode", "x"],
+        ["quantize", "-m", MODEL, "--isq", "4", "-o", "x", "--organization", "x"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    assert "usage: isqtorch" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import isqtorch
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"isqtorch {isqtorch.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "-m", MODEL, "--isq", "q4z"], "q4z"),
+        (["plan", "-m", MODEL, "--isq", "7"], "7 bits"),
+        (["plan", "-m", "./no/such/folder", "--isq", "4"], "no/such/folder"),
+        (["plan", "-m", MODEL, "--isq", "4", "--topology", "none.yaml"], "none.yaml"),
+        (["quantize", "-m", MODEL, "--isq", "q4z", "-o", "out"], "q4z"),
+        (["quantize", "-m", MODEL, "--isq", "q4k", "-o", MODEL], "not an empty folder"),
+        (["quantize", "-m", str(ROOT / "tests"), "--isq", "q4k", "-o", "out"], "config.json"),
+        (["perplexity", "./none", "--text", TEXT], "./none"),
+        (["perplexity", MODEL, "--text", "none.txt"], "none.txt"),
+        (["perplexity", MODEL, "--text", TEXT, "--kl"], "--isq"),
+        (["perplexity", MODEL, "--text", str(Path(MODEL) / "model.safetensors")], "UTF-8"),
+        (["perplexity", MODEL, "--text", TEXT, "--tokens", "64", "--context", "100000"], "max_position_embeddings"),
+        (["demo", "--formats", "4", "q9"], "q9"),
+        (["demo", "--tokens", "1"], "--tokens"),
+        (["demo", "--plot", "no/such/folder/x.png"], "no/such/folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == 1
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]  # loading may have warned above it
+    assert last.startswith("isqtorch: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="q4z"):
+        main(["--debug", "plan", "-m", MODEL, "--isq", "q4z"])
+
+
+def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "check_format", interrupt)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "isqtorch: interrupted\n"
+
+
+def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # makes its import fail
+    assert run("perplexity", MODEL, "--text", TEXT) == 1
+    assert "isqtorch[hf]" in capsys.readouterr().err
+
+
+def test_module_and_closed_pipe() -> None:
+    command = f"{sys.executable} -m isqtorch formats | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    assert done.stdout.startswith("format")
+    assert done.stderr == ""
+
+
+# ---- formats, plan, doctor -------------------------------------------------------------------------------------------
+
+
+def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = run_json(capsys, "formats")
+    assert list(entries) == list(formats())
+    assert entries["q4k"]["block_bytes"] == get_format("q4k").block_bytes
+    assert list(run_json(capsys, "formats", "--variants")) == list(formats(variants=True))
+    assert run("formats") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(formats())
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capsys, "plan", "-m", MODEL, "--isq", "4")
+    stored = {layer["stored"] for layer in report["layers"]}
+    assert report["planned"] and {"q4k", "q6k"} <= stored  # q6k: the promoted embedding
+    assert run("plan", "-m", MODEL, "--isq", "4") == 0
+    assert "model.layers.7.mlp.down_proj" in capsys.readouterr().out
+
+
+def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "doctor")
+    assert found["ok"] and list(found["formats"]) == list(formats())
+    assert found["native"]["isa_selected"] in found["native"]["isa_supported"]
+
+
+def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from isqtorch.ops import reference
+
+    right = reference.dequantize
+
+    def wrong(weight: torch.Tensor, format: str, dtype: torch.dtype) -> torch.Tensor:
+        return right(weight, format, dtype) * (1.5 if format == "q5k" else 1)
+
+    monkeypatch.setattr(reference, "dequantize", wrong)
+    assert run("doctor") == 1
+    out = capsys.readouterr().out
+    assert out.count("FAIL") == 2 and "FAIL: q5k" in out
+
+
+# ---- quantize, perplexity --------------------------------------------------------------------------------------------
+
+
+def test_quantize_and_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The written folder has the perplexity of the model quantized in memory, to the last bit."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "q4k"
+    report = run_json(capsys, "quantize", "-m", MODEL, "--isq", "q4k", "-o", str(out))
+    assert {layer["stored"] for layer in report["layers"]} == {"q4k", "q6k"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+
+    few = ("--text", TEXT, "--tokens", "600", "--context", "256")
+    loaded = run_json(capsys, "perplexity", str(out), *few)
+    fresh = run_json(capsys, "perplexity", MODEL, "--isq", "q4k", "--kl", *few)
+    original = run_json(capsys, "perplexity", MODEL, *few)
+    assert loaded["perplexity"] == fresh["perplexity"]
+    assert original["perplexity"] < fresh["perplexity"] * 1.05
+    assert 0 < fresh["kl_mean"] < 0.05 and 80 < fresh["top1_agreement"] <= 100
+
+    assert run("perplexity", str(out), "--isq", "q4k", *few) == 1
+    assert "quantized already" in capsys.readouterr().err
+
+
+def test_policy_options_reach_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    topology = tmp_path / "layers.yaml"
+    topology.write_text("0-2: q8_0\n/embed_tokens/: null\n")
+    for command in (["plan"], ["quantize", "-o", str(tmp_path / "out")]):
+        report = run_json(capsys, *command, "-m", MODEL, "--isq", "q4k", "--topology", str(topology))
+        stored = {layer["name"]: layer["stored"] for layer in report["layers"]}
+        assert stored["model.layers.1.mlp.up_proj"] == "q8_0"
+        assert stored["model.layers.2.mlp.up_proj"] == "q4k"
+        assert stored["model.embed_tokens"] is None
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "_DECODE_REPEATS", 1)
+    plot = tmp_path / "quality.png"
+    found = run_json(capsys, "demo", "--formats", "8", "q2k", "--tokens", "700", "--plot", str(plot))
+    base, q8_0, q2k = found["rows"]
+    assert [base["format"], q8_0["format"], q2k["format"]] == ["bf16", "q8_0", "q2k"]
+    assert base["kl"] == 0 and base["top1_agreement"] == 100 and base["bits_per_weight"] == 16
+    assert base["size_mb"] > q8_0["size_mb"] > q2k["size_mb"]
+    assert 0 < q8_0["kl"] < q2k["kl"] < 0.1
+    assert all(row["tokens_per_second"] > 0 and len(row["text"]) > 10 for row in found["rows"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_text_and_markdown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(demo, "_DECODE_REPEATS", 1)
+    few = ["demo", "--formats", "4", "--tokens", "100"]
+    assert run(*few) == 0
+    text = capsys.readouterr().out
+    assert "q4k" in text and "CPU kernels:" in text and "100 held-out tokens" in text
+    assert run(*few, "--markdown") == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("| format | size MB | bits/weight |")
+
+
+def test_demo_formats_resolve() -> None:
+    """The default list names a member of every family once, and no format twice."""
+    args = build_parser().parse_args(["demo"])
+    names = demo._check(args)
+    assert len(names) == len(set(names)) == 1 + len(demo.FORMATS)
+    assert {get_format(name).solver for name in names[1:]} == {get_format(name).solver for name in formats()}

@@ -1,0 +1,81 @@
+"""`import isqtorch` is fast, quiet, opens no connection, compiles nothing and leaves heavy packages alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAVY = ["transformers", "matplotlib", "huggingface_hub", "accelerate", "yaml", "tqdm"]
+
+# Runs in a fresh interpreter. torch comes first: it is not ours to time.
+SCRIPT = """
+import json, socket, subprocess, sys, time
+import torch
+
+def refuse(*args, **kwargs):
+    raise AssertionError("import isqtorch must not do this")
+
+class NoSocket(socket.socket):
+    __init__ = refuse
+
+socket.socket, socket.create_connection = NoSocket, refuse
+subprocess.Popen.__init__ = refuse
+before = set(sys.modules)
+began = time.perf_counter()
+import isqtorch
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds": seconds, "modules": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
+"""
+
+
+def import_once() -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120, cwd=ROOT
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, f"import prints: {lines[:-1]}"
+    return json.loads(lines[0])
+
+
+def test_import_is_fast() -> None:
+    # The first run may read cold files or compile bytecode, and the machine may be busy: the best of three counts.
+    assert min(import_once()["seconds"] for _ in range(3)) < 0.3
+
+
+def test_import_leaves_heavy_packages_alone() -> None:
+    assert not set(HEAVY) & set(import_once()["modules"])
+
+
+def test_public_names_exist_and_are_not_modules() -> None:
+    import types
+
+    import isqtorch
+
+    for name in isqtorch.__all__:
+        value = getattr(isqtorch, name)
+        assert name == "checkpoint" or not isinstance(value, types.ModuleType), name
+
+
+def test_a_function_keeps_its_name_when_its_module_is_imported_later() -> None:
+    script = "import isqtorch, isqtorch.quantize, isqtorch.plan, isqtorch.formats, isqtorch.cli\n"
+    script += "assert callable(isqtorch.quantize) and callable(isqtorch.plan) and callable(isqtorch.formats)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
+
+
+def test_version_is_the_installed_one() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import isqtorch
+
+    try:
+        installed = version("isqtorch")
+    except PackageNotFoundError:
+        pytest.skip("isqtorch is not installed: these tests run from the source tree")
+    assert installed == isqtorch.__version__

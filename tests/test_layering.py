@@ -1,0 +1,85 @@
+"""Imports go one way: formats -> quantizers -> ops -> modules -> policy, quantize, ... -> integrations -> cli."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "isqtorch"
+
+# What may import what: a module imports its own layer and those above it in this list. A new module needs a line here.
+LAYERS = [
+    ["_version", "binary", "gguf_file", "gguf_names"],  # know nothing of quantization
+    ["formats"],
+    ["quantizers"],
+    ["ops"],
+    ["tensor"],
+    ["modules"],
+    ["inventory", "weight_reads", "topology", "policy", "imatrix", "prepare", "quantize", "report", "plan", "evaluation", "checkpoint"],
+    ["integrations"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def component(path: Path) -> str:
+    """The first part of a module's name below isqtorch: `ops/native.py` and `ops/__init__.py` are "ops"."""
+    return path.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The components of isqtorch that a file imports, inside functions too."""
+    package = ["isqtorch", *path.parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+        names: list[list[str]] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        for name in names:
+            if name[0] == "isqtorch":
+                found.add(name[1] if len(name) > 1 else "__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_go_one_way(path: Path) -> None:
+    own = component(path)
+    assert own in RANK, f"isqtorch/{path}: put {own!r} into LAYERS"
+    for name in imported(path):
+        if (
+            name == "__init__" or name not in RANK
+        ):  # `from isqtorch import x`: a public name, or a module without a layer
+            name = name if name in RANK else "__init__"
+        assert RANK[name] <= RANK[own], f"isqtorch/{path} imports {name!r}, which is a layer above it"
+
+
+def test_nothing_imports_integrations() -> None:
+    for path in SOURCES:
+        if component(path) not in ("integrations", "cli", "__init__"):
+            assert "integrations" not in imported(path), path
+
+
+def test_the_check_sees_imports() -> None:
+    assert {"cli", "_version"} & imported(Path("__main__.py"))
+    assert "formats" in imported(Path("cli/formats.py"))
+
+
+CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp") for path in (ROOT / "csrc").rglob(pattern))
+
+
+@pytest.mark.parametrize("path", CXX, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_ops_files_know_torch(path: Path) -> None:
+    """Kernels take raw pointers and sizes; tensors, checks and errors live in csrc/ops.cpp and csrc/<device>/ops_<device>.cpp."""
+    includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
+    if not path.name.startswith("ops"):
+        assert not [name for name in includes if re.match(r"torch/|ATen/|c10/", name)]

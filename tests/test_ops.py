@@ -1,0 +1,380 @@
+"""The operators as torch sees them: native against reference, tracing, gradients, odd shapes, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ALL_FORMATS, FORMATS, implementation, relative_error, run_flushing_denormals, weight
+from torch.library import opcheck
+
+from isqtorch import ops
+from isqtorch.formats import QuantFormat
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+# Output rounding on top of the format's own bound.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Fills what torch.empty returns with NaN or large integers, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ops.cpu_info().isa_supported)
+def isa(request):
+    ops.set_cpu_isa(request.param)
+    yield request.param
+    ops.set_cpu_isa("")
+
+
+def exact_linear(x: torch.Tensor, packed: torch.Tensor, fmt: QuantFormat) -> torch.Tensor:
+    """x @ W^T in float64, from the weights that the bytes stand for."""
+    w = ops.reference.dequantize(packed, fmt.name, torch.float32)
+    return x.double() @ w.double().t()
+
+
+# ---- every level computes the same ------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_quantize_and_dequantize_equal_the_reference(fmt: QuantFormat, isa: str) -> None:
+    w = weight(fmt, rows=7, blocks=5) * 0.03
+    w[2] = 0
+    w[3] = -w[3].abs()
+    w[4, ::17] *= 50
+    expected = ops.reference.quantize(w, fmt.name)
+    packed = ops.quantize(w, fmt.name)
+    assert torch.equal(packed, expected)
+    for dtype in DTYPES:
+        want = ops.reference.dequantize(packed, fmt.name, dtype)
+        assert torch.equal(ops.dequantize(packed, fmt.name, dtype), want), dtype
+
+
+@every_variant
+def test_importance_gives_the_reference_bytes(fmt: QuantFormat, isa: str) -> None:
+    w = weight(fmt, rows=5, blocks=3)
+    importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
+    importance[:16] = 0
+    assert torch.equal(ops.quantize(w, fmt.name, importance), ops.reference.quantize(w, fmt.name, importance))
+
+
+@pytest.mark.parametrize("rows_of_x", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
+@pytest.mark.parametrize("n", [1, 17, 48])
+def test_linear_on_odd_shapes(fmt: QuantFormat, isa: str, rows_of_x: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(rows_of_x)
+    packed = ops.quantize(weight(fmt, rows=n, blocks=3), fmt.name)
+    k = 3 * fmt.block
+    for dtype in DTYPES:
+        x = torch.randn(rows_of_x, k, generator=generator).to(dtype)
+        y = ops.linear(x, packed, fmt.name)
+        assert y.shape == (rows_of_x, n) and y.dtype == dtype
+        error = relative_error(y, exact_linear(x, packed, fmt))
+        assert error <= fmt.linear_error + ROUNDING[dtype], (dtype, error)
+
+
+@every_variant
+def test_linear_in_f32_with_few_rows_is_nearly_exact(fmt: QuantFormat, isa: str) -> None:
+    packed = ops.quantize(weight(fmt, rows=9, blocks=20), fmt.name)
+    x = torch.randn(4, 20 * fmt.block, generator=torch.Generator().manual_seed(2))
+    assert relative_error(ops.linear(x, packed, fmt.name), exact_linear(x, packed, fmt)) <= fmt.linear_error
+
+
+def test_one_block_and_long_rows(fmt: QuantFormat, isa: str) -> None:
+    for blocks in (1, 1 + 2048 // fmt.block, 5000 // fmt.block):  # around the length of the decode buffer, and beyond it
+        packed = ops.quantize(weight(fmt, rows=3, blocks=blocks), fmt.name)
+        for m in (1, 12):
+            x = torch.randn(m, blocks * fmt.block, generator=torch.Generator().manual_seed(3))
+            assert relative_error(ops.linear(x, packed, fmt.name), exact_linear(x, packed, fmt)) <= fmt.linear_error
+
+
+def test_levels_are_listed_forced_and_refused() -> None:
+    info = ops.cpu_info()
+    assert set(info.isa_supported) <= set(info.isa_compiled) and info.isa_compiled[0] == "baseline"
+    assert info.isa_selected == info.isa_supported[-1]
+    ops.set_cpu_isa("baseline")
+    assert ops.cpu_info().isa_selected == "baseline" and "set_cpu_isa" in ops.cpu_info().reason
+    ops.set_cpu_isa("")
+    assert ops.cpu_info() == info
+    with pytest.raises(ValueError, match='no instruction-set level "sse9".*baseline'):
+        ops.set_cpu_isa("sse9")
+
+
+def test_native_formats_are_the_registry() -> None:
+    native = ops.cpu_info().formats
+    assert native == {f.name: {"block": f.block, "block_bytes": f.block_bytes} for f in ALL_FORMATS}
+
+
+# ---- strides, alignment, leading dimensions, empties --------------------------------------------------------------------
+
+
+def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, isa: str) -> None:
+    packed = ops.quantize(weight(fmt, rows=6), fmt.name)
+    k = 4 * fmt.block
+    x1, x9 = torch.randn(1, k), torch.randn(9, k)
+    for offset in (1, 2, 3, 5):
+        buffer = torch.empty(packed.numel() + offset, dtype=torch.uint8)
+        shifted = buffer[offset:].view_as(packed).copy_(packed)
+        assert torch.equal(ops.dequantize(shifted, fmt.name, torch.float32), ops.dequantize(packed, fmt.name, torch.float32))
+        for x in (x1, x9):
+            assert torch.equal(ops.linear(x, shifted, fmt.name), ops.linear(x, packed, fmt.name))
+
+
+def test_strided_arguments(fmt: QuantFormat) -> None:
+    w = weight(fmt, rows=8)
+    packed = ops.quantize(w, fmt.name)
+    assert torch.equal(ops.quantize(w.t().contiguous().t(), fmt.name), packed)
+    assert torch.equal(ops.quantize(torch.stack([w, w], 1).flatten(0, 1)[::2], fmt.name), packed)
+    x = torch.randn(w.shape[1], 5).t()
+    assert torch.equal(ops.linear(x, packed, fmt.name), ops.linear(x.contiguous(), packed, fmt.name))
+    assert torch.equal(ops.linear(x.contiguous(), packed[::2], fmt.name), ops.linear(x, packed, fmt.name)[:, ::2].contiguous())
+
+
+def test_stacked_matrices_are_quantized_one_by_one(fmt: QuantFormat) -> None:
+    w = torch.stack([weight(fmt, rows=4, seed=s) * (s + 1) for s in range(3)])
+    packed = ops.quantize(w, fmt.name)
+    assert torch.equal(packed, torch.stack([ops.quantize(matrix, fmt.name) for matrix in w]))
+    assert torch.equal(packed, ops.reference.quantize(w, fmt.name))
+    assert ops.dequantize(packed, fmt.name, torch.float32).shape == w.shape
+    vectors = torch.rand(3, w.shape[-1])
+    own = ops.quantize(w, fmt.name, vectors)
+    assert torch.equal(own, torch.stack([ops.quantize(m, fmt.name, v) for m, v in zip(w, vectors, strict=True)]))
+
+
+def test_empty_tensors(fmt: QuantFormat) -> None:
+    k = 2 * fmt.block
+    assert ops.quantize(torch.empty(0, k), fmt.name).shape == (0, fmt.row_bytes(k))
+    packed = ops.quantize(weight(fmt, rows=3, blocks=2), fmt.name)
+    assert ops.linear(torch.empty(0, k), packed, fmt.name).shape == (0, 3)
+    assert ops.linear(torch.empty(2, 0, k), packed, fmt.name).shape == (2, 0, 3)
+    assert ops.linear(torch.randn(2, k), packed[:0], fmt.name).shape == (2, 0)
+    assert ops.embedding(torch.empty(0, dtype=torch.int64), packed, fmt.name, torch.float32).shape == (0, k)
+    assert ops.dequantize(packed[:0], fmt.name, torch.float16).shape == (0, k)
+
+
+@every_dtype
+def test_leading_dimensions_and_bias(fmt: QuantFormat, dtype: torch.dtype) -> None:
+    packed = ops.quantize(weight(fmt, rows=5, blocks=2), fmt.name)
+    x = torch.randn(2, 3, 4, 2 * fmt.block, generator=torch.Generator().manual_seed(4)).to(dtype)
+    bias = torch.randn(5, generator=torch.Generator().manual_seed(5))
+    y = ops.linear(x, packed, fmt.name, bias.to(dtype))
+    want = exact_linear(x, packed, fmt) + bias.to(dtype).double()
+    assert y.shape == (2, 3, 4, 5) and relative_error(y, want) <= fmt.linear_error + ROUNDING[dtype]
+    one = ops.linear(x[0, 0, 0], packed, fmt.name, bias)  # a vector; a bias in another float type
+    assert one.shape == (5,) and one.dtype == dtype
+
+
+@every_dtype
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+def test_embedding_is_rows_of_dequantize(fmt: QuantFormat, dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+    packed = ops.quantize(weight(fmt, rows=11), fmt.name)
+    ids = torch.tensor([[0, 10, 3], [3, 3, 7]], dtype=ids_dtype)
+    rows = ops.embedding(ids, packed, fmt.name, dtype)
+    assert torch.equal(rows, ops.dequantize(packed, fmt.name, dtype)[ids.long()])
+    assert torch.equal(rows, ops.reference.embedding(ids, packed, fmt.name, dtype))
+
+
+def test_threads_do_not_change_anything(fmt: QuantFormat) -> None:
+    w = weight(fmt, rows=300, blocks=8)
+    x = torch.randn(3, w.shape[1])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            packed = ops.quantize(w, fmt.name)
+            results.append((packed, ops.linear(x, packed, fmt.name), ops.dequantize(packed, fmt.name, torch.bfloat16)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_flush_to_zero_changes_nothing(fmt: QuantFormat, isa: str) -> None:
+    w = weight(fmt, rows=64, blocks=16) * 1e-7
+    expected = ops.quantize(w, fmt.name)
+
+    def check() -> None:
+        assert torch.equal(ops.quantize(w, fmt.name), expected)
+
+    run_flushing_denormals(check)
+
+
+# ---- tracing and gradients -----------------------------------------------------------------------------------------------
+
+
+def test_opcheck(fmt: QuantFormat) -> None:
+    w = weight(fmt, rows=6, blocks=2)
+    packed = ops.quantize(w, fmt.name)
+    x = torch.randn(3, w.shape[1], requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    opcheck(torch.ops.isqtorch.quantize.default, (w, fmt.name))
+    opcheck(torch.ops.isqtorch.quantize.default, (w.half(), fmt.name, torch.rand(w.shape[1]), None))
+    opcheck(torch.ops.isqtorch.dequantize.default, (packed, fmt.name, torch.bfloat16))
+    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name))
+    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name, bias))
+    opcheck(torch.ops.isqtorch.embedding.default, (torch.tensor([[1, 5]]), packed, fmt.name, torch.float32))
+
+
+@every_dtype
+def test_gradients(fmt: QuantFormat, dtype: torch.dtype) -> None:
+    packed = ops.quantize(weight(fmt, rows=6, blocks=2), fmt.name)
+    x = torch.randn(2, 5, 2 * fmt.block, generator=torch.Generator().manual_seed(6)).to(dtype).requires_grad_()
+    bias = torch.randn(6).to(dtype).requires_grad_()
+    dy = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
+    ops.linear(x, packed, fmt.name, bias).backward(dy)
+    w = ops.dequantize(packed, fmt.name, dtype)
+    torch.testing.assert_close(x.grad, dy @ w)
+    torch.testing.assert_close(bias.grad, dy.float().sum((0, 1)).to(dtype))
+    x.grad = None
+    ops.linear(x, packed, fmt.name).backward(dy)  # without a bias
+    torch.testing.assert_close(x.grad, dy @ w)
+
+
+def test_gradcheck(fmt: QuantFormat) -> None:
+    packed = ops.quantize(weight(fmt, rows=2, blocks=1), fmt.name)
+    # linear in x, so a wide step keeps f32 rounding out of the numeric derivative
+    x = torch.randn(2, fmt.block, requires_grad=True)
+    check = torch.autograd.gradcheck
+    assert check(lambda x: ops.linear(x, packed, fmt.name), (x,), eps=1.0, atol=1e-2, rtol=1e-2, nondet_tol=0.0)
+
+
+def test_compiles_into_one_graph(fmt: QuantFormat) -> None:
+    torch.compiler.reset()  # one graph per format, more than torch keeps for one function
+    packed = ops.quantize(weight(fmt, rows=6, blocks=2), fmt.name)
+
+    def two_layers(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(torch.relu(x), packed, fmt.name).sum(-1) + ops.embedding(
+            torch.tensor([1]), packed, fmt.name, torch.float32
+        ).sum()
+
+    compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (1, 4, 11):
+        x = torch.randn(m, 2 * fmt.block)
+        torch.testing.assert_close(compiled(x), two_layers(x))
+
+
+def test_fakes_report_shapes_and_faults() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for fmt in FORMATS:
+        w = torch.empty(3, 2, fmt.block * 2, device="meta")
+        packed = ops.quantize(w, fmt.name)
+        assert packed.shape == (3, 2, fmt.row_bytes(fmt.block * 2)) and packed.dtype == torch.uint8
+        assert ops.dequantize(packed, fmt.name, torch.float16).shape == w.shape
+    with FakeTensorMode(), pytest.raises(ValueError, match="multiple of 256, got 288"):
+        ops.quantize(torch.empty(2, 288), "q4k")
+    with FakeTensorMode(), pytest.raises(ValueError, match="multiple of 144 bytes, got 100"):
+        ops.dequantize(torch.empty(2, 100, dtype=torch.uint8), "q4k", torch.float32)
+
+
+# ---- misuse: both implementations refuse the same, in the same words --------------------------------------------------------
+
+packed_q4k = torch.zeros(6, 144, dtype=torch.uint8)
+FAULTS = {
+    "integer weight": (ValueError, "weight must be one of", lambda o: o.quantize(torch.ones(2, 32, dtype=torch.int32), "q8_0")),
+    "vector weight": (ValueError, r"at least 2 dimensions.*\[32\]", lambda o: o.quantize(torch.ones(32), "q8_0")),
+    "K too short": (ValueError, "multiple of 256, got 288", lambda o: o.quantize(torch.ones(2, 288), "q4k")),
+    "K zero": (ValueError, "multiple of 32, got 0", lambda o: o.quantize(torch.ones(2, 0), "q8_0")),
+    "nan": (ValueError, r"weight\[1, 33\] is nan; q8_0 needs", lambda o: o.quantize(poisoned(float("nan")), "q8_0")),
+    "inf": (ValueError, r"weight\[1, 33\] is inf; q4k needs", lambda o: o.quantize(poisoned(float("inf")), "q4k")),
+    "-inf, hqq": (ValueError, r"weight\[1, 33\] is -inf; hqq4", lambda o: o.quantize(poisoned(-float("inf")), "hqq4")),
+    "nan in bf16": (ValueError, r"weight\[1, 33\] is nan", lambda o: o.quantize(poisoned(float("nan")).bfloat16(), "afq4")),
+    "importance length": (
+        ValueError,
+        r"importance must have shape \[256\].*got \[255\]",
+        lambda o: o.quantize(torch.ones(2, 256), "q4k", torch.ones(255)),
+    ),
+    "importance per matrix": (
+        ValueError,
+        r"or \[3, 256\], one vector per matrix; got \[2, 256\]",
+        lambda o: o.quantize(torch.ones(3, 2, 256), "q4k", torch.ones(2, 256)),
+    ),
+    "importance type": (
+        ValueError,
+        "importance must be a float tensor, got int64",
+        lambda o: o.quantize(torch.ones(2, 32), "q4_0", torch.ones(32, dtype=torch.int64)),
+    ),
+    "importance negative": (
+        ValueError,
+        r"importance\[3\] is -0.5.*not negative",
+        lambda o: o.quantize(torch.ones(2, 32), "q4_0", negative_at_3()),
+    ),
+    "rule": (ValueError, "afq4 has no rule 'best'.*'mlx'", lambda o: o.quantize(torch.ones(2, 64), "afq4", None, "best")),
+    "rule of a family without": (ValueError, "q4k has no rule 'mlx'", lambda o: o.quantize(torch.ones(2, 256), "q4k", None, "mlx")),
+    "f16 overflow": (ValueError, "", lambda o: o.quantize(torch.full((2, 64), 3e38), "afq4.f16")),
+    "packed type": (ValueError, "packed weight is uint8, got int8", lambda o: o.dequantize(packed_q4k.char(), "q4k", torch.float32)),
+    "packed vector": (ValueError, r"at least 2 dim.*\[144\]", lambda o: o.dequantize(packed_q4k[0], "q4k", torch.float32)),
+    "packed cut": (ValueError, "multiple of 144 bytes, got 100", lambda o: o.dequantize(packed_q4k[:, :100], "q4k", torch.float32)),
+    "output dtype": (ValueError, "dtype must be one of.*int8", lambda o: o.dequantize(packed_q4k, "q4k", torch.int8)),
+    "x too short": (
+        ValueError,
+        r"last dimension of x must be 256.*\[3, 255\]",
+        lambda o: o.linear(torch.ones(3, 255), packed_q4k, "q4k"),
+    ),
+    "x of bytes": (
+        ValueError,
+        "x must be one of.*uint8",
+        lambda o: o.linear(torch.ones(3, 256, dtype=torch.uint8), packed_q4k, "q4k"),
+    ),
+    "x scalar": (ValueError, "last dimension of x", lambda o: o.linear(torch.tensor(1.0), packed_q4k, "q4k")),
+    "weight of linear stacked": (
+        ValueError,
+        r"2 dimensions \[N, row_bytes\]",
+        lambda o: o.linear(torch.ones(3, 256), packed_q4k[None], "q4k"),
+    ),
+    "bias length": (
+        ValueError,
+        r"bias must have shape \[6\], got \[5\]",
+        lambda o: o.linear(torch.ones(3, 256), packed_q4k, "q4k", torch.ones(5)),
+    ),
+    "id too large": (
+        IndexError,
+        r"ids\[1, 0\] is 6, but the table has 6 rows",
+        lambda o: o.embedding(torch.tensor([[0], [6]]), packed_q4k, "q4k", torch.float32),
+    ),
+    "id negative": (
+        IndexError,
+        r"ids\[0\] is -1",
+        lambda o: o.embedding(torch.tensor([-1]), packed_q4k, "q4k", torch.float32),
+    ),
+    "ids float": (
+        ValueError,
+        "ids must be int64 or int32, got float32",
+        lambda o: o.embedding(torch.tensor([1.0]), packed_q4k, "q4k", torch.float32),
+    ),
+}
+
+
+def poisoned(value: float) -> torch.Tensor:
+    w = torch.ones(2, 256)
+    w[1, 33] = w[1, 200] = value
+    return w
+
+
+def negative_at_3() -> torch.Tensor:
+    v = torch.ones(32)
+    v[3] = -0.5
+    return v
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_in_both_implementations(name: str) -> None:
+    kind, pattern, call = FAULTS[name]
+    messages = []
+    for implementation_name in ("reference", "native"):
+        with pytest.raises(kind, match=pattern) as caught:
+            call(implementation(implementation_name))
+        messages.append(str(caught.value))
+    if name != "f16 overflow" and not name.startswith("K "):  # those name a way out that only one of them knows
+        assert messages[0] == messages[1]
+
+
+def test_unknown_format_lists_what_exists() -> None:
+    with pytest.raises(ValueError, match="q9k.*q4_0.*afq4"):
+        ops.quantize(torch.ones(2, 256), "q9k")
