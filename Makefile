@@ -44,7 +44,7 @@ format: build  ## rewrite sources in the house format
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py
 
-build: $(BUILD_STAMP)  ## the virtual environment, the package in it, the C++ extension compiled
+build: $(BUILD_STAMP) $(INSTALL_STAMP)  ## the virtual environment, the package in it, the C++ extension compiled
 
 clean:  ## remove what was built (the virtual environment stays)
 	rm -rf build dist *.egg-info isqtorch/_C*.so $(BUILD_STAMP)
@@ -63,11 +63,13 @@ $(TORCH_STAMP): | $(PYTHON)
 	@rm -f $(VENV)/.stamp-*
 	@touch $@
 
-# Without build isolation the extension is compiled against the torch that will load it, and torch is not downloaded twice.
-$(INSTALL_STAMP): pyproject.toml setup.py $(TORCH_STAMP)
-	$(PYTHON) -m pip install --no-build-isolation -e '.[hf,plot,dev]'
+# Objects stay in build/temp, so this compiles what changed, and the installation below compiles nothing.
+$(BUILD_STAMP): $(SOURCES) setup.py $(TORCH_STAMP)
+	@echo "compiling the C++ extension: a minute or two on 2 cores"
+	$(PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(BUILD_STAMP): $(SOURCES) $(INSTALL_STAMP)
-	$(PYTHON) setup.py --quiet build_ext --inplace
+# Without build isolation the extension is compiled against the torch that will load it, and torch is not downloaded twice.
+$(INSTALL_STAMP): pyproject.toml setup.py $(TORCH_STAMP) | $(BUILD_STAMP)
+	$(PYTHON) -m pip install --no-build-isolation -e '.[hf,plot,dev]'
 	@touch $@

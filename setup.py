@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 ROOT = Path(__file__).resolve().parent
 
@@ -29,7 +29,17 @@ COMPILE_ARGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",  # vector arguments never cross the library's border
+    *(flag for path in include_paths() for flag in ("-isystem", path)),  # no warnings about torch's own headers
 ]
+
+
+class Build(BuildExtension):
+    """Keeps objects between calls: an editable install would compile everything again, in a temporary folder."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "temp")
+
 
 if sys.platform == "win32":
     raise SystemExit("isqtorch: Windows is not supported yet; use WSL.")
@@ -46,11 +56,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
-    options={
-        "bdist_wheel": {"py_limited_api": "cp310"},
-        "build_ext": {
-            "build_temp": "build/temp"
-        },  # kept between `pip install -e .` calls, so that they are incremental
-    },
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,8 +1,8 @@
 // The block structs of every ggml format: what one block of K weights looks like in memory.
 //
-// Little endian, no padding, and packed so that a block may start at any byte: rows of 34- or 110-byte blocks, shifted views
-// and memory-mapped files align to nothing. Field names are ggml's. Affine, HQQ and FP8 blocks depend on a group size and
-// live with their decoders.
+// Little endian, no padding, and packed so that a block may start at any byte: rows of 34- or 110-byte blocks, shifted
+// views and memory-mapped files align to nothing. Field names are ggml's. Affine, HQQ and FP8 blocks depend on a group
+// size and live with their decoders.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// User faults in native code. A standard exception crosses the operator call as the Python exception of the same meaning:
-// invalid_argument becomes ValueError, out_of_range IndexError.
+// User faults in native code. A standard exception crosses the operator call as the Python exception of the same
+// meaning: invalid_argument becomes ValueError, out_of_range IndexError.
 #pragma once
 
 #include <sstream>

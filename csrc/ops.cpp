@@ -1,5 +1,5 @@
-// Every operator of the library, on one screen. Device kernels register themselves beside their code (cpu/ops_cpu.cpp, ...);
-// shapes for tracing and the gradient of `linear` are in isqtorch/ops/schema.py.
+// Every operator of the library, on one screen. Device kernels register themselves beside their code (cpu/ops_cpu.cpp,
+// ...); shapes for tracing and the gradient of `linear` are in isqtorch/ops/schema.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(isqtorch, m) {

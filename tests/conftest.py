@@ -7,12 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import ...`
 
 from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denormals
 
 from isqtorch.formats import QuantFormat
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run and order."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=FORMATS, ids=lambda fmt: fmt.name)

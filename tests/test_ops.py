@@ -86,7 +86,11 @@ def test_linear_in_f32_with_few_rows_is_nearly_exact(fmt: QuantFormat, isa: str)
 
 
 def test_one_block_and_long_rows(fmt: QuantFormat, isa: str) -> None:
-    for blocks in (1, 1 + 2048 // fmt.block, 5000 // fmt.block):  # around the length of the decode buffer, and beyond it
+    for blocks in (
+        1,
+        1 + 2048 // fmt.block,
+        5000 // fmt.block,
+    ):  # around the length of the decode buffer, and beyond it
         packed = ops.quantize(weight(fmt, rows=3, blocks=blocks), fmt.name)
         for m in (1, 12):
             x = torch.randn(m, blocks * fmt.block, generator=torch.Generator().manual_seed(3))
@@ -120,7 +124,9 @@ def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, isa: str) -> None:
     for offset in (1, 2, 3, 5):
         buffer = torch.empty(packed.numel() + offset, dtype=torch.uint8)
         shifted = buffer[offset:].view_as(packed).copy_(packed)
-        assert torch.equal(ops.dequantize(shifted, fmt.name, torch.float32), ops.dequantize(packed, fmt.name, torch.float32))
+        assert torch.equal(
+            ops.dequantize(shifted, fmt.name, torch.float32), ops.dequantize(packed, fmt.name, torch.float32)
+        )
         for x in (x1, x9):
             assert torch.equal(ops.linear(x, shifted, fmt.name), ops.linear(x, packed, fmt.name))
 
@@ -132,7 +138,9 @@ def test_strided_arguments(fmt: QuantFormat) -> None:
     assert torch.equal(ops.quantize(torch.stack([w, w], 1).flatten(0, 1)[::2], fmt.name), packed)
     x = torch.randn(w.shape[1], 5).t()
     assert torch.equal(ops.linear(x, packed, fmt.name), ops.linear(x.contiguous(), packed, fmt.name))
-    assert torch.equal(ops.linear(x.contiguous(), packed[::2], fmt.name), ops.linear(x, packed, fmt.name)[:, ::2].contiguous())
+    assert torch.equal(
+        ops.linear(x.contiguous(), packed[::2], fmt.name), ops.linear(x, packed, fmt.name)[:, ::2].contiguous()
+    )
 
 
 def test_stacked_matrices_are_quantized_one_by_one(fmt: QuantFormat) -> None:
@@ -249,9 +257,10 @@ def test_compiles_into_one_graph(fmt: QuantFormat) -> None:
     packed = ops.quantize(weight(fmt, rows=6, blocks=2), fmt.name)
 
     def two_layers(x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(torch.relu(x), packed, fmt.name).sum(-1) + ops.embedding(
-            torch.tensor([1]), packed, fmt.name, torch.float32
-        ).sum()
+        return (
+            ops.linear(torch.relu(x), packed, fmt.name).sum(-1)
+            + ops.embedding(torch.tensor([1]), packed, fmt.name, torch.float32).sum()
+        )
 
     compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager", dynamic=True)
     for m in (1, 4, 11):
@@ -277,14 +286,22 @@ def test_fakes_report_shapes_and_faults() -> None:
 
 packed_q4k = torch.zeros(6, 144, dtype=torch.uint8)
 FAULTS = {
-    "integer weight": (ValueError, "weight must be one of", lambda o: o.quantize(torch.ones(2, 32, dtype=torch.int32), "q8_0")),
+    "integer weight": (
+        ValueError,
+        "weight must be one of",
+        lambda o: o.quantize(torch.ones(2, 32, dtype=torch.int32), "q8_0"),
+    ),
     "vector weight": (ValueError, r"at least 2 dimensions.*\[32\]", lambda o: o.quantize(torch.ones(32), "q8_0")),
     "K too short": (ValueError, "multiple of 256, got 288", lambda o: o.quantize(torch.ones(2, 288), "q4k")),
     "K zero": (ValueError, "multiple of 32, got 0", lambda o: o.quantize(torch.ones(2, 0), "q8_0")),
     "nan": (ValueError, r"weight\[1, 33\] is nan; q8_0 needs", lambda o: o.quantize(poisoned(float("nan")), "q8_0")),
     "inf": (ValueError, r"weight\[1, 33\] is inf; q4k needs", lambda o: o.quantize(poisoned(float("inf")), "q4k")),
     "-inf, hqq": (ValueError, r"weight\[1, 33\] is -inf; hqq4", lambda o: o.quantize(poisoned(-float("inf")), "hqq4")),
-    "nan in bf16": (ValueError, r"weight\[1, 33\] is nan", lambda o: o.quantize(poisoned(float("nan")).bfloat16(), "afq4")),
+    "nan in bf16": (
+        ValueError,
+        r"weight\[1, 33\] is nan",
+        lambda o: o.quantize(poisoned(float("nan")).bfloat16(), "afq4"),
+    ),
     "importance length": (
         ValueError,
         r"importance must have shape \[256\].*got \[255\]",
@@ -305,12 +322,32 @@ FAULTS = {
         r"importance\[3\] is -0.5.*not negative",
         lambda o: o.quantize(torch.ones(2, 32), "q4_0", negative_at_3()),
     ),
-    "rule": (ValueError, "afq4 has no rule 'best'.*'mlx'", lambda o: o.quantize(torch.ones(2, 64), "afq4", None, "best")),
-    "rule of a family without": (ValueError, "q4k has no rule 'mlx'", lambda o: o.quantize(torch.ones(2, 256), "q4k", None, "mlx")),
+    "rule": (
+        ValueError,
+        "afq4 has no rule 'best'.*'mlx'",
+        lambda o: o.quantize(torch.ones(2, 64), "afq4", None, "best"),
+    ),
+    "rule of a family without": (
+        ValueError,
+        "q4k has no rule 'mlx'",
+        lambda o: o.quantize(torch.ones(2, 256), "q4k", None, "mlx"),
+    ),
     "f16 overflow": (ValueError, "", lambda o: o.quantize(torch.full((2, 64), 3e38), "afq4.f16")),
-    "packed type": (ValueError, "packed weight is uint8, got int8", lambda o: o.dequantize(packed_q4k.char(), "q4k", torch.float32)),
-    "packed vector": (ValueError, r"at least 2 dim.*\[144\]", lambda o: o.dequantize(packed_q4k[0], "q4k", torch.float32)),
-    "packed cut": (ValueError, "multiple of 144 bytes, got 100", lambda o: o.dequantize(packed_q4k[:, :100], "q4k", torch.float32)),
+    "packed type": (
+        ValueError,
+        "packed weight is uint8, got int8",
+        lambda o: o.dequantize(packed_q4k.char(), "q4k", torch.float32),
+    ),
+    "packed vector": (
+        ValueError,
+        r"at least 2 dim.*\[144\]",
+        lambda o: o.dequantize(packed_q4k[0], "q4k", torch.float32),
+    ),
+    "packed cut": (
+        ValueError,
+        "multiple of 144 bytes, got 100",
+        lambda o: o.dequantize(packed_q4k[:, :100], "q4k", torch.float32),
+    ),
     "output dtype": (ValueError, "dtype must be one of.*int8", lambda o: o.dequantize(packed_q4k, "q4k", torch.int8)),
     "x too short": (
         ValueError,

@@ -19,8 +19,9 @@ ISQ_INLINE float bits_float(uint32_t bits) {
 
 ISQ_INLINE float f16_to_f32(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
-  const uint32_t normal = rest + (112u << 23) + (rest >= (31u << 23) ? 112u << 23 : 0);  // infinity and NaN: exponent 255
-  const float subnormal = bits_float(rest + (113u << 23)) - bits_float(113u << 23);      // (1 + m) 2^-14 - 2^-14
+  const uint32_t normal =
+      rest + (112u << 23) + (rest >= (31u << 23) ? 112u << 23 : 0);                  // infinity and NaN: exponent 255
+  const float subnormal = bits_float(rest + (113u << 23)) - bits_float(113u << 23);  // (1 + m) 2^-14 - 2^-14
   return bits_float((rest < (1u << 23) ? float_bits(subnormal) : normal) | sign);
 }
 

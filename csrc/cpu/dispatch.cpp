@@ -106,7 +106,8 @@ const FormatKernels& find_format(const KernelTable& table, const char* op, const
   if (found == index.end()) {
     std::string names;
     for (int i = 0; i < table.format_count; ++i) names += text(i ? ", " : "", table.formats[i].name);
-    throw std::invalid_argument(text(op, ": no CPU kernels for the format \"", format, "\". There are kernels for ", names, "."));
+    throw std::invalid_argument(
+        text(op, ": no CPU kernels for the format \"", format, "\". There are kernels for ", names, "."));
   }
   return table.formats[found->second];
 }

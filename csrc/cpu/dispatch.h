@@ -18,7 +18,8 @@ struct IsaLevel {
 // Everything in this binary, best last.
 const std::vector<IsaLevel>& isa_levels();
 
-// The selected level: the best supported one, unless the environment variable ISQTORCH_CPU_ISA or select_isa chose another.
+// The selected level: the best supported one, unless the environment variable ISQTORCH_CPU_ISA or select_isa chose
+// another.
 const KernelTable& selected_table();
 std::string selection_reason();
 

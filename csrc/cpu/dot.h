@@ -1,12 +1,13 @@
-// Dot products of one decoded weight row with up to eight activation rows, in f32: the compute half of `linear` for few rows.
-// The decoded weights stay in the first-level cache and every one of them is used for all activation rows.
+// Dot products of one decoded weight row with up to eight activation rows, in f32: the compute half of `linear` for few
+// rows. The decoded weights stay in the first-level cache and every one of them is used for all activation rows.
 #pragma once
 
 #include "cpu/lanes.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// The level's native vector of floats. Contraction is off for the quantizers' sake, so a fused multiply-add is asked for by name.
+// The level's native vector of floats. Contraction is off for the quantizers' sake, so a fused multiply-add is asked
+// for by name.
 #if ISQ_VECTOR_FLOATS == 16
 typedef __m512 V;
 ISQ_INLINE V load_vector(const float* p) { return _mm512_loadu_ps(p); }

@@ -1,5 +1,5 @@
-// What a CPU instruction-set level offers: for every format one decoder and one quantizer, and the dot products over decoded
-// rows. Kernels see raw pointers and sizes; tensors, checks and errors are ops_cpu.cpp's business.
+// What a CPU instruction-set level offers: for every format one decoder and one quantizer, and the dot products over
+// decoded rows. Kernels see raw pointers and sizes; tensors, checks and errors are ops_cpu.cpp's business.
 #pragma once
 
 #include <cstdint>
@@ -21,18 +21,18 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, RangeFn body);
 // Nothing went wrong, or the flat index of the first weight that no block can hold.
 struct QuantizeResult {
   static constexpr int64_t kNone = INT64_MAX;
-  int64_t bad_weight = kNone;    // a NaN or an infinity
-  int64_t overflow_at = kNone;   // a finite weight in a block whose 16-bit scale would be infinite
+  int64_t bad_weight = kNone;   // a NaN or an infinity
+  int64_t overflow_at = kNone;  // a finite weight in a block whose 16-bit scale would be infinite
 };
 
 // One matrix to quantize.
 struct QuantizeJob {
-  const void* w;            // [rows, k] of dtype, contiguous
+  const void* w;  // [rows, k] of dtype, contiguous
   Dtype dtype;
   int64_t rows, k;
   const float* importance;  // [k], or null
   Rule rule;
-  uint8_t* out;             // [rows, k / block * block_bytes]
+  uint8_t* out;  // [rows, k / block * block_bytes]
   ParallelFor parallel_for;
 };
 
@@ -58,8 +58,14 @@ struct KernelTable {
 constexpr int kMaxDotRows = 8;
 
 // One function per ISA level, each in its own file under isa/.
-namespace baseline { const KernelTable& kernel_table(); }
-namespace avx2 { const KernelTable& kernel_table(); }
-namespace avx512 { const KernelTable& kernel_table(); }
+namespace baseline {
+const KernelTable& kernel_table();
+}
+namespace avx2 {
+const KernelTable& kernel_table();
+}
+namespace avx512 {
+const KernelTable& kernel_table();
+}
 
 }  // namespace isqtorch

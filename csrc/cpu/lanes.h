@@ -1,8 +1,9 @@
 // Sixteen blocks side by side: the vector type all quantizers are written in.
 //
-// A quantizer's inner loops add up floats in an order that decides the bytes, so a block cannot be spread over a vector. But
-// blocks do not depend on each other: lane l works on block l, each lane runs the scalar algorithm step by step, and a branch
-// becomes a select. The result is the same on every ISA level and equal to scalar code, as long as nothing is contracted
+// A quantizer's inner loops add up floats in an order that decides the bytes, so a block cannot be spread over a
+// vector. But blocks do not depend on each other: lane l works on block l, each lane runs the scalar algorithm step by
+// step, and a branch becomes a select. The result is the same on every ISA level and equal to scalar code, as long as
+// nothing is contracted
 // (-ffp-contract=off). The compiler maps the 64-byte vector onto whatever registers the level has.
 #pragma once
 
@@ -63,8 +64,8 @@ ISQ_INLINE bool any(I mask) {
   return seen != 0;
 }
 
-// ggml's rounding: half to even for |f| < 2^22. Beyond that it wraps around instead of saturating, and some searches do go
-// there, so the bit trick itself is part of the format.
+// ggml's rounding: half to even for |f| < 2^22. Beyond that it wraps around instead of saturating, and some searches do
+// go there, so the bit trick itself is part of the format.
 ISQ_INLINE I nearest_int(F f) {
   const I bits = as_int(f + 12582912.0f);  // 1.5 * 2^23
   return (bits & 0x007fffff) - 0x00400000;

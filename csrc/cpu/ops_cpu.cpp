@@ -1,5 +1,5 @@
-// The operators on CPU tensors: checks, errors, memory and threads. Arithmetic is in the kernels (kernels.h), which know
-// nothing of torch.
+// The operators on CPU tensors: checks, errors, memory and threads. Arithmetic is in the kernels (kernels.h), which
+// know nothing of torch.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -20,34 +20,50 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 1024;              // weights decoded at a time: 4 KB of f32, well inside the first-level cache
+constexpr int64_t kChunk = 1024;  // weights decoded at a time: 4 KB of f32, well inside the first-level cache
 constexpr int64_t kWeightsPerTask = 1 << 16;  // less than this is not worth another thread
-constexpr int64_t kPanelWeights = 1 << 21;    // weights decoded for one matrix product: stays in the second-level caches
+constexpr int64_t kPanelWeights = 1 << 21;  // weights decoded for one matrix product: stays in the second-level caches
 
-// ---- tensors ------------------------------------------------------------------------------------------------------------
+// ---- tensors
+// ------------------------------------------------------------------------------------------------------------
 
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another type";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another type";
   }
 }
 
 std::optional<Dtype> float_dtype(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return Dtype::kF32;
-    case ScalarType::Half: return Dtype::kF16;
-    case ScalarType::BFloat16: return Dtype::kBf16;
-    default: return std::nullopt;
+    case ScalarType::Float:
+      return Dtype::kF32;
+    case ScalarType::Half:
+      return Dtype::kF16;
+    case ScalarType::BFloat16:
+      return Dtype::kBf16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -81,14 +97,16 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
-                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
   return Tensor(handle);
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 void parallel(int64_t count, int64_t grain, RangeFn body) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
 }
 
 template <class Body>
@@ -108,13 +126,15 @@ struct PackedMatrix {
   PackedMatrix(const char* op, const Tensor& weight, const std::string& name, bool must_be_matrix)
       : kernels(&selected_table()), keep_alive(dense(weight)) {
     format = &find_format(*kernels, op, name);
-    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ", name_of(weight.scalar_type()),
-          ". Pack it with isqtorch.quantize.");
+    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
+          name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
     check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",
-          must_be_matrix ? "" : "at least ", "2 dimensions [N, row_bytes], got shape ", shape_text(shape_of(weight)), ".");
+          must_be_matrix ? "" : "at least ", "2 dimensions [N, row_bytes], got shape ", shape_text(shape_of(weight)),
+          ".");
     row_bytes = weight.size(weight.dim() - 1);
     check(row_bytes > 0 && row_bytes % format->block_bytes == 0, name, ": a packed row must be a positive multiple of ",
-          format->block_bytes, " bytes, got ", row_bytes, ". The weight was packed in another format, or cut inside a block.");
+          format->block_bytes, " bytes, got ", row_bytes,
+          ". The weight was packed in another format, or cut inside a block.");
     k = row_bytes / format->block_bytes * format->block;
     rows = weight.numel() / row_bytes;
     bytes = static_cast<const uint8_t*>(keep_alive.const_data_ptr());
@@ -136,7 +156,8 @@ struct PackedMatrix {
   }
 };
 
-// ---- quantize -------------------------------------------------------------------------------------------------------------
+// ---- quantize
+// -------------------------------------------------------------------------------------------------------------
 
 std::string number_text(float value) {
   if (std::isfinite(value)) return text(value);
@@ -153,7 +174,8 @@ std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
 }
 
 // f32 importance [matrices, K], checked; empty if there is none.
-std::vector<float> checked_importance(const std::optional<Tensor>& importance, const std::vector<int64_t>& weight_shape) {
+std::vector<float> checked_importance(const std::optional<Tensor>& importance,
+                                      const std::vector<int64_t>& weight_shape) {
   if (!importance) return {};
   const int64_t k = weight_shape.back();
   std::vector<int64_t> own(weight_shape.begin(), weight_shape.end() - 2);  // one vector per matrix
@@ -170,7 +192,8 @@ std::vector<float> checked_importance(const std::optional<Tensor>& importance, c
   const Tensor values = dense(torch::stable::to(*importance, ScalarType::Float));
   std::vector<float> columns(matrices * k);
   const int64_t count = shared ? k : matrices * k;
-  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()), columns.begin());
+  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()),
+              columns.begin());
   const auto last = columns.begin() + (matrices ? count : 0);
   const auto bad = std::find_if_not(columns.begin(), last, [](float v) { return std::isfinite(v) && v >= 0; });
   if (bad != last) {
@@ -188,7 +211,8 @@ Rule checked_rule(const FormatKernels& format, const std::optional<std::string>&
   return Rule::kMlx;
 }
 
-Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance, std::optional<std::string> rule) {
+Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
+                std::optional<std::string> rule) {
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = find_format(kernels, "quantize", format_name);
   const std::vector<int64_t> shape = shape_of(w);
@@ -197,8 +221,8 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got shape ", shape_text(shape),
         ". Vectors (biases, norms) are left as they are.");
   const int64_t k = shape.back(), rows = shape[shape.size() - 2];
-  check(k > 0 && k % format.block == 0, format.name, ": in_features must be a positive multiple of ", format.block, ", got ", k,
-        ". Use a format with a smaller block, or leave this weight as it is.");
+  check(k > 0 && k % format.block == 0, format.name, ": in_features must be a positive multiple of ", format.block,
+        ", got ", k, ". Use a format with a smaller block, or leave this weight as it is.");
   const Rule checked = checked_rule(format, rule);
   const std::vector<float> columns = checked_importance(importance, shape);
   const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
@@ -224,19 +248,21 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
       const int64_t at = e * matrix_weights + result.bad_weight;
       float value;
       kernels.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1, &value);
-      check(false, "quantize: weight[", position_text(at, shape), "] is ",
-            number_text(value), "; ", format.name, " needs finite values. Repair the checkpoint, or leave this weight out.");
+      check(false, "quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ", format.name,
+            " needs finite values. Repair the checkpoint, or leave this weight out.");
     }
     if (result.overflow_at != QuantizeResult::kNone) {
       const int64_t at = e * matrix_weights + result.overflow_at;
       check(false, "quantize: the block of ", format.name, " from weight[", position_text(at, shape),
-            "] on holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider scale (q8k, fp8).");
+            "] on holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider "
+            "scale (q8k, fp8).");
     }
   }
   return out;
 }
 
-// ---- dequantize, embedding ------------------------------------------------------------------------------------------------
+// ---- dequantize, embedding
+// ------------------------------------------------------------------------------------------------
 
 Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
   const PackedMatrix packed("dequantize", weight, format_name, false);
@@ -246,7 +272,8 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
   Tensor out = empty(shape, dtype);
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   parallel_rows(packed.rows, packed.k, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) packed.decode_row(row, out_dtype, to + row * packed.k * item_bytes(out_dtype));
+    for (int64_t row = begin; row < end; ++row)
+      packed.decode_row(row, out_dtype, to + row * packed.k * item_bytes(out_dtype));
   });
   return out;
 }
@@ -264,8 +291,8 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
   for (int64_t i = 0; i < count; ++i) {
     rows[i] = id_type == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
     if (rows[i] < 0 || rows[i] >= packed.rows) {
-      throw std::out_of_range(text("embedding: ids[", position_text(i, shape_of(ids)), "] is ", rows[i], ", but the table has ",
-                                   packed.rows, " rows."));
+      throw std::out_of_range(text("embedding: ids[", position_text(i, shape_of(ids)), "] is ", rows[i],
+                                   ", but the table has ", packed.rows, " rows."));
     }
   }
   std::vector<int64_t> shape = shape_of(ids);
@@ -273,12 +300,14 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
   Tensor out = empty(shape, dtype);
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   parallel_rows(count, packed.k, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) packed.decode_row(rows[i], out_dtype, to + i * packed.k * item_bytes(out_dtype));
+    for (int64_t i = begin; i < end; ++i)
+      packed.decode_row(rows[i], out_dtype, to + i * packed.k * item_bytes(out_dtype));
   });
   return out;
 }
 
-// ---- linear ---------------------------------------------------------------------------------------------------------------
+// ---- linear
+// ---------------------------------------------------------------------------------------------------------------
 
 struct LinearArguments {
   Tensor x;  // contiguous [m, k]
@@ -289,7 +318,8 @@ struct LinearArguments {
 };
 
 // Writes values [begin, begin + count) of row m, adding the bias.
-void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t m, int64_t begin, int64_t count, float* values) {
+void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t m, int64_t begin, int64_t count,
+                   float* values) {
   if (!a.bias.empty()) {
     for (int64_t i = 0; i < count; ++i) values[i] += a.bias[begin + i];
   }
@@ -320,8 +350,8 @@ void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
   });
 }
 
-// Many rows of x: decode a panel of weight rows, multiply with torch's own matrix product, next panel. f16 goes through f32,
-// because few processors multiply f16 matrices at speed.
+// Many rows of x: decode a panel of weight rows, multiply with torch's own matrix product, next panel. f16 goes through
+// f32, because few processors multiply f16 matrices at speed.
 void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
   const Dtype dtype = a.dtype == Dtype::kF16 ? Dtype::kF32 : a.dtype;
   const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;
@@ -332,7 +362,8 @@ void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
   for (int64_t first = 0; first < a.n; first += panel_rows) {
     const int64_t rows = std::min(panel_rows, a.n - first);
     parallel_rows(rows, a.k, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) packed.decode_row(first + i, dtype, panel_bytes + i * a.k * item_bytes(dtype));
+      for (int64_t i = begin; i < end; ++i)
+        packed.decode_row(first + i, dtype, panel_bytes + i * a.k * item_bytes(dtype));
     });
     Tensor cut = torch::stable::narrow(panel, 0, 0, rows);
     const Tensor y = dense(torch::stable::matmul(x, torch::stable::transpose(cut, 0, 1)));  // [m, rows]
@@ -357,8 +388,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   a.n = packed.rows;
   a.k = packed.k;
   std::vector<int64_t> shape = shape_of(x);
-  check(!shape.empty() && shape.back() == a.k, "linear: the last dimension of x must be ", a.k, ", the in_features of this ",
-        format_name, " weight, got shape ", shape_text(shape), ".");
+  check(!shape.empty() && shape.back() == a.k, "linear: the last dimension of x must be ", a.k,
+        ", the in_features of this ", format_name, " weight, got shape ", shape_text(shape), ".");
   if (bias) {
     check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have shape [", a.n, "], got ",
           shape_text(shape_of(*bias)), ".");
@@ -380,7 +411,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   return y;
 }
 
-// ---- inspection -----------------------------------------------------------------------------------------------------------
+// ---- inspection
+// -----------------------------------------------------------------------------------------------------------
 
 std::string cpu_info() {
   const auto quoted = [](const std::string& s) { return '"' + s + '"'; };
@@ -392,11 +424,12 @@ std::string cpu_info() {
   const KernelTable& table = selected_table();
   for (int i = 0; i < table.format_count; ++i) {
     const FormatKernels& f = table.formats[i];
-    formats += text(i ? ", " : "", quoted(f.name), ": {\"block\": ", f.block, ", \"block_bytes\": ", f.block_bytes, "}");
+    formats +=
+        text(i ? ", " : "", quoted(f.name), ": {\"block\": ", f.block, ", \"block_bytes\": ", f.block_bytes, "}");
   }
-  return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported, "], \"isa_selected\": ", quoted(table.isa),
-              ", \"reason\": ", quoted(selection_reason()), ", \"threads\": ", torch::stable::get_num_threads(),
-              ", \"formats\": {", formats, "}}");
+  return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported,
+              "], \"isa_selected\": ", quoted(table.isa), ", \"reason\": ", quoted(selection_reason()),
+              ", \"threads\": ", torch::stable::get_num_threads(), ", \"formats\": {", formats, "}}");
 }
 
 void set_cpu_isa(std::string name) { select_isa(name); }

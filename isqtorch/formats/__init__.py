@@ -1,6 +1,6 @@
 """The formats: what the bytes of a quantized weight mean."""
 
-from . import affine, fp8, ggml, hqq, kquants
+from . import ggml, kquants, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
 from .base import Fields, Part, QuantFormat, formats, get_format, register, resolve_format
 
 __all__ = ["Fields", "Part", "QuantFormat", "formats", "get_format", "register", "resolve_format"]

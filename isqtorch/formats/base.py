@@ -186,7 +186,9 @@ def get_format(name: str | QuantFormat) -> QuantFormat:
         return name
     canonical = _ALIASES.get(name.lower()) if isinstance(name, str) else None
     if canonical is None:
-        raise ValueError(f"unknown format {name!r}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True)).")
+        raise ValueError(
+            f"unknown format {name!r}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
+        )
     return _REGISTRY[canonical]
 
 
@@ -203,6 +205,8 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
     if isinstance(spec, int):
         table = _BY_BITS_MPS if torch.device(device).type == "mps" else _BY_BITS
         if spec not in table:
-            raise ValueError(f"no format has {spec} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}.")
+            raise ValueError(
+                f"no format has {spec} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}."
+            )
         spec = table[spec]
     return get_format(spec)

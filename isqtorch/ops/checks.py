@@ -74,21 +74,29 @@ def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
 def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
     """The scales that a quantizer chose must be finite; 16-bit ones overflow on very large weights.
 
+    No format with f16 scales reaches 2**30 (q6k comes closest, with 65504 * 128 * 32), and beyond that the searches' own
+    sums overflow and may end in a scale that is finite but meaningless.
+
     Args:
         fields: of all blocks, in the order of the weight.
-        w: `[..., K]`, to name the first block that does not fit.
+        w: f32 `[..., K]`.
     """
-    for name, values in fields.items():
-        if not values.is_floating_point() or name == "s":  # q8_1's sum: no weight is decoded from it
-            continue
-        first = _first(~values.isfinite())
-        if first is not None:
-            wider = f"Use {fmt.name.removesuffix('.f16')}, which has bf16 scales"
-            other = "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
-            raise ValueError(
-                f"quantize: the block of {fmt.name} from weight[{_position(first * fmt.block, w.shape)}] on holds values "
-                f"too large for its 16-bit scale. {wider if fmt.name.endswith('.f16') else other}."
-            )
+    scales = [values for name, values in fields.items() if values.is_floating_point() and name != "s"]  # s: q8_1's sum
+    bad = torch.zeros_like(scales[0], dtype=torch.bool)  # [n]
+    for values in scales:
+        bad |= ~values.isfinite()
+    if scales[0].dtype == torch.float16:
+        bad |= (w.reshape(bad.numel(), fmt.block).abs() > 2.0**30).any(dim=1)
+    first = _first(bad)
+    if first is None:
+        return
+    way_out = "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
+    if fmt.name.endswith(".f16"):
+        way_out = f"Use {fmt.name.removesuffix('.f16')}, which has bf16 scales"
+    raise ValueError(
+        f"quantize: the block of {fmt.name} from weight[{_position(first * fmt.block, w.shape)}] on holds values too large "
+        f"for its 16-bit scale. {way_out}."
+    )
 
 
 def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:

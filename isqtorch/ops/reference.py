@@ -53,7 +53,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     else:
         stacked = w32.reshape(w32.numel() // columns, columns)
         fields = solve(fmt, stacked, vectors if w32.numel() else None, rule)
-    check_scales(fields, w, fmt)
+    check_scales(fields, w32, fmt)
     return fmt.pack(fields).view(*matrices, rows, row_bytes)
 
 

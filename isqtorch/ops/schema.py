@@ -40,7 +40,10 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
     in_features = get_format(format).in_features(weight.shape[-1])
     torch._check_value(
         x.shape[-1] == in_features,
-        lambda: f"linear: the last dimension of x must be {in_features}, the in_features of this {format} weight, got shape {list(x.shape)}.",
+        lambda: (
+            f"linear: the last dimension of x must be {in_features}, the in_features of this {format} weight, "
+            f"got shape {list(x.shape)}."
+        ),
     )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -1,14 +1,51 @@
 // AFQ, MLX's affine formats: groups of 32, 64 or 128 weights with a 16-bit scale and bias, w = scale * code + bias.
 //
-// The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative where
-// the positive extreme dominates (mlx/backend/cpu/quantized.cpp). By default the codes belong to the rounded scale and bias
-// that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does.
+// The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative
+// where the positive extreme dominates (mlx/backend/cpu/quantized.cpp). By default the codes belong to the rounded
+// scale and bias that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does.
 #pragma once
 
 #include "cpu/formats/bitstream.h"
 #include "cpu/quantize/blockwise.h"
 
 namespace isqtorch::ISQ_ISA {
+
+// Rounds a scale to f16; to subnormal numbers away from zero. Those are so coarse that a scale rounded down would cut
+// off a large part of the group's range.
+ISQ_INLINE Halves scale_to_f16(F f) {
+  Halves h = to_f16(f);
+  const I short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
+  for (int l = 0; l < kLanes; ++l) {
+    if (short_of[l]) h.value[l] = f16_to_f32(++h.bits[l]);
+  }
+  return h;
+}
+
+// Codes 0 .. nmax, scale and bias of sixteen groups. Not inlined: one copy serves every number of bits.
+template <int kGroup>
+__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, I* codes,
+                                             Halves* stored_scale, Halves* stored_bias) {
+  constexpr float kSmallestScale = 1e-7f;
+  F low, high;
+  first_min_max(in.x, kGroup, &low, &high);
+  const I negative = abs(low) > abs(high);
+  F scale = max((high - low) / (float)nmax, splat(kSmallestScale));
+  scale = select(negative, scale, -scale);
+  const F edge = select(negative, low, high);
+  const F steps = round_even(edge / scale);  // from the edge to zero
+  const I on_grid = steps != 0.0f;
+  scale = select(on_grid, edge / steps, scale);
+  F bias = select(on_grid, edge, splat(0.0f));
+
+  const bool as_mlx = in.rule == Rule::kMlx;
+  *stored_scale = !f16 ? to_bf16(scale) : as_mlx ? to_f16(scale) : scale_to_f16(scale);
+  *stored_bias = f16 ? to_f16(bias) : to_bf16(bias);
+  if (!as_mlx) {
+    scale = stored_scale->value;
+    bias = stored_bias->value;
+  }
+  for (int i = 0; i < kGroup; ++i) codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)nmax));
+}
 
 template <int kBits, int kGroup, Dtype kScaleType>
 struct Affine : BlockwiseFormat {
@@ -46,45 +83,15 @@ struct Affine : BlockwiseFormat {
   }
 
   static I quantize(const LaneBlocks<kGroup>& in, Block* out) {
-    constexpr float kSmallestScale = 1e-7f;
-    F low, high;
-    first_min_max(in.x, kGroup, &low, &high);
-    const I negative = abs(low) > abs(high);
-    F scale = max((high - low) / (float)kMax, splat(kSmallestScale));
-    scale = select(negative, scale, -scale);
-    const F edge = select(negative, low, high);
-    const F steps = round_even(edge / scale);  // from the edge to zero
-    const I on_grid = steps != 0.0f;
-    scale = select(on_grid, edge / steps, scale);
-    F bias = select(on_grid, edge, splat(0.0f));
-
-    const Halves stored_scale = kF16 ? to_f16(scale, in.rule == Rule::kDefault) : to_bf16(scale);
-    const Halves stored_bias = kF16 ? to_f16(bias) : to_bf16(bias);
-    if (in.rule == Rule::kDefault) {
-      scale = stored_scale.value;
-      bias = stored_bias.value;
-    }
     I codes[kGroup];
-    for (int i = 0; i < kGroup; ++i) codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)kMax));
+    Halves scale, bias;
+    choose_affine<kGroup>(in, kMax, kF16, codes, &scale, &bias);
     for (int l = 0; l < kLanes; ++l) {
-      out[l].scale = stored_scale.bits[l];
-      out[l].bias = stored_bias.bits[l];
+      out[l].scale = scale.bits[l];
+      out[l].bias = bias.bits[l];
       store_stream<kBits>(codes, l, kGroup, out[l].codes);
     }
-    return stored_scale.infinite | stored_bias.infinite;
-  }
-
- private:
-  // f16 rounding that, if asked, goes away from zero among the subnormal numbers: those are so coarse that a scale rounded
-  // down would cut off a large part of the group's range.
-  static Halves to_f16(F f, bool subnormals_up = false) {
-    Halves h = ISQ_ISA::to_f16(f);
-    if (!subnormals_up) return h;
-    const I magnitude_short = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
-    for (int l = 0; l < kLanes; ++l) {
-      if (magnitude_short[l]) h.value[l] = f16_to_f32(++h.bits[l]);
-    }
-    return h;
+    return scale.infinite | bias.infinite;
   }
 };
 

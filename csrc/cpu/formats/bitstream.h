@@ -1,5 +1,5 @@
-// Codes of any width from 2 to 8 bits as one little-endian bit stream: code k lies in bits [k * bits, (k + 1) * bits). Eight
-// codes fill `bits` bytes exactly, so they are handled eight at a time. Affine and HQQ blocks share this.
+// Codes of any width from 2 to 8 bits as one little-endian bit stream: code k lies in bits [k * bits, (k + 1) * bits).
+// Eight codes fill `bits` bytes exactly, so they are handled eight at a time. Affine and HQQ blocks share this.
 #pragma once
 
 #include "cpu/convert.h"

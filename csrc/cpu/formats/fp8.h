@@ -51,8 +51,9 @@ struct Fp8 : BlockwiseFormat {
   static I encode(F f) {
     const F magnitude = min(abs(f), splat(kLargest));
     const I bits = as_int(magnitude);
-    const I normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // keep 3 mantissa bits; exponent bias 127 to 7
-    const I subnormal = truncate(round_even(magnitude * 512.0f));               // of 2^-9; 8 of them are the first normal number
+    const I normal =
+        ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // keep 3 mantissa bits; exponent bias 127 to 7
+    const I subnormal = truncate(round_even(magnitude * 512.0f));  // of 2^-9; 8 of them are the first normal number
     return select(magnitude < 0x1p-6f, subnormal, normal) | (as_int(f) >> 24 & 0x80);
   }
 };

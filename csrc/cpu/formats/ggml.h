@@ -69,7 +69,8 @@ struct Symmetric32 : BlockwiseFormat {
     } else {
       d = first_extreme(in.x, 32) / (float)-kHalf;
       const F inverse = reciprocal_or_zero(d);
-      for (int i = 0; i < 32; ++i) levels[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
+      for (int i = 0; i < 32; ++i)
+        levels[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
     }
     const Halves stored = to_f16(d);
     for (int l = 0; l < kLanes; ++l) {

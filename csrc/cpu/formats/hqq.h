@@ -1,8 +1,8 @@
 // HQQ, half-quadratic quantization: w = (code - zero) * scale with f16 scale and zero.
 //
-// The scale comes from the group's range; the zero point is moved, step by step, to where the p-norm of the error (p = 0.7: outliers
-// count less) is least. The steps end when the mean error of the WHOLE matrix no longer falls, so all groups take each step
-// together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.)
+// The scale comes from the group's range; the zero point is moved, step by step, to where the p-norm of the error (p =
+// 0.7: outliers count less) is least. The steps end when the mean error of the WHOLE matrix no longer falls, so all
+// groups take each step together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.)
 #pragma once
 
 #include "cpu/formats/bitstream.h"
@@ -21,8 +21,12 @@ struct Hqq {
   };
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
-  static constexpr const char* kName = kBits == 4 ? (kGroup == 64 ? "hqq4" : kGroup == 32 ? "hqq4g32" : "hqq4g128")
-                                                  : (kGroup == 64 ? "hqq8" : kGroup == 32 ? "hqq8g32" : "hqq8g128");
+  static constexpr const char* kName = kBits == 4 ? (kGroup == 64   ? "hqq4"
+                                                     : kGroup == 32 ? "hqq4g32"
+                                                                    : "hqq4g128")
+                                                  : (kGroup == 64   ? "hqq8"
+                                                     : kGroup == 32 ? "hqq8g32"
+                                                                    : "hqq8g128");
 
   static void decode(const Block& block, float* w) {
     const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
@@ -46,10 +50,10 @@ struct Hqq {
   static constexpr int kSteps = 20;
   static constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
   static constexpr float kLargestInverse = 2e4f;
-  static constexpr float kFlat = 1e-4f;          // a smaller range is not resolved
+  static constexpr float kFlat = 1e-4f;  // a smaller range is not resolved
   static constexpr float kLargestF16 = 65504.0f;
-  static constexpr float kExact = 2000.0f;       // integers up to 2048 are exact in f16
-  static constexpr float kShrinkFrom = 0.17f;    // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
+  static constexpr float kExact = 2000.0f;     // integers up to 2048 are exact in f16
+  static constexpr float kShrinkFrom = 0.17f;  // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
 
   static F integer_for(F x, F inverse, F zero) { return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax); }
 
@@ -67,7 +71,8 @@ struct Hqq {
     return shrunk;
   }
 
-  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors of sixteen groups.
+  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors of sixteen
+  // groups.
   struct Matrix {
     const QuantizeJob& job;
     const int64_t groups, units;
@@ -76,8 +81,12 @@ struct Hqq {
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
-        : job(j), groups(j.rows * (j.k / kGroup)), units((groups + kLanes - 1) / kLanes),
-          inverse(new F[units]), zero(new F[units]), errors(new double[units]) {}
+        : job(j),
+          groups(j.rows * (j.k / kGroup)),
+          units((groups + kLanes - 1) / kLanes),
+          inverse(new F[units]),
+          zero(new F[units]),
+          errors(new double[units]) {}
     ~Matrix() {
       delete[] inverse;
       delete[] zero;
@@ -131,8 +140,8 @@ struct Hqq {
       return sum / ((double)groups * kGroup);
     }
 
-    // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones. A zero beyond f16 (a narrow group
-    // far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
+    // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones. A zero beyond f16 (a narrow
+    // group far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
     void store() {
       for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
         const F exact_scale = 1.0f / inverse[unit];

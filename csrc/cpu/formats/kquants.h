@@ -1,12 +1,13 @@
-// ggml's 256-weight formats q2k q3k q4k q5k q6k q8k: a block is cut into sub-blocks of 16 or 32 with small integer scales of
-// their own, which one or two f16 numbers scale in turn.
+// ggml's 256-weight formats q2k q3k q4k q5k q6k q8k: a block is cut into sub-blocks of 16 or 32 with small integer
+// scales of their own, which one or two f16 numbers scale in turn.
 #pragma once
 
 #include "cpu/formats/ggml.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// ---- what the formats share -------------------------------------------------------------------------------------------
+// ---- what the formats share
+// -------------------------------------------------------------------------------------------
 
 // sum of x^2 over the block, in index order, times factor / 256
 ISQ_INLINE F block_mean_square(const F* x, float factor) {
@@ -15,8 +16,8 @@ ISQ_INLINE F block_mean_square(const F* x, float factor) {
   return factor * sum / 256.0f;
 }
 
-// The searches chose levels for exact scales. Choose them again for the scale d and offset m that were stored; where the
-// stored scale is 0 the search's levels stay.
+// The searches chose levels for exact scales. Choose them again for the scale d and offset m that were stored; where
+// the stored scale is 0 the search's levels stay.
 template <int kCount>
 ISQ_INLINE void levels_for_stored_scale(const F* x, F d, F m, int low, int high, int shift, I* levels) {
   const I keep = d == 0.0f;
@@ -45,7 +46,8 @@ ISQ_INLINE void store_bit_plane(const I* levels, int lane, int bit, uint8_t* pla
   }
 }
 
-// ---- q2k: w = d * sc * code - dmin * mn, sub-blocks of 16 ------------------------------------------------------------------
+// ---- q2k: w = d * sc * code - dmin * mn, sub-blocks of 16
+// ------------------------------------------------------------------
 
 struct Q2K : BlockwiseFormat {
   using Block = BlockQ2K;
@@ -94,8 +96,8 @@ struct Q2K : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 16; ++j) {
-      levels_for_stored_scale<16>(in.x + 16 * j, stored_d.value * to_float(sc[j]), stored_dmin.value * to_float(mn[j]), 0,
-                                  3, 0, levels + 16 * j);
+      levels_for_stored_scale<16>(in.x + 16 * j, stored_d.value * to_float(sc[j]), stored_dmin.value * to_float(mn[j]),
+                                  0, 3, 0, levels + 16 * j);
     }
     for (int l = 0; l < kLanes; ++l) {
       for (int j = 0; j < 16; ++j) out[l].scales[j] = (uint8_t)((sc[j][l] & 15) | mn[j][l] << 4);
@@ -118,7 +120,8 @@ struct Q2K : BlockwiseFormat {
   }
 };
 
-// ---- q3k: w = d * (t - 32) * (code - 4), sub-blocks of 16 ------------------------------------------------------------------
+// ---- q3k: w = d * (t - 32) * (code - 4), sub-blocks of 16
+// ------------------------------------------------------------------
 
 struct Q3K : BlockwiseFormat {
   using Block = BlockQ3K;
@@ -173,7 +176,8 @@ struct Q3K : BlockwiseFormat {
     }
     const Halves stored = to_f16(d);
     for (int j = 0; j < 16; ++j) {
-      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(t[j] - 32), splat(0.0f), -4, 3, 4, levels + 16 * j);
+      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(t[j] - 32), splat(0.0f), -4, 3, 4,
+                                  levels + 16 * j);
     }
     for (int l = 0; l < kLanes; ++l) {
       std::memset(out[l].scales, 0, sizeof out[l].scales);
@@ -190,10 +194,11 @@ struct Q3K : BlockwiseFormat {
   }
 };
 
-// ---- q4k, q5k: w = d * ls * code - dmin * lm, sub-blocks of 32 -------------------------------------------------------------
+// ---- q4k, q5k: w = d * ls * code - dmin * lm, sub-blocks of 32
+// -------------------------------------------------------------
 
-// Eight pairs of 6-bit numbers in 12 bytes: pairs 0-3 lie in the low six bits of bytes 0-3 and 4-7; pairs 4-7 have their low
-// four bits in bytes 8-11 (scale low nibble, min high nibble) and the other two on top of bytes 0-3 and 4-7.
+// Eight pairs of 6-bit numbers in 12 bytes: pairs 0-3 lie in the low six bits of bytes 0-3 and 4-7; pairs 4-7 have
+// their low four bits in bytes 8-11 (scale low nibble, min high nibble) and the other two on top of bytes 0-3 and 4-7.
 ISQ_INLINE void unpack_pairs(const uint8_t* packed, int* scales, int* mins) {
   for (int j = 0; j < 4; ++j) {
     scales[j] = packed[j] & 63;
@@ -222,7 +227,8 @@ struct Pairs256 : BlockwiseFormat {
     int ls[8], lm[8];
     unpack_pairs(block.scales, ls, lm);
     const float d = f16_to_f32(block.d), dmin = f16_to_f32(block.dmin);
-    for (int run = 0; run < 8; ++run) {  // sixteen bytes: half of sub-block j in the low nibbles, half of j + 1 in the high ones
+    for (int run = 0; run < 8;
+         ++run) {  // sixteen bytes: half of sub-block j in the low nibbles, half of j + 1 in the high ones
       const I bytes = load_bytes(block.qs + 16 * run);
       for (int c = 0; c < 2; ++c) {
         const int j = run / 2 * 2 + c;
@@ -241,8 +247,9 @@ struct Pairs256 : BlockwiseFormat {
     } else {
       for (int j = 0; j < 8; ++j) magnitude_weights(in.x + 32 * j, w + 32 * j);
     }
-    const Guesses guesses =
-        in.weighted ? kWeightedGuesses : (kBits == 4 ? Guesses{-1.0f, 0.1f, 20, false} : Guesses{-0.5f, 0.1f, 15, false});
+    const Guesses guesses = in.weighted
+                                ? kWeightedGuesses
+                                : (kBits == 4 ? Guesses{-1.0f, 0.1f, 20, false} : Guesses{-0.5f, 0.1f, 15, false});
     for (int j = 0; j < 8; ++j) {
       scales[j] = search_affine<32>(in.x + 32 * j, w + 32 * j, kMax, guesses, levels + 32 * j, &mins[j]);
     }
@@ -259,8 +266,8 @@ struct Pairs256 : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 8; ++j) {
-      levels_for_stored_scale<32>(in.x + 32 * j, stored_d.value * to_float(ls[j]), stored_dmin.value * to_float(lm[j]), 0,
-                                  kMax, 0, levels + 32 * j);
+      levels_for_stored_scale<32>(in.x + 32 * j, stored_d.value * to_float(ls[j]), stored_dmin.value * to_float(lm[j]),
+                                  0, kMax, 0, levels + 32 * j);
     }
     for (int l = 0; l < kLanes; ++l) {
       pack_pairs(ls, lm, l, out[l].scales);
@@ -300,7 +307,8 @@ struct Pairs256 : BlockwiseFormat {
 using Q4K = Pairs256<4, BlockQ4K>;
 using Q5K = Pairs256<5, BlockQ5K>;
 
-// ---- q6k: w = d * sc * (code - 32), sub-blocks of 16 -----------------------------------------------------------------------
+// ---- q6k: w = d * sc * (code - 32), sub-blocks of 16
+// -----------------------------------------------------------------------
 
 struct Q6K : BlockwiseFormat {
   using Block = BlockQ6K;
@@ -336,7 +344,8 @@ struct Q6K : BlockwiseFormat {
     for (int j = 0; j < 16; ++j) {
       const I integer = nearest_int(inverse * scales[j]);
       sc[j] = select(zero, splat(0), select(integer > 127, splat(127), integer) << 24 >> 24);
-      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(sc[j]), splat(0.0f), -32, 31, 32, levels + 16 * j);
+      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(sc[j]), splat(0.0f), -32, 31, 32,
+                                  levels + 16 * j);
     }
     for (int l = 0; l < kLanes; ++l) {
       if (zero[l]) {  // all bytes zero, codes included
@@ -359,7 +368,8 @@ struct Q6K : BlockwiseFormat {
   }
 };
 
-// ---- q8k: w = d * code, f32 scale ------------------------------------------------------------------------------------------
+// ---- q8k: w = d * code, f32 scale
+// ------------------------------------------------------------------------------------------
 
 struct Q8K : BlockwiseFormat {
   using Block = BlockQ8K;

@@ -1,5 +1,5 @@
-// Everything that is compiled once per ISA level, in namespace isqtorch::ISQ_ISA. No include guard in spirit: each file under
-// isa/ is one translation unit with one region.
+// Everything that is compiled once per ISA level, in namespace isqtorch::ISQ_ISA. No include guard in spirit: each file
+// under isa/ is one translation unit with one region.
 #pragma once
 
 #include "cpu/isa/prelude.h"

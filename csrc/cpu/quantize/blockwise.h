@@ -1,6 +1,6 @@
-// The driver of every quantizer that works block by block: loads sixteen blocks, lets the format choose their codes, stores
-// them. Blocks are numbered through the whole matrix, so a unit of sixteen may span rows; the result does not depend on how
-// units are spread over threads.
+// The driver of every quantizer that works block by block: loads sixteen blocks, lets the format choose their codes,
+// stores them. Blocks are numbered through the whole matrix, so a unit of sixteen may span rows; the result does not
+// depend on how units are spread over threads.
 #pragma once
 
 #include "cpu/convert.h"
@@ -34,8 +34,7 @@ void for_range(const QuantizeJob& job, int64_t count, int64_t grain, const Body&
 
 ISQ_INLINE void lower_to(int64_t* target, int64_t value) {
   int64_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
-  while (value < seen &&
-         !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (value < seen && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
@@ -73,7 +72,8 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
 
 // Fills lanes from block `first` on; lanes past the last block get zeros.
 template <int kBlock>
-void load_blocks(const QuantizeJob& job, int64_t first, int64_t count, LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
+__attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first, int64_t count,
+                                           LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
   alignas(64) float w[kBlock];
   const int64_t blocks_per_row = job.k / kBlock;
   for (int l = 0; l < kLanes; ++l) {
@@ -112,7 +112,8 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
       const int64_t first = unit * kLanes, left = blocks - first, count = left < kLanes ? left : kLanes;
       load_blocks(job, first, count, lanes, &result.bad_weight);
       if (needs_rows) {
-        for (int l = 0; l < kLanes; ++l) lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
+        for (int l = 0; l < kLanes; ++l)
+          lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
       }
       Block packed[kLanes];
       const I overflow = Format::quantize(lanes, packed);

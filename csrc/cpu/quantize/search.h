@@ -1,7 +1,8 @@
-// ggml's searches for scales: try several, keep the one of least weighted squared error. Sixteen blocks at a time (lanes.h).
+// ggml's searches for scales: try several, keep the one of least weighted squared error. Sixteen blocks at a time
+// (lanes.h).
 //
-// The formulas and their order of evaluation are those of ggml-quants.c (commit d99724f2); each function names its model
-// there. `w` are the weights of the errors, `levels` the chosen integers.
+// The formulas and their order of evaluation are those of ggml-quants.c (commit d99724f2); each function names its
+// model there. `w` are the weights of the errors, `levels` the chosen integers.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -10,8 +11,8 @@ namespace isqtorch::ISQ_ISA {
 
 constexpr float kTiny = 1e-15f;  // a block whose extreme is below this counts as zero
 
-// Symmetric, integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants, rmse_type 1:
-// w null means that a weight's error counts x^2.)
+// Symmetric, integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants,
+// rmse_type 1: w null means that a weight's error counts x^2.)
 template <int kCount>
 F search_symmetric(const F* x, const F* w, int nmax, I* levels) {
   const F extreme = first_extreme(x, kCount);
@@ -47,7 +48,8 @@ F search_symmetric(const F* x, const F* w, int nmax, I* levels) {
   return select(zero, splat(0.0f), scale);
 }
 
-// Coordinate descent for symmetric integers -nmax .. nmax - 1: change one at a time while the error falls. (make_q3_quants.)
+// Coordinate descent for symmetric integers -nmax .. nmax - 1: change one at a time while the error falls.
+// (make_q3_quants.)
 template <int kCount>
 F descend_symmetric(const F* x, int nmax, I* levels) {
   const F extreme = first_extreme(x, kCount);
@@ -106,7 +108,9 @@ F search_affine(const F* x, const F* w, int nmax, const Guesses& guesses, I* lev
   const I flat = high <= low;
 
   // The levels of the best guess are not kept but computed again at the end, from its inverse scale and offset.
-  const auto level = [&](F inverse, F minimum, int i) { return clamp(nearest_int(inverse * (x[i] - minimum)), 0, nmax); };
+  const auto level = [&](F inverse, F minimum, int i) {
+    return clamp(nearest_int(inverse * (x[i] - minimum)), 0, nmax);
+  };
   const auto error_of = [&](F inverse, F minimum, F scale, F new_minimum) {
     F error = splat(0.0f);
     for (int i = 0; i < kCount; ++i) {
