@@ -57,7 +57,7 @@ ISQ_INLINE uint16_t load_u16(const uint8_t* p) {
 struct Halves {
   uint16_t bits[kLanes];
   F value;
-  I infinite;
+  I overflow;  // infinite, or NaN from a search whose sums overflowed
 };
 
 ISQ_INLINE Halves to_f16(F f) {
@@ -66,7 +66,7 @@ ISQ_INLINE Halves to_f16(F f) {
     h.bits[l] = f32_to_f16(f[l]);
     h.value[l] = f16_to_f32(h.bits[l]);
   }
-  h.infinite = abs(h.value) > FLT_MAX;
+  h.overflow = ~(abs(h.value) <= FLT_MAX);
   return h;
 }
 ISQ_INLINE Halves to_bf16(F f) {
@@ -75,7 +75,7 @@ ISQ_INLINE Halves to_bf16(F f) {
     h.bits[l] = f32_to_bf16(f[l]);
     h.value[l] = bf16_to_f32(h.bits[l]);
   }
-  h.infinite = abs(h.value) > FLT_MAX;
+  h.overflow = ~(abs(h.value) <= FLT_MAX);
   return h;
 }
 

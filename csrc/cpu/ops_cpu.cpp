@@ -24,8 +24,7 @@ constexpr int64_t kChunk = 1024;  // weights decoded at a time: 4 KB of f32, wel
 constexpr int64_t kWeightsPerTask = 1 << 16;  // less than this is not worth another thread
 constexpr int64_t kPanelWeights = 1 << 21;  // weights decoded for one matrix product: stays in the second-level caches
 
-// ---- tensors
-// ------------------------------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------------------------
 
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
@@ -156,12 +155,18 @@ struct PackedMatrix {
   }
 };
 
-// ---- quantize
-// -------------------------------------------------------------------------------------------------------------
+// ---- quantize -----------------------------------------------------------------------------------------------------
 
 std::string number_text(float value) {
   if (std::isfinite(value)) return text(value);
   return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+}
+
+// What to do about a format whose scales overflow.
+std::string wider_scale(const std::string& format) {
+  const size_t suffix = format.find(".f16");
+  if (suffix != std::string::npos) return text("Use ", format.substr(0, suffix), ", which has bf16 scales");
+  return "Scale the weight down, or use a format with a wider scale (q8k, fp8)";
 }
 
 std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
@@ -254,15 +259,13 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
     if (result.overflow_at != QuantizeResult::kNone) {
       const int64_t at = e * matrix_weights + result.overflow_at;
       check(false, "quantize: the block of ", format.name, " from weight[", position_text(at, shape),
-            "] on holds values too large for its 16-bit scale. Scale the weight down, or use a format with a wider "
-            "scale (q8k, fp8).");
+            "] on holds values too large for its 16-bit scale. ", wider_scale(format.name), ".");
     }
   }
   return out;
 }
 
-// ---- dequantize, embedding
-// ------------------------------------------------------------------------------------------------
+// ---- dequantize, embedding ----------------------------------------------------------------------------------------
 
 Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
   const PackedMatrix packed("dequantize", weight, format_name, false);
@@ -306,8 +309,7 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
   return out;
 }
 
-// ---- linear
-// ---------------------------------------------------------------------------------------------------------------
+// ---- linear -------------------------------------------------------------------------------------------------------
 
 struct LinearArguments {
   Tensor x;  // contiguous [m, k]
@@ -411,8 +413,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   return y;
 }
 
-// ---- inspection
-// -----------------------------------------------------------------------------------------------------------
+// ---- inspection ---------------------------------------------------------------------------------------------------
 
 std::string cpu_info() {
   const auto quoted = [](const std::string& s) { return '"' + s + '"'; };

@@ -31,6 +31,7 @@ _EXAMPLE = Path("examples/demo_model")
 _CONTEXT = 512  # tokens per window of the quality measurements
 _PROMPT = "The function returns"
 _DECODE_TOKENS, _DECODE_REPEATS = 48, 3
+_DECODE_SECONDS = 4.0  # no further repeat after so long
 
 _TEXT_WIDTH = 100  # characters of generated text shown
 
@@ -171,8 +172,8 @@ class Measure:
         """Tokens per second of greedy decoding after a short prompt (median), and the text, on one line."""
         settings = {"do_sample": False, "min_new_tokens": _DECODE_TOKENS, "max_new_tokens": _DECODE_TOKENS}
         model.generate(**self.prompt, do_sample=False, max_new_tokens=2)  # warm up
-        seconds = []
-        for _ in range(_DECODE_REPEATS):
+        seconds: list[float] = []
+        while len(seconds) < _DECODE_REPEATS and sum(seconds) < _DECODE_SECONDS:
             began = time.perf_counter()
             ids = model.generate(**self.prompt, **settings)
             seconds.append(time.perf_counter() - began)

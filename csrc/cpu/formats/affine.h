@@ -57,7 +57,7 @@ struct Affine : BlockwiseFormat {
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
   static constexpr bool kTakesImportance = false, kHasRules = true;
-  static constexpr bool kF16 = kScaleType == Dtype::kF16;
+  static constexpr bool kF16 = kScaleType == Dtype::kF16, kF16Scales = kF16;
 
   // "afq4", "afq4g32", "afq4g128.f16": the default group 64 and bf16 are not spelled out.
   static constexpr auto kSpelling = [] {
@@ -91,7 +91,7 @@ struct Affine : BlockwiseFormat {
       out[l].bias = bias.bits[l];
       store_stream<kBits>(codes, l, kGroup, out[l].codes);
     }
-    return scale.infinite | bias.infinite;
+    return scale.overflow | bias.overflow;
   }
 };
 

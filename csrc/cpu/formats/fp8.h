@@ -16,7 +16,7 @@ struct Fp8 : BlockwiseFormat {
 #pragma pack(pop)
   static constexpr const char* kName = "fp8";
   static constexpr int kBlock = 128;
-  static constexpr bool kTakesImportance = false;
+  static constexpr bool kTakesImportance = false, kF16Scales = false;
   static constexpr float kLargest = 448.0f;
 
   static void decode(const Block& block, float* w) {

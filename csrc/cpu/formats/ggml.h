@@ -12,7 +12,11 @@ ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, F mean_square, 
   for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
 }
 
-ISQ_INLINE F reciprocal_or_zero(F d) { return select(d != 0.0f, 1.0f / d, splat(0.0f)); }
+// 1 / d, but 0 where that is not finite: for a block of zeros, or of numbers that a 16-bit scale cannot tell from zero.
+ISQ_INLINE F reciprocal_or_zero(F d) {
+  const F inverse = 1.0f / d;
+  return select(abs(inverse) <= FLT_MAX, inverse, splat(0.0f));
+}
 
 constexpr Guesses kWeightedGuesses = {-0.9f, 0.05f, 36, false};
 
@@ -77,7 +81,7 @@ struct Symmetric32 : BlockwiseFormat {
       out[l].d = stored.bits[l];
       store_codes<kBits>(levels, l, out[l]);
     }
-    return stored.infinite;
+    return stored.overflow;
   }
 };
 using Q4_0 = Symmetric32<4, BlockQ4_0>;
@@ -119,7 +123,7 @@ struct MinMax32 : BlockwiseFormat {
       out[l].m = stored_m.bits[l];
       store_codes<kBits>(levels, l, out[l]);
     }
-    return stored_d.infinite | stored_m.infinite;
+    return stored_d.overflow | stored_m.overflow;
   }
 };
 using Q4_1 = MinMax32<4, BlockQ4_1>;
@@ -153,7 +157,7 @@ struct Bytes32 : BlockwiseFormat {
       const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; no weight is decoded from it
       for (int l = 0; l < kLanes; ++l) out[l].s = s.bits[l];
     }
-    return stored.infinite;
+    return stored.overflow;
   }
 };
 using Q8_0 = Bytes32<BlockQ8_0, false>;

@@ -153,12 +153,14 @@ struct Hqq {
         for (int i = 0; i < kGroup; ++i) {
           codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
         }
+        const I overflow =
+            scale.overflow | zero_point.overflow | (largest_magnitude(in.x, kGroup) > kLargestWithF16Scales);
         Block packed[kLanes];
         for (int l = 0; l < count; ++l) {
           packed[l].scale = scale.bits[l];
           packed[l].zero = zero_point.bits[l];
           store_stream<kBits>(codes, l, kGroup, packed[l].codes);
-          if (scale.infinite[l] | zero_point.infinite[l]) lower_to(&result.overflow_at, (unit * kLanes + l) * kGroup);
+          if (overflow[l]) lower_to(&result.overflow_at, (unit * kLanes + l) * kGroup);
         }
         std::memcpy(job.out + unit * kLanes * sizeof(Block), packed, count * sizeof(Block));
       });

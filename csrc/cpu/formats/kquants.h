@@ -6,8 +6,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// ---- what the formats share
-// -------------------------------------------------------------------------------------------
+// ---- what the formats share ---------------------------------------------------------------------------------------
 
 // sum of x^2 over the block, in index order, times factor / 256
 ISQ_INLINE F block_mean_square(const F* x, float factor) {
@@ -46,8 +45,7 @@ ISQ_INLINE void store_bit_plane(const I* levels, int lane, int bit, uint8_t* pla
   }
 }
 
-// ---- q2k: w = d * sc * code - dmin * mn, sub-blocks of 16
-// ------------------------------------------------------------------
+// ---- q2k: w = d * sc * code - dmin * mn, sub-blocks of 16 ---------------------------------------------------------
 
 struct Q2K : BlockwiseFormat {
   using Block = BlockQ2K;
@@ -105,7 +103,7 @@ struct Q2K : BlockwiseFormat {
       out[l].d = stored_d.bits[l];
       out[l].dmin = stored_dmin.bits[l];
     }
-    return stored_d.infinite | stored_dmin.infinite;
+    return stored_d.overflow | stored_dmin.overflow;
   }
 
  private:
@@ -120,8 +118,7 @@ struct Q2K : BlockwiseFormat {
   }
 };
 
-// ---- q3k: w = d * (t - 32) * (code - 4), sub-blocks of 16
-// ------------------------------------------------------------------
+// ---- q3k: w = d * (t - 32) * (code - 4), sub-blocks of 16 ---------------------------------------------------------
 
 struct Q3K : BlockwiseFormat {
   using Block = BlockQ3K;
@@ -190,12 +187,11 @@ struct Q3K : BlockwiseFormat {
       store_bit_plane(levels, l, 2, out[l].hmask);
       out[l].d = stored.bits[l];
     }
-    return stored.infinite;
+    return stored.overflow;
   }
 };
 
-// ---- q4k, q5k: w = d * ls * code - dmin * lm, sub-blocks of 32
-// -------------------------------------------------------------
+// ---- q4k, q5k: w = d * ls * code - dmin * lm, sub-blocks of 32 ----------------------------------------------------
 
 // Eight pairs of 6-bit numbers in 12 bytes: pairs 0-3 lie in the low six bits of bytes 0-3 and 4-7; pairs 4-7 have
 // their low four bits in bytes 8-11 (scale low nibble, min high nibble) and the other two on top of bytes 0-3 and 4-7.
@@ -280,7 +276,7 @@ struct Pairs256 : BlockwiseFormat {
       out[l].d = stored_d.bits[l];
       out[l].dmin = stored_dmin.bits[l];
     }
-    return stored_d.infinite | stored_dmin.infinite;
+    return stored_d.overflow | stored_dmin.overflow;
   }
 
  private:
@@ -307,8 +303,7 @@ struct Pairs256 : BlockwiseFormat {
 using Q4K = Pairs256<4, BlockQ4K>;
 using Q5K = Pairs256<5, BlockQ5K>;
 
-// ---- q6k: w = d * sc * (code - 32), sub-blocks of 16
-// -----------------------------------------------------------------------
+// ---- q6k: w = d * sc * (code - 32), sub-blocks of 16 --------------------------------------------------------------
 
 struct Q6K : BlockwiseFormat {
   using Block = BlockQ6K;
@@ -364,18 +359,17 @@ struct Q6K : BlockwiseFormat {
       for (int j = 0; j < 16; ++j) out[l].scales[j] = (int8_t)sc[j][l];
       out[l].d = stored.bits[l];
     }
-    return stored.infinite;
+    return stored.overflow;
   }
 };
 
-// ---- q8k: w = d * code, f32 scale
-// ------------------------------------------------------------------------------------------
+// ---- q8k: w = d * code, f32 scale ---------------------------------------------------------------------------------
 
 struct Q8K : BlockwiseFormat {
   using Block = BlockQ8K;
   static constexpr const char* kName = "q8k";
   static constexpr int kBlock = 256;
-  static constexpr bool kTakesImportance = false;
+  static constexpr bool kTakesImportance = false, kF16Scales = false;
 
   static void decode(const Block& block, float* w) {
     const float d = block.d;
@@ -384,8 +378,8 @@ struct Q8K : BlockwiseFormat {
 
   static I quantize(const LaneBlocks<256>& in, Block* out) {
     const F extreme = first_extreme(in.x, 256);
-    const I zero = extreme == 0.0f;
     const F inverse = -127.0f / extreme;
+    const I zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
     const F d = select(zero, splat(0.0f), 1.0f / inverse);
     for (int j = 0; j < 16; ++j) {
       I sum = splat(0);

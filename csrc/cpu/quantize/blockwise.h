@@ -18,11 +18,16 @@ struct LaneBlocks {
   Rule rule;
 };
 
-// A format without blocks that can overflow, without row statistics, unless it says otherwise.
+// What a format says of itself, unless it says otherwise.
 struct BlockwiseFormat {
   static constexpr bool kNeedsRowMeanSquare = false;
   static constexpr bool kHasRules = false;
+  static constexpr bool kF16Scales = true;
 };
+
+// No block with f16 scales reaches this (q6k comes closest, with 65504 * 128 * 32), and beyond it the searches' own
+// sums overflow and may end in a scale that is finite but means nothing.
+constexpr float kLargestWithF16Scales = 0x1p30f;
 
 template <class Body>
 void for_range(const QuantizeJob& job, int64_t count, int64_t grain, const Body& body) {
@@ -116,7 +121,8 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
           lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
       }
       Block packed[kLanes];
-      const I overflow = Format::quantize(lanes, packed);
+      I overflow = Format::quantize(lanes, packed);
+      if (Format::kF16Scales) overflow |= largest_magnitude(lanes.x, kBlock) > kLargestWithF16Scales;
       for (int l = 0; l < count; ++l) {
         if (overflow[l]) lower_to(&result.overflow_at, (first + l) * kBlock);
       }
