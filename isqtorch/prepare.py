@@ -17,6 +17,7 @@ from .inventory import Inventory, inspect_model
 from .modules import PackedModule
 from .modules.convert import layer_kind
 from .modules.packed import ordinary_tensors
+from .ops.native import NATIVE_DEVICES
 from .policy import LayerInfo, Request, Verdict, decide
 
 ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -65,7 +66,9 @@ def prepare(
     verdict = decide(inventory.layers, request)
     importance = load_imatrix(imatrix)
     jobs = _jobs(inventory, verdict, importance, target)
-    notes = [] if importance is None else _importance_notes(jobs, importance, request.op)
+    notes = _kernel_notes(inventory, verdict)
+    if importance is not None:
+        notes += _importance_notes(jobs, importance, request.op)
     alarms = _dead_columns(jobs)
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{request.op} quantized nothing; the report has the reasons")
@@ -118,6 +121,19 @@ def _jobs(inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, targe
             )
         )
     return jobs
+
+
+def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
+    """Which devices compute with the reference, for want of kernels."""
+    devices = {
+        decision.device.type if decision.device else layer.device_type
+        for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)
+        if decision.format is not None
+    }
+    return [
+        f"there are no native kernels for {device} yet: the plain PyTorch reference runs there, correct and slow"
+        for device in sorted(devices - {*NATIVE_DEVICES, "meta"})
+    ]
 
 
 def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:

@@ -32,6 +32,9 @@ def _load() -> Path:
 
 LIBRARY = _load()
 
+NATIVE_DEVICES = ("cpu",)
+"""Device types with compiled kernels. On others the plain PyTorch reference runs."""
+
 
 @dataclass(frozen=True)
 class CpuInfo:
