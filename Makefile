@@ -13,6 +13,10 @@ TORCH_STAMP   := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(TORCH)))
 INSTALL_STAMP := $(VENV)/.stamp-install
 BUILD_STAMP   := $(VENV)/.stamp-build
 
+# Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
+# machines: decoding is then slower by a factor of 50. Threads that sleep cost little elsewhere.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format tables build clean
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import ALL_FORMATS, FORMATS, implementation, relative_error, run_flushing_denormals, weight
@@ -122,6 +126,21 @@ def test_levels_are_listed_forced_and_refused() -> None:
     assert ops.cpu_info() == info
     with pytest.raises(ValueError, match='no instruction-set level "sse9".*baseline'):
         ops.set_cpu_isa("sse9")
+
+
+def in_new_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ISQTORCH_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_the_environment_chooses_a_level() -> None:
+    code = "from isqtorch import ops; info = ops.cpu_info(); print(info.isa_selected, '|', info.reason)"
+    done = in_new_process(code, "baseline")
+    assert done.stdout.startswith("baseline | ") and "ISQTORCH_CPU_ISA" in done.stdout
+    done = in_new_process(code, "")
+    assert done.stdout.startswith(ops.cpu_info().isa_selected)
+    done = in_new_process(code, "mmx")
+    assert done.returncode != 0 and 'ISQTORCH_CPU_ISA: no instruction-set level "mmx". Levels: baseline' in done.stderr
 
 
 def test_native_formats_are_the_registry() -> None:
