@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import
 
 from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denormals
 
+from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
 
@@ -29,9 +30,13 @@ def fmt(request: pytest.FixtureRequest) -> QuantFormat:
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def impl(request: pytest.FixtureRequest) -> object:
-    """The ops: reference and native."""
-    return implementation(request.param)
+def impl(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The ops: the reference, and native on every instruction-set level that this machine can run."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        ops.set_cpu_isa(isa)
+    yield implementation(name)
+    ops.set_cpu_isa("")
 
 
 @pytest.fixture(params=["ieee", "flush_denormal"])

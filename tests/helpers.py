@@ -6,19 +6,19 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from isqtorch import ops
 from isqtorch.formats import QuantFormat, formats, get_format
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FORMATS = [get_format(name) for name in formats()]
 ALL_FORMATS = [get_format(name) for name in formats(variants=True)]
-IMPLEMENTATIONS = ["reference", "native"]
+IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in ops.cpu_info().isa_supported)]
 
 
 @cache
@@ -29,16 +29,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 def implementation(name: str) -> Any:
     """The four ops, in plain torch ("reference") or compiled ("native")."""
-    if name == "reference":
-        from isqtorch.ops import reference
-
-        return reference
-    import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
-
-    library = torch.ops.isqtorch
-    return SimpleNamespace(
-        quantize=library.quantize, dequantize=library.dequantize, linear=library.linear, embedding=library.embedding
-    )
+    return ops.reference if name == "reference" else ops
 
 
 def run_flushing_denormals(work: Callable[[], None]) -> None:

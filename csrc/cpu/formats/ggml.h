@@ -36,16 +36,15 @@ ISQ_INLINE void store_codes(const I* levels, int lane, Block& block) {
   }
   if constexpr (kBits == 5) std::memcpy(block.qh, &high, 4);
 }
+// The first (half 0) or last sixteen codes.
 template <int kBits, class Block>
-ISQ_INLINE void load_codes(const Block& block, int* codes) {
-  for (int j = 0; j < 16; ++j) {
-    codes[j] = block.qs[j] & 15;
-    codes[j + 16] = block.qs[j] >> 4;
-  }
+ISQ_INLINE I load_codes(const Block& block, int half) {
+  I codes = load_bytes(block.qs) >> (4 * half) & 15;
   if constexpr (kBits == 5) {
-    const uint32_t high = load_high_bits(block.qh);
-    for (int j = 0; j < 32; ++j) codes[j] |= (int)(high >> j & 1) << 4;
+    constexpr I kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    codes |= (splat((int32_t)load_high_bits(block.qh)) >> (16 * half + kLane) & 1) << 4;
   }
+  return codes;
 }
 
 // w = d * (code - 2^(bits-1)): q4_0, q5_0
@@ -57,10 +56,10 @@ struct Symmetric32 : BlockwiseFormat {
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
   static void decode(const Block& block, float* w) {
-    int codes[32];
-    load_codes<kBits>(block, codes);
     const float d = f16_to_f32(block.d);
-    for (int i = 0; i < 32; ++i) w[i] = (float)(codes[i] - kHalf) * d;
+    for (int half = 0; half < 2; ++half) {
+      store_lanes(to_float(load_codes<kBits>(block, half) - kHalf) * d, w + 16 * half);
+    }
   }
 
   static I quantize(const LaneBlocks<32>& in, Block* out) {
@@ -96,10 +95,10 @@ struct MinMax32 : BlockwiseFormat {
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
   static void decode(const Block& block, float* w) {
-    int codes[32];
-    load_codes<kBits>(block, codes);
     const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
-    for (int i = 0; i < 32; ++i) w[i] = (float)codes[i] * d + m;
+    for (int half = 0; half < 2; ++half) {
+      store_lanes(to_float(load_codes<kBits>(block, half)) * d + m, w + 16 * half);
+    }
   }
 
   static I quantize(const LaneBlocks<32>& in, Block* out) {

@@ -98,7 +98,7 @@ struct Q2K : BlockwiseFormat {
                                   0, 3, 0, levels + 16 * j);
     }
     for (int l = 0; l < kLanes; ++l) {
-      for (int j = 0; j < 16; ++j) out[l].scales[j] = (uint8_t)((sc[j][l] & 15) | mn[j][l] << 4);
+      for (int j = 0; j < 16; ++j) out[l].scales[j] = (uint8_t)((sc[j][l] & 15) | (mn[j][l] & 15) << 4);
       store_crumbs(levels, l, out[l].qs);
       out[l].d = stored_d.bits[l];
       out[l].dmin = stored_dmin.bits[l];
