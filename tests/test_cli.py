@@ -219,7 +219,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert [base["format"], q8_0["format"], q2k["format"]] == ["bf16", "q8_0", "q2k"]
     assert base["kl"] == 0 and base["top1_agreement"] == 100 and base["bits_per_weight"] == 16
     assert base["size_mb"] > q8_0["size_mb"] > q2k["size_mb"]
-    assert 0 < q8_0["kl"] < q2k["kl"] < 0.1
+    assert 0 < q8_0["kl"] < q2k["kl"] < 0.3
     assert all(row["tokens_per_second"] > 0 and len(row["text"]) > 10 for row in found["rows"])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
