@@ -9,6 +9,8 @@ from isqtorch.formats import QuantFormat, get_format
 
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
 
+_embedding = torch.ops.isqtorch.embedding.default
+
 
 class QuantEmbedding(PackedModule, nn.Embedding):
     """Rows of a packed table, decoded on the way out.
@@ -84,7 +86,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return cls.from_packed(packed, fmt, padding_idx=embedding.padding_idx, dtype=embedding.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = torch.ops.isqtorch.embedding(ids, self.weight, self.format, self.dtype)
+        rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
         return rows
 
     def reset_parameters(self) -> None:

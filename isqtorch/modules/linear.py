@@ -9,6 +9,8 @@ from isqtorch.formats import QuantFormat, get_format
 
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
 
+_linear = torch.ops.isqtorch.linear.default  # the overload itself: looking it up in each call costs a microsecond
+
 
 class QuantLinear(PackedModule, nn.Linear):
     """y = x @ dequantize(weight)^T + bias, with `weight` packed in a quantized format.
@@ -83,7 +85,7 @@ class QuantLinear(PackedModule, nn.Linear):
         return cls.from_packed(packed, fmt, bias=linear.bias, dtype=linear.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.isqtorch.linear(x, self.weight, self.format, self.bias)
+        y: Tensor = _linear(x, self.weight, self.format, self.bias)
         return y
 
     def reset_parameters(self) -> None:
