@@ -31,7 +31,7 @@ from .topology import Spec, TopologyLike
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_ERROR_CHUNK = 1 << 20  # weights compared at a time by measure_error
+_ERROR_CHUNK = 1 << 17  # weights compared at a time by measure_error
 
 
 def quantize_(
