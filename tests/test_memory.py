@@ -22,7 +22,7 @@ def status(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
 
 torch.manual_seed(0)
-quantize_(nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16)), FORMAT, measure_error=MEASURE)  # threads, kernels, first-time allocations
+quantize_(nn.Sequential(nn.Linear(256, 256, dtype=torch.bfloat16)), FORMAT, measure_error=MEASURE)  # first-time costs
 weight = torch.randn({WIDTH}, {WIDTH}, dtype=torch.bfloat16)
 with torch.device("meta"):
     model = nn.Sequential(*(nn.Linear({WIDTH}, {WIDTH}, bias=False, dtype=torch.bfloat16) for _ in range({LAYERS})))
