@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from typing import Any
 
 from ._common import add_imatrix, add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             imatrix=args.imatrix,
             fallback=args.fallback,
         )
-    score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=not args.json)
+    score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=sys.stderr.isatty())
     result: dict[str, Any] = {
         "model": args.model,
         "format": args.isq,
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         "perplexity_stderr": score.stderr,
     }
     if reference is not None:
-        divergence = kl_divergence(model, reference, ids, context=args.context, progress=not args.json)
+        divergence = kl_divergence(model, reference, ids, context=args.context, progress=sys.stderr.isatty())
         result |= {"kl_mean": divergence.mean, "kl_p99": divergence.p99, "top1_agreement": divergence.top1_agreement}
     if args.json:
         print(json.dumps(result, indent=2))
