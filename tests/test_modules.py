@@ -291,3 +291,28 @@ def test_obstacles() -> None:
     del computed.weight
     computed.weight = torch.ones(2, 2)
     assert "computed" in str(obstacle(computed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_what_it_gives_for_a_float_layer(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 8))
+    quantized = nn.Sequential(QuantLinear.from_float(model[0], "q8_0"), model[1], model[2])
+    x = torch.randn(3, 256, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        assert quantized[0](x).dtype == model[0](x).dtype == dtype
+        got, want = quantized(x), model(x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)
+    assert quantized[0](x).dtype == torch.float32
+    got.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype):
+        assert compiled(x).dtype == want.dtype
+
+
+def test_forward_on_meta() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(QuantEmbedding(10, 256, format="q6k"), QuantLinear(256, 8, format="q4k"))
+        y = model(torch.zeros(2, 3, dtype=torch.int64))
+    assert y.shape == (2, 3, 8) and y.device.type == "meta"

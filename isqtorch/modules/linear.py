@@ -85,6 +85,9 @@ class QuantLinear(PackedModule, nn.Linear):
         return cls.from_packed(packed, fmt, bias=linear.bias, dtype=linear.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # nn.Linear's product is cast, so this is, too
+            x = x.to(torch.get_autocast_dtype(device))
         y: Tensor = _linear(x, self.weight, self.format, self.bias)
         return y
 
