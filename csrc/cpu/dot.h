@@ -34,12 +34,24 @@ ISQ_INLINE float sum(V v) {
 
 template <int kRows>
 void dot_block(const float* w, const float* x, int64_t ldx, int64_t k, float* y) {
-  V acc[kRows] = {};
-  for (int64_t i = 0; i < k; i += ISQ_VECTOR_FLOATS) {  // k is a multiple of 32
-    const V weights = load_vector(w + i);
-    for (int m = 0; m < kRows; ++m) acc[m] = multiply_add(weights, load_vector(x + m * ldx + i), acc[m]);
+  // Enough sums in flight to hide the latency of the multiply-add.
+  constexpr int kChains = kRows >= 4 ? 1 : 4 / kRows, kStep = kChains * ISQ_VECTOR_FLOATS;
+  V acc[kRows][kChains] = {};
+  int64_t i = 0;
+  for (; i + kStep <= k; i += kStep) {
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = i + c * ISQ_VECTOR_FLOATS;
+      const V weights = load_vector(w + at);
+      for (int m = 0; m < kRows; ++m) acc[m][c] = multiply_add(weights, load_vector(x + m * ldx + at), acc[m][c]);
+    }
   }
-  for (int m = 0; m < kRows; ++m) y[m] += sum(acc[m]);
+  for (; i < k; i += ISQ_VECTOR_FLOATS) {  // k is a multiple of 32
+    const V weights = load_vector(w + i);
+    for (int m = 0; m < kRows; ++m) acc[m][0] = multiply_add(weights, load_vector(x + m * ldx + i), acc[m][0]);
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int c = 0; c < kChains; ++c) y[m] += sum(acc[m][c]);
+  }
 }
 
 void dot_rows(const float* w, const float* x, int64_t ldx, int rows, int64_t k, float* y) {
