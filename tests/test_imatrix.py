@@ -417,7 +417,7 @@ def test_mutated(write: Write) -> None:
     """Whatever the bytes are: a valid matrix or a ValueError, at once, and no memory beyond the file's size."""
     rng = random.Random(7)
     seeds = [LEGACY, GGUF, cimatrix({"model.layers.0.mlp.up_proj": [1.0] * 64, "x": [0.5] * 8}), gguf(PAIR)]
-    accepted, slowest = 0, 0.0
+    accepted, seconds = 0, []
     tracemalloc.start()
     try:
         for case in range(2000):
@@ -432,10 +432,10 @@ def test_mutated(write: Write) -> None:
                 accepted += 1
                 for name, values in imatrix.items():
                     assert name and torch.isfinite(values).all() and (values >= 0).all()
-            slowest = max(slowest, time.process_time() - start)
+            seconds.append(time.process_time() - start)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert 0 < accepted < 2000
     assert peak < 2 << 20, f"{peak} bytes for files of {len(GGUF)}"
-    assert slowest < 1.0
+    assert max(seconds) < 0.25 * sum(seconds)  # no file takes more than its share

@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HEAVY = ["transformers", "matplotlib", "huggingface_hub", "accelerate", "yaml", "tqdm"]
 
-# Runs in a fresh interpreter. torch comes first: it is not ours to time.
+# Runs in a fresh interpreter. torch comes first: it is the yardstick, not ours to make faster.
 SCRIPT = """
 import json, socket, subprocess, sys, time
+began = time.perf_counter()
 import torch
+torch_seconds = time.perf_counter() - began
 
 def refuse(*args, **kwargs):
     raise AssertionError("import isqtorch must not do this")
@@ -30,7 +32,7 @@ before = set(sys.modules)
 began = time.perf_counter()
 import isqtorch
 seconds = time.perf_counter() - began
-print(json.dumps({"seconds": seconds, "modules": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
+print(json.dumps({"share": seconds / torch_seconds, "modules": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))
 """
 
 
@@ -45,8 +47,9 @@ def import_once() -> dict[str, object]:
 
 
 def test_import_is_fast() -> None:
-    # The first run may read cold files or compile bytecode, and the machine may be busy: the best of three counts.
-    assert min(import_once()["seconds"] for _ in range(3)) < 0.3
+    """A small share of what importing torch takes (a second or two), so that the machine's speed does not matter."""
+    # The first run may read cold files or compile bytecode: the best of three counts.
+    assert min(import_once()["share"] for _ in range(3)) < 0.2
 
 
 def test_import_leaves_heavy_packages_alone() -> None:
