@@ -15,7 +15,7 @@ from isqtorch.formats import QuantFormat
 from .imatrix import Imatrix, read_imatrix
 from .inventory import Inventory, inspect_model
 from .modules import PackedModule
-from .modules.convert import layer_kind
+from .modules.convert import layer_kind, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
 from .policy import LayerInfo, Request, Verdict, decide
@@ -23,6 +23,7 @@ from .policy import LayerInfo, Request, Verdict, decide
 ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
+_F16_SCALES_HOLD = 6e4  # weights up to this overflow no format's 16-bit scale or offset
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def prepare(
     alarms = _dead_columns(jobs)
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{request.op} quantized nothing; the report has the reasons")
-    for job in jobs:
-        _check_weight(model, job.names[0], request.op)
     _check_kernels(jobs, rule, request.op)
+    for job in jobs:
+        _check_weight(model, job, rule, request.op)
     return Prepared(inventory, verdict, jobs, target, [*notes, *alarms], [*verdict.notes, *alarms])
 
 
@@ -162,8 +163,8 @@ def _dead_columns(jobs: list[Job]) -> list[str]:
         start = None if job.importance is None else _zero_run(job.importance)
         if start is not None:
             warnings.append(
-                f"importance of {job.names[0]} is zero for columns {start} to {start + _ZERO_RUN - 1}: these weights are rounded "
-                "as if nothing depended on them. Calibrate with more text."
+                f"importance of {job.names[0]} is zero for columns {start} to {start + _ZERO_RUN - 1}: as in llama.cpp, a "
+                f"sub-block of {job.fmt.name} without any importance is stored as zeros or coarsely. Calibrate with more text."
             )
     return warnings
 
@@ -179,12 +180,13 @@ def _importance(imatrix: Imatrix, layers: list[LayerInfo], columns: int) -> Tens
 
 def _zero_run(importance: Tensor) -> int | None:
     """First column of a sub-block whose importance is zero throughout."""
-    dead = (importance.view(-1, _ZERO_RUN) == 0).all(dim=1).nonzero()
+    dead = (importance.reshape(-1, _ZERO_RUN) == 0).all(dim=1).nonzero()
     return int(dead[0]) * _ZERO_RUN if len(dead) else None
 
 
-def _check_weight(model: nn.Module, name: str, op: str) -> None:
-    """ValueError unless every weight of the layer is finite."""
+def _check_weight(model: nn.Module, job: Job, rule: str | None, op: str) -> None:
+    """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
+    name = job.names[0]
     module = model.get_submodule(name)
     weight = cast(Tensor, module.weight)
     if weight.device.type == "meta":
@@ -196,12 +198,24 @@ def _check_weight(model: nn.Module, name: str, op: str) -> None:
             weight = torch.ops.isqtorch.dequantize(module.weight, module.format, torch.float32)
         low, high = weight.aminmax()  # NaN comes through; allocates nothing of the weight's size
         if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+            if max(-float(low), float(high)) > _F16_SCALES_HOLD:
+                _check_scales(weight, module, job, rule, op)
             return
         row, column = _first_bad(weight)
         raise ValueError(
             f"{op}: {name}.weight[{row}, {column}] is {weight[row, column].item()}; weights must be finite. Repair the checkpoint, "
             "or leave the layer out with exclude. Nothing was changed."
         )
+
+
+def _check_scales(weight: Tensor, module: nn.Module, job: Job, rule: str | None, op: str) -> None:
+    """Pack a weight with enormous values once for nothing: only the quantizer knows whether a scale overflows."""
+    matrix = weight if isinstance(module, PackedModule) else weight_matrix(module).detach()
+    importance = None if job.importance is None else job.importance.to(matrix.device)
+    try:
+        torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, rule)
+    except ValueError as error:
+        raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 
 
 def _first_bad(weight: Tensor) -> tuple[int, int]:

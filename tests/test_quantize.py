@@ -573,3 +573,18 @@ def test_the_report_says_where_the_reference_runs() -> None:
     notes = _kernel_notes(Inventory(layers, 0, 0), decide(layers, Request("q4k")))
     assert [note.split(" for ")[1].split(" ")[0] for note in notes] == ["cuda", "mps"]
     assert _kernel_notes(Inventory(layers[:1], 0, 0), decide(layers[:1], Request("q4k"))) == []
+
+
+@pytest.mark.parametrize("fmt", ["q4_1", "q2k", "q8_0", "hqq4"])
+def test_weights_too_large_for_the_scales_are_refused_before_anything_changes(fmt: str) -> None:
+    model = nn.Sequential(nn.Linear(256, 8), nn.Linear(256, 8))
+    with torch.no_grad():
+        model[1].weight.fill_(1e9)
+        model[1].weight[:, ::2] *= -1
+    with pytest.raises(
+        ValueError, match=rf"^quantize_: 1: quantize: the block of {fmt} from weight\[0, 0\].*Nothing was"
+    ):
+        quantize_(model, fmt)
+    assert all(type(layer) is nn.Linear for layer in model)
+    quantize_(model, "q8k")  # the way out that the message names
+    assert all(type(layer) is QuantLinear for layer in model)
