@@ -18,7 +18,10 @@ from isqtorch.formats import QuantFormat, formats, get_format
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FORMATS = [get_format(name) for name in formats()]
 ALL_FORMATS = [get_format(name) for name in formats(variants=True)]
-IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in ops.cpu_info().isa_supported)]
+IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in ops.cpu_info().isa_with_formats)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+"""Rounding of an output of this type."""
 
 
 @cache
@@ -69,3 +72,19 @@ def weight(fmt: QuantFormat, rows: int = 16, blocks: int = 4, seed: int = 0) -> 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal including the sign of zero; for f32."""
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def exact_linear(x: Tensor, packed: Tensor, fmt: QuantFormat) -> Tensor:
+    """x @ W^T in float64, from the weights that the bytes stand for."""
+    w = ops.reference.dequantize(packed, fmt.name, torch.float32)
+    return x.double() @ w.double().t()
+
+
+def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
+    """RMS error of y, relative to the size that outputs have for weights and activations of random signs.
+
+    Not to y itself: the few outputs of a small case may happen to be near zero.
+    """
+    w = ops.reference.dequantize(packed, fmt.name, torch.float32).double()
+    typical = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=-1) / w.shape[1] ** 0.5
+    return float((y.double() - exact_linear(x, packed, fmt)).norm() / typical.norm())

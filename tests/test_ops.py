@@ -8,18 +8,23 @@ import sys
 
 import pytest
 import torch
-from helpers import ALL_FORMATS, FORMATS, implementation, relative_error, run_flushing_denormals, weight
+from helpers import (
+    ALL_FORMATS,
+    DTYPES,
+    FORMATS,
+    ROUNDING,
+    implementation,
+    linear_error,
+    run_flushing_denormals,
+    weight,
+)
 from torch.library import opcheck
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-# Output rounding on top of the format's own bound.
-ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +35,11 @@ def _poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=ops.cpu_info().isa_supported)
+@pytest.fixture(params=ops.cpu_info().isa_with_formats)
 def isa(request):
     ops.set_cpu_isa(request.param)
     yield request.param
     ops.set_cpu_isa("")
-
-
-def exact_linear(x: torch.Tensor, packed: torch.Tensor, fmt: QuantFormat) -> torch.Tensor:
-    """x @ W^T in float64, from the weights that the bytes stand for."""
-    w = ops.reference.dequantize(packed, fmt.name, torch.float32)
-    return x.double() @ w.double().t()
 
 
 # ---- every level computes the same ------------------------------------------------------------------------------------
@@ -81,39 +80,6 @@ def test_importance_gives_the_reference_bytes(fmt: QuantFormat, isa: str) -> Non
     importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
     importance[:16] = 0
     assert torch.equal(ops.quantize(w, fmt.name, importance), ops.reference.quantize(w, fmt.name, importance))
-
-
-@pytest.mark.parametrize("rows_of_x", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
-@pytest.mark.parametrize("n", [1, 17, 48])
-def test_linear_on_odd_shapes(fmt: QuantFormat, isa: str, rows_of_x: int, n: int) -> None:
-    generator = torch.Generator().manual_seed(rows_of_x)
-    packed = ops.quantize(weight(fmt, rows=n, blocks=3), fmt.name)
-    k = 3 * fmt.block
-    for dtype in DTYPES:
-        x = torch.randn(rows_of_x, k, generator=generator).to(dtype)
-        y = ops.linear(x, packed, fmt.name)
-        assert y.shape == (rows_of_x, n) and y.dtype == dtype
-        error = relative_error(y, exact_linear(x, packed, fmt))
-        assert error <= fmt.linear_error + ROUNDING[dtype], (dtype, error)
-
-
-@every_variant
-def test_linear_in_f32_with_few_rows_is_nearly_exact(fmt: QuantFormat, isa: str) -> None:
-    packed = ops.quantize(weight(fmt, rows=9, blocks=20), fmt.name)
-    x = torch.randn(4, 20 * fmt.block, generator=torch.Generator().manual_seed(2))
-    assert relative_error(ops.linear(x, packed, fmt.name), exact_linear(x, packed, fmt)) <= fmt.linear_error
-
-
-def test_one_block_and_long_rows(fmt: QuantFormat, isa: str) -> None:
-    for blocks in (
-        1,
-        1 + 2048 // fmt.block,
-        5000 // fmt.block,
-    ):  # around the length of the decode buffer, and beyond it
-        packed = ops.quantize(weight(fmt, rows=3, blocks=blocks), fmt.name)
-        for m in (1, 12):
-            x = torch.randn(m, blocks * fmt.block, generator=torch.Generator().manual_seed(3))
-            assert relative_error(ops.linear(x, packed, fmt.name), exact_linear(x, packed, fmt)) <= fmt.linear_error
 
 
 def test_levels_are_listed_forced_and_refused() -> None:
@@ -205,8 +171,8 @@ def test_leading_dimensions_and_bias(fmt: QuantFormat, dtype: torch.dtype) -> No
     x = torch.randn(2, 3, 4, 2 * fmt.block, generator=torch.Generator().manual_seed(4)).to(dtype)
     bias = torch.randn(5, generator=torch.Generator().manual_seed(5))
     y = ops.linear(x, packed, fmt.name, bias.to(dtype))
-    want = exact_linear(x, packed, fmt) + bias.to(dtype).double()
-    assert y.shape == (2, 3, 4, 5) and relative_error(y, want) <= fmt.linear_error + ROUNDING[dtype]
+    error = linear_error(y.double() - bias.to(dtype).double(), x, packed, fmt)
+    assert y.shape == (2, 3, 4, 5) and error <= fmt.linear_error + ROUNDING[dtype]
     one = ops.linear(x[0, 0, 0], packed, fmt.name, bias)  # a vector; a bias in another float type
     assert one.shape == (5,) and one.dtype == dtype
 
@@ -280,10 +246,10 @@ def test_gradients(fmt: QuantFormat, dtype: torch.dtype) -> None:
 
 def test_gradcheck(fmt: QuantFormat) -> None:
     packed = ops.quantize(weight(fmt, rows=2, blocks=1), fmt.name)
-    # linear in x, so a wide step keeps f32 rounding out of the numeric derivative
+    # linear in x, so a wide step keeps the rounding of activations out of the numeric derivative, nearly
     x = torch.randn(2, fmt.block, requires_grad=True)
     check = torch.autograd.gradcheck
-    assert check(lambda x: ops.linear(x, packed, fmt.name), (x,), eps=1.0, atol=1e-2, rtol=1e-2, nondet_tol=0.0)
+    assert check(lambda x: ops.linear(x, packed, fmt.name), (x,), eps=1.0, atol=0.1, rtol=5e-2, nondet_tol=0.0)
 
 
 def test_compiles_into_one_graph(fmt: QuantFormat) -> None:

@@ -7,6 +7,10 @@
 
 #include "check.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace isqtorch {
 namespace {
 
@@ -36,13 +40,13 @@ const IsaLevel& level_called(const std::string& name, const char* who) {
 Selection default_selection() {
   const char* forced = std::getenv("ISQTORCH_CPU_ISA");
   if (forced && *forced) {
-    return {&level_called(forced, "ISQTORCH_CPU_ISA").table(), "chosen by the environment variable ISQTORCH_CPU_ISA"};
+    return {&level_called(forced, "ISQTORCH_CPU_ISA").table, "chosen by the environment variable ISQTORCH_CPU_ISA"};
   }
   const IsaLevel* best = nullptr;
   for (const IsaLevel& level : isa_levels()) {
     if (level.supported) best = &level;
   }
-  return {&best->table(), text("the best level this machine supports (", best->needs, ")")};
+  return {&best->table, text("the best level this machine supports (", best->needs, ")")};
 }
 
 std::mutex selection_mutex;
@@ -54,18 +58,40 @@ void set_selection(Selection selection) {
   current_table.store(selection.table, std::memory_order_release);
 }
 
+#if defined(__x86_64__)
+// The compiler's own detection asks the operating system, too; it knows nothing of AVX-VNNI yet.
+struct X86Features {
+  bool avx2, avxvnni, avx512, avx512vnni, avx512bf16;
+
+  X86Features() {
+    __builtin_cpu_init();
+    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }
+};
+#endif
+
 }  // namespace
 
 const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = [] {
-    std::vector<IsaLevel> all = {{"baseline", "nothing", true, baseline::kernel_table}};
+    std::vector<IsaLevel> all;
+    const auto add = [&](const char* name, const char* needs, bool supported, FormatTable formats,
+                         const RowKernels* rows) { all.push_back({name, needs, supported, {name, formats, rows}}); };
+    add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels());
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    all.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernel_table});
-    all.push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernel_table});
+    const X86Features has;
+    add("avx2", "AVX2, FMA and F16C", has.avx2, avx2::format_table(), avx2::row_kernels());
+    add("avxvnni", "AVX2 and AVX-VNNI", has.avxvnni, avx2::format_table(), avxvnni::row_kernels());
+    add("avx512", "AVX-512 F, BW, DQ and VL", has.avx512, avx512::format_table(), avx512::row_kernels());
+    add("avx512vnni", "AVX-512 with VNNI", has.avx512vnni, avx512::format_table(), avx512vnni::row_kernels());
+    add("avx512bf16", "AVX-512 with VNNI, VBMI and BF16", has.avx512bf16, avx512::format_table(),
+        avx512bf16::row_kernels());
 #endif
     return all;
   }();
@@ -89,27 +115,27 @@ std::string selection_reason() {
 }
 
 void select_isa(const std::string& name) {
-  Selection selection = name.empty() ? default_selection()
-                                     : Selection{&level_called(name, "set_cpu_isa").table(), "chosen by set_cpu_isa"};
+  Selection selection =
+      name.empty() ? default_selection() : Selection{&level_called(name, "set_cpu_isa").table, "chosen by set_cpu_isa"};
   const std::lock_guard<std::mutex> lock(selection_mutex);
   set_selection(std::move(selection));
 }
 
-const FormatKernels& find_format(const KernelTable& table, const char* op, const std::string& format) {
-  // Every level lists the same formats in the same order.
-  static const std::unordered_map<std::string, int> index = [&] {
+int find_format(const char* op, const std::string& format) {
+  static const FormatTable formats = baseline::format_table();
+  static const std::unordered_map<std::string, int> index = [] {
     std::unordered_map<std::string, int> by_name;
-    for (int i = 0; i < table.format_count; ++i) by_name[table.formats[i].name] = i;
+    for (int i = 0; i < formats.count; ++i) by_name[formats.formats[i].name] = i;
     return by_name;
   }();
   const auto found = index.find(format);
   if (found == index.end()) {
     std::string names;
-    for (int i = 0; i < table.format_count; ++i) names += text(i ? ", " : "", table.formats[i].name);
+    for (int i = 0; i < formats.count; ++i) names += text(i ? ", " : "", formats.formats[i].name);
     throw std::invalid_argument(
         text(op, ": no CPU kernels for the format \"", format, "\". There are kernels for ", names, "."));
   }
-  return table.formats[found->second];
+  return found->second;
 }
 
 }  // namespace isqtorch

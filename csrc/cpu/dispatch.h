@@ -12,7 +12,7 @@ struct IsaLevel {
   const char* name;
   const char* needs;  // in words
   bool supported;     // by this processor and operating system
-  const KernelTable& (*table)();
+  KernelTable table;
 };
 
 // Everything in this binary, best last.
@@ -26,7 +26,7 @@ std::string selection_reason();
 // Throws if the level does not exist or cannot run here; "" goes back to the default choice.
 void select_isa(const std::string& name);
 
-// Throws, listing what exists, if there is no such format.
-const FormatKernels& find_format(const KernelTable& table, const char* op, const std::string& format);
+// The position of a format in the lists of every level. Throws, listing what exists, if there is no such format.
+int find_format(const char* op, const std::string& format);
 
 }  // namespace isqtorch

@@ -1,5 +1,5 @@
-// What a CPU instruction-set level offers: for every format one decoder and one quantizer, and the dot products over
-// decoded rows. Kernels see raw pointers and sizes; tensors, checks and errors are ops_cpu.cpp's business.
+// What a CPU instruction-set level offers: for every format one decoder, one quantizer and the kernels of `linear`.
+// Kernels see raw pointers and sizes; tensors, checks and errors are ops_cpu.cpp's business.
 #pragma once
 
 #include <cstdint>
@@ -45,27 +45,74 @@ struct FormatKernels {
   QuantizeResult (*quantize)(const QuantizeJob& job);
 };
 
-struct KernelTable {
-  const char* isa;
+// ---- linear for a few rows of x: cpu/linear/rows.h ----
+
+// Where a unit of 512 weights has its parts, for formats whose group size or header differs at run time.
+enum class UnitHeader : uint8_t { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
+struct UnitLayout {
+  int32_t unit_bytes;
+  UnitHeader header;
+  int32_t codes_at[16], header_at[16];  // of the weights 32 l .. 32 l + 31, for l < 16
+};
+constexpr int kMaxUnitBytes = 640;
+
+struct RowsJob {
+  const uint8_t* w;  // packed rows, row_bytes apart
+  int64_t row_bytes, rows, k;
+  bool w_ends;    // there may be no memory behind the last row
+  const void* x;  // packed activations of the rows of x, one after the other
+  float* y;       // y[m * ldy + row]
+  int64_t ldy;
+  UnitLayout layout;
+};
+
+constexpr int kMaxTokens = 8;
+
+struct RowKernels {
+  const char* name;
+  UnitLayout layout;
+  int64_t (*packed_bytes)(int64_t k);                     // of one row of x
+  void (*pack)(const float* x, int64_t k, void* packed);  // one row of x; both 64-byte aligned
+  void (*multiply[4])(const RowsJob& job);                // for 1, 2, 4 and 8 rows of x
+};
+
+// ---- a level ------------------------------------------------------------------------------------------------------
+
+struct FormatTable {
   const FormatKernels* formats;
-  int format_count;
-  // y[m] += sum_k w[k] * x[m * ldx + k] for m < rows <= kMaxDotRows
-  void (*dot)(const float* w, const float* x, int64_t ldx, int rows, int64_t k, float* y);
+  int count;
   void (*load)(const void* from, Dtype dtype, int64_t count, float* to);   // convert to f32
   void (*store)(const float* from, int64_t count, Dtype dtype, void* to);  // convert from f32, to nearest even
 };
 
-constexpr int kMaxDotRows = 8;
+struct KernelTable {
+  const char* isa;
+  FormatTable formats;
+  const RowKernels* rows;  // of the same formats, in the same order
+};
 
-// One function per ISA level, each in its own file under isa/.
+// What the files under isa/ compile. Decoders and quantizers gain nothing from dot-product instructions, so levels that
+// add only those share them.
 namespace baseline {
-const KernelTable& kernel_table();
-}
+FormatTable format_table();
+const RowKernels* row_kernels();
+}  // namespace baseline
 namespace avx2 {
-const KernelTable& kernel_table();
+FormatTable format_table();
+const RowKernels* row_kernels();
+}  // namespace avx2
+namespace avxvnni {
+const RowKernels* row_kernels();
 }
 namespace avx512 {
-const KernelTable& kernel_table();
+FormatTable format_table();
+const RowKernels* row_kernels();
+}  // namespace avx512
+namespace avx512vnni {
+const RowKernels* row_kernels();
+}
+namespace avx512bf16 {
+const RowKernels* row_kernels();
 }
 
 }  // namespace isqtorch

@@ -2,6 +2,7 @@
 // know nothing of torch.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -79,7 +80,7 @@ Rule checked_rule(const FormatKernels& format, const std::optional<std::string>&
 Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
                 std::optional<std::string> rule) {
   const KernelTable& kernels = selected_table();
-  const FormatKernels& format = find_format(kernels, "quantize", format_name);
+  const FormatKernels& format = kernels.formats.formats[find_format("quantize", format_name)];
   const std::vector<int64_t> shape = shape_of(w);
   check(float_dtype(w.scalar_type()) || w.scalar_type() == ScalarType::Double,
         "quantize: weight must be one of float32, float16, bfloat16, float64, got ", name_of(w.scalar_type()), ".");
@@ -112,7 +113,8 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
     if (result.bad_weight != QuantizeResult::kNone) {
       const int64_t at = e * matrix_weights + result.bad_weight;
       float value;
-      kernels.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1, &value);
+      kernels.formats.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1,
+                           &value);
       check(false, "quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ", format.name,
             " needs finite values. Repair the checkpoint, or leave this weight out.");
     }
@@ -177,6 +179,10 @@ struct LinearArguments {
   int64_t m, n, k;
   std::vector<float> bias;  // [n], or empty
   uint8_t* y;               // [m, n] of dtype
+
+  const uint8_t* row_of_x(int64_t row) const {
+    return static_cast<const uint8_t*>(x.const_data_ptr()) + row * k * item_bytes(dtype);
+  }
 };
 
 // Writes values [begin, begin + count) of row m, adding the bias.
@@ -185,29 +191,39 @@ void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t
   if (!a.bias.empty()) {
     for (int64_t i = 0; i < count; ++i) values[i] += a.bias[begin + i];
   }
-  kernels.store(values, count, a.dtype, a.y + (m * a.n + begin) * item_bytes(a.dtype));
+  kernels.formats.store(values, count, a.dtype, a.y + (m * a.n + begin) * item_bytes(a.dtype));
 }
 
-// Few rows of x: every weight is decoded once, into the first-level cache, and used for all of them.
+// Few rows of x: they are packed once, in the order of the format's code vectors, and every weight is decoded once, in
+// registers, and used for all of them.
 void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
-  constexpr int64_t kTile = 16;  // outputs collected before they are converted and stored
-  std::vector<float> x(a.m * a.k);
-  packed.kernels->load(a.x.const_data_ptr(), a.dtype, a.m * a.k, x.data());
-  parallel_rows((a.n + kTile - 1) / kTile, kTile * a.k, [&](int64_t tile_begin, int64_t tile_end) {
-    alignas(64) float w[kChunk];
-    float y[kMaxDotRows][kTile];
+  constexpr int64_t kTile = 32;  // outputs computed, converted and stored at a time
+  const RowKernels& kernels = *packed.row_kernels;
+  const int step = a.m > 4 ? 3 : a.m > 2 ? 2 : a.m > 1 ? 1 : 0;  // kernels exist for 2^step rows; rows of zeros fill up
+  const int64_t tokens = 1 << step, row_bytes = kernels.packed_bytes(a.k);
+  const Scratch packed_x(tokens * row_bytes), x(a.k * sizeof(float));
+  for (int64_t m = 0; m < a.m; ++m) {
+    packed.kernels->formats.load(a.row_of_x(m), a.dtype, a.k, x.floats());
+    kernels.pack(x.floats(), a.k, packed_x.bytes() + m * row_bytes);
+  }
+  std::memset(packed_x.bytes() + a.m * row_bytes, 0, (tokens - a.m) * row_bytes);
+  const int64_t tiles = (a.n + kTile - 1) / kTile;
+  parallel_tiles(tiles, kTile * a.k, [&](int64_t tile_begin, int64_t tile_end) {
+    alignas(64) float y[kMaxTokens * kTile];
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const int64_t first = tile * kTile, count = std::min(kTile, a.n - first);
-      for (int64_t i = 0; i < count; ++i) {
-        float sums[kMaxDotRows] = {};
-        for (int64_t begin = 0; begin < a.k; begin += kChunk) {
-          const int64_t length = std::min(kChunk, a.k - begin);
-          packed.decode(first + i, begin, length, w);
-          packed.kernels->dot(w, x.data() + begin, a.k, static_cast<int>(a.m), length, sums);
-        }
-        for (int64_t m = 0; m < a.m; ++m) y[m][i] = sums[m];
-      }
-      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y[m]);
+      RowsJob job;
+      job.w = packed.bytes + first * packed.row_bytes;
+      job.row_bytes = packed.row_bytes;
+      job.rows = count;
+      job.k = a.k;
+      job.w_ends = first + count == a.n;
+      job.x = packed_x.bytes();
+      job.y = y;
+      job.ldy = kTile;
+      job.layout = kernels.layout;
+      kernels.multiply[step](job);
+      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y + m * kTile);
     }
   });
 }
@@ -235,7 +251,7 @@ void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t i = 0; i < rows; i += kChunk) {
           const int64_t count = std::min(kChunk, rows - i);
-          packed.kernels->load(from + (m * rows + i) * item_bytes(dtype), dtype, count, values);
+          packed.kernels->formats.load(from + (m * rows + i) * item_bytes(dtype), dtype, count, values);
           store_outputs(a, *packed.kernels, m, first + i, count, values);
         }
       }
@@ -257,7 +273,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
           shape_text(shape_of(*bias)), ".");
     const Dtype bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
     a.bias.resize(a.n);
-    packed.kernels->load(dense(*bias).const_data_ptr(), bias_dtype, a.n, a.bias.data());
+    packed.kernels->formats.load(dense(*bias).const_data_ptr(), bias_dtype, a.n, a.bias.data());
   }
   a.m = x.numel() / a.k;
   shape.back() = a.n;
@@ -265,7 +281,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   if (a.m == 0 || a.n == 0) return y;
   a.x = torch::stable::view(dense(x), {a.m, a.k});
   a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
-  if (a.m <= kMaxDotRows) {
+  if (a.m <= kMaxTokens) {
     linear_rows(a, packed);
   } else {
     linear_panels(a, packed);
@@ -277,19 +293,25 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
 
 std::string cpu_info() {
   const auto quoted = [](const std::string& s) { return '"' + s + '"'; };
-  std::string compiled, supported, formats;
+  const auto append = [&](std::string& list, const char* name) {
+    list += text(list.empty() ? "" : ", ", quoted(name));
+  };
+  std::string compiled, supported, with_formats, formats;
+  const FormatKernels* last = nullptr;
   for (const IsaLevel& level : isa_levels()) {
-    compiled += text(compiled.empty() ? "" : ", ", quoted(level.name));
-    if (level.supported) supported += text(supported.empty() ? "" : ", ", quoted(level.name));
+    append(compiled, level.name);
+    if (level.supported) append(supported, level.name);
+    if (level.supported && level.table.formats.formats != last) append(with_formats, level.name);
+    last = level.table.formats.formats;
   }
   const KernelTable& table = selected_table();
-  for (int i = 0; i < table.format_count; ++i) {
-    const FormatKernels& f = table.formats[i];
+  for (int i = 0; i < table.formats.count; ++i) {
+    const FormatKernels& f = table.formats.formats[i];
     formats +=
         text(i ? ", " : "", quoted(f.name), ": {\"block\": ", f.block, ", \"block_bytes\": ", f.block_bytes, "}");
   }
-  return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported,
-              "], \"isa_selected\": ", quoted(table.isa), ", \"reason\": ", quoted(selection_reason()),
+  return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported, "], \"isa_with_formats\": [",
+              with_formats, "], \"isa_selected\": ", quoted(table.isa), ", \"reason\": ", quoted(selection_reason()),
               ", \"threads\": ", torch::stable::get_num_threads(), ", \"formats\": {", formats, "}}");
 }
 

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -102,23 +105,58 @@ inline void parallel(int64_t count, int64_t grain, RangeFn body) {
                               [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
 }
 
+// Calls body(begin, end) for ranges of [0, tiles), a tile at a time, on all threads: whoever is free takes the next
+// tile, because cores differ in speed and may be shared.
+template <class Body>
+void parallel_tiles(int64_t tiles, int64_t weights_per_tile, const Body& body) {
+  const int64_t worth = tiles * weights_per_tile / kWeightsPerTask;
+  const int64_t workers = std::min<int64_t>({tiles, worth, torch::stable::get_num_threads()});
+  if (workers <= 1) return body(0, tiles);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t tile = next++; tile < tiles; tile = next++) body(tile, tile + 1);
+    }
+  });
+}
+
 template <class Body>
 void parallel_rows(int64_t rows, int64_t weights_per_row, const Body& body) {
   const int64_t grain = 1 + kWeightsPerTask / std::max<int64_t>(weights_per_row, 1);
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
+// Memory for intermediate results, at a cache line's border.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(static_cast<uint8_t*>(std::aligned_alloc(64, std::max<int64_t>(1, (bytes + 63) / 64) * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  uint8_t* bytes() const { return data_.get(); }
+  float* floats() const { return reinterpret_cast<float*>(data_.get()); }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+};
+
 // A packed weight [..., N, row_bytes], understood.
 struct PackedMatrix {
-  const FormatKernels* format;
   const KernelTable* kernels;
+  const FormatKernels* format;
+  const RowKernels* row_kernels;
   Tensor keep_alive;
   const uint8_t* bytes;
   int64_t rows, row_bytes, k;
 
   PackedMatrix(const char* op, const Tensor& weight, const std::string& name, bool must_be_matrix)
       : kernels(&selected_table()), keep_alive(dense(weight)) {
-    format = &find_format(*kernels, op, name);
+    const int index = find_format(op, name);
+    format = &kernels->formats.formats[index];
+    row_kernels = &kernels->rows[index];
     check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
           name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
     check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",
@@ -144,7 +182,7 @@ struct PackedMatrix {
     for (int64_t begin = 0; begin < k; begin += kChunk) {
       const int64_t count = std::min(kChunk, k - begin);
       decode(row, begin, count, w);
-      kernels->store(w, count, dtype, out + begin * item_bytes(dtype));
+      kernels->formats.store(w, count, dtype, out + begin * item_bytes(dtype));
     }
   }
 };

@@ -42,6 +42,7 @@ class CpuInfo:
 
     isa_compiled: tuple[str, ...]  # instruction-set levels in the library, best last
     isa_supported: tuple[str, ...]  # those this machine can run
+    isa_with_formats: tuple[str, ...]  # of these, those with decoders and quantizers of their own; others share them
     isa_selected: str
     reason: str  # why that one
     threads: int
@@ -51,7 +52,7 @@ class CpuInfo:
 def cpu_info() -> CpuInfo:
     """Describe the CPU kernels. The level is the best supported one, unless ISQTORCH_CPU_ISA names another."""
     raw = json.loads(torch.ops.isqtorch.cpu_info())
-    return CpuInfo(**{**raw, "isa_compiled": tuple(raw["isa_compiled"]), "isa_supported": tuple(raw["isa_supported"])})
+    return CpuInfo(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 
 def set_cpu_isa(name: str) -> None:

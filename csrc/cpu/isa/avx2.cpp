@@ -11,9 +11,9 @@
 #endif
 
 #define ISQ_ISA avx2
-#define ISQ_ISA_NAME "avx2"
 #define ISQ_VECTOR_FLOATS 8
-#include "cpu/isa/region.h"
+#include "cpu/isa/formats_region.h"
+#include "cpu/isa/linear_region.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// AVX-512 with the byte, word and short-vector extensions: x86 servers from 2017 on, Zen 4 on.
+// AVX-512 with the byte, word and short-vector extensions: x86 servers from 2017 on.
 #if defined(__x86_64__)
 
 #include "cpu/isa/prelude.h"
@@ -12,9 +12,9 @@
 #endif
 
 #define ISQ_ISA avx512
-#define ISQ_ISA_NAME "avx512"
 #define ISQ_VECTOR_FLOATS 16
-#include "cpu/isa/region.h"
+#include "cpu/isa/formats_region.h"
+#include "cpu/isa/linear_region.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,8 +5,13 @@
 #include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the undefined vectors inside its own intrinsics
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>

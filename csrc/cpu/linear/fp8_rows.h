@@ -1,0 +1,140 @@
+// `linear` for a few rows of x with fp8 weights: floating-point codes do not fit the int8 dot products of rows.h.
+//
+// Where the level has dot products of bf16 (every e4m3 value is one), x is rounded to bf16; elsewhere both sides are
+// f32. A block of 128 weights is summed up before its scale is applied.
+#pragma once
+
+#include "cpu/formats/fp8.h"
+#include "cpu/linear/rows.h"
+
+namespace isqtorch::ISQ_ISA {
+
+#if defined(ISQ_BF16)
+
+// 64 codes and 64 activations as 2 x 32 bf16: bytes 0-7 of the four quarters, then bytes 8-15.
+struct Fp8Step {
+  static constexpr const char* kName = "bf16 dot products";
+  static constexpr int kWeights = 64;
+  struct alignas(64) Activations {
+    uint16_t x[kWeights];
+  };
+
+  static void pack(const float* x, Activations* out) {
+    for (int p = 0; p < kWeights; ++p) out->x[p] = f32_to_bf16(x[p % 32 / 8 * 16 + p / 32 * 8 + p % 8]);
+  }
+
+  // Upper and lower bytes of the bf16 for each of the 128 magnitudes.
+  static constexpr auto kTable = [] {
+    struct {
+      uint8_t high[128], low[128];
+    } table{};
+    for (int code = 0; code < 128; ++code) {
+      int exponent = code >> 3, mantissa = code & 7;
+      unsigned bits = 0;
+      if (code == 127) {
+        bits = 0x7fc0;
+      } else if (exponent > 0) {
+        bits = (unsigned)(exponent + 120) << 7 | mantissa << 4;
+      } else if (mantissa > 0) {  // mantissa * 2^-9, normalized
+        for (exponent = 121; mantissa < 8; mantissa *= 2) --exponent;
+        bits = (unsigned)exponent << 7 | (mantissa & 7) << 4;
+      }
+      table.high[code] = (uint8_t)(bits >> 8);
+      table.low[code] = (uint8_t)bits;
+    }
+    return table;
+  }();
+
+  static constexpr float kFactor = 1.0f;
+  struct Weights {
+    __m512i half[2];
+  };
+  ISQ_INLINE static Weights load(const uint8_t* codes) {
+    const __m512i code = _mm512_loadu_si512(codes);
+    const auto look_up = [&](const uint8_t* table) {
+      return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
+    };
+    const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8((char)0x80));
+    const __m512i high = _mm512_or_si512(look_up(kTable.high), sign), low = look_up(kTable.low);
+    return {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+  }
+  ISQ_INLINE static Floats multiply_add(const Weights& w, const Activations& x, Floats acc) {
+    __m512 s = (__m512)acc.part[0];
+    for (int h = 0; h < 2; ++h) s = _mm512_dpbf16_ps(s, (__m512bh)w.half[h], (__m512bh)_mm512_load_si512(x.x + 32 * h));
+    return {{(NativeF32)s}};
+  }
+};
+
+#else
+
+struct Fp8Step {
+  static constexpr const char* kName = "f32 dot products";
+  static constexpr int kWeights = 16;
+  struct alignas(64) Activations {
+    float x[kWeights];
+  };
+  typedef Floats Weights;
+
+  static void pack(const float* x, Activations* out) { std::memcpy(out->x, x, sizeof out->x); }
+
+  // Through f16, times 2^-8: shifting the magnitude puts the exponent, of bias 7, where f16 has one of bias 15.
+  // Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
+  static constexpr float kFactor = 256.0f;
+  ISQ_INLINE static Weights load(const uint8_t* codes) {
+    typedef uint16_t Wide __attribute__((vector_size(32)));
+    const Wide code = __builtin_convertvector(load_16(codes), Wide);
+    const Wide magnitude = (code & 0x7f) << 7;
+    const Wide bits = magnitude | (code & 0x80) << 8 | ((Wide)(magnitude == 0x3f80) & 0x4000);
+    uint16_t half[16];
+    std::memcpy(half, &bits, sizeof half);
+#if ISQ_VECTOR_FLOATS == 16
+    return {{(NativeF32)_mm512_cvtph_ps((__m256i)bits)}};
+#elif ISQ_VECTOR_FLOATS == 8
+    return {
+        {(NativeF32)_mm256_cvtph_ps(load_as<__m128i>(half)), (NativeF32)_mm256_cvtph_ps(load_as<__m128i>(half + 8))}};
+#else
+    float f[16];
+    for (int l = 0; l < 16; ++l) f[l] = f16_to_f32(half[l]);
+    return load_floats_16(f);
+#endif
+  }
+  ISQ_INLINE static Floats multiply_add(const Weights& w, const Activations& x, Floats acc) {
+    return ISQ_ISA::multiply_add(w, load_floats_16(x.x), acc);
+  }
+};
+
+#endif
+
+inline int64_t packed_fp8_activation_bytes(int64_t k) {
+  return k / Fp8Step::kWeights * (int64_t)sizeof(Fp8Step::Activations);
+}
+
+inline void pack_fp8_activations(const float* x, int64_t k, void* packed) {
+  Fp8Step::Activations* out = static_cast<Fp8Step::Activations*>(packed);
+  for (int64_t i = 0; i < k; i += Fp8Step::kWeights) Fp8Step::pack(x + i, out++);
+}
+
+template <int kTokens>
+void multiply_fp8_rows(const RowsJob& job) {
+  constexpr int kSteps = Fp8::kBlock / Fp8Step::kWeights;
+  const Fp8Step::Activations* x = static_cast<const Fp8Step::Activations*>(job.x);
+  const int64_t blocks = job.k / Fp8::kBlock;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    Floats total[kTokens];
+    for (int m = 0; m < kTokens; ++m) total[m] = all_lanes(0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(Fp8::Block);
+      Floats acc[kTokens];
+      for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
+      for (int s = 0; s < kSteps; ++s) {
+        const auto w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + s * Fp8Step::kWeights);
+        for (int m = 0; m < kTokens; ++m) acc[m] = Fp8Step::multiply_add(w, x[(m * blocks + b) * kSteps + s], acc[m]);
+      }
+      const Floats scale = all_lanes(load_f32(block) * Fp8Step::kFactor);
+      for (int m = 0; m < kTokens; ++m) total[m] = multiply_add(acc[m], scale, total[m]);
+    }
+    for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(total[m]);
+  }
+}
+
+}  // namespace isqtorch::ISQ_ISA

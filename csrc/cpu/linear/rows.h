@@ -1,0 +1,173 @@
+// `linear` for a few rows of x: int8 dot products straight from the packed blocks.
+//
+// Weights are taken a unit at a time: 16 groups of 32 weights (of 16, for formats with scales per 16), whatever blocks
+// they come from. A format says how a unit's bytes become vectors of codes and one vector each of scales and offsets;
+// everything else is here, once. With u the codes of group g and x_b ~ step_b * q_b the activations, int8 per 32:
+//
+//   y = sum_g scale_g * step_b * sum(u * q) + offset_g * step_b * sum(q)        b: the 32 that group g lies in
+//
+// The integer sums are exact. Sixteen groups share one vector of sums, one lane each, so that the float part costs
+// three or four instructions per unit. A unit of weights is decoded once and used for up to eight rows of x.
+//
+// What a format provides (see units_*.h):
+//   kWeights           512 or 256 weights per unit
+//   kBytes             packed bytes per unit (stream formats: known at run time, in the layout)
+//   kReadsBeyond       bytes that loads may touch beyond the unit
+//   kMaxCode, kCenter  codes are 0 .. kMaxCode; w = scale * (u - kCenter), or, with kAffine, scale * u + offset
+//   weight_at(v, j)    which weight of the unit byte j of code vector v holds. Vectors come in four runs of
+//                      kWeights / 256; quarter q of every vector in run i belongs to one group, that of lane 4q + i
+//   load(...)          the code vectors, the scales and the offsets
+#pragma once
+
+#include "cpu/linear/simd.h"
+
+namespace isqtorch::ISQ_ISA {
+
+template <class Unit>
+struct UnitFacts {
+  static constexpr int kVectors = Unit::kWeights / 64, kDots = kVectors / 4;
+  static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
+  static constexpr int kCenter = Unit::kCenter - (kSigned ? 128 : 0);
+  static constexpr bool kSmallSums = kDots * Unit::kMaxCode <= 32;
+
+  // Position in the unit's vectors -> weight of the unit.
+  static constexpr auto kOrder = [] {
+    struct {
+      uint16_t at[Unit::kWeights];
+    } order{};
+    for (int p = 0; p < Unit::kWeights; ++p) order.at[p] = (uint16_t)Unit::weight_at(p / 64, p % 64);
+    return order;
+  }();
+  // Whether quarters hold sixteen neighbouring weights, in order.
+  static constexpr bool kPlainQuarters = [] {
+    for (int p = 0; p < Unit::kWeights; ++p) {
+      if (kOrder.at[p] != kOrder.at[p / 16 * 16] + p % 16) return false;
+    }
+    return true;
+  }();
+  // The 32 activations that the weights of a lane meet.
+  static constexpr int group_of_lane(int lane) { return kOrder.at[lane % 4 * kDots * 64 + lane / 4 * 16] / 32; }
+};
+
+// The activations of one unit in the order of its code vectors, and for every lane the step and the sum of its group.
+template <class Unit>
+struct alignas(64) UnitActivations {
+  int8_t q[Unit::kWeights];
+  float step[16];
+  union {
+    float offset[16];    // kAffine: step * sum(q)
+    int32_t center[16];  // otherwise: kCenter * sum(q)
+  };
+};
+
+// 32 activations as q * step. A NaN or an infinity makes the step NaN, and with it all results.
+ISQ_INLINE float quantize_activations(const float* x, int8_t* q) {
+  uint32_t largest = 0;
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float amax = bits_float(largest);
+  const float inverse = amax >= FLT_MIN * 256 ? 127.0f / amax : 0.0f;  // smaller ones are as good as zero
+  const bool finite = largest < 0x7f800000;
+  for (int i = 0; i < 32; ++i) {
+    const float scaled = finite ? x[i] * inverse : 0.0f;
+    q[i] = (int8_t)((float_bits(scaled + 12582912.0f) & 0x7fffff) - 0x400000);  // half to even
+  }
+  return finite ? amax / 127.0f : __builtin_nanf("");
+}
+
+template <class Unit>
+void pack_activations(const float* x, int64_t k, void* packed) {
+  using Facts = UnitFacts<Unit>;
+  constexpr int kWeights = Unit::kWeights;
+  UnitActivations<Unit>* out = static_cast<UnitActivations<Unit>*>(packed);
+  for (int64_t begin = 0; begin < k; begin += kWeights, ++out) {
+    int8_t q[kWeights];
+    float step[kWeights / 32];
+    for (int b = 0; b < kWeights / 32; ++b) {
+      const bool there = begin + 32 * b < k;
+      step[b] = there ? quantize_activations(x + begin + 32 * b, q + 32 * b) : 0.0f;
+      if (!there) std::memset(q + 32 * b, 0, 32);
+    }
+    if constexpr (Facts::kPlainQuarters) {
+      for (int p = 0; p < kWeights; p += 16) std::memcpy(out->q + p, q + Facts::kOrder.at[p], 16);
+    } else {
+      for (int p = 0; p < kWeights; ++p) out->q[p] = q[Facts::kOrder.at[p]];
+    }
+    for (int lane = 0; lane < 16; ++lane) {
+      const int8_t* group = out->q + lane % 4 * Facts::kDots * 64 + lane / 4 * 16;
+      int sum = 0;
+      for (int d = 0; d < Facts::kDots; ++d) {
+        for (int j = 0; j < 16; ++j) sum += group[64 * d + j];
+      }
+      out->step[lane] = step[Facts::group_of_lane(lane)];
+      if constexpr (Unit::kAffine) {
+        out->offset[lane] = out->step[lane] * (float)sum;
+      } else {
+        out->center[lane] = Facts::kCenter * sum;
+      }
+    }
+  }
+}
+
+template <class Unit>
+int64_t packed_activation_bytes(int64_t k) {
+  return (k + Unit::kWeights - 1) / Unit::kWeights * (int64_t)sizeof(UnitActivations<Unit>);
+}
+
+// One unit times kTokens rows of x, token_stride units apart.
+template <class Unit, int kTokens>
+ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, const UnitActivations<Unit>* x,
+                              int64_t token_stride, Floats* acc) {
+  using Facts = UnitFacts<Unit>;
+  Bytes codes[Facts::kVectors];
+  Floats scale, offset;
+  Unit::load(unit, layout, codes, &scale, &offset);
+  if constexpr (Unit::kAffine && Facts::kSigned) offset = multiply_add(scale, all_lanes(128.0f), offset);
+  for (int m = 0; m < kTokens; ++m) {
+    const UnitActivations<Unit>& a = x[m * token_stride];
+    Ints t[4];
+    for (int i = 0; i < 4; ++i) {
+      Bytes q[Facts::kDots];
+      for (int d = 0; d < Facts::kDots; ++d) q[d] = load_64(a.q + (i * Facts::kDots + d) * 64);
+      t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q);
+    }
+    Ints sums = sum_quarters<Facts::kSmallSums>(t);
+    if constexpr (!Unit::kAffine && Facts::kCenter != 0) sums = sums - load_ints_16(a.center);
+    acc[m] = multiply_add(to_floats(sums), scale * load_floats_16(a.step), acc[m]);
+    if constexpr (Unit::kAffine) acc[m] = multiply_add(offset, load_floats_16(a.offset), acc[m]);
+  }
+}
+
+// The hardware prefetcher alone leaves a third of the bandwidth of the third-level cache unused.
+constexpr int64_t kPrefetchAhead = 4096;
+
+template <class Unit, int kTokens>
+void multiply_rows(const RowsJob& job) {
+  constexpr int kWeights = Unit::kWeights;
+  const int64_t units = (job.k + kWeights - 1) / kWeights;
+  const int64_t unit_bytes = job.layout.unit_bytes;
+  const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const uint8_t* w = job.w + row * job.row_bytes;
+    // Whole units are read in place; what is left of the row, or a last unit behind which there may be no memory, from
+    // a copy that ends in zeros.
+    const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
+    const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
+    Floats acc[kTokens];
+    for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
+    for (int64_t u = 0; u < whole; ++u) {
+      for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(w + u * unit_bytes + kPrefetchAhead + b);
+      multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u, units, acc);
+    }
+    if (whole < units) {
+      alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
+      std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
+      multiply_unit<Unit, kTokens>(copy, job.layout, x + whole, units, acc);
+    }
+    for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(acc[m]);
+  }
+}
+
+}  // namespace isqtorch::ISQ_ISA

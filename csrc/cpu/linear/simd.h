@@ -1,0 +1,444 @@
+// Vectors of 64 bytes for the dot-product kernels, whatever registers the level has: one 512-bit register, two of 256
+// bits or four of 128. The kernels see four quarters of 16 bytes (no operation but the ones named so moves data between
+// quarters) and sixteen 32-bit lanes, four to a quarter.
+#pragma once
+
+#include "cpu/convert.h"
+
+namespace isqtorch::ISQ_ISA {
+
+constexpr int kNativeBytes = 4 * ISQ_VECTOR_FLOATS, kParts = 64 / kNativeBytes;
+
+typedef uint8_t Quarter __attribute__((vector_size(16)));
+typedef uint8_t NativeU8 __attribute__((vector_size(kNativeBytes)));
+typedef uint16_t NativeU16 __attribute__((vector_size(kNativeBytes)));
+typedef uint64_t NativeU64 __attribute__((vector_size(kNativeBytes)));
+typedef int32_t NativeI32 __attribute__((vector_size(kNativeBytes)));
+typedef float NativeF32 __attribute__((vector_size(kNativeBytes)));
+
+struct Bytes {
+  NativeU8 part[kParts];
+};
+struct Ints {
+  NativeI32 part[kParts];
+};
+struct Floats {
+  NativeF32 part[kParts];
+};
+
+template <class To, class From>
+ISQ_INLINE To load_as(const From* p) {
+  To v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+ISQ_INLINE Bytes load_64(const void* p) { return load_as<Bytes>(static_cast<const uint8_t*>(p)); }
+ISQ_INLINE Quarter load_16(const void* p) { return load_as<Quarter>(static_cast<const uint8_t*>(p)); }
+ISQ_INLINE Quarter load_8_twice(const void* p) {
+#if defined(__x86_64__)
+  const __m128i once = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  return (Quarter)_mm_unpacklo_epi64(once, once);
+#else
+  uint64_t once;
+  std::memcpy(&once, p, 8);
+  const uint64_t twice[2] = {once, once};
+  return load_16(twice);
+#endif
+}
+
+// ---- bytes --------------------------------------------------------------------------------------------------------
+
+ISQ_INLINE Bytes operator&(Bytes a, uint8_t mask) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] & mask;
+  return a;
+}
+ISQ_INLINE Bytes operator|(Bytes a, Bytes b) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] | b.part[p];
+  return a;
+}
+ISQ_INLINE Bytes operator^(Bytes a, uint8_t mask) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] ^ mask;
+  return a;
+}
+
+// Shifts and products are of 16-bit lanes, because no processor shifts bytes: bits of the neighbour come in, and a mask
+// has to follow.
+template <int n>
+ISQ_INLINE Bytes shift_right(Bytes a) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU16)a.part[p] >> n);
+  return a;
+}
+template <int n>
+ISQ_INLINE Bytes shift_left(Bytes a) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU16)a.part[p] << n);
+  return a;
+}
+ISQ_INLINE Bytes multiply_16(Bytes a, Bytes factors) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU16)a.part[p] * (NativeU16)factors.part[p]);
+  return a;
+}
+ISQ_INLINE Bytes shift_right_64(Bytes a, Bytes counts) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU64)a.part[p] >> (NativeU64)counts.part[p]);
+  return a;
+}
+
+ISQ_INLINE Bytes from_quarters(Quarter a, Quarter b, Quarter c, Quarter d) {
+#if ISQ_VECTOR_FLOATS == 16
+  __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512((__m128i)a), (__m128i)b, 1);
+  v = _mm512_inserti32x4(v, (__m128i)c, 2);
+  return {{(NativeU8)_mm512_inserti32x4(v, (__m128i)d, 3)}};
+#elif ISQ_VECTOR_FLOATS == 8
+  return {{(NativeU8)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)a), (__m128i)b, 1),
+           (NativeU8)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)c), (__m128i)d, 1)}};
+#else
+  return {{a, b, c, d}};
+#endif
+}
+ISQ_INLINE Bytes four_times(Quarter a) { return from_quarters(a, a, a, a); }
+
+// From [a0 a1 a2 a3] and [b0 b1 b2 b3], quarters: *even = [a0 a2 b0 b2], *odd = [a1 a3 b1 b3].
+ISQ_INLINE void split_quarters(Bytes a, Bytes b, Bytes* even, Bytes* odd) {
+#if ISQ_VECTOR_FLOATS == 16
+  even->part[0] = (NativeU8)_mm512_shuffle_i32x4((__m512i)a.part[0], (__m512i)b.part[0], 0x88);
+  odd->part[0] = (NativeU8)_mm512_shuffle_i32x4((__m512i)a.part[0], (__m512i)b.part[0], 0xdd);
+#elif ISQ_VECTOR_FLOATS == 8
+  const Bytes in[2] = {a, b};
+  for (int p = 0; p < 2; ++p) {
+    const __m256i low = (__m256i)in[p].part[0], high = (__m256i)in[p].part[1];
+    even->part[p] = (NativeU8)_mm256_permute2x128_si256(low, high, 0x20);
+    odd->part[p] = (NativeU8)_mm256_permute2x128_si256(low, high, 0x31);
+  }
+#else
+  *even = {{a.part[0], a.part[2], b.part[0], b.part[2]}};
+  *odd = {{a.part[1], a.part[3], b.part[1], b.part[3]}};
+#endif
+}
+
+// Byte j of each quarter becomes byte index[j] (< 16) of the same quarter.
+ISQ_INLINE Quarter shuffle(Quarter a, Quarter index) {
+#if ISQ_VECTOR_FLOATS >= 8
+  return (Quarter)_mm_shuffle_epi8((__m128i)a, (__m128i)index);
+#elif defined(__aarch64__)
+  return (Quarter)vqtbl1q_u8((uint8x16_t)a, (uint8x16_t)index);
+#else
+  Quarter r;
+  for (int j = 0; j < 16; ++j) r[j] = a[index[j]];
+  return r;
+#endif
+}
+ISQ_INLINE Bytes shuffle(Bytes a, Quarter index) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeU8)_mm512_shuffle_epi8((__m512i)a.part[0], (__m512i)four_times(index).part[0])}};
+#elif ISQ_VECTOR_FLOATS == 8
+  for (int p = 0; p < 2; ++p) {
+    a.part[p] = (NativeU8)_mm256_shuffle_epi8((__m256i)a.part[p], _mm256_broadcastsi128_si256((__m128i)index));
+  }
+  return a;
+#else
+  for (int p = 0; p < 4; ++p) a.part[p] = shuffle(a.part[p], index);
+  return a;
+#endif
+}
+
+// Byte i is `value` where bit i is set, else 0.
+ISQ_INLINE Bytes spread_bits(uint64_t bits, uint8_t value) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeU8)_mm512_maskz_set1_epi8(bits, (char)value)}};
+#else
+  constexpr Quarter kByte = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  constexpr Quarter kBit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  Quarter quarter[4];
+  for (int q = 0; q < 4; ++q) {
+    const uint16_t word = (uint16_t)(bits >> (16 * q));
+    typedef uint16_t Words __attribute__((vector_size(16)));
+    const Quarter both = (Quarter)(Words)(word - Words{});
+    quarter[q] = (Quarter)((shuffle(both, kByte) & kBit) != 0) & value;
+  }
+  return from_quarters(quarter[0], quarter[1], quarter[2], quarter[3]);
+#endif
+}
+
+// ---- sixteen lanes ------------------------------------------------------------------------------------------------
+
+ISQ_INLINE Floats to_floats(Ints a) {
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = __builtin_convertvector(a.part[p], NativeF32);
+  return f;
+}
+ISQ_INLINE Floats load_floats_16(const float* p) { return load_as<Floats>(p); }
+ISQ_INLINE Ints load_ints_16(const int32_t* p) { return load_as<Ints>(p); }
+ISQ_INLINE Ints operator-(Ints a, Ints b) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] - b.part[p];
+  return a;
+}
+ISQ_INLINE Floats operator*(Floats a, Floats b) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] * b.part[p];
+  return a;
+}
+ISQ_INLINE Floats operator*(Floats a, float b) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] * b;
+  return a;
+}
+ISQ_INLINE Floats operator-(Floats a) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = -a.part[p];
+  return a;
+}
+// a * b + c, in one rounding where the level can. Contraction is off for the quantizers' sake, so it is asked for by
+// name.
+ISQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  for (int p = 0; p < kParts; ++p) {
+#if ISQ_VECTOR_FLOATS == 16
+    c.part[p] = (NativeF32)_mm512_fmadd_ps((__m512)a.part[p], (__m512)b.part[p], (__m512)c.part[p]);
+#elif ISQ_VECTOR_FLOATS == 8
+    c.part[p] = (NativeF32)_mm256_fmadd_ps((__m256)a.part[p], (__m256)b.part[p], (__m256)c.part[p]);
+#elif defined(__aarch64__)
+    c.part[p] = (NativeF32)vfmaq_f32((float32x4_t)c.part[p], (float32x4_t)a.part[p], (float32x4_t)b.part[p]);
+#else
+    c.part[p] = a.part[p] * b.part[p] + c.part[p];
+#endif
+  }
+  return c;
+}
+ISQ_INLINE Floats all_lanes(float v) {
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = v - NativeF32{};
+  return f;
+}
+// Lanes a b c d a b c d ...: one value for each position within a quarter.
+ISQ_INLINE Floats repeat_4(float a, float b, float c, float d) {
+  typedef float Four __attribute__((vector_size(16)));
+  const Four four = {a, b, c, d};
+  const Bytes all = four_times((Quarter)four);
+  return load_as<Floats>(&all);
+}
+ISQ_INLINE float sum(Floats f) {
+  float s[16], total = 0;
+  std::memcpy(s, &f, sizeof s);
+  for (int width = 8; width; width /= 2) {
+    for (int l = 0; l < width; ++l) s[l] += s[l + width];
+  }
+  total = s[0];
+  return total;
+}
+
+ISQ_INLINE Floats bytes_to_floats(Quarter bytes) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeF32)_mm512_cvtepi32_ps(_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)bytes))}};
+#elif ISQ_VECTOR_FLOATS == 8
+  return {{(NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)bytes)),
+           (NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)bytes, 8)))}};
+#else
+  float f[16];
+  for (int l = 0; l < 16; ++l) f[l] = bytes[l];
+  return load_floats_16(f);
+#endif
+}
+ISQ_INLINE Floats signed_bytes_to_floats(Quarter bytes) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeF32)_mm512_cvtepi32_ps(_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes))}};
+#elif ISQ_VECTOR_FLOATS == 8
+  return {{(NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)bytes)),
+           (NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)bytes, 8)))}};
+#else
+  float f[16];
+  for (int l = 0; l < 16; ++l) f[l] = (int8_t)bytes[l];
+  return load_floats_16(f);
+#endif
+}
+
+// The 16-bit floats in the lower halves of the lanes.
+ISQ_INLINE Floats low_f16(Ints words) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeF32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)words.part[0]))}};
+#elif ISQ_VECTOR_FLOATS == 8
+  Floats f;
+  for (int p = 0; p < 2; ++p) {
+    const __m256i low = _mm256_and_si256((__m256i)words.part[p], _mm256_set1_epi32(0xffff));
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    f.part[p] = (NativeF32)_mm256_cvtph_ps(halves);
+  }
+  return f;
+#else
+  int32_t word[16];
+  float f[16];
+  std::memcpy(word, &words, sizeof word);
+  for (int l = 0; l < 16; ++l) f[l] = f16_to_f32((uint16_t)word[l]);
+  return load_floats_16(f);
+#endif
+}
+ISQ_INLINE Ints upper_halves(Ints words) {
+  for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] >> 16;
+  return words;
+}
+ISQ_INLINE Floats high_f16(Ints words) { return low_f16(upper_halves(words)); }
+ISQ_INLINE Floats low_bf16(Ints words) {
+  for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] << 16;
+  return load_as<Floats>(&words);
+}
+ISQ_INLINE Floats high_bf16(Ints words) {
+  for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] & (int32_t)0xffff0000;
+  return load_as<Floats>(&words);
+}
+
+// Sixteen 32-bit words, at offsets from a base.
+ISQ_INLINE Ints gather_words(const uint8_t* base, Ints offsets) {
+  Ints v;
+  for (int p = 0; p < kParts; ++p) {
+#if ISQ_VECTOR_FLOATS == 16
+    v.part[p] = (NativeI32)_mm512_i32gather_epi32((__m512i)offsets.part[p], base, 1);
+#elif ISQ_VECTOR_FLOATS == 8
+    v.part[p] = (NativeI32)_mm256_i32gather_epi32((const int*)base, (__m256i)offsets.part[p], 1);
+#else
+    for (int l = 0; l < ISQ_VECTOR_FLOATS; ++l) std::memcpy(&v.part[p][l], base + offsets.part[p][l], 4);
+#endif
+  }
+  return v;
+}
+// The first four bytes of sixteen blocks of kStride bytes.
+template <int kStride>
+ISQ_INLINE Ints block_heads(const uint8_t* blocks) {
+  constexpr auto kOffsets = [] {
+    struct {
+      int32_t at[16];
+    } all{};
+    for (int l = 0; l < 16; ++l) all.at[l] = l * kStride;
+    return all;
+  }();
+  return gather_words(blocks, load_ints_16(kOffsets.at));
+}
+
+// One f16.
+ISQ_INLINE float half_to_float(const uint8_t* p) {
+#if ISQ_VECTOR_FLOATS >= 8
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load_u16(p))));
+#else
+  return f16_to_f32(load_u16(p));
+#endif
+}
+
+// ---- dot products -------------------------------------------------------------------------------------------------
+
+// Whether a dot product takes unsigned bytes up to 255; otherwise full-range codes go in as signed ones, code - 128.
+#if defined(ISQ_VNNI)
+constexpr bool kUnsignedDots = true;
+#else
+constexpr bool kUnsignedDots = false;
+#endif
+
+#if ISQ_VECTOR_FLOATS == 8 && !defined(ISQ_VNNI) || ISQ_VECTOR_FLOATS == 16 && !defined(ISQ_VNNI)
+// Sums of two neighbouring products as 16-bit numbers: at most 2 * 127 * 127.
+ISQ_INLINE NativeU16 pair_sums(NativeU8 u, NativeU8 a, bool full) {
+#if ISQ_VECTOR_FLOATS == 16
+  if (!full) return (NativeU16)_mm512_maddubs_epi16((__m512i)u, (__m512i)a);
+  const __m512i code = (__m512i)(u ^ 0x80);  // |code| * sign(code) * a: the negated a where the code is negative
+  const __m512i flipped =
+      _mm512_mask_sub_epi8((__m512i)a, _mm512_movepi8_mask(code), _mm512_setzero_si512(), (__m512i)a);
+  return (NativeU16)_mm512_maddubs_epi16(_mm512_abs_epi8(code), flipped);
+#else
+  if (!full) return (NativeU16)_mm256_maddubs_epi16((__m256i)u, (__m256i)a);
+  const __m256i code = (__m256i)(u ^ 0x80);
+  return (NativeU16)_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)a, code));
+#endif
+}
+ISQ_INLINE NativeI32 add_pairs(NativeU16 sums) {
+#if ISQ_VECTOR_FLOATS == 16
+  return (NativeI32)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
+#else
+  return (NativeI32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
+// Every lane: the sum of its four products u * a, of kDots pairs of vectors. Codes of the full range 0 .. 255 count as
+// u - 128 unless kUnsignedDots.
+template <int kDots, int kMaxCode>
+ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
+  [[maybe_unused]] constexpr bool kFull = kMaxCode > 127;
+  Ints r;
+  for (int p = 0; p < kParts; ++p) {
+#if ISQ_VECTOR_FLOATS == 16 && defined(ISQ_VNNI)
+    __m512i s = _mm512_setzero_si512();
+    for (int d = 0; d < kDots; ++d) s = _mm512_dpbusd_epi32(s, (__m512i)u[d].part[p], (__m512i)a[d].part[p]);
+    r.part[p] = (NativeI32)s;
+#elif ISQ_VECTOR_FLOATS == 8 && defined(ISQ_VNNI)
+    __m256i s = _mm256_setzero_si256();
+    for (int d = 0; d < kDots; ++d) s = _mm256_dpbusd_avx_epi32(s, (__m256i)u[d].part[p], (__m256i)a[d].part[p]);
+    r.part[p] = (NativeI32)s;
+#elif ISQ_VECTOR_FLOATS >= 8
+    if constexpr (kDots * kMaxCode <= 129) {  // kDots * 2 * kMaxCode * 127 still fits 16 bits
+      NativeU16 s = pair_sums(u[0].part[p], a[0].part[p], kFull);
+      for (int d = 1; d < kDots; ++d) s += pair_sums(u[d].part[p], a[d].part[p], kFull);
+      r.part[p] = add_pairs(s);
+    } else {
+      r.part[p] = add_pairs(pair_sums(u[0].part[p], a[0].part[p], kFull));
+      for (int d = 1; d < kDots; ++d) r.part[p] += add_pairs(pair_sums(u[d].part[p], a[d].part[p], kFull));
+    }
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(ISQ_DOTPROD)
+    int32x4_t s = vdupq_n_s32(0);
+    for (int d = 0; d < kDots; ++d) {
+      const NativeU8 code = kFull ? u[d].part[p] ^ 0x80 : u[d].part[p];
+      s = vdotq_s32(s, (int8x16_t)code, (int8x16_t)a[d].part[p]);
+    }
+    r.part[p] = (NativeI32)s;
+#elif defined(__aarch64__)
+    int32x4_t s = vdupq_n_s32(0);
+    for (int d = 0; d < kDots; ++d) {
+      const int8x16_t code = (int8x16_t)(kFull ? u[d].part[p] ^ 0x80 : u[d].part[p]);
+      const int8x16_t x = (int8x16_t)a[d].part[p];
+      const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(code), vget_low_s8(x)));
+      s = vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(code, x))));
+    }
+    r.part[p] = (NativeI32)s;
+#else
+    for (int l = 0; l < 4; ++l) {
+      int s = 0;
+      for (int d = 0; d < kDots; ++d) {
+        for (int j = 4 * l; j < 4 * l + 4; ++j) {
+          const int code = u[d].part[p][j] - (kFull ? 128 : 0);
+          s += code * (int8_t)a[d].part[p][j];
+        }
+      }
+      r.part[p][l] = s;
+    }
+#endif
+  }
+  return r;
+}
+
+// Lane 4q + i: the sum over quarter q of t[i].
+template <bool kSmall>
+ISQ_INLINE Ints sum_quarters(const Ints* t) {
+  Ints r;
+  for (int p = 0; p < kParts; ++p) {
+#if ISQ_VECTOR_FLOATS == 16
+    const __m512i a = (__m512i)t[0].part[p], b = (__m512i)t[1].part[p], c = (__m512i)t[2].part[p],
+                  d = (__m512i)t[3].part[p];
+    if constexpr (kSmall) {  // every sum of two lanes fits 16 bits
+      const __m512i one = _mm512_set1_epi16(1);
+      const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), one);
+      const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), one);
+      r.part[p] = (NativeI32)_mm512_madd_epi16(_mm512_packs_epi32(ab, cd), one);
+    } else {
+      const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+      r.part[p] = (NativeI32)_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    }
+#elif ISQ_VECTOR_FLOATS == 8
+    const __m256i ab = _mm256_hadd_epi32((__m256i)t[0].part[p], (__m256i)t[1].part[p]);
+    const __m256i cd = _mm256_hadd_epi32((__m256i)t[2].part[p], (__m256i)t[3].part[p]);
+    r.part[p] = (NativeI32)_mm256_hadd_epi32(ab, cd);
+#elif defined(__aarch64__)
+    const int32x4_t ab = vpaddq_s32((int32x4_t)t[0].part[p], (int32x4_t)t[1].part[p]);
+    const int32x4_t cd = vpaddq_s32((int32x4_t)t[2].part[p], (int32x4_t)t[3].part[p]);
+    r.part[p] = (NativeI32)vpaddq_s32(ab, cd);
+#else
+    for (int i = 0; i < 4; ++i) {
+      const NativeI32 v = t[i].part[p];
+      r.part[p][i] = v[0] + v[1] + v[2] + v[3];
+    }
+#endif
+  }
+  return r;
+}
+
+}  // namespace isqtorch::ISQ_ISA

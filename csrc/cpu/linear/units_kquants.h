@@ -1,0 +1,199 @@
+// Units of ggml's 256-weight formats: one super-block with 16 groups of 16, or two with 8 groups of 32 each.
+#pragma once
+
+#include "cpu/linear/rows.h"
+
+namespace isqtorch::ISQ_ISA {
+
+ISQ_INLINE uint64_t load_u64(const uint8_t* p) {
+  uint64_t v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
+ISQ_INLINE uint32_t load_u32(const uint8_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+ISQ_INLINE Quarter quarter_of(uint64_t low, uint64_t high) {
+  typedef uint64_t Two __attribute__((vector_size(16)));
+  return (Quarter)Two{low, high};
+}
+constexpr uint64_t each_byte(uint8_t v) { return v * 0x0101010101010101u; }
+
+// q2k q3k: quarter q of the bits 2i, 2i + 1 of qs is the group 8 (q / 2) + 2i + q % 2.
+constexpr int crumb_group(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
+constexpr Quarter kCrumbGroups = {crumb_group(0),  crumb_group(1),  crumb_group(2),  crumb_group(3),
+                                  crumb_group(4),  crumb_group(5),  crumb_group(6),  crumb_group(7),
+                                  crumb_group(8),  crumb_group(9),  crumb_group(10), crumb_group(11),
+                                  crumb_group(12), crumb_group(13), crumb_group(14), crumb_group(15)};
+ISQ_INLINE void load_crumbs(const uint8_t* qs, Bytes* codes) {
+  const Bytes all = load_64(qs);
+  codes[0] = all & 3;
+  codes[1] = shift_right<2>(all) & 3;
+  codes[2] = shift_right<4>(all) & 3;
+  codes[3] = shift_right<6>(all) & 3;
+}
+
+struct Q2KUnit {
+  static constexpr int kWeights = 256, kBytes = sizeof(BlockQ2K), kReadsBeyond = 0;
+  static constexpr int kMaxCode = 3, kCenter = 0;
+  static constexpr bool kAffine = true;
+
+  static constexpr int weight_at(int v, int j) { return 16 * crumb_group(j / 16 * 4 + v) + j % 16; }
+
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats* offset) {
+    load_crumbs(unit + offsetof(BlockQ2K, qs), codes);
+    const uint8_t* scales = unit + offsetof(BlockQ2K, scales);
+    const uint64_t low = load_u64(scales), high = load_u64(scales + 8);
+    const Quarter sc = quarter_of(low & each_byte(15), high & each_byte(15));
+    const Quarter mn = quarter_of(low >> 4 & each_byte(15), high >> 4 & each_byte(15));
+    const float d = half_to_float(unit + offsetof(BlockQ2K, d));
+    const float dmin = half_to_float(unit + offsetof(BlockQ2K, dmin));
+    *scale = bytes_to_floats(shuffle(sc, kCrumbGroups)) * d;
+    *offset = bytes_to_floats(shuffle(mn, kCrumbGroups)) * -dmin;
+  }
+};
+
+struct Q3KUnit {
+  static constexpr int kWeights = 256, kBytes = sizeof(BlockQ3K), kReadsBeyond = 0;
+  static constexpr int kMaxCode = 7, kCenter = 4;
+  static constexpr bool kAffine = false;
+
+  static constexpr int weight_at(int v, int j) { return Q2KUnit::weight_at(v, j); }
+
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats*) {
+    load_crumbs(unit + offsetof(BlockQ3K, qs), codes);
+    // Bit i of a byte of hmask is for the first 128 weights, bit 4 + i for the others: shifted left by 4 in the first
+    // half of the vector, both lie in the upper nibble.
+    const Quarter a = load_16(unit), b = load_16(unit + 16);
+    constexpr Quarter kBy16 = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
+    constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
+    const Bytes mask = multiply_16(from_quarters(a, b, a, b), from_quarters(kBy16, kBy16, kBy1, kBy1));
+    codes[0] = codes[0] | (shift_right<2>(mask) & 4);
+    codes[1] = codes[1] | (shift_right<3>(mask) & 4);
+    codes[2] = codes[2] | (shift_right<4>(mask) & 4);
+    codes[3] = codes[3] | (shift_right<5>(mask) & 4);
+    // t[j]: low nibbles in the bytes 0-7, first all low, then all high ones; bits 4-5 in the bytes 8-11.
+    const uint8_t* scales = unit + offsetof(BlockQ3K, scales);
+    const uint64_t nibbles = load_u64(scales), top = load_u32(scales + 8);
+    const uint64_t t_low = (nibbles & each_byte(15)) | ((top | top >> 2 << 32) & each_byte(3)) << 4;
+    const uint64_t t_high = (nibbles >> 4 & each_byte(15)) | ((top >> 4 | top >> 6 << 32) & each_byte(3)) << 4;
+    const float d = half_to_float(unit + offsetof(BlockQ3K, d));
+    const Quarter t = shuffle(quarter_of(t_low, t_high), kCrumbGroups);
+    *scale = signed_bytes_to_floats(t - 32) * d;
+  }
+};
+
+// q4k q5k: two super-blocks s. The 32 bytes of chunk c hold the groups 2c (low nibbles) and 2c + 1: quarter q is chunk
+// q, so lane 4q + i is group 2q + i % 2 of super-block i / 2.
+template <class Block, int kBits>
+struct PairsUnit {
+  static constexpr int kWeights = 512, kBytes = 2 * sizeof(Block), kReadsBeyond = 0;
+  static constexpr int kMaxCode = (1 << kBits) - 1, kCenter = 0;
+  static constexpr bool kAffine = true;
+
+  static constexpr int weight_at(int v, int j) {
+    const int i = v / 2, half = v % 2;
+    return 256 * (i / 2) + 64 * (j / 16) + 32 * (i % 2) + 16 * half + j % 16;
+  }
+
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats* offset) {
+    Quarter ls[2], lm[2];
+    float d[2], dmin[2];
+    for (int s = 0; s < 2; ++s) {
+      const uint8_t* block = unit + s * sizeof(Block);
+      const uint8_t* qs = block + offsetof(Block, qs);
+      Bytes half[2];
+      split_quarters(load_64(qs), load_64(qs + 64), &half[0], &half[1]);
+      for (int h = 0; h < 2; ++h) {
+        codes[4 * s + h] = half[h] & 15;
+        codes[4 * s + 2 + h] = shift_right<4>(half[h]) & 15;
+        if constexpr (kBits == 5) {
+          // Bit g of a byte of qh is for group g: quarter q wants the bits 2q and 2q + 1, moved up to 6 and 7.
+          const Bytes qh = multiply_16(four_times(load_16(block + offsetof(Block, qh) + 16 * h)), factors());
+          codes[4 * s + h] = codes[4 * s + h] | (shift_right<2>(qh) & 16);
+          codes[4 * s + 2 + h] = codes[4 * s + 2 + h] | (shift_right<3>(qh) & 16);
+        }
+      }
+      load_pairs(block + offsetof(Block, scales), &ls[s], &lm[s]);
+      d[s] = half_to_float(block + offsetof(Block, d));
+      dmin[s] = half_to_float(block + offsetof(Block, dmin));
+    }
+    *scale = bytes_to_floats(interleave_pairs(ls[0], ls[1])) * repeat_4(d[0], d[0], d[1], d[1]);
+    *offset = bytes_to_floats(interleave_pairs(lm[0], lm[1])) * repeat_4(-dmin[0], -dmin[0], -dmin[1], -dmin[1]);
+  }
+
+ private:
+  ISQ_INLINE static Bytes factors() {
+    constexpr auto kAll = [](uint8_t factor) {
+      return Quarter{factor, 0, factor, 0, factor, 0, factor, 0, factor, 0, factor, 0, factor, 0, factor, 0};
+    };
+    return from_quarters(kAll(64), kAll(16), kAll(4), kAll(1));
+  }
+  // See unpack_pairs in cpu/formats/kquants.h; here the eight numbers become the low eight bytes.
+  ISQ_INLINE static void load_pairs(const uint8_t* packed, Quarter* ls, Quarter* lm) {
+    const uint64_t a = load_u32(packed), b = load_u32(packed + 4), c = load_u32(packed + 8);
+    const uint64_t scales = (a & 0x3f3f3f3f) | ((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
+    const uint64_t mins = (b & 0x3f3f3f3f) | ((c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030)) << 32;
+    *ls = quarter_of(scales, 0);
+    *lm = quarter_of(mins, 0);
+  }
+  // a0 a1 b0 b1 a2 a3 b2 b3 ...
+  ISQ_INLINE static Quarter interleave_pairs(Quarter a, Quarter b) {
+#if defined(__x86_64__)
+    return (Quarter)_mm_unpacklo_epi16((__m128i)a, (__m128i)b);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
+#endif
+  }
+};
+
+// q6k: vector i is the weights 64i .. 64i + 63 in order, so lane 4q + i is group 4i + q.
+struct Q6KUnit {
+  static constexpr int kWeights = 256, kBytes = sizeof(BlockQ6K), kReadsBeyond = 0;
+  static constexpr int kMaxCode = 63, kCenter = 32;
+  static constexpr bool kAffine = false;
+
+  static constexpr int weight_at(int v, int j) { return 64 * v + j; }
+
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats*) {
+    constexpr Quarter kBy4 = {4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0};
+    constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
+    for (int h = 0; h < 2; ++h) {
+      const Bytes low = load_64(unit + offsetof(BlockQ6K, ql) + 64 * h);
+      // Bits 0-1 and 4-5 are for the first 32 weights of vectors 2h and 2h + 1, the others for the second 32: shifted
+      // left by 2 in the first half, all lie in the bits 2-3 and 6-7.
+      const Quarter a = load_16(unit + offsetof(BlockQ6K, qh) + 32 * h);
+      const Quarter b = load_16(unit + offsetof(BlockQ6K, qh) + 32 * h + 16);
+      const Bytes high = multiply_16(from_quarters(a, b, a, b), from_quarters(kBy4, kBy4, kBy1, kBy1));
+      codes[2 * h] = (low & 15) | (shift_left<2>(high) & 0x30);
+      codes[2 * h + 1] = (shift_right<4>(low) & 15) | (shift_right<2>(high) & 0x30);
+    }
+    constexpr Quarter kTransposed = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    const float d = half_to_float(unit + offsetof(BlockQ6K, d));
+    *scale = signed_bytes_to_floats(shuffle(load_16(unit + offsetof(BlockQ6K, scales)), kTransposed)) * d;
+  }
+};
+
+// q8k: two super-blocks of signed bytes; lane 4q + i is the group 4i + q of 32 weights.
+struct Q8KUnit {
+  static constexpr int kWeights = 512, kBytes = 2 * sizeof(BlockQ8K), kReadsBeyond = 0;
+  static constexpr int kMaxCode = 255, kCenter = 128;
+  static constexpr bool kAffine = false;
+
+  static constexpr int weight_at(int v, int j) { return 128 * (v / 2) + 32 * (j / 16) + 16 * (v % 2) + j % 16; }
+
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats*) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* qs = unit + i / 2 * sizeof(BlockQ8K) + offsetof(BlockQ8K, qs) + i % 2 * 128;
+      Bytes half[2];
+      split_quarters(load_64(qs), load_64(qs + 64), &half[0], &half[1]);
+      for (int h = 0; h < 2; ++h) codes[2 * i + h] = half[h] ^ 0x80;
+    }
+    const float d0 = load_f32(unit), d1 = load_f32(unit + sizeof(BlockQ8K));
+    *scale = repeat_4(d0, d0, d1, d1);
+  }
+};
+
+}  // namespace isqtorch::ISQ_ISA
