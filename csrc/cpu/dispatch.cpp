@@ -10,6 +10,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace isqtorch {
 namespace {
@@ -59,9 +63,19 @@ void set_selection(Selection selection) {
 }
 
 #if defined(__x86_64__)
-// The compiler's own detection asks the operating system, too; it knows nothing of AVX-VNNI yet.
+// Linux hands out the tile registers of AMX on request only, to the whole process.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The compiler's own detection asks the operating system, too; it knows nothing of AVX-VNNI and AMX yet.
 struct X86Features {
-  bool avx2, avxvnni, avx512, avx512vnni, avx512bf16;
+  bool avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx;
 
   X86Features() {
     __builtin_cpu_init();
@@ -72,6 +86,8 @@ struct X86Features {
     avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
     unsigned a = 0, b = 0, c = 0, d = 0;
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+    amx = avx512bf16 && tiles && may_use_tiles();
   }
 };
 #endif
@@ -82,16 +98,27 @@ const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = [] {
     std::vector<IsaLevel> all;
     const auto add = [&](const char* name, const char* needs, bool supported, FormatTable formats,
-                         const RowKernels* rows) { all.push_back({name, needs, supported, {name, formats, rows}}); };
-    add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels());
+                         const RowKernels* rows, const PanelKernels* panels) {
+      all.push_back({name, needs, supported, {name, formats, rows, panels}});
+    };
+#if defined(__aarch64__)
+    add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), baseline::panel_kernels());
+#else
+    add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), nullptr);
+#endif
 #if defined(__x86_64__)
     const X86Features has;
-    add("avx2", "AVX2, FMA and F16C", has.avx2, avx2::format_table(), avx2::row_kernels());
-    add("avxvnni", "AVX2 and AVX-VNNI", has.avxvnni, avx2::format_table(), avxvnni::row_kernels());
-    add("avx512", "AVX-512 F, BW, DQ and VL", has.avx512, avx512::format_table(), avx512::row_kernels());
-    add("avx512vnni", "AVX-512 with VNNI", has.avx512vnni, avx512::format_table(), avx512vnni::row_kernels());
+    add("avx2", "AVX2, FMA and F16C", has.avx2, avx2::format_table(), avx2::row_kernels(), avx2::panel_kernels());
+    add("avxvnni", "AVX2 and AVX-VNNI", has.avxvnni, avx2::format_table(), avxvnni::row_kernels(),
+        avxvnni::panel_kernels());
+    add("avx512", "AVX-512 F, BW, DQ and VL", has.avx512, avx512::format_table(), avx512::row_kernels(),
+        avx512::panel_kernels());
+    add("avx512vnni", "AVX-512 with VNNI", has.avx512vnni, avx512::format_table(), avx512vnni::row_kernels(),
+        avx512vnni::panel_kernels());
     add("avx512bf16", "AVX-512 with VNNI, VBMI and BF16", has.avx512bf16, avx512::format_table(),
-        avx512bf16::row_kernels());
+        avx512bf16::row_kernels(), avx512bf16::panel_kernels());
+    add("amx", "AVX-512 with VNNI, VBMI and BF16, and AMX with BF16", has.amx, avx512::format_table(),
+        avx512bf16::row_kernels(), amx::panel_kernels());
 #endif
     return all;
   }();

@@ -76,6 +76,43 @@ struct RowKernels {
   void (*multiply[4])(const RowsJob& job);                // for 1, 2, 4 and 8 rows of x
 };
 
+// ---- linear for many rows: cpu/linear/panels.h ----
+
+// Decodes part of some weight rows into a panel, in whatever form and order the product wants it.
+struct DecodeJob {
+  const uint8_t* w;  // packed rows, row_bytes apart
+  int64_t row_bytes, rows, k;
+  bool w_ends;
+  int64_t k_begin, k_end;  // multiples of kPanelStep, or the end
+  void* panel;
+  UnitLayout layout;
+};
+// sums (+)= panel * x, over the panel's part of k.
+struct ProductJob {
+  const void* panel;
+  int64_t rows, k, k_begin, k_end;
+  const void* x;  // packed groups of tokens, one after the other
+  int64_t tokens;
+  float* sums;  // [tokens, rows] in the kernel's own order, both rounded up to whole blocks
+  bool first;   // whether sums are to be set, not added to
+};
+
+constexpr int64_t kPanelStep = 512;
+
+struct PanelKernels {
+  const char* name;
+  int row_block, token_block;  // sizes the kernels work in
+  int panel_rows;              // as many rows as the caches hold besides a thousand columns of 512 rows of x
+  int64_t (*panel_bytes)(int64_t rows, int64_t weights);              // rows: a multiple of row_block
+  int64_t (*packed_bytes)(int64_t k);                                 // of token_block rows of x
+  void (*pack)(const float* x, int tokens, int64_t k, void* packed);  // up to token_block rows of x
+  UnitLayout layout;
+  void (*decode)(const DecodeJob& job);
+  void (*multiply)(const ProductJob& job);
+  // y[t * ldy + r] for a block of tokens from the kernel's sums; rows and tokens as in the ProductJob
+  void (*unpack)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t ldy);
+};
+
 // ---- a level ------------------------------------------------------------------------------------------------------
 
 struct FormatTable {
@@ -88,7 +125,8 @@ struct FormatTable {
 struct KernelTable {
   const char* isa;
   FormatTable formats;
-  const RowKernels* rows;  // of the same formats, in the same order
+  const RowKernels* rows;      // of the same formats, in the same order
+  const PanelKernels* panels;  // likewise; null or without a name where there is none
 };
 
 // What the files under isa/ compile. Decoders and quantizers gain nothing from dot-product instructions, so levels that
@@ -100,19 +138,27 @@ const RowKernels* row_kernels();
 namespace avx2 {
 FormatTable format_table();
 const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();
 }  // namespace avx2
 namespace avxvnni {
 const RowKernels* row_kernels();
-}
+const PanelKernels* panel_kernels();
+}  // namespace avxvnni
 namespace avx512 {
 FormatTable format_table();
 const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();
 }  // namespace avx512
 namespace avx512vnni {
 const RowKernels* row_kernels();
-}
+const PanelKernels* panel_kernels();
+}  // namespace avx512vnni
 namespace avx512bf16 {
 const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();
+}  // namespace avx512bf16
+namespace amx {
+const PanelKernels* panel_kernels();
 }
 
 }  // namespace isqtorch

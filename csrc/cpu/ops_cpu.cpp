@@ -14,8 +14,6 @@
 namespace isqtorch {
 namespace {
 
-constexpr int64_t kPanelWeights = 1 << 21;  // weights decoded for one matrix product: stays in the second-level caches
-
 // ---- quantize -----------------------------------------------------------------------------------------------------
 
 std::string number_text(float value) {
@@ -171,124 +169,6 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
   return out;
 }
 
-// ---- linear -------------------------------------------------------------------------------------------------------
-
-struct LinearArguments {
-  Tensor x;  // contiguous [m, k]
-  Dtype dtype;
-  int64_t m, n, k;
-  std::vector<float> bias;  // [n], or empty
-  uint8_t* y;               // [m, n] of dtype
-
-  const uint8_t* row_of_x(int64_t row) const {
-    return static_cast<const uint8_t*>(x.const_data_ptr()) + row * k * item_bytes(dtype);
-  }
-};
-
-// Writes values [begin, begin + count) of row m, adding the bias.
-void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t m, int64_t begin, int64_t count,
-                   float* values) {
-  if (!a.bias.empty()) {
-    for (int64_t i = 0; i < count; ++i) values[i] += a.bias[begin + i];
-  }
-  kernels.formats.store(values, count, a.dtype, a.y + (m * a.n + begin) * item_bytes(a.dtype));
-}
-
-// Few rows of x: they are packed once, in the order of the format's code vectors, and every weight is decoded once, in
-// registers, and used for all of them.
-void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
-  constexpr int64_t kTile = 32;  // outputs computed, converted and stored at a time
-  const RowKernels& kernels = *packed.row_kernels;
-  const int step = a.m > 4 ? 3 : a.m > 2 ? 2 : a.m > 1 ? 1 : 0;  // kernels exist for 2^step rows; rows of zeros fill up
-  const int64_t tokens = 1 << step, row_bytes = kernels.packed_bytes(a.k);
-  const Scratch packed_x(tokens * row_bytes), x(a.k * sizeof(float));
-  for (int64_t m = 0; m < a.m; ++m) {
-    packed.kernels->formats.load(a.row_of_x(m), a.dtype, a.k, x.floats());
-    kernels.pack(x.floats(), a.k, packed_x.bytes() + m * row_bytes);
-  }
-  std::memset(packed_x.bytes() + a.m * row_bytes, 0, (tokens - a.m) * row_bytes);
-  const int64_t tiles = (a.n + kTile - 1) / kTile;
-  parallel_tiles(tiles, kTile * a.k, [&](int64_t tile_begin, int64_t tile_end) {
-    alignas(64) float y[kMaxTokens * kTile];
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      const int64_t first = tile * kTile, count = std::min(kTile, a.n - first);
-      RowsJob job;
-      job.w = packed.bytes + first * packed.row_bytes;
-      job.row_bytes = packed.row_bytes;
-      job.rows = count;
-      job.k = a.k;
-      job.w_ends = first + count == a.n;
-      job.x = packed_x.bytes();
-      job.y = y;
-      job.ldy = kTile;
-      job.layout = kernels.layout;
-      kernels.multiply[step](job);
-      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y + m * kTile);
-    }
-  });
-}
-
-// Many rows of x: decode a panel of weight rows, multiply with torch's own matrix product, next panel. f16 goes through
-// f32, because few processors multiply f16 matrices at speed.
-void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
-  const Dtype dtype = a.dtype == Dtype::kF16 ? Dtype::kF32 : a.dtype;
-  const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;
-  const Tensor x = a.dtype == Dtype::kF16 ? torch::stable::to(a.x, scalar) : a.x;
-  const int64_t panel_rows = std::min(a.n, std::max<int64_t>(64, kPanelWeights / a.k));
-  Tensor panel = empty({panel_rows, a.k}, scalar);
-  uint8_t* panel_bytes = static_cast<uint8_t*>(panel.mutable_data_ptr());
-  for (int64_t first = 0; first < a.n; first += panel_rows) {
-    const int64_t rows = std::min(panel_rows, a.n - first);
-    parallel_rows(rows, a.k, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        packed.decode_row(first + i, dtype, panel_bytes + i * a.k * item_bytes(dtype));
-    });
-    Tensor cut = torch::stable::narrow(panel, 0, 0, rows);
-    const Tensor y = dense(torch::stable::matmul(x, torch::stable::transpose(cut, 0, 1)));  // [m, rows]
-    const uint8_t* from = static_cast<const uint8_t*>(y.const_data_ptr());
-    parallel_rows(a.m, rows, [&](int64_t begin, int64_t end) {
-      alignas(64) float values[kChunk];
-      for (int64_t m = begin; m < end; ++m) {
-        for (int64_t i = 0; i < rows; i += kChunk) {
-          const int64_t count = std::min(kChunk, rows - i);
-          packed.kernels->formats.load(from + (m * rows + i) * item_bytes(dtype), dtype, count, values);
-          store_outputs(a, *packed.kernels, m, first + i, count, values);
-        }
-      }
-    });
-  }
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
-  const PackedMatrix packed("linear", weight, format_name, true);
-  LinearArguments a;
-  a.dtype = checked_dtype("linear", "x", x.scalar_type());
-  a.n = packed.rows;
-  a.k = packed.k;
-  std::vector<int64_t> shape = shape_of(x);
-  check(!shape.empty() && shape.back() == a.k, "linear: the last dimension of x must be ", a.k,
-        ", the in_features of this ", format_name, " weight, got shape ", shape_text(shape), ".");
-  if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have shape [", a.n, "], got ",
-          shape_text(shape_of(*bias)), ".");
-    const Dtype bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
-    a.bias.resize(a.n);
-    packed.kernels->formats.load(dense(*bias).const_data_ptr(), bias_dtype, a.n, a.bias.data());
-  }
-  a.m = x.numel() / a.k;
-  shape.back() = a.n;
-  Tensor y = empty(shape, x.scalar_type());
-  if (a.m == 0 || a.n == 0) return y;
-  a.x = torch::stable::view(dense(x), {a.m, a.k});
-  a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
-  if (a.m <= kMaxTokens) {
-    linear_rows(a, packed);
-  } else {
-    linear_panels(a, packed);
-  }
-  return y;
-}
-
 // ---- inspection ---------------------------------------------------------------------------------------------------
 
 std::string cpu_info() {
@@ -323,7 +203,6 @@ void set_cpu_isa(std::string name) { select_isa(name); }
 STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {
   m.impl("quantize", TORCH_BOX(&isqtorch::quantize));
   m.impl("dequantize", TORCH_BOX(&isqtorch::dequantize));
-  m.impl("linear", TORCH_BOX(&isqtorch::linear));
   m.impl("embedding", TORCH_BOX(&isqtorch::embedding));
 }
 

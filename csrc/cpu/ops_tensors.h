@@ -129,8 +129,14 @@ void parallel_rows(int64_t rows, int64_t weights_per_row, const Body& body) {
 // Memory for intermediate results, at a cache line's border.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes)
-      : data_(static_cast<uint8_t*>(std::aligned_alloc(64, std::max<int64_t>(1, (bytes + 63) / 64) * 64))) {
+  Scratch() = default;
+  explicit Scratch(int64_t bytes) { grow(bytes); }
+
+  // At least this many bytes; what was there is lost.
+  void grow(int64_t bytes) {
+    if (bytes <= size_) return;
+    size_ = (bytes + 63) / 64 * 64;
+    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, size_)));
     if (!data_) throw std::bad_alloc();
   }
   uint8_t* bytes() const { return data_.get(); }
@@ -141,6 +147,7 @@ class Scratch {
     void operator()(uint8_t* p) const { std::free(p); }
   };
   std::unique_ptr<uint8_t, Free> data_;
+  int64_t size_ = 0;
 };
 
 // A packed weight [..., N, row_bytes], understood.
@@ -148,6 +155,7 @@ struct PackedMatrix {
   const KernelTable* kernels;
   const FormatKernels* format;
   const RowKernels* row_kernels;
+  const PanelKernels* panel_kernels;  // or null
   Tensor keep_alive;
   const uint8_t* bytes;
   int64_t rows, row_bytes, k;
@@ -157,6 +165,7 @@ struct PackedMatrix {
     const int index = find_format(op, name);
     format = &kernels->formats.formats[index];
     row_kernels = &kernels->rows[index];
+    panel_kernels = kernels->panels && kernels->panels[index].name ? &kernels->panels[index] : nullptr;
     check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
           name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
     check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",

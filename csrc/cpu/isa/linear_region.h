@@ -4,10 +4,15 @@
 
 #include "cpu/isa/prelude.h"
 
-#include "cpu/linear/table.h"
+#include "cpu/linear/fp8_rows.h"
+#include "cpu/linear/int8_panels.h"
+#include "cpu/linear/units.h"
 
 namespace isqtorch::ISQ_ISA {
 
-const RowKernels* row_kernels() { return all_row_kernels(AllFormats{}); }
+const RowKernels* row_kernels() { return kernels_for<RowFamily>(AllFormats{}); }
+#if ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)
+const PanelKernels* panel_kernels() { return kernels_for<Int8Panels>(AllFormats{}); }
+#endif
 
 }  // namespace isqtorch::ISQ_ISA

@@ -9,6 +9,27 @@
 
 namespace isqtorch::ISQ_ISA {
 
+// Sixteen codes as f32 over kSixteenFp8Factor, through f16: shifting the magnitude puts the exponent, of bias 7, where
+// f16 has one of bias 15. Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
+constexpr float kSixteenFp8Factor = 256.0f;
+ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
+  typedef uint16_t Wide __attribute__((vector_size(32)));
+  const Wide code = __builtin_convertvector(load_16(codes), Wide);
+  const Wide magnitude = (code & 0x7f) << 7;
+  const Wide bits = magnitude | (code & 0x80) << 8 | ((Wide)(magnitude == 0x3f80) & 0x4000);
+  uint16_t half[16];
+  std::memcpy(half, &bits, sizeof half);
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeF32)_mm512_cvtph_ps((__m256i)bits)}};
+#elif ISQ_VECTOR_FLOATS == 8
+  return {{(NativeF32)_mm256_cvtph_ps((__m128i)load_16(half)), (NativeF32)_mm256_cvtph_ps((__m128i)load_16(half + 8))}};
+#else
+  float f[16];
+  for (int l = 0; l < 16; ++l) f[l] = f16_to_f32(half[l]);
+  return load_floats_16(f);
+#endif
+}
+
 #if defined(ISQ_BF16)
 
 // 64 codes and 64 activations as 2 x 32 bf16: bytes 0-7 of the four quarters, then bytes 8-15.
@@ -77,27 +98,8 @@ struct Fp8Step {
 
   static void pack(const float* x, Activations* out) { std::memcpy(out->x, x, sizeof out->x); }
 
-  // Through f16, times 2^-8: shifting the magnitude puts the exponent, of bias 7, where f16 has one of bias 15.
-  // Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
-  static constexpr float kFactor = 256.0f;
-  ISQ_INLINE static Weights load(const uint8_t* codes) {
-    typedef uint16_t Wide __attribute__((vector_size(32)));
-    const Wide code = __builtin_convertvector(load_16(codes), Wide);
-    const Wide magnitude = (code & 0x7f) << 7;
-    const Wide bits = magnitude | (code & 0x80) << 8 | ((Wide)(magnitude == 0x3f80) & 0x4000);
-    uint16_t half[16];
-    std::memcpy(half, &bits, sizeof half);
-#if ISQ_VECTOR_FLOATS == 16
-    return {{(NativeF32)_mm512_cvtph_ps((__m256i)bits)}};
-#elif ISQ_VECTOR_FLOATS == 8
-    return {
-        {(NativeF32)_mm256_cvtph_ps(load_as<__m128i>(half)), (NativeF32)_mm256_cvtph_ps(load_as<__m128i>(half + 8))}};
-#else
-    float f[16];
-    for (int l = 0; l < 16; ++l) f[l] = f16_to_f32(half[l]);
-    return load_floats_16(f);
-#endif
-  }
+  static constexpr float kFactor = kSixteenFp8Factor;
+  ISQ_INLINE static Weights load(const uint8_t* codes) { return sixteen_fp8(codes); }
   ISQ_INLINE static Floats multiply_add(const Weights& w, const Activations& x, Floats acc) {
     return ISQ_ISA::multiply_add(w, load_floats_16(x.x), acc);
   }
@@ -136,5 +138,23 @@ void multiply_fp8_rows(const RowsJob& job) {
     for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(total[m]);
   }
 }
+
+struct RowFamily {
+  template <class Unit>
+  static RowKernels get(const UnitLayout& layout) {
+    return {"int8 dot products",
+            layout,
+            packed_activation_bytes<Unit>,
+            pack_activations<Unit>,
+            {multiply_rows<Unit, 1>, multiply_rows<Unit, 2>, multiply_rows<Unit, 4>, multiply_rows<Unit, 8>}};
+  }
+  static RowKernels fp8() {
+    return {Fp8Step::kName,
+            {},
+            packed_fp8_activation_bytes,
+            pack_fp8_activations,
+            {multiply_fp8_rows<1>, multiply_fp8_rows<2>, multiply_fp8_rows<4>, multiply_fp8_rows<8>}};
+  }
+};
 
 }  // namespace isqtorch::ISQ_ISA

@@ -19,7 +19,7 @@
 //   load(...)          the code vectors, the scales and the offsets
 #pragma once
 
-#include "cpu/linear/simd.h"
+#include "cpu/linear/dots.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -26,14 +26,21 @@ struct Floats {
   NativeF32 part[kParts];
 };
 
-template <class To, class From>
-ISQ_INLINE To load_as(const From* p) {
-  To v;
+// Part by part: GCC keeps a copy of the whole struct in memory.
+template <class Wide>
+ISQ_INLINE Wide load_wide(const void* from) {
+  Wide v;
+  for (int p = 0; p < kParts; ++p) {
+    std::memcpy(&v.part[p], static_cast<const uint8_t*>(from) + p * kNativeBytes, kNativeBytes);
+  }
+  return v;
+}
+ISQ_INLINE Bytes load_64(const void* p) { return load_wide<Bytes>(p); }
+ISQ_INLINE Quarter load_16(const void* p) {
+  Quarter v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-ISQ_INLINE Bytes load_64(const void* p) { return load_as<Bytes>(static_cast<const uint8_t*>(p)); }
-ISQ_INLINE Quarter load_16(const void* p) { return load_as<Quarter>(static_cast<const uint8_t*>(p)); }
 ISQ_INLINE Quarter load_8_twice(const void* p) {
 #if defined(__x86_64__)
   const __m128i once = _mm_loadl_epi64(static_cast<const __m128i*>(p));
@@ -165,8 +172,21 @@ ISQ_INLINE Floats to_floats(Ints a) {
   for (int p = 0; p < kParts; ++p) f.part[p] = __builtin_convertvector(a.part[p], NativeF32);
   return f;
 }
-ISQ_INLINE Floats load_floats_16(const float* p) { return load_as<Floats>(p); }
-ISQ_INLINE Ints load_ints_16(const int32_t* p) { return load_as<Ints>(p); }
+ISQ_INLINE Ints all_lanes(int32_t v) {
+  Ints i;
+  for (int p = 0; p < kParts; ++p) i.part[p] = v + NativeI32{};
+  return i;
+}
+ISQ_INLINE Bytes word_in_all_lanes(const void* word) {
+  int32_t v;
+  std::memcpy(&v, word, 4);
+  const Ints words = all_lanes(v);
+  Bytes bytes;
+  for (int p = 0; p < kParts; ++p) bytes.part[p] = (NativeU8)words.part[p];
+  return bytes;
+}
+ISQ_INLINE Floats load_floats_16(const float* p) { return load_wide<Floats>(p); }
+ISQ_INLINE Ints load_ints_16(const int32_t* p) { return load_wide<Ints>(p); }
 ISQ_INLINE Ints operator-(Ints a, Ints b) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] - b.part[p];
   return a;
@@ -209,7 +229,9 @@ ISQ_INLINE Floats repeat_4(float a, float b, float c, float d) {
   typedef float Four __attribute__((vector_size(16)));
   const Four four = {a, b, c, d};
   const Bytes all = four_times((Quarter)four);
-  return load_as<Floats>(&all);
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)all.part[p];
+  return f;
 }
 ISQ_INLINE float sum(Floats f) {
   float s[16], total = 0;
@@ -272,12 +294,14 @@ ISQ_INLINE Ints upper_halves(Ints words) {
 }
 ISQ_INLINE Floats high_f16(Ints words) { return low_f16(upper_halves(words)); }
 ISQ_INLINE Floats low_bf16(Ints words) {
-  for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] << 16;
-  return load_as<Floats>(&words);
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)(words.part[p] << 16);
+  return f;
 }
 ISQ_INLINE Floats high_bf16(Ints words) {
-  for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] & (int32_t)0xffff0000;
-  return load_as<Floats>(&words);
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)(words.part[p] & (int32_t)0xffff0000);
+  return f;
 }
 
 // Sixteen 32-bit words, at offsets from a base.
@@ -314,131 +338,6 @@ ISQ_INLINE float half_to_float(const uint8_t* p) {
 #else
   return f16_to_f32(load_u16(p));
 #endif
-}
-
-// ---- dot products -------------------------------------------------------------------------------------------------
-
-// Whether a dot product takes unsigned bytes up to 255; otherwise full-range codes go in as signed ones, code - 128.
-#if defined(ISQ_VNNI)
-constexpr bool kUnsignedDots = true;
-#else
-constexpr bool kUnsignedDots = false;
-#endif
-
-#if ISQ_VECTOR_FLOATS == 8 && !defined(ISQ_VNNI) || ISQ_VECTOR_FLOATS == 16 && !defined(ISQ_VNNI)
-// Sums of two neighbouring products as 16-bit numbers: at most 2 * 127 * 127.
-ISQ_INLINE NativeU16 pair_sums(NativeU8 u, NativeU8 a, bool full) {
-#if ISQ_VECTOR_FLOATS == 16
-  if (!full) return (NativeU16)_mm512_maddubs_epi16((__m512i)u, (__m512i)a);
-  const __m512i code = (__m512i)(u ^ 0x80);  // |code| * sign(code) * a: the negated a where the code is negative
-  const __m512i flipped =
-      _mm512_mask_sub_epi8((__m512i)a, _mm512_movepi8_mask(code), _mm512_setzero_si512(), (__m512i)a);
-  return (NativeU16)_mm512_maddubs_epi16(_mm512_abs_epi8(code), flipped);
-#else
-  if (!full) return (NativeU16)_mm256_maddubs_epi16((__m256i)u, (__m256i)a);
-  const __m256i code = (__m256i)(u ^ 0x80);
-  return (NativeU16)_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)a, code));
-#endif
-}
-ISQ_INLINE NativeI32 add_pairs(NativeU16 sums) {
-#if ISQ_VECTOR_FLOATS == 16
-  return (NativeI32)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
-#else
-  return (NativeI32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
-#endif
-}
-#endif
-
-// Every lane: the sum of its four products u * a, of kDots pairs of vectors. Codes of the full range 0 .. 255 count as
-// u - 128 unless kUnsignedDots.
-template <int kDots, int kMaxCode>
-ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
-  [[maybe_unused]] constexpr bool kFull = kMaxCode > 127;
-  Ints r;
-  for (int p = 0; p < kParts; ++p) {
-#if ISQ_VECTOR_FLOATS == 16 && defined(ISQ_VNNI)
-    __m512i s = _mm512_setzero_si512();
-    for (int d = 0; d < kDots; ++d) s = _mm512_dpbusd_epi32(s, (__m512i)u[d].part[p], (__m512i)a[d].part[p]);
-    r.part[p] = (NativeI32)s;
-#elif ISQ_VECTOR_FLOATS == 8 && defined(ISQ_VNNI)
-    __m256i s = _mm256_setzero_si256();
-    for (int d = 0; d < kDots; ++d) s = _mm256_dpbusd_avx_epi32(s, (__m256i)u[d].part[p], (__m256i)a[d].part[p]);
-    r.part[p] = (NativeI32)s;
-#elif ISQ_VECTOR_FLOATS >= 8
-    if constexpr (kDots * kMaxCode <= 129) {  // kDots * 2 * kMaxCode * 127 still fits 16 bits
-      NativeU16 s = pair_sums(u[0].part[p], a[0].part[p], kFull);
-      for (int d = 1; d < kDots; ++d) s += pair_sums(u[d].part[p], a[d].part[p], kFull);
-      r.part[p] = add_pairs(s);
-    } else {
-      r.part[p] = add_pairs(pair_sums(u[0].part[p], a[0].part[p], kFull));
-      for (int d = 1; d < kDots; ++d) r.part[p] += add_pairs(pair_sums(u[d].part[p], a[d].part[p], kFull));
-    }
-#elif defined(__ARM_FEATURE_DOTPROD) || defined(ISQ_DOTPROD)
-    int32x4_t s = vdupq_n_s32(0);
-    for (int d = 0; d < kDots; ++d) {
-      const NativeU8 code = kFull ? u[d].part[p] ^ 0x80 : u[d].part[p];
-      s = vdotq_s32(s, (int8x16_t)code, (int8x16_t)a[d].part[p]);
-    }
-    r.part[p] = (NativeI32)s;
-#elif defined(__aarch64__)
-    int32x4_t s = vdupq_n_s32(0);
-    for (int d = 0; d < kDots; ++d) {
-      const int8x16_t code = (int8x16_t)(kFull ? u[d].part[p] ^ 0x80 : u[d].part[p]);
-      const int8x16_t x = (int8x16_t)a[d].part[p];
-      const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(code), vget_low_s8(x)));
-      s = vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(code, x))));
-    }
-    r.part[p] = (NativeI32)s;
-#else
-    for (int l = 0; l < 4; ++l) {
-      int s = 0;
-      for (int d = 0; d < kDots; ++d) {
-        for (int j = 4 * l; j < 4 * l + 4; ++j) {
-          const int code = u[d].part[p][j] - (kFull ? 128 : 0);
-          s += code * (int8_t)a[d].part[p][j];
-        }
-      }
-      r.part[p][l] = s;
-    }
-#endif
-  }
-  return r;
-}
-
-// Lane 4q + i: the sum over quarter q of t[i].
-template <bool kSmall>
-ISQ_INLINE Ints sum_quarters(const Ints* t) {
-  Ints r;
-  for (int p = 0; p < kParts; ++p) {
-#if ISQ_VECTOR_FLOATS == 16
-    const __m512i a = (__m512i)t[0].part[p], b = (__m512i)t[1].part[p], c = (__m512i)t[2].part[p],
-                  d = (__m512i)t[3].part[p];
-    if constexpr (kSmall) {  // every sum of two lanes fits 16 bits
-      const __m512i one = _mm512_set1_epi16(1);
-      const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), one);
-      const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), one);
-      r.part[p] = (NativeI32)_mm512_madd_epi16(_mm512_packs_epi32(ab, cd), one);
-    } else {
-      const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-      const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-      r.part[p] = (NativeI32)_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    }
-#elif ISQ_VECTOR_FLOATS == 8
-    const __m256i ab = _mm256_hadd_epi32((__m256i)t[0].part[p], (__m256i)t[1].part[p]);
-    const __m256i cd = _mm256_hadd_epi32((__m256i)t[2].part[p], (__m256i)t[3].part[p]);
-    r.part[p] = (NativeI32)_mm256_hadd_epi32(ab, cd);
-#elif defined(__aarch64__)
-    const int32x4_t ab = vpaddq_s32((int32x4_t)t[0].part[p], (int32x4_t)t[1].part[p]);
-    const int32x4_t cd = vpaddq_s32((int32x4_t)t[2].part[p], (int32x4_t)t[3].part[p]);
-    r.part[p] = (NativeI32)vpaddq_s32(ab, cd);
-#else
-    for (int i = 0; i < 4; ++i) {
-      const NativeI32 v = t[i].part[p];
-      r.part[p][i] = v[0] + v[1] + v[2] + v[3];
-    }
-#endif
-  }
-  return r;
 }
 
 }  // namespace isqtorch::ISQ_ISA

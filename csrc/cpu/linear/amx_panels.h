@@ -1,0 +1,276 @@
+// `linear` for many rows of x on AMX: weights decoded to bf16, sixteen rows by 32 weights to a tile, times x in bf16.
+//
+// Weights are the left operand, which wants rows as they are; x is the right one and is packed once per call, in pairs
+// along k. Tiles lie one behind the other in memory. Along k both sides are in the order of the format's code vectors
+// (weight_at in rows.h), so that a decoder never has to put weights in order. Sums are f32 tiles, 16 weight rows by 16
+// rows of x, transposed at the end.
+#pragma once
+
+#include "cpu/linear/fp8_rows.h"
+#include "cpu/linear/transpose.h"
+
+namespace isqtorch::ISQ_ISA {
+
+constexpr int kTileRows = 16, kTileWeights = 32;
+constexpr int64_t kTileBytes = 1024, kTileFloats = 256;
+
+ISQ_INLINE int64_t tiles_along_k(int64_t k) { return (k + kPanelStep - 1) / kPanelStep * (kPanelStep / kTileWeights); }
+
+inline int64_t amx_panel_bytes(int64_t rows, int64_t weights) {
+  return rows / kTileRows * tiles_along_k(weights) * kTileBytes;
+}
+inline int64_t amx_packed_bytes(int64_t k) { return tiles_along_k(k) * kTileBytes; }
+
+// ---- packing x ----------------------------------------------------------------------------------------------------
+
+// Position along k -> weight, the order of the codes of a unit.
+template <class Unit>
+struct PanelOrder {
+  static constexpr int kWeights = Unit::kWeights;
+  static constexpr int weight_at(int position) { return UnitFacts<Unit>::kOrder.at[position]; }
+};
+
+template <class Order>
+void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
+  constexpr int kWeights = Order::kWeights;
+  static constexpr auto kOrder = [] {
+    struct {
+      uint16_t at[kWeights];
+    } order{};
+    for (int p = 0; p < kWeights; ++p) order.at[p] = (uint16_t)Order::weight_at(p);
+    return order;
+  }();
+  static constexpr bool kPlain = [] {  // runs of sixteen in order
+    for (int p = 0; p < kWeights; ++p) {
+      if (kOrder.at[p] != kOrder.at[p / 16 * 16] + p % 16) return false;
+    }
+    return true;
+  }();
+  uint8_t* out = static_cast<uint8_t*>(packed);
+  alignas(64) uint16_t ordered[kTileRows][kWeights] = {};
+  const int64_t padded = tiles_along_k(k) * kTileWeights;
+  for (int64_t begin = 0; begin < padded; begin += kWeights) {
+    const int64_t left = k - begin, there = left < 0 ? 0 : left < kWeights ? left : kWeights;
+    for (int t = 0; t < tokens; ++t) {
+      uint16_t natural[kWeights] = {};
+      for (int i = 0; i < there; ++i) natural[i] = f32_to_bf16(x[t * k + begin + i]);
+      if constexpr (kPlain) {
+        for (int p = 0; p < kWeights; p += 16) std::memcpy(ordered[t] + p, natural + kOrder.at[p], 32);
+      } else {
+        for (int p = 0; p < kWeights; ++p) ordered[t][p] = natural[kOrder.at[p]];
+      }
+    }
+    for (int p = 0; p < kWeights; p += kTileWeights, out += kTileBytes) {
+      __m512i rows[16];
+      for (int t = 0; t < 16; ++t) rows[t] = _mm512_load_si512(ordered[t] + p);
+      transpose_16(rows);
+      for (int t = 0; t < 16; ++t) _mm512_store_si512(out + 64 * t, rows[t]);
+    }
+  }
+}
+
+// ---- decoding -----------------------------------------------------------------------------------------------------
+
+// 32 weights, the codes at `codes` with the scales and offsets of two quarters, as bf16.
+ISQ_INLINE void store_bf16(const uint8_t* codes, const float* scale, const float* offset, int lane, uint8_t* out) {
+  __m512 w[2];
+  for (int q = 0; q < 2; ++q) {
+    const __m512i code = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_load_si128((const __m128i*)(codes + 16 * q)));
+    w[q] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(scale[lane + 4 * q]),
+                           _mm512_set1_ps(offset[lane + 4 * q]));
+  }
+  _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
+}
+
+// One unit of one row into the tiles of its sixteen rows.
+template <class Unit>
+ISQ_INLINE void decode_unit(const uint8_t* unit, const UnitLayout& layout, uint8_t* tiles) {
+  using Facts = UnitFacts<Unit>;
+  alignas(64) Bytes codes[Facts::kVectors];
+  alignas(64) Floats scale, offset;
+  Unit::load(unit, layout, codes, &scale, &offset);
+  if constexpr (!Unit::kAffine) offset = scale * (float)-Unit::kCenter;
+  alignas(64) float scales[16], offsets[16];
+  std::memcpy(scales, &scale, sizeof scales);
+  std::memcpy(offsets, &offset, sizeof offsets);
+  for (int v = 0; v < Facts::kVectors; ++v) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&codes[v]);
+    for (int half = 0; half < 2; ++half) {
+      store_bf16(bytes + 32 * half, scales, offsets, v / Facts::kDots + 8 * half, tiles + (2 * v + half) * kTileBytes);
+    }
+  }
+}
+
+constexpr int kRowsAhead = 8;
+
+template <class Unit>
+void decode_amx_panel(const DecodeJob& job) {
+  constexpr int kWeights = Unit::kWeights;
+  const int64_t unit_bytes = job.layout.unit_bytes, tiles = tiles_along_k(job.k_end - job.k_begin);
+  const int64_t first = job.k_begin / kWeights, last = first + tiles * kTileWeights / kWeights;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const uint8_t* w = job.w + row * job.row_bytes;
+    uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
+    const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
+    // A short piece of each row is too little for the hardware prefetcher.
+    const uint8_t* ahead = w + kRowsAhead * job.row_bytes;
+    for (int64_t b = first * unit_bytes; b < last * unit_bytes; b += 64) __builtin_prefetch(ahead + b);
+    for (int64_t u = first; u < last; ++u, out += kWeights / kTileWeights * kTileBytes) {
+      const int64_t left = job.row_bytes - u * unit_bytes;
+      if (left > unit_bytes || (left == unit_bytes && !at_end)) {
+        decode_unit<Unit>(w + u * unit_bytes, job.layout, out);
+      } else {
+        alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
+        if (left > 0) std::memcpy(copy, w + u * unit_bytes, left);
+        decode_unit<Unit>(copy, job.layout, out);
+      }
+    }
+  }
+}
+
+struct Fp8Order {
+  static constexpr int kWeights = 128;
+  static constexpr int weight_at(int position) { return position; }
+};
+
+inline void decode_amx_fp8_panel(const DecodeJob& job) {
+  const int64_t tiles = tiles_along_k(job.k_end - job.k_begin);
+  for (int64_t row = 0; row < job.rows; ++row) {
+    uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
+    for (int64_t k = job.k_begin; k < job.k_begin + tiles * kTileWeights; k += Fp8::kBlock) {
+      const uint8_t* block = job.w + row * job.row_bytes + k / Fp8::kBlock * (int64_t)sizeof(Fp8::Block);
+      const bool there = k < job.k_end;
+      const Floats scale = all_lanes(there ? load_f32(block) * kSixteenFp8Factor : 0.0f);
+      for (int i = 0; i < Fp8::kBlock; i += kTileWeights, out += kTileBytes) {
+        const uint8_t* codes = block + offsetof(Fp8::Block, codes) + i;
+        const Floats low = there ? sixteen_fp8(codes) * scale : scale;
+        const Floats high = there ? sixteen_fp8(codes + 16) * scale : scale;
+        _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]));
+      }
+    }
+  }
+}
+
+// ---- the product --------------------------------------------------------------------------------------------------
+
+// Tiles stay configured for one product. GCC 12 does not see that the instruction reads all of the configuration, so it
+// must be told that memory is read.
+class TileScope {
+ public:
+  TileScope() {
+    alignas(64) struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    static_assert(sizeof config == 64);
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// Two tiles of weight rows times two of tokens: tiles 0-3 are sums, 4-5 weights, 6-7 tokens.
+ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8_t* x0, const uint8_t* x1,
+                               int64_t tiles, float* s00, float* s01, float* s10, float* s11, bool first) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, s00, 64);
+    _tile_loadd(1, s01, 64);
+    _tile_loadd(2, s10, 64);
+    _tile_loadd(3, s11, 64);
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    _tile_loadd(6, x0 + i * kTileBytes, 64);
+    _tile_loadd(4, w0 + i * kTileBytes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, x1 + i * kTileBytes, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, w1 + i * kTileBytes, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, s00, 64);
+  _tile_stored(1, s01, 64);
+  _tile_stored(2, s10, 64);
+  _tile_stored(3, s11, 64);
+}
+
+// The same for one tile of tokens.
+ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8_t* x0, int64_t tiles, float* s0,
+                               float* s1, bool first) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(2);
+  } else {
+    _tile_loadd(0, s0, 64);
+    _tile_loadd(2, s1, 64);
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    _tile_loadd(6, x0 + i * kTileBytes, 64);
+    _tile_loadd(4, w0 + i * kTileBytes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, w1 + i * kTileBytes, 64);
+    _tile_dpbf16ps(2, 5, 6);
+  }
+  _tile_stored(0, s0, 64);
+  _tile_stored(2, s1, 64);
+}
+
+// sums: a tile for every 16 rows and 16 tokens, tokens fastest.
+inline void multiply_amx_panel(const ProductJob& job) {
+  const TileScope tiles_configured;
+  const int64_t tiles = tiles_along_k(job.k_end - job.k_begin), row_tiles = job.rows / kTileRows;
+  const int64_t token_tiles = (job.tokens + kTileRows - 1) / kTileRows, x_bytes = amx_packed_bytes(job.k);
+  const uint8_t* x = static_cast<const uint8_t*>(job.x) + job.k_begin / kTileWeights * kTileBytes;
+  const auto sum = [&](int64_t r, int64_t t) { return job.sums + (r * token_tiles + t) * kTileFloats; };
+  for (int64_t t = 0; t < token_tiles; t += 2) {
+    for (int64_t r = 0; r < row_tiles; r += 2) {
+      const uint8_t* w0 = static_cast<const uint8_t*>(job.panel) + r * tiles * kTileBytes;
+      const uint8_t *w1 = w0 + tiles * kTileBytes, *x0 = x + t * x_bytes, *x1 = x0 + x_bytes;
+      if (t + 1 < token_tiles) {
+        multiply_tiles(w0, w1, x0, x1, tiles, sum(r, t), sum(r, t + 1), sum(r + 1, t), sum(r + 1, t + 1), job.first);
+      } else {
+        multiply_tiles(w0, w1, x0, tiles, sum(r, t), sum(r + 1, t), job.first);
+      }
+    }
+  }
+}
+
+inline void unpack_amx_sums(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t ldy) {
+  const int64_t token_tiles = (tokens + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < token_tiles; ++tile) {
+    const int64_t first = tile * kTileRows, left = tokens - first, count = left < kTileRows ? left : kTileRows;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const float* from = sums + (r / kTileRows * token_tiles + tile) * kTileFloats;
+      __m512i words[16];
+      for (int i = 0; i < 16; ++i) words[i] = _mm512_load_si512(from + 16 * i);
+      transpose_16(words);
+      for (int64_t t = 0; t < count; ++t) _mm512_storeu_si512(y + (first + t) * ldy + r, words[t]);
+    }
+  }
+}
+
+struct AmxPanels {
+  template <class Unit>
+  static PanelKernels get(const UnitLayout& layout) {
+    return of<PanelOrder<Unit>>(decode_amx_panel<Unit>, layout);
+  }
+  static PanelKernels fp8() { return of<Fp8Order>(decode_amx_fp8_panel, {}); }
+
+ private:
+  template <class Order>
+  static PanelKernels of(void (*decode)(const DecodeJob&), const UnitLayout& layout) {
+    return {"bf16 tiles (AMX)", 2 * kTileRows,          kTileRows, 256,    amx_panel_bytes,
+            amx_packed_bytes,   pack_amx_tokens<Order>, layout,    decode, multiply_amx_panel,
+            unpack_amx_sums};
+  }
+};
+
+}  // namespace isqtorch::ISQ_ISA

@@ -1,0 +1,62 @@
+// Sixteen rows of sixteen 32-bit words to columns.
+#pragma once
+
+#include "cpu/linear/simd.h"
+
+namespace isqtorch::ISQ_ISA {
+
+#if ISQ_VECTOR_FLOATS == 16
+// Sixteen rows of sixteen 32-bit words become columns.
+ISQ_INLINE void transpose_16(__m512i* row) {
+  __m512i pair[16], four[16];
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // four[i + c]: words 4q + c of the rows i .. i + 3, in quarter q
+    four[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    four[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    four[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    four[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low01 = _mm512_shuffle_i32x4(four[c], four[4 + c], 0x88);  // quarters 0 2 0 2
+    const __m512i high01 = _mm512_shuffle_i32x4(four[c], four[4 + c], 0xdd);
+    const __m512i low23 = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0x88);
+    const __m512i high23 = _mm512_shuffle_i32x4(four[8 + c], four[12 + c], 0xdd);
+    row[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    row[4 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    row[8 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    row[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+}
+#endif
+
+// Column c, sixteen words, goes to columns + c * column_bytes; rows are row_bytes apart.
+ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t* columns, int64_t column_bytes) {
+#if ISQ_VECTOR_FLOATS == 16
+  __m512i words[16];
+  for (int r = 0; r < 16; ++r) words[r] = _mm512_loadu_si512(rows + r * row_bytes);
+  transpose_16(words);
+  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(columns + c * column_bytes, words[c]);
+#else
+  typedef int32_t Four __attribute__((vector_size(16)));
+  for (int r = 0; r < 16; r += 4) {
+    for (int c = 0; c < 16; c += 4) {
+      Four in[4], out[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], rows + (r + i) * row_bytes + 4 * c, 16);
+      const Four low01 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+      const Four low23 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+      const Four high01 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+      const Four high23 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+      out[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+      out[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+      out[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+      out[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+      for (int i = 0; i < 4; ++i) std::memcpy(columns + (c + i) * column_bytes + 4 * r, &out[i], 16);
+    }
+  }
+#endif
+}
+
+}  // namespace isqtorch::ISQ_ISA
