@@ -75,31 +75,36 @@ class Stream:
 
     Args:
         buffer: uint8, contiguous; larger than the caches for the memory's bandwidth, small for a cache's.
-        piece: bytes that a call reads.
-        threads: each reads a part of the piece.
+        threads: each reads its part of every piece.
         reader: a C loop; None for torch.sum.
     """
 
-    def __init__(self, buffer: Tensor, piece: int, *, threads: int = 1, reader: Reader | None = None) -> None:
-        self.nbytes = piece
+    def __init__(self, buffer: Tensor, *, threads: int = 1, reader: Reader | None = None) -> None:
+        self._piece = min(_PIECE, buffer.numel())
+        self._again = _PIECE // self._piece  # a small buffer is read several times a call
+        self.nbytes = self._piece * self._again
         self._buffer, self._threads, self._reader, self._turn = buffer, threads, reader, 0
 
     def __call__(self) -> None:
-        start = self._turn * self.nbytes
-        self._turn = (self._turn + 1) % (self._buffer.numel() // self.nbytes)
+        start = self._turn * self._piece
+        self._turn = (self._turn + 1) % (self._buffer.numel() // self._piece)
         if self._reader is None:
-            self._buffer[start : start + self.nbytes].view(torch.int64).sum()
+            for _ in range(self._again):
+                self._buffer[start : start + self._piece].view(torch.int64).sum()
             return
-        part = self.nbytes // self._threads
+        part = self._piece // self._threads
         address = self._buffer.data_ptr() + start
-        others = [
-            threading.Thread(target=self._reader, args=(address + i * part, part)) for i in range(1, self._threads)
-        ]
+        others = [threading.Thread(target=self._read, args=(address + i * part, part)) for i in range(1, self._threads)]
         for thread in others:
             thread.start()
-        self._reader(address, part)
+        self._read(address, part)
         for thread in others:
             thread.join()
+
+    def _read(self, address: int, nbytes: int) -> None:
+        assert self._reader
+        for _ in range(self._again):
+            self._reader(address, nbytes)
 
     def run(self, calls: int) -> Spent:
         torch.set_num_threads(self._threads)
@@ -112,16 +117,14 @@ class Bandwidth:
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
         self._readers: dict[str, Reader | None] = {**_compiled(), "torch.sum of int64": None}
-        trials = {name: Stream(buffer, _PIECE, reader=reader) for name, reader in self._readers.items()}
+        trials = {name: Stream(buffer, reader=reader) for name, reader in self._readers.items()}
         times = interleave(trials, rounds=9, seconds=0, warm=False)
         self.method = min(times, key=lambda name: times[name].median())
 
     def stream(self, *, threads: int = 1, nbytes: int | None = None) -> Stream:
         """A contender that reads from memory, or again and again the same `nbytes`."""
-        reader = self._readers[self.method]
-        if nbytes is None:
-            return Stream(self._buffer, _PIECE, threads=threads, reader=reader)
-        return Stream(self._buffer[: nbytes // 256 * 256], nbytes // 256 * 256, threads=threads, reader=reader)
+        buffer = self._buffer if nbytes is None else self._buffer[: nbytes // 256 * 256]
+        return Stream(buffer, threads=threads, reader=self._readers[self.method])
 
 
-_PIECE = 1 << 27  # long enough that starting a second thread does not show
+_PIECE = 1 << 27  # bytes a call reads: so many that starting a second thread does not show

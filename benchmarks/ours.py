@@ -9,22 +9,19 @@ from torch import Tensor
 
 from isqtorch import get_format, ops
 
-from . import workloads
 from .timing import Spent, spend
 
 ROUNDING = 2**-8  # of a bf16 result
 
 
 class Here:
-    """A function of this process, with the number of threads and the instruction set it runs with."""
+    """A function of this process as a contender, with the number of threads it runs with."""
 
-    def __init__(self, call: Callable[[], object], nbytes: int, *, threads: int = 1, isa: str = "") -> None:
-        self.nbytes = nbytes
-        self._call, self._threads, self._isa = call, threads, isa
+    def __init__(self, call: Callable[[], object], *, threads: int = 1) -> None:
+        self._call, self._threads = call, threads
 
     def run(self, calls: int) -> Spent:
         torch.set_num_threads(self._threads)
-        ops.set_cpu_isa(self._isa)
         return spend(self._call, calls)
 
 
@@ -52,11 +49,7 @@ def linear_call(x: Tensor, copies: list[Tensor], fmt: str) -> Callable[[], Tenso
     def call() -> Tensor:
         nonlocal turn
         turn = (turn + 1) % len(copies)
-        return ops.linear(x, copies[turn], fmt)
+        y: Tensor = ops.linear(x, copies[turn], fmt)
+        return y
 
     return call
-
-
-def tensor(array: workloads.Array) -> Tensor:
-    """A torch view of a numpy array."""
-    return torch.from_numpy(array)

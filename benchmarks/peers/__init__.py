@@ -58,4 +58,3 @@ class Peer(Protocol):
 def module(name: str) -> ModuleType:
     """The peer's module; importing it needs none of the peers."""
     return importlib.import_module(f"{__name__}.{name}")
-

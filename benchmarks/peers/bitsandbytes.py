@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import Array, Unavailable
 from ._torch import LayerProduct
 
@@ -26,13 +28,14 @@ class BitsAndBytes:
         import torch
         from bitsandbytes.nn import Linear4bit, Params4bit
 
-        def build() -> torch.nn.Module:
+        def build() -> Any:
             layer = Linear4bit(
                 weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type=fmt
             )
             values = torch.from_numpy(weight).bfloat16()
             layer.weight = Params4bit(values, requires_grad=False, quant_type=fmt, blocksize=_BLOCK)
-            return layer.to("cpu")  # quantizes
+            layer.to("cpu")  # quantizes
+            return layer
 
         nbytes = weight.size // 2 + 4 * weight.size // _BLOCK
         return LayerProduct([build() for _ in range(copies)], x, nbytes, threads)

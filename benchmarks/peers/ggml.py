@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import Array, Product, Unavailable
+from . import Array, Unavailable
 
 NAME = "ggml"
 INSTALL = "pip install llama-cpp-python, or set ISQTORCH_GGML_LIB to a folder with libggml*"
@@ -27,6 +27,7 @@ TYPES = {"f32": 0, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0
 TYPES |= {"q2k": 10, "q3k": 11, "q4k": 12, "q5k": 13, "q6k": 14}
 FORMATS = tuple(name for name in TYPES if name.startswith("q"))
 PLAIN = "plain"
+TAKES_NOT = "takes no such format or shape"  # said of a path; not worth a line in the report
 _LEVELS = ("avx2", "avx512", "avx512_vnni", "amx_int8")
 _GRAPH_NODES = 8  # a product needs three
 
@@ -127,7 +128,9 @@ class _Api:
 class _Product:
     """One graph `ggml_mul_mat(weight, x)` for every copy of the weight; calls take turns."""
 
-    def __init__(self, api: _Api, backend: int, buft: int, packed: Array, fmt: str, x: Array, n: int, copies: int) -> None:
+    def __init__(
+        self, api: _Api, backend: int, buft: int, packed: Array, fmt: str, x: Array, n: int, copies: int
+    ) -> None:
         self._api, self._backend, self._shape, self._turn = api, backend, (x.shape[0], n), 0
         self._owned = ExitStack()  # ggml's objects, freed with this one
         self.nbytes = packed.nbytes
@@ -141,7 +144,7 @@ class _Product:
         for weight in weights:
             y = api.ggml_mul_mat(context, weight, inputs)
             if not api.ggml_backend_supports_op(backend, y):
-                raise Unavailable("takes no such format or shape")
+                raise Unavailable(TAKES_NOT)
             graph = api.ggml_new_graph_custom(context, _GRAPH_NODES, False)
             api.ggml_build_forward_expand(graph, y)
             self._graphs.append(graph)
@@ -200,6 +203,7 @@ class Ggml:
         self._silent = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)
         api.ggml_log_set(ctypes.cast(self._silent, c_void_p), None)
         self._backends: dict[int, int] = {}
+        self._last: tuple[str, Array, Array] | None = None  # format, weight, packed: the same comes again and again
         self._types: dict[str, int] = {PLAIN: api.ggml_backend_cpu_buffer_type()}
         registry = api.ggml_backend_cpu_reg()
         address = api.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
@@ -214,9 +218,10 @@ class Ggml:
         return list(self._types)
 
     def linear(self, fmt: str, path: str, weight: Array, x: Array, *, copies: int, threads: int) -> _Product:
-        packed = self.quantize(fmt, weight)
+        if self._last is None or self._last[0] != fmt or self._last[1] is not weight:
+            self._last = fmt, weight, self.quantize(fmt, weight)
         backend = self._backend(threads)
-        return _Product(self._api, backend, self._types[path], packed, fmt, x, weight.shape[0], copies)
+        return _Product(self._api, backend, self._types[path], self._last[2], fmt, x, weight.shape[0], copies)
 
     def quantize(self, fmt: str, weight: Array, importance: Array | None = None) -> Array:
         """f32 `[N, K]` -> uint8 `[N, row_bytes]`, on one thread; `importance` is f32 `[K]`."""

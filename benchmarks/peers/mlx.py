@@ -18,7 +18,9 @@ class _Product:
 
         self._mx, self._bits, self._turn = mx, bits, 0
         parts = mx.quantize(mx.array(weight).astype(mx.bfloat16), group_size=_GROUP, bits=bits)
-        self._copies = [tuple(mx.array(np.array(part.view(mx.uint8))).view(part.dtype) for part in parts) for _ in range(copies)]
+        self._copies = [
+            tuple(mx.array(np.array(part.view(mx.uint8))).view(part.dtype) for part in parts) for _ in range(copies)
+        ]
         self._x = mx.array(x).astype(mx.bfloat16)
         mx.eval(self._copies, self._x)
         self.nbytes = sum(part.nbytes for part in parts)

@@ -42,14 +42,15 @@ class PeerProcess:
     Args:
         name: its module in this package.
         environment: variables for it alone, such as ISQTORCH_GGML_LIB of another build.
+        python: which one runs it; default ISQTORCH_PEERS_PYTHON, which may have the peers installed, or this one.
 
     Raises:
         Unavailable: it is not installed, or does not start.
     """
 
-    def __init__(self, name: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, environment: dict[str, str] | None = None, python: str = "") -> None:
         self.name = module(name).NAME
-        python = os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
+        python = python or os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
         self._process = subprocess.Popen(
             [python, "-m", f"{__package__}.worker", name],
             stdin=subprocess.PIPE,
@@ -91,7 +92,9 @@ class PeerProcess:
         paths: list[str] = self.ask("paths", fmt=fmt)["paths"]
         return paths
 
-    def linear(self, fmt: str, path: str, shape: tuple[int, int], m: int, *, copies: int = 1, threads: int = 1) -> Remote:
+    def linear(
+        self, fmt: str, path: str, shape: tuple[int, int], m: int, *, copies: int = 1, threads: int = 1
+    ) -> Remote:
         """A product, prepared there. `facts["error"]` is its distance from the unquantized product."""
         key = next(self._keys)
         facts = self.ask(

@@ -1,6 +1,6 @@
 """One peer's process: reads requests, one JSON object per line, and answers each with one. The other end is `process.py`.
 
-    python -m benchmarks.peers.worker ggml
+python -m benchmarks.peers.worker ggml
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Worker:
     def paths(self, fmt: str) -> dict[str, Any]:
         return {"paths": list(self._peer.paths(fmt))}
 
-    def linear(self, key: int, fmt: str, path: str, n: int, k: int, m: int, copies: int, threads: int) -> dict[str, Any]:
+    def linear(
+        self, key: int, fmt: str, path: str, n: int, k: int, m: int, copies: int, threads: int
+    ) -> dict[str, Any]:
         """Prepare a product and say how far it is from the unquantized one."""
         weight, x = self._weight(n, k), workloads.activations(m, k)
         product: Product = self._peer.linear(fmt, path, weight, x, copies=copies, threads=threads)
