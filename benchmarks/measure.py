@@ -47,6 +47,7 @@ class Budget:
     few: int = 15
     many: int = 7
     turn: float = 0.01
+    limit: float = 3.0  # seconds for the contenders of one group and M; fewer rounds keep to it
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,9 @@ class Session:
 
         Beside them a loop without any shared work says what the machine had to give: on a busy one that is less than 2.
         """
-        m = MANY[-1]
-        rows = self._weight[:QUANTIZED_ROWS]
-
-        def quantize() -> Tensor:
-            return ops.quantize(rows, name)
-
-        for label, m, job in ((f"M={m}", m, linear_call(self._x(m), [packed], name)), ("quantize", 0, quantize)):
+        many, rows = MANY[-1], self._weight[:QUANTIZED_ROWS]
+        product, quantize = linear_call(self._x(many), [packed], name), partial(ops.quantize, rows, name)
+        for label, m, job in ((f"M={many}", many, product), ("quantize", 0, quantize)):
             group = f"threads {name} {label}"
             weights = self._weight.numel() if m else rows.numel()
             case = Case(group, OURS, name, m, self.isa, nbytes=packed.nbytes, weights=weights)
@@ -268,7 +265,9 @@ class Session:
     def _run(
         self, cases: Mapping[Case, Contender], rounds: int, *, warm: bool = True, wall: bool = False, stretch: int = 1
     ) -> None:
-        samples = interleave(cases, rounds=rounds, seconds=stretch * self.budget.turn, warm=warm)
+        samples = interleave(
+            cases, rounds=rounds, seconds=stretch * self.budget.turn, warm=warm, limit=self.budget.limit
+        )
         for case, times in samples.items():
             threads = 2 if wall else case.threads
             self.results.add(case, times.median(threads), times.best(threads))

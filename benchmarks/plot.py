@@ -19,10 +19,7 @@ def draw(results: Results, path: Path) -> None:
     names = [group.split()[1] for group in results.groups("hot")]
     _points(few, names, [results.find(f"hot {name}", OURS, format=name, m=1) for name in names], "gbytes", OURS)
     _points(few, names, [results.find(f"hot {name}", GGML, m=1) for name in names], "gbytes", GGML)
-    for group, label, style in (
-        ("read hot, as much as a q4_0 matrix", "reading a matrix, hot", "-"),
-        ("read from memory", "reading memory", "--"),
-    ):
+    for group, style in (("read hot, as much as a q4_0 matrix", "-"), ("read from memory", "--")):
         read = results.find(group, MEMORY, threads=1)
         if read:
             few.axhline(read.gbytes, color="0.5", linestyle=style, linewidth=1, label=group)

@@ -6,6 +6,7 @@ and wall time, which is what several threads save.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -60,7 +61,12 @@ def spend(call: Callable[[], object], calls: int) -> Spent:
 
 
 def interleave(
-    contenders: Mapping[Key, Contender], *, rounds: int, seconds: float, warm: bool = True
+    contenders: Mapping[Key, Contender],
+    *,
+    rounds: int,
+    seconds: float,
+    warm: bool = True,
+    limit: float = math.inf,
 ) -> dict[Key, Samples]:
     """Give every contender its turn, `rounds` times.
 
@@ -68,16 +74,21 @@ def interleave(
         contenders: by whatever names them.
         rounds: turns of each.
         seconds: length of a turn: as many calls as fit, at least one.
-        warm: begin each turn with a call that is not timed, which brings the matrix back into the cache.
+        warm: begin each turn with a call that is not timed, which brings the matrix back into the cache; a call that is as long
+            as a turn does that by itself.
+        limit: seconds for everything; fewer rounds, but at least three, keep to it.
     """
-    calls = {}
+    calls, turns = {}, 0.0
     for key, contender in contenders.items():
         contender.run(1)
-        calls[key] = max(1, round(seconds / max(contender.run(1).wall, 1e-7)))
+        once = max(contender.run(1).wall, 1e-7)
+        calls[key] = max(1, round(seconds / once))
+        turns += calls[key] * once
+    rounds = max(min(rounds, 3), int(min(rounds, limit / turns)))
     samples: dict[Key, Samples] = {key: Samples() for key in contenders}
     for _ in range(rounds):
         for key, contender in contenders.items():
-            if warm:
+            if warm and calls[key] > 1:
                 contender.run(1)
             samples[key].add(contender.run(calls[key]))
     return samples
