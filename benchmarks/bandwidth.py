@@ -77,11 +77,14 @@ class Stream:
         buffer: uint8, contiguous; larger than the caches for the memory's bandwidth, small for a cache's.
         threads: each reads its part of every piece.
         reader: a C loop; None for torch.sum.
+        volume: bytes that a call reads, a small buffer several times; so many that starting a second thread does not show.
     """
 
-    def __init__(self, buffer: Tensor, *, threads: int = 1, reader: Reader | None = None) -> None:
-        self._piece = min(_PIECE, buffer.numel())
-        self._again = _PIECE // self._piece  # a small buffer is read several times a call
+    def __init__(
+        self, buffer: Tensor, *, threads: int = 1, reader: Reader | None = None, volume: int = 1 << 27
+    ) -> None:
+        self._piece = min(volume, buffer.numel())
+        self._again = volume // self._piece
         self.nbytes = self._piece * self._again
         self._buffer, self._threads, self._reader, self._turn = buffer, threads, reader, 0
 
@@ -121,10 +124,11 @@ class Bandwidth:
         times = interleave(trials, rounds=9, seconds=0, warm=False)
         self.method = min(times, key=lambda name: times[name].median())
 
-    def stream(self, *, threads: int = 1, nbytes: int | None = None) -> Stream:
-        """A contender that reads from memory, or again and again the same `nbytes`."""
-        buffer = self._buffer if nbytes is None else self._buffer[: nbytes // 256 * 256]
-        return Stream(buffer, threads=threads, reader=self._readers[self.method])
+    def stream(self, *, threads: int = 1) -> Stream:
+        """A contender that reads memory."""
+        return Stream(self._buffer, threads=threads, reader=self._readers[self.method])
 
-
-_PIECE = 1 << 27  # bytes a call reads: so many that starting a second thread does not show
+    def cached(self, nbytes: int, *, threads: int = 1) -> Stream:
+        """A contender that reads the same `nbytes` again and again."""
+        buffer = self._buffer[: nbytes // 256 * 256]
+        return Stream(buffer, threads=threads, reader=self._readers[self.method], volume=1 << 30)

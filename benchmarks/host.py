@@ -31,12 +31,14 @@ def tiers(skipped: list[str]) -> list[Tier]:
     ggml: PeerProcess | None = None
     try:
         ggml = PeerProcess("ggml")
-        best = next((tier for tier in order if tier in ggml.version), order[-1])
+        skipped += ggml.probe("q4_0")
+        has = ggml.version
     except Unavailable as reason:
         skipped.append(f"ggml: {reason}")
-        best = next((tier for tier in order if cpu_info().isa_selected.startswith(tier)), order[-1])
+        has = cpu_info().isa_selected
+    best = next((name for name in order if name in has), has)
     found = [Tier(best, ggml)]
-    for name in order[order.index(best) + 1 :]:
+    for name in order[order.index(best) + 1 :] if best in order else ():
         variable = f"ISQTORCH_GGML_LIB_{name.upper()}"
         levels = [level for level in supported if level == name or (name == "avx512" and level.startswith(name))]
         try:

@@ -149,7 +149,7 @@ class Session:
             case = Case(group, OURS, name, m, self.isa, nbytes=packed.nbytes, weights=weights)
             cases: Cases = {}
             for threads in (1, 2):
-                loop = self.bandwidth.stream(threads=threads, nbytes=IN_CORE)
+                loop = self.bandwidth.cached(IN_CORE, threads=threads)
                 cases[replace(case, threads=threads)] = Here(job, threads=threads)
                 cases[Case(group, MEMORY, path="loop", threads=threads, nbytes=loop.nbytes)] = loop
             self._run(cases, self.budget.many, wall=True)
@@ -202,9 +202,9 @@ class Session:
         """Memory and cache read bandwidth, and bf16 F.linear at its best."""
         size = get_format("q4_0").row_bytes(SHAPE[1]) * SHAPE[0]
         for threads in (1, 2):
-            for label, nbytes in (("from memory", None), ("hot, as much as a q4_0 matrix", size)):
-                stream = self.bandwidth.stream(threads=threads, nbytes=nbytes)
-                case = Case(f"read {label}", MEMORY, path=self.bandwidth.method, threads=threads, nbytes=stream.nbytes)
+            memory, hot = self.bandwidth.stream(threads=threads), self.bandwidth.cached(size, threads=threads)
+            for group, stream in (("read from memory", memory), ("read hot, as much as a q4_0 matrix", hot)):
+                case = Case(group, MEMORY, path=self.bandwidth.method, threads=threads, nbytes=stream.nbytes)
                 self._run({case: stream}, self.budget.few, wall=threads > 1)
             for m in (512, 2048):
                 self._run(self._bf16("peak", m, threads), self.budget.many, wall=threads > 1)

@@ -22,7 +22,7 @@ def draw(results: Results, path: Path) -> None:
     for group, style in (("read hot, as much as a q4_0 matrix", "-"), ("read from memory", "--")):
         read = results.find(group, MEMORY, threads=1)
         if read:
-            few.axhline(read.gbytes, color="0.5", linestyle=style, linewidth=1, label=group)
+            few.axhline(read.gbytes, color="0.5", linestyle=style, linewidth=1, zorder=1, label=group)
     few.set_ylabel("packed GB/s")
     few.set_title("One row of x, one matrix hot, one thread: higher is better")
 
@@ -45,4 +45,4 @@ def _points(axes: pyplot.Axes, names: list[str], cases: list[Case | None], value
     color, marker = {OURS: ("C0", "o"), GGML: ("C1", "s"), BF16: ("0.5", "_")}[who]
     found = [(i, getattr(case, value)) for i, case in enumerate(cases) if case]
     if found:
-        axes.scatter(*zip(*found, strict=True), s=36, color=color, marker=marker, label=who)
+        axes.scatter(*zip(*found, strict=True), s=36, color=color, marker=marker, label=who, zorder=3)

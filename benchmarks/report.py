@@ -40,9 +40,10 @@ def measure(names: list[str], *, quick: bool, peers: bool) -> Results:
     began = time.perf_counter()
     skipped: list[str] = []
     tiers = host.tiers(skipped)
+    facts = host.facts(tiers)  # before numbers of threads are set
     session = Session(Budget(few=5, many=2, turn=0.005) if quick else Budget(), tiers)
     session.results.skipped += skipped
-    session.results.facts |= {"host": host.facts(tiers), "pace": session.pace}
+    session.results.facts |= {"host": facts, "pace": session.pace}
     with torch.inference_mode():
         session.roofline()
         for name in names:

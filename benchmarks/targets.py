@@ -16,6 +16,9 @@ SLOW_IN_GGML = ("q2k", "q3k", "q5_0", "q5_1")
 TIERS = {"amx": 3.0, "avx512": 1.5, "avx2": 1.2}
 """Speed over ggml at many rows that is asked for, by what both sides may use."""
 
+FREE = 1.9
+"""What two threads of a loop without shared work must reach over one, or other work held a core and the pair beside it says nothing."""
+
 QUANTIZE = {"plain": 8.0, "importance": 6.0}
 
 
@@ -36,6 +39,7 @@ class Target:
     ratios: dict[str, float] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)  # what else is not as it should be
+    left_out: list[str] = field(default_factory=list)  # measured, but in circumstances that make it worthless
 
     def meets(self, name: str) -> bool:
         need, ratio = self.needs.get(name, self.need), self.ratios[name]
@@ -72,11 +76,12 @@ class Target:
 
     @property
     def measured(self) -> str:
-        if not self.ratios:
-            return "not measured"
-        good = sum(map(self.meets, self.ratios))
-        text = f"{good} of {len(self.ratios)}; worst {self.worst}: {self.show(self.ratios[self.worst])}"
-        return "; ".join([text, *self.failed])
+        text = "not measured"
+        if self.ratios:
+            good = sum(map(self.meets, self.ratios))
+            text = f"{good} of {len(self.ratios)}; worst {self.worst}: {self.show(self.ratios[self.worst])}"
+        left_out = [f"{len(self.left_out)} left out: other work held a core"] if self.left_out else []
+        return "; ".join([text, *self.failed, *left_out])
 
 
 def judge(results: Results, pace: dict[str, str]) -> list[Target]:
@@ -152,6 +157,11 @@ def _quantize(results: Results, variant: str) -> Target:
 def _threads(results: Results) -> Target:
     target = Target("2 threads", "1 thread, wall time", 1.85)
     for group in results.groups("threads"):
-        two = results.find(group, OURS, threads=2)
-        _compare(target, two, results.find(group, OURS, threads=1), _faster, group.partition(" ")[2])
+        label = group.partition(" ")[2]
+        one, two = (results.find(group, OURS, threads=n) for n in (1, 2))
+        loop, loop_of_two = (results.find(group, MEMORY, threads=n) for n in (1, 2))
+        if loop and loop_of_two and _faster(loop_of_two, loop) < FREE:
+            target.left_out.append(label)
+        else:
+            _compare(target, two, one, _faster, label)
     return target

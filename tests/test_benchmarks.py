@@ -103,6 +103,16 @@ def test_other_bytes_than_ggml_miss_the_target() -> None:
     assert "other bytes" in target.measured
 
 
+def test_threads_are_not_judged_on_a_busy_machine() -> None:
+    results = made_up()
+    results.cases = [case for case in results.cases if not (case.group.startswith("threads") and case.who == MEMORY)]
+    for threads, seconds in ((1, 0.02), (2, 0.015)):
+        results.add(Case("threads q4k M=512", MEMORY, threads=threads, nbytes=MB), seconds, seconds)
+    target = named(results, "2 threads", "1 thread")
+    assert target.met is None
+    assert target.measured == "not measured; 1 left out: other work held a core"
+
+
 def test_a_family_is_measured_by_the_format_it_ran_beside() -> None:
     results = made_up()
     for fmt, seconds in (("afq4", 0.0005), ("q4_0", 0.0004)):

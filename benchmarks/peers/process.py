@@ -51,19 +51,39 @@ class PeerProcess:
     def __init__(self, name: str, environment: dict[str, str] | None = None, python: str = "") -> None:
         self.name = module(name).NAME
         python = python or os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
+        self._command = [python, "-m", f"{__package__}.worker", name]
+        self._environment = {**os.environ, **(environment or {})}
+        self._keys = itertools.count()
+        self._broken: set[str] = set()  # paths that the process dies of
+        self._start()
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
-            [python, "-m", f"{__package__}.worker", name],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             bufsize=1,
             cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            env=self._environment,
         )
-        self._keys = itertools.count()
         hello = self._answer()
         self.version, self.formats = hello["version"], hello["formats"]
+
+    def probe(self, fmt: str) -> list[str]:
+        """Try every path on a small product. Paths that kill the process are not used again; returns what happened to them."""
+        found = []
+        for path in self.paths(fmt):
+            try:
+                self.linear(fmt, path, (512, 512), 32)
+                self.drop()
+            except Unavailable as reason:
+                if self._process.poll() is not None:
+                    self._broken.add(path)
+                    found.append(f"{reason}, on its path {path}")
+                    self._start()
+        return found
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.
@@ -89,8 +109,7 @@ class PeerProcess:
         return answer
 
     def paths(self, fmt: str) -> list[str]:
-        paths: list[str] = self.ask("paths", fmt=fmt)["paths"]
-        return paths
+        return [path for path in self.ask("paths", fmt=fmt)["paths"] if path not in self._broken]
 
     def linear(
         self, fmt: str, path: str, shape: tuple[int, int], m: int, *, copies: int = 1, threads: int = 1
