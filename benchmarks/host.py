@@ -26,19 +26,21 @@ def tiers(skipped: list[str]) -> list[Tier]:
     ISQTORCH_GGML_LIB names ggml's folder (or llama-cpp-python is installed), ISQTORCH_GGML_LIB_AVX512 and _AVX2 name those of builds
     that use no more than that.
     """
-    supported = cpu_info().isa_supported
-    order = list(TIERS)
+    order, features = list(TIERS), " ".join(cpu()["features"])
+    best = next((name for name in order if name in features), "")
     ggml: PeerProcess | None = None
+    label = best
     try:
         ggml = PeerProcess("ggml")
-        skipped += ggml.probe("q4_0")
-        has = ggml.version
+        broken = ggml.probe("q4_0")
+        skipped += broken
+        if broken or best not in ggml.version:
+            label = f"{best}, ggml without it"  # no target: that would be an easy win
     except Unavailable as reason:
         skipped.append(f"ggml: {reason}")
-        has = cpu_info().isa_selected
-    best = next((name for name in order if name in has), has)
-    found = [Tier(best, ggml)]
-    for name in order[order.index(best) + 1 :] if best in order else ():
+    found = [Tier(label, ggml)]
+    supported = cpu_info().isa_supported
+    for name in order[order.index(best) + 1 :] if best else ():
         variable = f"ISQTORCH_GGML_LIB_{name.upper()}"
         levels = [level for level in supported if level == name or (name == "avx512" and level.startswith(name))]
         try:

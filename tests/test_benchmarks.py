@@ -110,7 +110,7 @@ def test_threads_are_not_judged_on_a_busy_machine() -> None:
         results.add(Case("threads q4k M=512", MEMORY, threads=threads, nbytes=MB), seconds, seconds)
     target = named(results, "2 threads", "1 thread")
     assert target.met is None
-    assert target.measured == "not measured; 1 left out: other work held a core"
+    assert target.measured == "not measured; 1 left out: other work took a core"
 
 
 def test_a_family_is_measured_by_the_format_it_ran_beside() -> None:
