@@ -18,7 +18,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format tables build clean
+.PHONY: help demo bench test test-all lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ help:  ## this list
 demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
 	@mkdir -p build
 	$(PYTHON) -m isqtorch demo --plot build/demo.png
+
+bench: build  ## speed against its targets and other libraries, in benchmarks/results; QUICK=1 for a short look
+	$(PYTHON) -m benchmarks.report $(if $(QUICK),--quick)
 
 test: build  ## the test suite
 	$(PYTHON) -m pytest

@@ -1,81 +1,118 @@
-"""Speed of the operators on one core, every format, after a check that they compute the right thing.
+"""Speed of linear, dequantize and embedding, every format, after a check that they compute the right thing.
 
-    OMP_WAIT_POLICY=passive python -m pytest benchmarks -k "q4k or bf16" --benchmark-columns=min,median,rounds
+    OMP_WAIT_POLICY=passive python -m pytest benchmarks/bench_ops.py -k "q4k or bf16" --benchmark-columns=min,median,rounds
+    ... -m "slow or not slow"        all numbers of rows, shapes, and two threads
+    ... -k "linear and dram"
 
-CPU time of the calling thread is measured, not wall time, so that other work on the machine hardly shows. One matrix of 2048 x 2048
-stays in the cache: this compares kernels, not memories. Rates are in `extra_info`, which `--benchmark-json=FILE` keeps.
+On one thread the clock is the CPU time of the process, so that other work on the machine hardly shows; on two it is wall time.
+"hot" multiplies with one matrix again and again, "dram" with copies that rotate through memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as torch_linear
 
-from isqtorch import formats, get_format, ops
+from isqtorch import formats, ops
 
-N = K = 2048
-ROWS_OF_X = [1, 8, 64]
+from . import workloads
+from .conftest import Rates
+from .ours import check_linear, linear_call, rotation
 
-on_thread = pytest.mark.benchmark(timer=time.thread_time, min_rounds=7, warmup=True)
+slow = pytest.mark.slow
 every_format = pytest.mark.parametrize("fmt", formats())
+on_threads = pytest.mark.parametrize(
+    "threads",
+    [
+        pytest.param(1, id="1thread", marks=pytest.mark.benchmark(timer=time.process_time, max_time=0.5, warmup=True)),
+        pytest.param(
+            2, id="2threads", marks=[slow, pytest.mark.benchmark(timer=time.perf_counter, max_time=0.5, warmup=True)]
+        ),
+    ],
+)
+TORCH = {"bf16": torch.bfloat16, "f32": torch.float32}
+USUAL_ROWS, USUAL_SHAPE = (1, 8, 128), (4096, 4096)
+FEW = 8  # rows up to which it matters where the weight comes from
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
+def _linear_cases() -> list[Any]:
+    """(N, K), M and regime; what is not usual is marked slow."""
+    cases = []
+    for n, k in workloads.SHAPES:
+        for m in workloads.ROWS:
+            for regime in ("hot", "dram") if m <= FEW else ("hot",):
+                usual = (n, k) == USUAL_SHAPE and m in USUAL_ROWS and (regime == "hot" or m == 1)
+                cases.append(pytest.param((n, k), m, regime, id=f"{n}x{k}-M{m}-{regime}", marks=() if usual else slow))
+    return cases
 
 
-@pytest.fixture(scope="module")
-def weight() -> Tensor:
-    return torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+@lru_cache(maxsize=1)
+def weight(shape: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(workloads.weight(*shape))
 
 
-def record(benchmark, weights: int) -> None:
-    """Billions of weights per second, from the best round."""
-    benchmark.extra_info["gweights_per_s"] = weights / benchmark.stats.stats.min / 1e9
+@lru_cache(maxsize=2)
+def packed_weight(shape: tuple[int, int], fmt: str) -> Tensor:
+    return ops.quantize(weight(shape), fmt) if fmt not in TORCH else weight(shape).to(TORCH[fmt])
 
 
-@on_thread
+@on_threads
+@pytest.mark.parametrize("fmt", [*TORCH, *formats()])
+@pytest.mark.parametrize(("shape", "m", "regime"), _linear_cases())
+def test_linear(
+    benchmark: Any, fmt: str, shape: tuple[int, int], m: int, regime: str, threads: int, arena: Tensor, rates: Rates
+) -> None:
+    """x in bf16; "bf16" and "f32" are torch's own F.linear."""
+    packed = packed_weight(shape, fmt)
+    x = torch.from_numpy(workloads.activations(m, shape[1])).to(TORCH.get(fmt, torch.bfloat16))
+    copies = [packed]
+    if regime == "dram":
+        copies = [copy.view(packed.dtype) for copy in rotation(packed.view(torch.uint8), arena)]
+    benchmark.group = f"linear {shape[0]}x{shape[1]} M={m} {regime}, {threads} thread{'s' * (threads > 1)}"
+    if fmt in TORCH:
+        benchmark(_torch_call(x, copies))
+    else:
+        check_linear(x, packed, fmt)
+        benchmark(linear_call(x, copies, fmt))
+    rates.record(benchmark, nbytes=packed.nbytes, flop=2 * m * weight(shape).numel())
+
+
+def _torch_call(x: Tensor, copies: list[Tensor]) -> Any:
+    turn = 0
+
+    def call() -> Tensor:
+        nonlocal turn
+        turn = (turn + 1) % len(copies)
+        return torch_linear(x, copies[turn])
+
+    return call
+
+
+@on_threads
 @every_format
-def test_quantize(benchmark, fmt: str, weight: Tensor) -> None:
-    assert torch.equal(ops.quantize(weight[:4], fmt), ops.reference.quantize(weight[:4], fmt))
-    benchmark.group = "quantize f32"
-    benchmark(ops.quantize, weight, fmt)
-    record(benchmark, N * K)
-
-
-@on_thread
-@every_format
-def test_dequantize(benchmark, fmt: str, weight: Tensor) -> None:
-    packed = ops.quantize(weight, fmt)
+def test_dequantize(benchmark: Any, fmt: str, threads: int, rates: Rates) -> None:
+    packed = packed_weight(USUAL_SHAPE, fmt)
     want = ops.reference.dequantize(packed[:4], fmt, torch.bfloat16)
     assert torch.equal(ops.dequantize(packed[:4], fmt, torch.bfloat16), want)
-    benchmark.group = "dequantize to bf16"
+    benchmark.group = f"dequantize to bf16, {threads} thread{'s' * (threads > 1)}"
     benchmark(ops.dequantize, packed, fmt, torch.bfloat16)
-    record(benchmark, N * K)
+    rates.record(benchmark, nbytes=packed.nbytes, weights=weight(USUAL_SHAPE).numel())
 
 
-@on_thread
-@pytest.mark.parametrize("rows", ROWS_OF_X, ids=lambda rows: f"M{rows}")
-@pytest.mark.parametrize("fmt", ["bf16", *formats()])
-def test_linear(benchmark, fmt: str, rows: int, weight: Tensor) -> None:
-    """x in bf16; "bf16" is torch's own F.linear."""
-    x = torch.randn(rows, K, generator=torch.Generator().manual_seed(1)).bfloat16()
-    benchmark.group = f"linear, {rows} rows of x"
-    if fmt == "bf16":
-        benchmark(torch.nn.functional.linear, x, weight.bfloat16())
-    else:
-        packed = ops.quantize(weight, fmt)
-        exact = x.double() @ ops.dequantize(packed, fmt, torch.float32).double().t()
-        error = (ops.linear(x, packed, fmt).double() - exact).norm() / exact.norm()
-        assert error < get_format(fmt).linear_error + 2**-8  # and the rounding of a bf16 result
-        benchmark(ops.linear, x, packed, fmt)
-    record(benchmark, N * K)
+@on_threads
+@every_format
+@pytest.mark.parametrize("count", [pytest.param(1, marks=slow), 512], ids=lambda count: f"{count}ids")
+def test_embedding(benchmark: Any, fmt: str, count: int, threads: int, rates: Rates) -> None:
+    packed = packed_weight(USUAL_SHAPE, fmt)
+    ids = torch.randint(len(packed), (count,), generator=torch.Generator().manual_seed(0))
+    want = ops.reference.embedding(ids[:4], packed, fmt, torch.bfloat16)
+    assert torch.equal(ops.embedding(ids[:4], packed, fmt, torch.bfloat16), want)
+    benchmark.group = f"embedding of {count} ids, {threads} thread{'s' * (threads > 1)}"
+    benchmark(ops.embedding, ids, packed, fmt, torch.bfloat16)
+    rates.record(benchmark, nbytes=count * packed[0].nbytes, weights=count * USUAL_SHAPE[1])

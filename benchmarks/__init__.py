@@ -1,0 +1,1 @@
+"""Benchmarks: how to run them and what they mean is in README.md."""
