@@ -8,41 +8,53 @@ namespace isqtorch::ISQ_ISA {
 
 // ---- what the formats share ---------------------------------------------------------------------------------------
 
+// How many sub-blocks a search takes side by side when it works on vectors T.
+template <class T>
+constexpr int kSide = sizeof(T) / sizeof(Floats);
+
 // sum of x^2 over the block, in index order, times factor / 256
-ISQ_INLINE F block_mean_square(const F* x, float factor) {
-  F sum = splat(0.0f);
+ISQ_INLINE Floats block_mean_square(const Floats* x, float factor) {
+  Floats sum = splat<Floats>(0.0f);
   for (int i = 0; i < 256; ++i) sum += x[i] * x[i];
   return factor * sum / 256.0f;
+}
+
+// The sum of each sub-block's weights.
+template <int kCount>
+ISQ_INLINE void sub_block_sums(const Floats* w, Floats* sums) {
+  for (int j = 0; j < 256 / kCount; ++j) {
+    sums[j] = splat<Floats>(0.0f);
+    for (int i = 0; i < kCount; ++i) sums[j] += w[kCount * j + i];
+  }
 }
 
 // The searches chose levels for exact scales. Choose them again for the scale d and offset m that were stored; where
 // the stored scale is 0 the search's levels stay.
 template <int kCount>
-ISQ_INLINE void levels_for_stored_scale(const F* x, F d, F m, int low, int high, int shift, I* levels) {
-  const I keep = d == 0.0f;
+ISQ_INLINE void codes_for_stored_scale(const Floats* x, Floats d, Floats m, int low, int high, int shift,
+                                       const Floats* levels, Ints* codes) {
+  const Ints keep = d == 0.0f;
   for (int i = 0; i < kCount; ++i) {
-    levels[i] = select(keep, levels[i], clamp(nearest_int((x[i] + m) / d), low, high) + shift);
+    codes[i] = select(keep, truncate(levels[i]), clamp(nearest_int((x[i] + m) / d), low, high) + shift);
   }
 }
 
 // 2-bit codes, four to a byte, as q2k and q3k share them.
-ISQ_INLINE void store_crumbs(const I* levels, int lane, uint8_t* qs) {
-  for (int h = 0; h < 2; ++h) {
-    for (int l = 0; l < 32; ++l) {
-      const I* at = levels + 128 * h + l;
-      qs[32 * h + l] =
-          (uint8_t)((at[0][lane] & 3) | (at[32][lane] & 3) << 2 | (at[64][lane] & 3) << 4 | (at[96][lane] & 3) << 6);
-    }
-  }
+template <class Block>
+ISQ_INLINE void store_crumbs(const Ints* codes, Block* out) {
+  store_bytes<64>(out->qs, sizeof(Block), [&](int j) {
+    const Ints* at = codes + 128 * (j / 32) + j % 32;
+    return (at[0] & 3) | (at[32] & 3) << 2 | (at[64] & 3) << 4 | (at[96] & 3) << 6;
+  });
 }
 
 // One bit of every code: bit e / 32 of byte e % 32.
-ISQ_INLINE void store_bit_plane(const I* levels, int lane, int bit, uint8_t* plane) {
-  for (int l = 0; l < 32; ++l) {
-    int byte = 0;
-    for (int c = 0; c < 8; ++c) byte |= (levels[32 * c + l][lane] >> bit & 1) << c;
-    plane[l] = (uint8_t)byte;
-  }
+ISQ_INLINE void store_bit_plane(const Ints* codes, int bit, void* plane, int stride) {
+  store_bytes<32>(plane, stride, [&](int j) {
+    Ints byte = splat<Ints>(0);
+    for (int c = 0; c < 8; ++c) byte |= (codes[32 * c + j] >> bit & 1) << c;
+    return byte;
+  });
 }
 
 // ---- q2k: w = d * sc * code - dmin * mn, sub-blocks of 16 ---------------------------------------------------------
@@ -69,23 +81,24 @@ struct Q2K : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<256>& in, Block* out) {
-    I levels[256], sc[16], mn[16];
-    F scales[16], mins[16], sums[16], w[256], d, dmin;
+  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
+    Floats w[256], levels[256], scales[16], mins[16], d, dmin;
+    Ints codes[256], sc[16], mn[16];
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 1.0f), w);
     } else {
       for (int i = 0; i < 256; ++i) w[i] = abs(in.x[i]);
     }
+    using T = Twin<Floats>;
     const Guesses guesses = in.weighted ? kWeightedGuesses : Guesses{-0.5f, 0.1f, 15, true};
-    for (int j = 0; j < 16; ++j) {
-      scales[j] = search_affine<16>(in.x + 16 * j, w + 16 * j, 3, guesses, levels + 16 * j, &mins[j]);
+    for (int j = 0; j < 16; j += kSide<T>) {
+      T offset;
+      put<1>(scales, j, search_affine<T, 16>(in.x + 16 * j, w + 16 * j, 3, guesses, levels + 16 * j, &offset));
+      put<1>(mins, j, offset);
     }
     if (in.weighted) {
-      for (int j = 0; j < 16; ++j) {
-        sums[j] = splat(0.0f);
-        for (int i = 0; i < 16; ++i) sums[j] += w[16 * j + i];
-      }
+      Floats sums[16];
+      sub_block_sums<16>(w, sums);
       d = search_positive<16>(scales, sums, 15, sc);
       dmin = search_positive<16>(mins, sums, 15, mn);
     } else {
@@ -94,12 +107,12 @@ struct Q2K : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 16; ++j) {
-      levels_for_stored_scale<16>(in.x + 16 * j, stored_d.value * to_float(sc[j]), stored_dmin.value * to_float(mn[j]),
-                                  0, 3, 0, levels + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, stored_d.value * to_float(sc[j]), stored_dmin.value * to_float(mn[j]),
+                                 0, 3, 0, levels + 16 * j, codes + 16 * j);
     }
-    for (int l = 0; l < kLanes; ++l) {
-      for (int j = 0; j < 16; ++j) out[l].scales[j] = (uint8_t)((sc[j][l] & 15) | (mn[j][l] & 15) << 4);
-      store_crumbs(levels, l, out[l].qs);
+    store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return (sc[j] & 15) | (mn[j] & 15) << 4; });
+    store_crumbs(codes, out);
+    for (int l = 0; l < kWidth; ++l) {
       out[l].d = stored_d.bits[l];
       out[l].dmin = stored_dmin.bits[l];
     }
@@ -108,13 +121,13 @@ struct Q2K : BlockwiseFormat {
 
  private:
   // Nonnegative scales as integers 0 .. 15 times the value returned.
-  static F integer_scales(const F* scales, I* integers) {
-    F largest = splat(0.0f);
+  static Floats integer_scales(const Floats* scales, Ints* integers) {
+    Floats largest = splat<Floats>(0.0f);
     for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
-    const I zero = ~(largest > 0.0f);
-    const F inverse = 15.0f / largest;
-    for (int j = 0; j < 16; ++j) integers[j] = select(zero, splat(0), nearest_int(inverse * scales[j]));
-    return select(zero, splat(0.0f), largest / 15.0f);
+    const Ints zero = ~(largest > 0.0f);
+    const Floats inverse = 15.0f / largest;
+    for (int j = 0; j < 16; ++j) integers[j] = select(zero, 0, nearest_int(inverse * scales[j]));
+    return select(zero, 0.0f, largest / 15.0f);
   }
 };
 
@@ -148,45 +161,44 @@ struct Q3K : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<256>& in, Block* out) {
-    I levels[256], t[16];
-    F scales[16], d;
+  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
+    Floats levels[256], scales[16], d;
+    Ints codes[256], t[16];
+    using T = Twin<Floats>;
     if (in.weighted) {
-      F w[256], sums[16];
+      Floats w[256], sums[16], integers[16];
       importance_weights(in, block_mean_square(in.x, 2.0f), w);
-      for (int j = 0; j < 16; ++j) {
-        sums[j] = splat(0.0f);
-        for (int i = 0; i < 16; ++i) sums[j] += w[16 * j + i];
-        scales[j] = search_symmetric<16>(in.x + 16 * j, w + 16 * j, 4, levels + 16 * j);
+      sub_block_sums<16>(w, sums);
+      for (int j = 0; j < 16; j += kSide<T>) {
+        put<1>(scales, j, search_symmetric<T, 16>(in.x + 16 * j, w + 16 * j, 4, levels + 16 * j));
       }
-      d = search_symmetric<16>(scales, sums, 32, t);
+      d = search_symmetric<Floats, 16>(scales, sums, 32, integers);
+      for (int j = 0; j < 16; ++j) t[j] = truncate(integers[j]);
     } else {
-      for (int j = 0; j < 16; ++j) scales[j] = descend_symmetric<16>(in.x + 16 * j, 4, levels + 16 * j);
-      const F extreme = first_extreme(scales, 16);
-      const I zero = extreme == 0.0f;
-      const F inverse = -32.0f / extreme;
-      for (int j = 0; j < 16; ++j) {
-        const I byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
-        t[j] = select(zero, splat(0), clamp(byte, -32, 31) + 32);
+      for (int j = 0; j < 16; j += kSide<T>) {
+        put<1>(scales, j, descend_symmetric<T, 16>(in.x + 16 * j, 4, levels + 16 * j));
       }
-      d = select(zero, splat(0.0f), 1.0f / inverse);
+      const Floats extreme = first_extreme(scales, 16);
+      const Ints zero = extreme == 0.0f;
+      const Floats inverse = -32.0f / extreme;
+      for (int j = 0; j < 16; ++j) {
+        const Ints byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
+        t[j] = select(zero, 0, clamp(byte, -32, 31) + 32);
+      }
+      d = select(zero, 0.0f, 1.0f / inverse);
     }
     const Halves stored = to_f16(d);
     for (int j = 0; j < 16; ++j) {
-      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(t[j] - 32), splat(0.0f), -4, 3, 4,
-                                  levels + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(t[j] - 32), splat<Floats>(0.0f), -4, 3, 4,
+                                 levels + 16 * j, codes + 16 * j);
     }
-    for (int l = 0; l < kLanes; ++l) {
-      std::memset(out[l].scales, 0, sizeof out[l].scales);
-      for (int j = 0; j < 16; ++j) {
-        const int v = t[j][l];
-        out[l].scales[j % 8] |= (uint8_t)((v & 15) << (j < 8 ? 0 : 4));
-        out[l].scales[8 + j % 4] |= (uint8_t)((v >> 4 & 3) << (2 * (j / 4)));
-      }
-      store_crumbs(levels, l, out[l].qs);
-      store_bit_plane(levels, l, 2, out[l].hmask);
-      out[l].d = stored.bits[l];
-    }
+    store_bytes<12>(out->scales, sizeof(Block), [&](int j) {
+      if (j < 8) return (t[j] & 15) | (t[8 + j] & 15) << 4;
+      return t[j - 8] >> 4 | t[j - 4] >> 4 << 2 | t[j] >> 4 << 4 | t[j + 4] >> 4 << 6;
+    });
+    store_crumbs(codes, out);
+    store_bit_plane(codes, 2, out->hmask, sizeof(Block));
+    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
     return stored.overflow;
   }
 };
@@ -203,13 +215,12 @@ ISQ_INLINE void unpack_pairs(const uint8_t* packed, int* scales, int* mins) {
     mins[4 + j] = packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4;
   }
 }
-ISQ_INLINE void pack_pairs(const I* scales, const I* mins, int lane, uint8_t* packed) {
-  for (int j = 0; j < 4; ++j) {
-    const int high_scale = scales[4 + j][lane], high_min = mins[4 + j][lane];
-    packed[j] = (uint8_t)(scales[j][lane] | high_scale >> 4 << 6);
-    packed[4 + j] = (uint8_t)(mins[j][lane] | high_min >> 4 << 6);
-    packed[8 + j] = (uint8_t)((high_scale & 15) | (high_min & 15) << 4);
-  }
+ISQ_INLINE void store_pairs(const Ints* scales, const Ints* mins, void* packed, int stride) {
+  store_bytes<12>(packed, stride, [&](int j) {
+    if (j < 4) return scales[j] | scales[4 + j] >> 4 << 6;
+    if (j < 8) return mins[j - 4] | mins[j] >> 4 << 6;
+    return (scales[j - 4] & 15) | (mins[j - 4] & 15) << 4;
+  });
 }
 
 template <int kBits, class BlockType>
@@ -235,25 +246,26 @@ struct Pairs256 : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<256>& in, Block* out) {
-    I levels[256], ls[8], lm[8];
-    F scales[8], mins[8], sums[8], w[256], d, dmin;
+  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
+    Floats w[256], levels[256], scales[8], mins[8], d, dmin;
+    Ints codes[256], ls[8], lm[8];
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 2.0f), w);
     } else {
       for (int j = 0; j < 8; ++j) magnitude_weights(in.x + 32 * j, w + 32 * j);
     }
+    using T = Twin<Floats>;
     const Guesses guesses = in.weighted
                                 ? kWeightedGuesses
                                 : (kBits == 4 ? Guesses{-1.0f, 0.1f, 20, false} : Guesses{-0.5f, 0.1f, 15, false});
-    for (int j = 0; j < 8; ++j) {
-      scales[j] = search_affine<32>(in.x + 32 * j, w + 32 * j, kMax, guesses, levels + 32 * j, &mins[j]);
+    for (int j = 0; j < 8; j += kSide<T>) {
+      T offset;
+      put<1>(scales, j, search_affine<T, 32>(in.x + 32 * j, w + 32 * j, kMax, guesses, levels + 32 * j, &offset));
+      put<1>(mins, j, offset);
     }
     if (in.weighted) {
-      for (int j = 0; j < 8; ++j) {
-        sums[j] = splat(0.0f);
-        for (int i = 0; i < 32; ++i) sums[j] += w[32 * j + i];
-      }
+      Floats sums[8];
+      sub_block_sums<32>(w, sums);
       d = search_positive<8>(scales, sums, 63, ls);
       dmin = search_positive<8>(mins, sums, 63, lm);
     } else {
@@ -262,17 +274,16 @@ struct Pairs256 : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 8; ++j) {
-      levels_for_stored_scale<32>(in.x + 32 * j, stored_d.value * to_float(ls[j]), stored_dmin.value * to_float(lm[j]),
-                                  0, kMax, 0, levels + 32 * j);
+      codes_for_stored_scale<32>(in.x + 32 * j, stored_d.value * to_float(ls[j]), stored_dmin.value * to_float(lm[j]),
+                                 0, kMax, 0, levels + 32 * j, codes + 32 * j);
     }
-    for (int l = 0; l < kLanes; ++l) {
-      pack_pairs(ls, lm, l, out[l].scales);
-      for (int c = 0; c < 4; ++c) {
-        for (int i = 0; i < 32; ++i) {
-          out[l].qs[32 * c + i] = (uint8_t)((levels[64 * c + i][l] & 15) | (levels[64 * c + 32 + i][l] & 15) << 4);
-        }
-      }
-      if constexpr (kBits == 5) store_bit_plane(levels, l, 4, out[l].qh);
+    store_pairs(ls, lm, out->scales, sizeof(Block));
+    store_bytes<128>(out->qs, sizeof(Block), [&](int j) {
+      const Ints* at = codes + 64 * (j / 32) + j % 32;
+      return (at[0] & 15) | (at[32] & 15) << 4;
+    });
+    if constexpr (kBits == 5) store_bit_plane(codes, 4, out->qh, sizeof(Block));
+    for (int l = 0; l < kWidth; ++l) {
       out[l].d = stored_d.bits[l];
       out[l].dmin = stored_dmin.bits[l];
     }
@@ -281,21 +292,21 @@ struct Pairs256 : BlockwiseFormat {
 
  private:
   // Without importance: |x| plus the sub-block's root mean square.
-  static void magnitude_weights(const F* x, F* w) {
-    F sum = splat(0.0f);
+  static void magnitude_weights(const Floats* x, Floats* w) {
+    Floats sum = splat<Floats>(0.0f);
     for (int i = 0; i < 32; ++i) sum += x[i] * x[i];
-    const F rms = sqrt(sum / 32.0f);
+    const Floats rms = sqrt(sum / 32.0f);
     for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
   }
 
   // Nonnegative scales as integers 0 .. 63 times the value returned.
-  static F integer_scales(const F* scales, I* integers) {
-    F largest = splat(0.0f);
+  static Floats integer_scales(const Floats* scales, Ints* integers) {
+    Floats largest = splat<Floats>(0.0f);
     for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
-    const F inverse = select(largest > 0.0f, 63.0f / largest, splat(0.0f));
+    const Floats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
     for (int j = 0; j < 8; ++j) {
-      const I byte = nearest_int(inverse * scales[j]) & 255;  // the model keeps it in an unsigned byte
-      integers[j] = select(byte > 63, splat(63), byte);
+      const Ints byte = nearest_int(inverse * scales[j]) & 255;  // the model keeps it in an unsigned byte
+      integers[j] = select(byte > 63, 63, byte);
     }
     return largest / 63.0f;
   }
@@ -325,40 +336,35 @@ struct Q6K : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<256>& in, Block* out) {
-    I levels[256], sc[16];
-    F scales[16];
+  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
+    Floats levels[256], scales[16];
+    Ints codes[256], sc[16];
+    using T = Twin<Floats>;
+    for (int j = 0; j < 16; j += kSide<T>) {
+      const Floats* w = in.weighted ? in.importance + 16 * j : nullptr;
+      put<1>(scales, j, search_symmetric<T, 16>(in.x + 16 * j, w, 32, levels + 16 * j));
+    }
+    const Floats extreme = first_extreme(scales, 16);
+    const Ints zero = abs(extreme) < kTiny;
+    const Floats inverse = -128.0f / extreme;
+    const Halves stored = to_f16(select(zero, 0.0f, 1.0f / inverse));
     for (int j = 0; j < 16; ++j) {
-      const F* w = in.weighted ? in.importance + 16 * j : nullptr;
-      scales[j] = search_symmetric<16>(in.x + 16 * j, w, 32, levels + 16 * j);
+      const Ints integer = nearest_int(inverse * scales[j]);
+      sc[j] = select(zero, 0, select(integer > 127, 127, integer) << 24 >> 24);
+      codes_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(sc[j]), splat<Floats>(0.0f), -32, 31, 32,
+                                 levels + 16 * j, codes + 16 * j);
     }
-    const F extreme = first_extreme(scales, 16);
-    const I zero = abs(extreme) < kTiny;
-    const F inverse = -128.0f / extreme;
-    const Halves stored = to_f16(select(zero, splat(0.0f), 1.0f / inverse));
-    for (int j = 0; j < 16; ++j) {
-      const I integer = nearest_int(inverse * scales[j]);
-      sc[j] = select(zero, splat(0), select(integer > 127, splat(127), integer) << 24 >> 24);
-      levels_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(sc[j]), splat(0.0f), -32, 31, 32,
-                                  levels + 16 * j);
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      if (zero[l]) {  // all bytes zero, codes included
-        std::memset(&out[l], 0, sizeof out[l]);
-        continue;
-      }
-      for (int h = 0; h < 2; ++h) {
-        for (int i = 0; i < 32; ++i) {
-          const I* at = levels + 128 * h + i;
-          const int v[4] = {at[0][l], at[32][l], at[64][l], at[96][l]};
-          out[l].ql[64 * h + i] = (uint8_t)((v[0] & 15) | (v[2] & 15) << 4);
-          out[l].ql[64 * h + 32 + i] = (uint8_t)((v[1] & 15) | (v[3] & 15) << 4);
-          out[l].qh[32 * h + i] = (uint8_t)(v[0] >> 4 | v[1] >> 4 << 2 | v[2] >> 4 << 4 | v[3] >> 4 << 6);
-        }
-      }
-      for (int j = 0; j < 16; ++j) out[l].scales[j] = (int8_t)sc[j][l];
-      out[l].d = stored.bits[l];
-    }
+    for (int i = 0; i < 256; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
+    store_bytes<128>(out->ql, sizeof(Block), [&](int j) {
+      const Ints* at = codes + 128 * (j / 64) + j % 64;
+      return (at[0] & 15) | (at[64] & 15) << 4;
+    });
+    store_bytes<64>(out->qh, sizeof(Block), [&](int j) {
+      const Ints* at = codes + 128 * (j / 32) + j % 32;
+      return at[0] >> 4 | at[32] >> 4 << 2 | at[64] >> 4 << 4 | at[96] >> 4 << 6;
+    });
+    store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return sc[j] & 255; });
+    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
     return stored.overflow;
   }
 };
@@ -376,22 +382,23 @@ struct Q8K : BlockwiseFormat {
     for (int i = 0; i < 256; ++i) w[i] = d * (float)block.qs[i];
   }
 
-  static I quantize(const LaneBlocks<256>& in, Block* out) {
-    const F extreme = first_extreme(in.x, 256);
-    const F inverse = -127.0f / extreme;
-    const I zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
-    const F d = select(zero, splat(0.0f), 1.0f / inverse);
+  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
+    const Floats extreme = first_extreme(in.x, 256);
+    const Floats inverse = -127.0f / extreme;
+    const Ints zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
+    const Floats d = select(zero, 0.0f, 1.0f / inverse);
+    Ints codes[256];
     for (int j = 0; j < 16; ++j) {
-      I sum = splat(0);
+      Ints sum = splat<Ints>(0);
       for (int i = 16 * j; i < 16 * j + 16; ++i) {
-        const I code = select(zero, splat(0), clamp(nearest_int(inverse * in.x[i]), -128, 127));
-        sum += code;
-        for (int l = 0; l < kLanes; ++l) out[l].qs[i] = (int8_t)code[l];
+        codes[i] = select(zero, 0, clamp(nearest_int(inverse * in.x[i]), -128, 127));
+        sum += codes[i];
       }
-      for (int l = 0; l < kLanes; ++l) out[l].bsums[j] = (int16_t)sum[l];
+      for (int l = 0; l < kWidth; ++l) out[l].bsums[j] = (int16_t)sum[l];
     }
-    for (int l = 0; l < kLanes; ++l) out[l].d = d[l];
-    return splat(0);
+    store_bytes<256>(out->qs, sizeof(Block), [&](int i) { return codes[i] & 255; });
+    for (int l = 0; l < kWidth; ++l) out[l].d = d[l];
+    return splat<Ints>(0);
   }
 };
 
