@@ -105,6 +105,19 @@ template <class V>
 ISQ_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
+#if defined(__x86_64__)
+// The same, for GCC makes two instructions of some of them.
+#if ISQ_VECTOR_FLOATS == 16
+ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+#elif ISQ_VECTOR_FLOATS == 8
+ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
+ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+#endif
+#endif
 template <class V>
 ISQ_INLINE V clamp(V v, ScalarOf<V> lo, ScalarOf<V> hi) {
   return min(splat<V>(hi), max(splat<V>(lo), v));  // a NaN stays one
@@ -118,16 +131,21 @@ ISQ_INLINE V sqrt(V v) {
   for (size_t l = 0; l < sizeof v / 4; ++l) v[l] = __builtin_sqrtf(v[l]);
   return v;
 }
+// Bit l of the result is lane l of the mask.
+template <class M>
+ISQ_INLINE uint32_t lane_bits(M mask) {
+#if ISQ_VECTOR_FLOATS == 16
+  if constexpr (sizeof mask == 64) return _mm512_movepi32_mask((__m512i)mask);
+#elif ISQ_VECTOR_FLOATS == 8
+  if constexpr (sizeof mask == 32) return _mm256_movemask_ps((__m256)mask);
+#endif
+  uint32_t bits = 0;
+  for (size_t l = 0; l < sizeof mask / 4; ++l) bits |= (mask[l] & 1u) << l;
+  return bits;
+}
 template <class M>
 ISQ_INLINE bool any(M mask) {
-#if ISQ_VECTOR_FLOATS == 16
-  if constexpr (sizeof mask == 64) return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif ISQ_VECTOR_FLOATS == 8
-  if constexpr (sizeof mask == 32) return _mm256_movemask_ps((__m256)mask) != 0;
-#endif
-  int32_t seen = 0;
-  for (size_t l = 0; l < sizeof mask / 4; ++l) seen |= mask[l];
-  return seen != 0;
+  return lane_bits(mask) != 0;
 }
 
 // ggml's rounding: half to even for |f| < 2^22. Beyond that it wraps around instead of saturating, and some searches do

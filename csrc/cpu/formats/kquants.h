@@ -175,9 +175,7 @@ struct Q3K : BlockwiseFormat {
       d = search_symmetric<Floats, 16>(scales, sums, 32, integers);
       for (int j = 0; j < 16; ++j) t[j] = truncate(integers[j]);
     } else {
-      for (int j = 0; j < 16; j += kSide<T>) {
-        put<1>(scales, j, descend_symmetric<T, 16>(in.x + 16 * j, 4, levels + 16 * j));
-      }
+      descend_symmetric<16, 16>(in.x, 4, levels, scales);
       const Floats extreme = first_extreme(scales, 16);
       const Ints zero = extreme == 0.0f;
       const Floats inverse = -32.0f / extreme;

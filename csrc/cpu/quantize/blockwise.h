@@ -51,25 +51,32 @@ ISQ_INLINE const uint8_t* weight_at(const QuantizeJob& job, int64_t index) {
   return static_cast<const uint8_t*>(job.w) + index * (job.dtype == Dtype::kF32 ? 4 : 2);
 }
 
-// mean_square[r] = sum of x^2 over row r, in index order, / k
-inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
-  for_range(job, job.rows, 1 + (1 << 15) / job.k, [&](int64_t begin, int64_t end) {
-    float w[32];
-    for (int64_t row = begin; row < end; ++row) {
-      float sum = 0;
-      for (int64_t k = 0; k < job.k; k += 32) {
-        load_floats(weight_at(job, row * job.k + k), job.dtype, 32, w);
-        for (int i = 0; i < 32; ++i) sum += w[i] * w[i];
-      }
-      mean_square[row] = sum / (float)job.k;
-    }
-  });
-}
-
 // The next kWidth elements of every row, each row's in a lane.
 ISQ_INLINE void load_turned(const float* rows, int64_t stride, Floats* x) {
   for (int l = 0; l < kWidth; ++l) std::memcpy(&x[l], rows + l * stride, sizeof x[l]);
   transpose(x);
+}
+
+// mean_square[r] = sum of x^2 over row r, in index order, / k. A row to a lane.
+inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
+  const int64_t units = (job.rows + kWidth - 1) / kWidth;
+  for_range(job, units, 1 + (1 << 15) / (kWidth * job.k), [&](int64_t begin, int64_t end) {
+    float w[kWidth][32] = {};
+    for (int64_t first = kWidth * begin; first < kWidth * end && first < job.rows; first += kWidth) {
+      const int64_t left = job.rows - first, count = left < kWidth ? left : kWidth;
+      Floats sum = splat<Floats>(0.0f);
+      for (int64_t k = 0; k < job.k; k += 32) {
+        for (int l = 0; l < count; ++l) load_floats(weight_at(job, (first + l) * job.k + k), job.dtype, 32, w[l]);
+        for (int i = 0; i < 32; i += kWidth) {
+          Floats x[kWidth];
+          load_turned(&w[0][i], 32, x);
+          for (int n = 0; n < kWidth; ++n) sum += x[n] * x[n];
+        }
+      }
+      sum /= (float)job.k;
+      std::memcpy(mean_square + first, &sum, count * sizeof(float));
+    }
+  });
 }
 
 // Fills lanes from block `first` on; lanes past the last block get zeros.

@@ -31,6 +31,13 @@ T search_symmetric(const Floats* x, const Floats* w, int nmax, Floats* levels) {
   const T extreme = first_extreme<T, kCount>(x);
   const IntOf<T> zero = abs(extreme) < kTiny;
 
+  T weights[kCount], weighted[kCount];  // w, w * x
+  for (int i = 0; i < kCount; ++i) {
+    const T at = get<T, kCount>(x, i);
+    weights[i] = w ? get<T, kCount>(w, i) : at * at;
+    weighted[i] = weights[i] * at;
+  }
+
   T best_inverse, scale, best;
   // No element is larger than the extreme, so inverse * x stays far within what nearest_small can do.
   const auto integer = [&](T inverse, T at) {
@@ -39,11 +46,9 @@ T search_symmetric(const Floats* x, const Floats* w, int nmax, Floats* levels) {
   const auto attempt = [&](T inverse, T* sum_lx, T* sum_l2) {
     *sum_lx = *sum_l2 = splat<T>(0.0f);
     for (int i = 0; i < kCount; ++i) {
-      const T at = get<T, kCount>(x, i);
-      const T l = integer(inverse, at);
-      const T weight = w ? get<T, kCount>(w, i) : at * at;
-      *sum_lx += weight * at * l;
-      *sum_l2 += weight * l * l;
+      const T l = integer(inverse, get<T, kCount>(x, i));
+      *sum_lx += weighted[i] * l;
+      *sum_l2 += weights[i] * l * l;
     }
   };
 
@@ -71,41 +76,114 @@ T search_symmetric(const Floats* x, const Floats* w, int nmax, Floats* levels) {
 // Coordinate descent for symmetric integers -nmax .. nmax - 1: change one at a time while the error falls.
 // (make_q3_quants.)
 template <class T, int kCount>
-T descend_symmetric(const Floats* x, int nmax, Floats* levels) {
-  const T extreme = first_extreme<T, kCount>(x);
-  const IntOf<T> zero = abs(extreme) < kTiny;
-  const T inverse = -(float)nmax / extreme;
+struct Descent {
+  const Floats* x;
+  Floats* levels;  // -nmax .. nmax - 1 while the descent lasts
+  float nmax;
+  T sum_lx, sum_l2;
+  IntOf<T> zero;
 
-  T sum_lx = splat<T>(0.0f), sum_l2 = splat<T>(0.0f);
-  for (int i = 0; i < kCount; ++i) {
-    const T at = get<T, kCount>(x, i), weight = at * at;
-    const T l = clamp(nearest_small(inverse * at), -(float)nmax, (float)nmax - 1.0f);
-    put<kCount>(levels, i, l);
-    sum_lx += weight * at * l;
-    sum_l2 += weight * l * l;
-  }
-  for (int sweep = 0; sweep < 5; ++sweep) {
-    IntOf<T> changed = splat<IntOf<T>>(0);
+  // Where the descent starts.
+  ISQ_INLINE Descent(const Floats* x_, int nmax_, Floats* levels_) : x(x_), levels(levels_), nmax((float)nmax_) {
+    const T extreme = first_extreme<T, kCount>(x), inverse = -nmax / extreme;
+    zero = abs(extreme) < kTiny;
+    sum_lx = sum_l2 = splat<T>(0.0f);
     for (int i = 0; i < kCount; ++i) {
-      const T at = get<T, kCount>(x, i), weight = at * at, l = get<T, kCount>(levels, i);
-      T rest_lx = sum_lx - weight * at * l;
-      T rest_l2 = sum_l2 - weight * l * l;
-      const T c = clamp(nearest_float(at * rest_l2 / rest_lx), -(float)nmax, (float)nmax - 1.0f);
-      const IntOf<T> allowed = (rest_lx > 0.0f) & (c != l);
-      rest_lx += weight * at * c;
-      rest_l2 += weight * c * c;
-      const IntOf<T> better = allowed & (rest_l2 > 0.0f) & (rest_lx * rest_lx * sum_l2 > sum_lx * sum_lx * rest_l2);
-      put<kCount>(levels, i, select(better, c, l));
-      sum_lx = select(better, rest_lx, sum_lx);
-      sum_l2 = select(better, rest_l2, sum_l2);
-      changed |= better;
+      const T at = get<T, kCount>(x, i), weight = at * at;
+      const T l = clamp(nearest_small(inverse * at), -nmax, nmax - 1.0f);
+      put<kCount>(levels, i, l);
+      sum_lx += weight * at * l;
+      sum_l2 += weight * l * l;
     }
-    if (!any(changed)) break;  // a block without a change would see the same sums again
   }
-  for (int i = 0; i < kCount; ++i) {
-    put<kCount>(levels, i, select(zero, 0.0f, get<T, kCount>(levels, i) + (float)nmax));
+
+  // What the others, with their levels as they are, make of level i.
+  struct Step {
+    T at, weight, level, rest_lx, rest_l2, candidate;
+    IntOf<T> allowed;
+  };
+  ISQ_INLINE Step step(int i) const {
+    Step s;
+    s.at = get<T, kCount>(x, i);
+    s.weight = s.at * s.at;
+    s.level = get<T, kCount>(levels, i);
+    s.rest_lx = sum_lx - s.weight * s.at * s.level;
+    s.rest_l2 = sum_l2 - s.weight * s.level * s.level;
+    s.candidate = clamp(nearest_float(s.at * s.rest_l2 / s.rest_lx), -nmax, nmax - 1.0f);
+    s.allowed = (s.rest_lx > 0.0f) & (s.candidate != s.level);
+    return s;
   }
-  return select(zero | ~(sum_l2 > 0.0f), 0.0f, sum_lx / sum_l2);
+
+  // The blocks of which some level may change. The others are where they started.
+  ISQ_INLINE IntOf<T> restless() const {
+    IntOf<T> found = splat<IntOf<T>>(0);
+    for (int i = 0; i < kCount; ++i) found |= step(i).allowed;
+    return found;
+  }
+
+  ISQ_INLINE void run() {
+    for (int sweep = 0; sweep < 5; ++sweep) {
+      IntOf<T> changed = splat<IntOf<T>>(0);
+      for (int i = 0; i < kCount; ++i) {
+        const Step s = step(i);
+        const T new_lx = s.rest_lx + s.weight * s.at * s.candidate;
+        const T new_l2 = s.rest_l2 + s.weight * s.candidate * s.candidate;
+        const IntOf<T> better = s.allowed & (new_l2 > 0.0f) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2);
+        put<kCount>(levels, i, select(better, s.candidate, s.level));
+        sum_lx = select(better, new_lx, sum_lx);
+        sum_l2 = select(better, new_l2, sum_l2);
+        changed |= better;
+      }
+      if (!any(changed)) break;  // a block without a change would see the same sums again
+    }
+  }
+
+  // Returns the scale.
+  ISQ_INLINE T finish() {
+    for (int i = 0; i < kCount; ++i) {
+      put<kCount>(levels, i, select(zero, 0.0f, get<T, kCount>(levels, i) + nmax));
+    }
+    return select(zero | ~(sum_l2 > 0.0f), 0.0f, sum_lx / sum_l2);
+  }
+};
+
+// The descent of kBlocks vectors of blocks. Four blocks of five stay where they start, and of the others each takes
+// its own number of sweeps, with every step waiting for the one before. So those are brought together first: vectors
+// full of them.
+template <int kCount, int kBlocks>
+__attribute__((noinline)) void descend_symmetric(const Floats* x, int nmax, Floats* levels, Floats* scales) {
+  using T = Twin<Floats>;
+  constexpr int kTwinLanes = 2 * kWidth;
+  struct Place {
+    uint8_t block, lane;
+  };
+  Place restless[kBlocks * kWidth + kTwinLanes];
+  int found = 0;
+  for (int b = 0; b < kBlocks; ++b) {
+    Descent<Floats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
+    for (uint32_t bits = lane_bits(descent.restless()); bits; bits &= bits - 1) {
+      restless[found++] = {(uint8_t)b, (uint8_t)__builtin_ctz(bits)};
+    }
+    scales[b] = descent.finish();
+  }
+  for (int first = 0; first < found; first += kTwinLanes) {
+    const int count = found - first < kTwinLanes ? found - first : kTwinLanes;
+    Floats dense_x[2 * kCount] = {}, dense_levels[2 * kCount], dense_scales[2];
+    for (int n = 0; n < count; ++n) {
+      const Place p = restless[first + n];
+      for (int i = 0; i < kCount; ++i) dense_x[n / kWidth * kCount + i][n % kWidth] = x[p.block * kCount + i][p.lane];
+    }
+    Descent<T, kCount> descent(dense_x, nmax, dense_levels);
+    descent.run();
+    put<1>(dense_scales, 0, descent.finish());
+    for (int n = 0; n < count; ++n) {
+      const Place p = restless[first + n];
+      for (int i = 0; i < kCount; ++i) {
+        levels[p.block * kCount + i][p.lane] = dense_levels[n / kWidth * kCount + i][n % kWidth];
+      }
+      scales[p.block][p.lane] = dense_scales[n / kWidth][n % kWidth];
+    }
+  }
 }
 
 // How the asymmetric search tries scales: the i-th guess maps the range onto first + i * step + nmax integers.
@@ -130,8 +208,10 @@ T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guess
   low = select(low > 0.0f, 0.0f, low);
   const IntOf<T> flat = high <= low;
 
-  const auto level = [&](T inverse, T minimum, T at) {
-    return clamp(nearest_float(inverse * (at - minimum)), 0.0f, (float)nmax);
+  // `small`: no lane comes near the numbers at which nearest_int wraps around.
+  const auto level = [&](T inverse, T minimum, T at, bool small) {
+    const T exact = inverse * (at - minimum);
+    return clamp(small ? nearest_small(exact) : nearest_float(exact), 0.0f, (float)nmax);
   };
   const auto cost = [&](T weight, T e) { return weight * (guesses.absolute_error ? abs(e) : e * e); };
 
@@ -141,14 +221,17 @@ T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guess
   T scale = 1.0f / best_inverse, best = splat<T>(0.0f);
   for (int i = 0; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i);
-    best += cost(get<T, kCount>(w, i), scale * level(best_inverse, minimum, at) + minimum - at);
+    best += cost(get<T, kCount>(w, i), scale * level(best_inverse, minimum, at, false) + minimum - at);
   }
   for (int guess = 0; guess <= guesses.count; ++guess) {
     // From the minimum found so far, not from the block's: that is how the model does it.
     const T inverse = (guesses.first + guesses.step * (float)guess + (float)nmax) / (high - minimum);
+    // The largest element is mapped near nmax. The smallest is far off only where a fit has put the minimum next to
+    // the largest.
+    const bool small = !any(~flat & ~(abs(inverse * (low - minimum)) < 0x1p21f));
     T sum_l = splat<T>(0.0f), sum_l2 = splat<T>(0.0f), sum_xl = splat<T>(0.0f);
     for (int i = 0; i < kCount; ++i) {
-      const T at = get<T, kCount>(x, i), l = level(inverse, minimum, at), wl = get<T, kCount>(w, i) * l;
+      const T at = get<T, kCount>(x, i), l = level(inverse, minimum, at, small), wl = get<T, kCount>(w, i) * l;
       put<kCount>(levels, i, l);
       sum_l += wl;
       sum_l2 += wl * l;
@@ -159,7 +242,7 @@ T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guess
     T new_minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant;
     const IntOf<T> above = new_minimum > 0.0f;
     new_minimum = select(above, 0.0f, new_minimum);
-    new_scale = select(above, sum_xl / sum_l2, new_scale);
+    if (any(above)) new_scale = select(above, sum_xl / sum_l2, new_scale);
     T error = splat<T>(0.0f);
     for (int i = 0; i < kCount; ++i) {
       const T e = new_scale * get<T, kCount>(levels, i) + new_minimum - get<T, kCount>(x, i);
@@ -173,7 +256,7 @@ T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guess
     minimum = select(better, new_minimum, minimum);
   }
   for (int i = 0; i < kCount; ++i) {
-    put<kCount>(levels, i, select(flat, 0.0f, level(best_inverse, best_minimum, get<T, kCount>(x, i))));
+    put<kCount>(levels, i, select(flat, 0.0f, level(best_inverse, best_minimum, get<T, kCount>(x, i), false)));
   }
   *offset = -select(flat, low, minimum);
   return select(flat, 0.0f, scale);
