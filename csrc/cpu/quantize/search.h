@@ -152,12 +152,12 @@ struct Descent {
 // full of them.
 template <int kCount, int kBlocks>
 __attribute__((noinline)) void descend_symmetric(const Floats* x, int nmax, Floats* levels, Floats* scales) {
-  using T = Twin<Floats>;
-  constexpr int kTwinLanes = 2 * kWidth;
+  using T = Twin<Twin<Floats>>;
+  constexpr int kSide = sizeof(T) / sizeof(Floats), kDense = kSide * kWidth;
   struct Place {
     uint8_t block, lane;
   };
-  Place restless[kBlocks * kWidth + kTwinLanes];
+  Place restless[kBlocks * kWidth + kDense];
   int found = 0;
   for (int b = 0; b < kBlocks; ++b) {
     Descent<Floats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
@@ -166,9 +166,9 @@ __attribute__((noinline)) void descend_symmetric(const Floats* x, int nmax, Floa
     }
     scales[b] = descent.finish();
   }
-  for (int first = 0; first < found; first += kTwinLanes) {
-    const int count = found - first < kTwinLanes ? found - first : kTwinLanes;
-    Floats dense_x[2 * kCount] = {}, dense_levels[2 * kCount], dense_scales[2];
+  for (int first = 0; first < found; first += kDense) {
+    const int count = found - first < kDense ? found - first : kDense;
+    Floats dense_x[kSide * kCount] = {}, dense_levels[kSide * kCount], dense_scales[kSide];
     for (int n = 0; n < count; ++n) {
       const Place p = restless[first + n];
       for (int i = 0; i < kCount; ++i) dense_x[n / kWidth * kCount + i][n % kWidth] = x[p.block * kCount + i][p.lane];

@@ -13,19 +13,23 @@ ISQ_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(a, b, (half * kWidth / 2 + i / 2 + i % 2 * kWidth)...);
 }
 
-// Element l of vector i becomes element i of vector l. (Each step interleaves the first half of the vectors with the
-// second; after log2(kWidth) of them all are back at their place, turned.)
+// Element l of vector i becomes element i of vector l: interleaving the first half of the vectors with the second does
+// it, done log2(kWidth) times. Written out without loops, for the vectors to stay in registers.
+template <int kTimes, class V, int... i>
+ISQ_INLINE void interleave_halves(V* v, std::integer_sequence<int, i...> half) {
+  if constexpr (kTimes > 1) {
+    constexpr std::make_integer_sequence<int, kWidth> kIndex;
+    V turned[kWidth];
+    ((turned[2 * i] = interleave<0>(v[i], v[i + kWidth / 2], kIndex)), ...);
+    ((turned[2 * i + 1] = interleave<1>(v[i], v[i + kWidth / 2], kIndex)), ...);
+    interleave_halves<kTimes / 2>(turned, half);
+    ((v[i] = turned[i]), ...);
+    ((v[i + kWidth / 2] = turned[i + kWidth / 2]), ...);
+  }
+}
 template <class V>
 ISQ_INLINE void transpose(V* v) {
-  constexpr std::make_integer_sequence<int, kWidth> kIndex;
-  for (int step = 1; step < kWidth; step *= 2) {
-    V turned[kWidth];
-    for (int i = 0; i < kWidth / 2; ++i) {
-      turned[2 * i] = interleave<0>(v[i], v[i + kWidth / 2], kIndex);
-      turned[2 * i + 1] = interleave<1>(v[i], v[i + kWidth / 2], kIndex);
-    }
-    std::memcpy(v, turned, sizeof turned);
-  }
+  interleave_halves<kWidth>(v, std::make_integer_sequence<int, kWidth / 2>{});
 }
 
 // Writes bytes 0 .. kCount - 1 of every lane's block: byte(j) gives byte j of all lanes, as integers 0 .. 255. `to` is
