@@ -80,6 +80,7 @@ struct Descent {
   const Floats* x;
   Floats* levels;  // -nmax .. nmax - 1 while the descent lasts
   float nmax;
+  T part_lx[kCount], part_l2[kCount];  // what each element adds to the sums
   T sum_lx, sum_l2;
   IntOf<T> zero;
 
@@ -92,23 +93,22 @@ struct Descent {
       const T at = get<T, kCount>(x, i), weight = at * at;
       const T l = clamp(nearest_small(inverse * at), -nmax, nmax - 1.0f);
       put<kCount>(levels, i, l);
-      sum_lx += weight * at * l;
-      sum_l2 += weight * l * l;
+      sum_lx += part_lx[i] = weight * at * l;
+      sum_l2 += part_l2[i] = weight * l * l;
     }
   }
 
   // What the others, with their levels as they are, make of level i.
   struct Step {
-    T at, weight, level, rest_lx, rest_l2, candidate;
+    T at, level, rest_lx, rest_l2, candidate;
     IntOf<T> allowed;
   };
   ISQ_INLINE Step step(int i) const {
     Step s;
     s.at = get<T, kCount>(x, i);
-    s.weight = s.at * s.at;
     s.level = get<T, kCount>(levels, i);
-    s.rest_lx = sum_lx - s.weight * s.at * s.level;
-    s.rest_l2 = sum_l2 - s.weight * s.level * s.level;
+    s.rest_lx = sum_lx - part_lx[i];
+    s.rest_l2 = sum_l2 - part_l2[i];
     s.candidate = clamp(nearest_float(s.at * s.rest_l2 / s.rest_lx), -nmax, nmax - 1.0f);
     s.allowed = (s.rest_lx > 0.0f) & (s.candidate != s.level);
     return s;
@@ -126,10 +126,13 @@ struct Descent {
       IntOf<T> changed = splat<IntOf<T>>(0);
       for (int i = 0; i < kCount; ++i) {
         const Step s = step(i);
-        const T new_lx = s.rest_lx + s.weight * s.at * s.candidate;
-        const T new_l2 = s.rest_l2 + s.weight * s.candidate * s.candidate;
+        const T weight = s.at * s.at;
+        const T new_part_lx = weight * s.at * s.candidate, new_lx = s.rest_lx + new_part_lx;
+        const T new_part_l2 = weight * s.candidate * s.candidate, new_l2 = s.rest_l2 + new_part_l2;
         const IntOf<T> better = s.allowed & (new_l2 > 0.0f) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2);
         put<kCount>(levels, i, select(better, s.candidate, s.level));
+        part_lx[i] = select(better, new_part_lx, part_lx[i]);
+        part_l2[i] = select(better, new_part_l2, part_l2[i]);
         sum_lx = select(better, new_lx, sum_lx);
         sum_l2 = select(better, new_l2, sum_l2);
         changed |= better;
