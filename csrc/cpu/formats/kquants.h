@@ -29,11 +29,23 @@ ISQ_INLINE void sub_block_sums(const Floats* w, Floats* sums) {
 }
 
 // The searches chose levels for exact scales. Choose them again for the scale d and offset m that were stored; where
-// the stored scale is 0 the search's levels stay.
+// the stored scale is 0 the search's levels stay. No |x| exceeds `largest`.
+//
+// The formula divides, which takes longer than all the rest. Multiplying by 1 / d gives nearly the same quotient: in
+// or near the range of codes the two differ by less than 1e-5, so they round alike unless that one lies next to the
+// middle between two integers. Then, and where a quotient might be so large that nearest_int wraps around, divide.
 template <int kCount>
-ISQ_INLINE void codes_for_stored_scale(const Floats* x, Floats d, Floats m, int low, int high, int shift,
-                                       const Floats* levels, Ints* codes) {
+ISQ_INLINE void codes_for_stored_scale(const Floats* x, Floats largest, Floats d, Floats m, int low, int high,
+                                       int shift, const Floats* levels, Ints* codes) {
   const Ints keep = d == 0.0f;
+  const Floats inverse = select(keep, 0.0f, 1.0f / d);
+  Ints sure = (largest + abs(m)) * abs(inverse) < 0x1p20f;
+  for (int i = 0; i < kCount; ++i) {
+    const Floats quotient = (x[i] + m) * inverse, nearest = nearest_small(quotient);
+    sure &= abs(quotient - nearest) < 0.49998f;
+    codes[i] = truncate(select(keep, levels[i], clamp(nearest, (float)low, (float)high) + (float)shift));
+  }
+  if (!any(~sure)) return;
   for (int i = 0; i < kCount; ++i) {
     codes[i] = select(keep, truncate(levels[i]), clamp(nearest_int((x[i] + m) / d), low, high) + shift);
   }
@@ -107,8 +119,8 @@ struct Q2K : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 16; ++j) {
-      codes_for_stored_scale<16>(in.x + 16 * j, stored_d.value * to_float(sc[j]), stored_dmin.value * to_float(mn[j]),
-                                 0, 3, 0, levels + 16 * j, codes + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored_d.value * to_float(sc[j]),
+                                 stored_dmin.value * to_float(mn[j]), 0, 3, 0, levels + 16 * j, codes + 16 * j);
     }
     store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return (sc[j] & 15) | (mn[j] & 15) << 4; });
     store_crumbs(codes, out);
@@ -187,8 +199,8 @@ struct Q3K : BlockwiseFormat {
     }
     const Halves stored = to_f16(d);
     for (int j = 0; j < 16; ++j) {
-      codes_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(t[j] - 32), splat<Floats>(0.0f), -4, 3, 4,
-                                 levels + 16 * j, codes + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(t[j] - 32), splat<Floats>(0.0f), -4,
+                                 3, 4, levels + 16 * j, codes + 16 * j);
     }
     store_bytes<12>(out->scales, sizeof(Block), [&](int j) {
       if (j < 8) return (t[j] & 15) | (t[8 + j] & 15) << 4;
@@ -272,8 +284,8 @@ struct Pairs256 : BlockwiseFormat {
     }
     const Halves stored_d = to_f16(d), stored_dmin = to_f16(dmin);
     for (int j = 0; j < 8; ++j) {
-      codes_for_stored_scale<32>(in.x + 32 * j, stored_d.value * to_float(ls[j]), stored_dmin.value * to_float(lm[j]),
-                                 0, kMax, 0, levels + 32 * j, codes + 32 * j);
+      codes_for_stored_scale<32>(in.x + 32 * j, in.largest, stored_d.value * to_float(ls[j]),
+                                 stored_dmin.value * to_float(lm[j]), 0, kMax, 0, levels + 32 * j, codes + 32 * j);
     }
     store_pairs(ls, lm, out->scales, sizeof(Block));
     store_bytes<128>(out->qs, sizeof(Block), [&](int j) {
@@ -349,8 +361,8 @@ struct Q6K : BlockwiseFormat {
     for (int j = 0; j < 16; ++j) {
       const Ints integer = nearest_int(inverse * scales[j]);
       sc[j] = select(zero, 0, select(integer > 127, 127, integer) << 24 >> 24);
-      codes_for_stored_scale<16>(in.x + 16 * j, stored.value * to_float(sc[j]), splat<Floats>(0.0f), -32, 31, 32,
-                                 levels + 16 * j, codes + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(sc[j]), splat<Floats>(0.0f), -32,
+                                 31, 32, levels + 16 * j, codes + 16 * j);
     }
     for (int i = 0; i < 256; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
     store_bytes<128>(out->ql, sizeof(Block), [&](int j) {
