@@ -83,26 +83,26 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
 template <int kBlock>
 __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first, int64_t count,
                                            LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
-  alignas(64) float w[kWidth][kBlock];
-  load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w[0]);
-  std::memset(w[count], 0, (kWidth - count) * sizeof w[0]);
+  alignas(64) float w[kWidth * kBlock];
+  load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w);
+  std::memset(w + count * kBlock, 0, (kWidth - count) * kBlock * sizeof(float));
   Ints largest = splat<Ints>(0);  // as bits, which order magnitudes like numbers and put NaN last
   for (int i = 0; i < kBlock; i += kWidth) {
-    load_turned(&w[0][i], kBlock, lanes.x + i);
+    load_turned(w + i, kBlock, lanes.x + i);
     for (int k = 0; k < kWidth; ++k) largest = max(largest, as_int(abs(lanes.x[i + k])));
   }
   lanes.largest = as_float(largest);
   if (any(largest >= kInfinityBits)) {
     int64_t i = 0;
-    while ((float_bits(w[0][i]) & 0x7fffffff) < kInfinityBits) ++i;
+    while ((float_bits(w[i]) & 0x7fffffff) < kInfinityBits) ++i;
     lower_to(bad_weight, first * kBlock + i);
   }
   if (!lanes.weighted) return;
   const int64_t blocks_per_row = job.k / kBlock;
   for (int l = 0; l < count; ++l) {
-    std::memcpy(w[l], job.importance + (first + l) % blocks_per_row * kBlock, sizeof w[l]);
+    std::memcpy(w + l * kBlock, job.importance + (first + l) % blocks_per_row * kBlock, kBlock * sizeof(float));
   }
-  for (int i = 0; i < kBlock; i += kWidth) load_turned(&w[0][i], kBlock, lanes.importance + i);
+  for (int i = 0; i < kBlock; i += kWidth) load_turned(w + i, kBlock, lanes.importance + i);
 }
 
 template <class Format>
