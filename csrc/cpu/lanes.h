@@ -180,7 +180,7 @@ ISQ_INLINE V round_even(V f) {
 template <class V>
 ISQ_INLINE IntOf<V> round_away(V f) {
   const V whole = to_float(truncate(abs(f)));
-  const V up = whole + select(abs(f) - whole >= 0.5f, splat<V>(1.0f), splat<V>(0.0f));
+  const V up = select(abs(f) - whole >= 0.5f, whole + 1.0f, whole);
   return truncate(select(f < 0.0f, -up, up));
 }
 

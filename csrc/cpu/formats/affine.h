@@ -35,7 +35,7 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
   const Floats steps = round_even(edge / scale);  // from the edge to zero
   const Ints on_grid = steps != 0.0f;
   scale = select(on_grid, edge / steps, scale);
-  Floats bias = select(on_grid, edge, splat<Floats>(0.0f));
+  Floats bias = select(on_grid, edge, 0.0f);
 
   const bool as_mlx = in.rule == Rule::kMlx;
   *stored_scale = !f16 ? to_bf16(scale) : as_mlx ? to_f16(scale) : scale_to_f16(scale);

@@ -25,13 +25,9 @@ struct Fp8 : BlockwiseFormat {
   }
 
   static Ints quantize(const LaneBlocks<128>& in, Block* out) {
-    const Floats largest = in.largest;
     // At least the smallest normal number: kernels may flush subnormal scales to zero.
-    const Floats scale = select(largest == 0.0f, splat<Floats>(1.0f), max(largest / kLargest, splat<Floats>(FLT_MIN)));
-    for (int i = 0; i < 128; ++i) {
-      const Ints code = encode(in.x[i] / scale);
-      for (int l = 0; l < kWidth; ++l) out[l].codes[i] = (uint8_t)code[l];
-    }
+    const Floats scale = select(in.largest == 0.0f, 1.0f, max(in.largest / kLargest, splat<Floats>(FLT_MIN)));
+    store_bytes<128>(out->codes, sizeof(Block), [&](int i) { return encode(in.x[i] / scale); });
     for (int l = 0; l < kWidth; ++l) out[l].scale = scale[l];
     return splat<Ints>(0);
   }

@@ -115,8 +115,8 @@ struct Hqq {
         Floats low, high;
         first_min_max(in.x, kGroup, &low, &high);
         const Floats span = high - low;
-        const Floats exact = select(span <= kFlat, splat<Floats>(1.0f), (float)kMax / span);
-        inverse[unit] = select(exact > kLargestInverse, splat<Floats>(kLargestInverse), exact);
+        const Floats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
+        inverse[unit] = select(exact > kLargestInverse, kLargestInverse, exact);
         zero[unit] = -low * inverse[unit];
         if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the package's default for 4 bits
       });

@@ -92,9 +92,10 @@ ISQ_INLINE void unpack_pairs(const uint8_t* packed, int* scales, int* mins) {
   }
 }
 ISQ_INLINE void store_pairs(const Ints* scales, const Ints* mins, void* packed, int stride) {
+  const auto with_top = [](Ints low, Ints high) { return (low | high >> 4 << 6) & 255; };
   store_bytes<12>(packed, stride, [&](int j) {
-    if (j < 4) return scales[j] | scales[4 + j] >> 4 << 6;
-    if (j < 8) return mins[j - 4] | mins[j] >> 4 << 6;
+    if (j < 4) return with_top(scales[j], scales[4 + j]);
+    if (j < 8) return with_top(mins[j - 4], mins[j]);
     return (scales[j - 4] & 15) | (mins[j - 4] & 15) << 4;
   });
 }

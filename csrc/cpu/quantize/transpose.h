@@ -18,7 +18,7 @@ ISQ_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
 template <int kTimes, class V, int... i>
 ISQ_INLINE void interleave_halves(V* v, std::integer_sequence<int, i...> half) {
   if constexpr (kTimes > 1) {
-    constexpr std::make_integer_sequence<int, kWidth> kIndex;
+    constexpr std::make_integer_sequence<int, kWidth> kIndex{};
     V turned[kWidth];
     ((turned[2 * i] = interleave<0>(v[i], v[i + kWidth / 2], kIndex)), ...);
     ((turned[2 * i + 1] = interleave<1>(v[i], v[i + kWidth / 2], kIndex)), ...);
