@@ -56,11 +56,11 @@ ISQ_INLINE uint16_t load_u16(const uint8_t* p) {
 // Per lane: the 16-bit pattern, and the value it stands for.
 struct Halves {
   uint16_t bits[kWidth];
-  Floats value;
-  Ints overflow;  // infinite, or NaN from a search whose sums overflowed
+  LaneFloats value;
+  LaneInts overflow;  // infinite, or NaN from a search whose sums overflowed
 };
 
-ISQ_INLINE Halves to_f16(Floats f) {
+ISQ_INLINE Halves to_f16(LaneFloats f) {
   Halves h;
   for (int l = 0; l < kWidth; ++l) {
     h.bits[l] = f32_to_f16(f[l]);
@@ -69,7 +69,7 @@ ISQ_INLINE Halves to_f16(Floats f) {
   h.overflow = ~(abs(h.value) <= FLT_MAX);
   return h;
 }
-ISQ_INLINE Halves to_bf16(Floats f) {
+ISQ_INLINE Halves to_bf16(LaneFloats f) {
   Halves h;
   for (int l = 0; l < kWidth; ++l) {
     h.bits[l] = f32_to_bf16(f[l]);

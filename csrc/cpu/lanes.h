@@ -24,8 +24,8 @@ typedef Vector<kLanes>::Float F;
 typedef Vector<kLanes>::Int I;
 
 constexpr int kWidth = ISQ_VECTOR_FLOATS;
-typedef Vector<kWidth>::Float Floats;
-typedef Vector<kWidth>::Int Ints;
+typedef Vector<kWidth>::Float LaneFloats;
+typedef Vector<kWidth>::Int LaneInts;
 
 // The vectors of as many lanes as V has, and what is in a lane.
 template <class V>
@@ -108,14 +108,18 @@ ISQ_INLINE V max(V a, V b) {
 #if defined(__x86_64__)
 // The same, for GCC makes two instructions of some of them.
 #if ISQ_VECTOR_FLOATS == 16
-ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
-ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) {
+  return (LaneFloats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) {
+  return (LaneFloats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
 #elif ISQ_VECTOR_FLOATS == 8
-ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
-ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm256_min_ps((__m256)a, (__m256)b); }
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
-ISQ_INLINE Floats min(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
-ISQ_INLINE Floats max(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm_min_ps((__m128)a, (__m128)b); }
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm_max_ps((__m128)a, (__m128)b); }
 #endif
 #endif
 template <class V>

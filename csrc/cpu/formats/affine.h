@@ -12,9 +12,9 @@ namespace isqtorch::ISQ_ISA {
 
 // Rounds a scale to f16; to subnormal numbers away from zero. Those are so coarse that a scale rounded down would cut
 // off a large part of the group's range.
-ISQ_INLINE Halves scale_to_f16(Floats f) {
+ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
   Halves h = to_f16(f);
-  const Ints short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
+  const LaneInts short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
   for (int l = 0; l < kWidth; ++l) {
     if (short_of[l]) h.value[l] = f16_to_f32(++h.bits[l]);
   }
@@ -23,19 +23,19 @@ ISQ_INLINE Halves scale_to_f16(Floats f) {
 
 // Codes 0 .. nmax, scale and bias of a unit of groups. Not inlined: one copy serves every number of bits.
 template <int kGroup>
-__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, Ints* codes,
+__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, LaneInts* codes,
                                              Halves* stored_scale, Halves* stored_bias) {
   constexpr float kSmallestScale = 1e-7f;
-  Floats low, high;
+  LaneFloats low, high;
   first_min_max(in.x, kGroup, &low, &high);
-  const Ints negative = abs(low) > abs(high);
-  Floats scale = max((high - low) / (float)nmax, splat<Floats>(kSmallestScale));
+  const LaneInts negative = abs(low) > abs(high);
+  LaneFloats scale = max((high - low) / (float)nmax, splat<LaneFloats>(kSmallestScale));
   scale = select(negative, scale, -scale);
-  const Floats edge = select(negative, low, high);
-  const Floats steps = round_even(edge / scale);  // from the edge to zero
-  const Ints on_grid = steps != 0.0f;
+  const LaneFloats edge = select(negative, low, high);
+  const LaneFloats steps = round_even(edge / scale);  // from the edge to zero
+  const LaneInts on_grid = steps != 0.0f;
   scale = select(on_grid, edge / steps, scale);
-  Floats bias = select(on_grid, edge, 0.0f);
+  LaneFloats bias = select(on_grid, edge, 0.0f);
 
   const bool as_mlx = in.rule == Rule::kMlx;
   *stored_scale = !f16 ? to_bf16(scale) : as_mlx ? to_f16(scale) : scale_to_f16(scale);
@@ -82,8 +82,8 @@ struct Affine : BlockwiseFormat {
     load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return scale * codes + bias; });
   }
 
-  static Ints quantize(const LaneBlocks<kGroup>& in, Block* out) {
-    Ints codes[kGroup];
+  static LaneInts quantize(const LaneBlocks<kGroup>& in, Block* out) {
+    LaneInts codes[kGroup];
     Halves scale, bias;
     choose_affine<kGroup>(in, kMax, kF16, codes, &scale, &bias);
     for (int l = 0; l < kWidth; ++l) {

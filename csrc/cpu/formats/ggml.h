@@ -8,13 +8,13 @@ namespace isqtorch::ISQ_ISA {
 
 // The weight of every element's squared error when importance is given: large weights of important columns count most.
 template <int kBlock>
-ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, Floats mean_square, Floats* w) {
+ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, LaneFloats mean_square, LaneFloats* w) {
   for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
 }
 
 // 1 / d, but 0 where that is not finite: for a block of zeros, or of numbers that a 16-bit scale cannot tell from zero.
-ISQ_INLINE Floats reciprocal_or_zero(Floats d) {
-  const Floats inverse = 1.0f / d;
+ISQ_INLINE LaneFloats reciprocal_or_zero(LaneFloats d) {
+  const LaneFloats inverse = 1.0f / d;
   return select(abs(inverse) <= FLT_MAX, inverse, 0.0f);
 }
 
@@ -28,10 +28,10 @@ ISQ_INLINE uint32_t load_high_bits(const uint8_t* qh) {
 
 // The codes of 4- or 5-bit blocks, as q4_0 .. q5_1 share them.
 template <int kBits, class Block>
-ISQ_INLINE void store_codes(const Ints* codes, Block* out) {
+ISQ_INLINE void store_codes(const LaneInts* codes, Block* out) {
   store_bytes<16>(out->qs, sizeof(Block), [&](int j) { return (codes[j] & 15) | (codes[j + 16] & 15) << 4; });
   if constexpr (kBits == 5) {
-    Ints high = splat<Ints>(0);
+    LaneInts high = splat<LaneInts>(0);
     for (int i = 0; i < 32; ++i) high |= (codes[i] >> 4 & 1) << i;
     for (int l = 0; l < kWidth; ++l) std::memcpy(out[l].qh, &high[l], 4);
   }
@@ -62,17 +62,17 @@ struct Symmetric32 : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<32>& in, Block* out) {
-    Ints codes[32];
-    Floats d;
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    LaneInts codes[32];
+    LaneFloats d;
     if (in.weighted) {
-      Floats w[32], levels[32];
+      LaneFloats w[32], levels[32];
       importance_weights(in, in.row_mean_square, w);
-      d = search_symmetric<Floats, 32>(in.x, w, kHalf, levels);
+      d = search_symmetric<LaneFloats, 32>(in.x, w, kHalf, levels);
       for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
       d = first_extreme(in.x, 32) / (float)-kHalf;
-      const Floats inverse = reciprocal_or_zero(d);
+      const LaneFloats inverse = reciprocal_or_zero(d);
       for (int i = 0; i < 32; ++i)
         codes[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
     }
@@ -100,20 +100,20 @@ struct MinMax32 : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<32>& in, Block* out) {
-    Ints codes[32];
-    Floats d, m;
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    LaneInts codes[32];
+    LaneFloats d, m;
     if (in.weighted) {
-      Floats w[32], levels[32], offset;
+      LaneFloats w[32], levels[32], offset;
       importance_weights(in, in.row_mean_square, w);
-      d = search_affine<Floats, 32>(in.x, w, kMax, kWeightedGuesses, levels, &offset);
+      d = search_affine<LaneFloats, 32>(in.x, w, kMax, kWeightedGuesses, levels, &offset);
       m = -offset;
       for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
-      Floats high;
+      LaneFloats high;
       first_min_max(in.x, 32, &m, &high);
       d = (high - m) / (float)kMax;
-      const Floats inverse = reciprocal_or_zero(d);
+      const LaneFloats inverse = reciprocal_or_zero(d);
       for (int i = 0; i < 32; ++i) codes[i] = clamp(truncate((in.x[i] - m) * inverse + 0.5f), 0, kMax);
     }
     const Halves stored_d = to_f16(d), stored_m = to_f16(m);
@@ -141,10 +141,10 @@ struct Bytes32 : BlockwiseFormat {
     for (int i = 0; i < 32; ++i) w[i] = (float)block.qs[i] * d;
   }
 
-  static Ints quantize(const LaneBlocks<32>& in, Block* out) {
-    const Floats d = in.largest / 127.0f;
-    const Floats inverse = reciprocal_or_zero(d);
-    Ints sum = splat<Ints>(0), codes[32];
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    const LaneFloats d = in.largest / 127.0f;
+    const LaneFloats inverse = reciprocal_or_zero(d);
+    LaneInts sum = splat<LaneInts>(0), codes[32];
     for (int i = 0; i < 32; ++i) {
       codes[i] = round_away(in.x[i] * inverse);
       sum += codes[i];

@@ -55,14 +55,14 @@ struct Hqq {
   static constexpr float kExact = 2000.0f;     // integers up to 2048 are exact in f16
   static constexpr float kShrinkFrom = 0.17f;  // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
 
-  static Floats integer_for(Floats x, Floats inverse, Floats zero) {
+  static LaneFloats integer_for(LaneFloats x, LaneFloats inverse, LaneFloats zero) {
     return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax);
   }
 
   // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
-  static Floats shrink(Floats e) {
-    Floats shrunk = splat<Floats>(0.0f);
-    const Ints large = abs(e) >= kShrinkFrom;
+  static LaneFloats shrink(LaneFloats e) {
+    LaneFloats shrunk = splat<LaneFloats>(0.0f);
+    const LaneInts large = abs(e) >= kShrinkFrom;
     if (!any(large)) return shrunk;
     for (int l = 0; l < kWidth; ++l) {
       const float size = __builtin_fabsf(e[l]);
@@ -78,16 +78,16 @@ struct Hqq {
   struct Matrix {
     const QuantizeJob& job;
     const int64_t groups, units;
-    Floats *inverse, *zero;  // [units]
-    D* errors;               // [units]: sums of |e|, added up in a fixed order whatever the threads did
+    LaneFloats *inverse, *zero;  // [units]
+    D* errors;                   // [units]: sums of |e|, added up in a fixed order whatever the threads did
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
         : job(j),
           groups(j.rows * (j.k / kGroup)),
           units((groups + kWidth - 1) / kWidth),
-          inverse(new Floats[units]),
-          zero(new Floats[units]),
+          inverse(new LaneFloats[units]),
+          zero(new LaneFloats[units]),
           errors(new D[units]) {}
     ~Matrix() {
       delete[] inverse;
@@ -112,10 +112,10 @@ struct Hqq {
 
     void start() {
       for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
-        Floats low, high;
+        LaneFloats low, high;
         first_min_max(in.x, kGroup, &low, &high);
-        const Floats span = high - low;
-        const Floats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
+        const LaneFloats span = high - low;
+        const LaneFloats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
         inverse[unit] = select(exact > kLargestInverse, kLargestInverse, exact);
         zero[unit] = -low * inverse[unit];
         if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the package's default for 4 bits
@@ -125,15 +125,15 @@ struct Hqq {
     // One step for every group. Returns the mean |error| before it.
     double move_zeros() {
       for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
-        const Floats s = inverse[unit], z = zero[unit];
+        const LaneFloats s = inverse[unit], z = zero[unit];
         D moved = {}, size = {};
         for (int i = 0; i < kGroup; ++i) {
-          const Floats q = integer_for(in.x[i], s, z);
-          const Floats e = in.x[i] - (q - z) / s;
+          const LaneFloats q = integer_for(in.x[i], s, z);
+          const LaneFloats e = in.x[i] - (q - z) / s;
           moved += __builtin_convertvector(q - (in.x[i] - shrink(e)) * s, D);
           size += __builtin_convertvector(abs(e), D);
         }
-        zero[unit] = __builtin_convertvector(moved / (double)kGroup, Floats);
+        zero[unit] = __builtin_convertvector(moved / (double)kGroup, LaneFloats);
         errors[unit] = size;
       });
       double sum = 0;
@@ -149,16 +149,16 @@ struct Hqq {
     // group far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
     void store() {
       for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
-        const Floats exact_scale = 1.0f / inverse[unit];
-        const Floats offset = zero[unit] * exact_scale;
-        const Ints far = abs(zero[unit]) > kLargestF16;
+        const LaneFloats exact_scale = 1.0f / inverse[unit];
+        const LaneFloats offset = zero[unit] * exact_scale;
+        const LaneInts far = abs(zero[unit]) > kLargestF16;
         const Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
         const Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
-        Ints codes[kGroup];
+        LaneInts codes[kGroup];
         for (int i = 0; i < kGroup; ++i) {
           codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
         }
-        const Ints overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
+        const LaneInts overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
         Block packed[kWidth];
         for (int l = 0; l < count; ++l) {
           packed[l].scale = scale.bits[l];

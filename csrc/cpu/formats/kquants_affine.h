@@ -29,15 +29,15 @@ struct Q2K : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
-    Floats w[256], levels[256], scales[16], mins[16], d, dmin;
-    Ints codes[256], sc[16], mn[16];
+  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+    LaneFloats w[256], levels[256], scales[16], mins[16], d, dmin;
+    LaneInts codes[256], sc[16], mn[16];
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 1.0f), w);
     } else {
       for (int i = 0; i < 256; ++i) w[i] = abs(in.x[i]);
     }
-    using T = Twin<Floats>;
+    using T = Twin<LaneFloats>;
     const Guesses guesses = in.weighted ? kWeightedGuesses : Guesses{-0.5f, 0.1f, 15, true};
     for (int j = 0; j < 16; j += kSide<T>) {
       T offset;
@@ -45,7 +45,7 @@ struct Q2K : BlockwiseFormat {
       put<1>(mins, j, offset);
     }
     if (in.weighted) {
-      Floats sums[16];
+      LaneFloats sums[16];
       sub_block_sums<16>(w, sums);
       d = search_positive<16>(scales, sums, 15, sc);
       dmin = search_positive<16>(mins, sums, 15, mn);
@@ -69,11 +69,11 @@ struct Q2K : BlockwiseFormat {
 
  private:
   // Nonnegative scales as integers 0 .. 15 times the value returned.
-  static Floats integer_scales(const Floats* scales, Ints* integers) {
-    Floats largest = splat<Floats>(0.0f);
+  static LaneFloats integer_scales(const LaneFloats* scales, LaneInts* integers) {
+    LaneFloats largest = splat<LaneFloats>(0.0f);
     for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
-    const Ints zero = ~(largest > 0.0f);
-    const Floats inverse = 15.0f / largest;
+    const LaneInts zero = ~(largest > 0.0f);
+    const LaneFloats inverse = 15.0f / largest;
     for (int j = 0; j < 16; ++j) integers[j] = select(zero, 0, nearest_int(inverse * scales[j]));
     return select(zero, 0.0f, largest / 15.0f);
   }
@@ -91,8 +91,8 @@ ISQ_INLINE void unpack_pairs(const uint8_t* packed, int* scales, int* mins) {
     mins[4 + j] = packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4;
   }
 }
-ISQ_INLINE void store_pairs(const Ints* scales, const Ints* mins, void* packed, int stride) {
-  const auto with_top = [](Ints low, Ints high) { return (low | high >> 4 << 6) & 255; };
+ISQ_INLINE void store_pairs(const LaneInts* scales, const LaneInts* mins, void* packed, int stride) {
+  const auto with_top = [](LaneInts low, LaneInts high) { return (low | high >> 4 << 6) & 255; };
   store_bytes<12>(packed, stride, [&](int j) {
     if (j < 4) return with_top(scales[j], scales[4 + j]);
     if (j < 8) return with_top(mins[j - 4], mins[j]);
@@ -123,15 +123,15 @@ struct Pairs256 : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
-    Floats w[256], levels[256], scales[8], mins[8], d, dmin;
-    Ints codes[256], ls[8], lm[8];
+  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+    LaneFloats w[256], levels[256], scales[8], mins[8], d, dmin;
+    LaneInts codes[256], ls[8], lm[8];
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 2.0f), w);
     } else {
       for (int j = 0; j < 8; ++j) magnitude_weights(in.x + 32 * j, w + 32 * j);
     }
-    using T = Twin<Floats>;
+    using T = Twin<LaneFloats>;
     const Guesses guesses = in.weighted
                                 ? kWeightedGuesses
                                 : (kBits == 4 ? Guesses{-1.0f, 0.1f, 20, false} : Guesses{-0.5f, 0.1f, 15, false});
@@ -141,7 +141,7 @@ struct Pairs256 : BlockwiseFormat {
       put<1>(mins, j, offset);
     }
     if (in.weighted) {
-      Floats sums[8];
+      LaneFloats sums[8];
       sub_block_sums<32>(w, sums);
       d = search_positive<8>(scales, sums, 63, ls);
       dmin = search_positive<8>(mins, sums, 63, lm);
@@ -156,7 +156,7 @@ struct Pairs256 : BlockwiseFormat {
     }
     store_pairs(ls, lm, out->scales, sizeof(Block));
     store_bytes<128>(out->qs, sizeof(Block), [&](int j) {
-      const Ints* at = codes + 64 * (j / 32) + j % 32;
+      const LaneInts* at = codes + 64 * (j / 32) + j % 32;
       return (at[0] & 15) | (at[32] & 15) << 4;
     });
     if constexpr (kBits == 5) store_bit_plane(codes, 4, out->qh, sizeof(Block));
@@ -169,20 +169,20 @@ struct Pairs256 : BlockwiseFormat {
 
  private:
   // Without importance: |x| plus the sub-block's root mean square.
-  static void magnitude_weights(const Floats* x, Floats* w) {
-    Floats sum = splat<Floats>(0.0f);
+  static void magnitude_weights(const LaneFloats* x, LaneFloats* w) {
+    LaneFloats sum = splat<LaneFloats>(0.0f);
     for (int i = 0; i < 32; ++i) sum += x[i] * x[i];
-    const Floats rms = sqrt(sum / 32.0f);
+    const LaneFloats rms = sqrt(sum / 32.0f);
     for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
   }
 
   // Nonnegative scales as integers 0 .. 63 times the value returned.
-  static Floats integer_scales(const Floats* scales, Ints* integers) {
-    Floats largest = splat<Floats>(0.0f);
+  static LaneFloats integer_scales(const LaneFloats* scales, LaneInts* integers) {
+    LaneFloats largest = splat<LaneFloats>(0.0f);
     for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
-    const Floats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
+    const LaneFloats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
     for (int j = 0; j < 8; ++j) {
-      const Ints byte = nearest_int(inverse * scales[j]) & 255;  // the model keeps it in an unsigned byte
+      const LaneInts byte = nearest_int(inverse * scales[j]) & 255;  // the model keeps it in an unsigned byte
       integers[j] = select(byte > 63, 63, byte);
     }
     return largest / 63.0f;

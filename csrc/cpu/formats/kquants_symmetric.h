@@ -36,34 +36,34 @@ struct Q3K : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
-    Floats levels[256], scales[16], d;
-    Ints codes[256], t[16];
-    using T = Twin<Floats>;
+  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+    LaneFloats levels[256], scales[16], d;
+    LaneInts codes[256], t[16];
+    using T = Twin<LaneFloats>;
     if (in.weighted) {
-      Floats w[256], sums[16], integers[16];
+      LaneFloats w[256], sums[16], integers[16];
       importance_weights(in, block_mean_square(in.x, 2.0f), w);
       sub_block_sums<16>(w, sums);
       for (int j = 0; j < 16; j += kSide<T>) {
         put<1>(scales, j, search_symmetric<T, 16>(in.x + 16 * j, w + 16 * j, 4, levels + 16 * j));
       }
-      d = search_symmetric<Floats, 16>(scales, sums, 32, integers);
+      d = search_symmetric<LaneFloats, 16>(scales, sums, 32, integers);
       for (int j = 0; j < 16; ++j) t[j] = truncate(integers[j]);
     } else {
       descend_symmetric<16, 16>(in.x, 4, levels, scales);
-      const Floats extreme = first_extreme(scales, 16);
-      const Ints zero = extreme == 0.0f;
-      const Floats inverse = -32.0f / extreme;
+      const LaneFloats extreme = first_extreme(scales, 16);
+      const LaneInts zero = extreme == 0.0f;
+      const LaneFloats inverse = -32.0f / extreme;
       for (int j = 0; j < 16; ++j) {
-        const Ints byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
+        const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
         t[j] = select(zero, 0, clamp(byte, -32, 31) + 32);
       }
       d = select(zero, 0.0f, 1.0f / inverse);
     }
     const Halves stored = to_f16(d);
     for (int j = 0; j < 16; ++j) {
-      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(t[j] - 32), splat<Floats>(0.0f), -4,
-                                 3, 4, levels + 16 * j, codes + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(t[j] - 32), splat<LaneFloats>(0.0f),
+                                 -4, 3, 4, levels + 16 * j, codes + 16 * j);
     }
     store_bytes<12>(out->scales, sizeof(Block), [&](int j) {
       if (j < 8) return (t[j] & 15) | (t[8 + j] & 15) << 4;
@@ -98,31 +98,31 @@ struct Q6K : BlockwiseFormat {
     }
   }
 
-  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
-    Floats levels[256], scales[16];
-    Ints codes[256], sc[16];
-    using T = Twin<Floats>;
+  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+    LaneFloats levels[256], scales[16];
+    LaneInts codes[256], sc[16];
+    using T = Twin<LaneFloats>;
     for (int j = 0; j < 16; j += kSide<T>) {
-      const Floats* w = in.weighted ? in.importance + 16 * j : nullptr;
+      const LaneFloats* w = in.weighted ? in.importance + 16 * j : nullptr;
       put<1>(scales, j, search_symmetric<T, 16>(in.x + 16 * j, w, 32, levels + 16 * j));
     }
-    const Floats extreme = first_extreme(scales, 16);
-    const Ints zero = abs(extreme) < kTiny;
-    const Floats inverse = -128.0f / extreme;
+    const LaneFloats extreme = first_extreme(scales, 16);
+    const LaneInts zero = abs(extreme) < kTiny;
+    const LaneFloats inverse = -128.0f / extreme;
     const Halves stored = to_f16(select(zero, 0.0f, 1.0f / inverse));
     for (int j = 0; j < 16; ++j) {
-      const Ints integer = nearest_int(inverse * scales[j]);
+      const LaneInts integer = nearest_int(inverse * scales[j]);
       sc[j] = select(zero, 0, select(integer > 127, 127, integer) << 24 >> 24);
-      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(sc[j]), splat<Floats>(0.0f), -32,
-                                 31, 32, levels + 16 * j, codes + 16 * j);
+      codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(sc[j]), splat<LaneFloats>(0.0f),
+                                 -32, 31, 32, levels + 16 * j, codes + 16 * j);
     }
     for (int i = 0; i < 256; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
     store_bytes<128>(out->ql, sizeof(Block), [&](int j) {
-      const Ints* at = codes + 128 * (j / 64) + j % 64;
+      const LaneInts* at = codes + 128 * (j / 64) + j % 64;
       return (at[0] & 15) | (at[64] & 15) << 4;
     });
     store_bytes<64>(out->qh, sizeof(Block), [&](int j) {
-      const Ints* at = codes + 128 * (j / 32) + j % 32;
+      const LaneInts* at = codes + 128 * (j / 32) + j % 32;
       return at[0] >> 4 | at[32] >> 4 << 2 | at[64] >> 4 << 4 | at[96] >> 4 << 6;
     });
     store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return sc[j] & 255; });
@@ -144,14 +144,14 @@ struct Q8K : BlockwiseFormat {
     for (int i = 0; i < 256; ++i) w[i] = d * (float)block.qs[i];
   }
 
-  static Ints quantize(const LaneBlocks<256>& in, Block* out) {
-    const Floats extreme = first_extreme(in.x, 256);
-    const Floats inverse = -127.0f / extreme;
-    const Ints zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
-    const Floats d = select(zero, 0.0f, 1.0f / inverse);
-    Ints codes[256];
+  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+    const LaneFloats extreme = first_extreme(in.x, 256);
+    const LaneFloats inverse = -127.0f / extreme;
+    const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
+    const LaneFloats d = select(zero, 0.0f, 1.0f / inverse);
+    LaneInts codes[256];
     for (int j = 0; j < 16; ++j) {
-      Ints sum = splat<Ints>(0);
+      LaneInts sum = splat<LaneInts>(0);
       for (int i = 16 * j; i < 16 * j + 16; ++i) {
         codes[i] = select(zero, 0, clamp(nearest_int(inverse * in.x[i]), -128, 127));
         sum += codes[i];
@@ -160,7 +160,7 @@ struct Q8K : BlockwiseFormat {
     }
     store_bytes<256>(out->qs, sizeof(Block), [&](int i) { return codes[i] & 255; });
     for (int l = 0; l < kWidth; ++l) out[l].d = d[l];
-    return splat<Ints>(0);
+    return splat<LaneInts>(0);
   }
 };
 

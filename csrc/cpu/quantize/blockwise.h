@@ -12,10 +12,10 @@ namespace isqtorch::ISQ_ISA {
 // A unit of blocks, element i of block l in x[i][l].
 template <int kBlock>
 struct LaneBlocks {
-  Floats x[kBlock];
-  Floats largest;             // magnitude in each block
-  Floats importance[kBlock];  // of the elements' columns; unset if the job has none
-  Floats row_mean_square;     // of the row each block lies in, for formats that ask for it
+  LaneFloats x[kBlock];
+  LaneFloats largest;             // magnitude in each block
+  LaneFloats importance[kBlock];  // of the elements' columns; unset if the job has none
+  LaneFloats row_mean_square;     // of the row each block lies in, for formats that ask for it
   bool weighted;
   Rule rule;
 };
@@ -52,7 +52,7 @@ ISQ_INLINE const uint8_t* weight_at(const QuantizeJob& job, int64_t index) {
 }
 
 // The next kWidth elements of every row, each row's in a lane.
-ISQ_INLINE void load_turned(const float* rows, int64_t stride, Floats* x) {
+ISQ_INLINE void load_turned(const float* rows, int64_t stride, LaneFloats* x) {
   for (int l = 0; l < kWidth; ++l) std::memcpy(&x[l], rows + l * stride, sizeof x[l]);
   transpose(x);
 }
@@ -64,11 +64,11 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
     float w[kWidth][32] = {};
     for (int64_t first = kWidth * begin; first < kWidth * end && first < job.rows; first += kWidth) {
       const int64_t left = job.rows - first, count = left < kWidth ? left : kWidth;
-      Floats sum = splat<Floats>(0.0f);
+      LaneFloats sum = splat<LaneFloats>(0.0f);
       for (int64_t k = 0; k < job.k; k += 32) {
         for (int l = 0; l < count; ++l) load_floats(weight_at(job, (first + l) * job.k + k), job.dtype, 32, w[l]);
         for (int i = 0; i < 32; i += kWidth) {
-          Floats x[kWidth];
+          LaneFloats x[kWidth];
           load_turned(&w[0][i], 32, x);
           for (int n = 0; n < kWidth; ++n) sum += x[n] * x[n];
         }
@@ -86,7 +86,7 @@ __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first
   alignas(64) float w[kWidth * kBlock];
   load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w);
   std::memset(w + count * kBlock, 0, (kWidth - count) * kBlock * sizeof(float));
-  Ints largest = splat<Ints>(0);  // as bits, which order magnitudes like numbers and put NaN last
+  LaneInts largest = splat<LaneInts>(0);  // as bits, which order magnitudes like numbers and put NaN last
   for (int i = 0; i < kBlock; i += kWidth) {
     load_turned(w + i, kBlock, lanes.x + i);
     for (int k = 0; k < kWidth; ++k) largest = max(largest, as_int(abs(lanes.x[i + k])));
@@ -129,7 +129,7 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
           lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
       }
       Block packed[kWidth];
-      Ints overflow = Format::quantize(lanes, packed);
+      LaneInts overflow = Format::quantize(lanes, packed);
       if (Format::kF16Scales) overflow |= lanes.largest > kLargestWithF16Scales;
       for (int l = 0; l < count; ++l) {
         if (overflow[l]) lower_to(&result.overflow_at, (first + l) * kBlock);

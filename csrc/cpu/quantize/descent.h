@@ -9,15 +9,16 @@ namespace isqtorch::ISQ_ISA {
 // The descent of one vector or twin of blocks, symmetric integers -nmax .. nmax - 1.
 template <class T, int kCount>
 struct Descent {
-  const Floats* x;
-  Floats* levels;  // -nmax .. nmax - 1 while the descent lasts
+  const LaneFloats* x;
+  LaneFloats* levels;  // -nmax .. nmax - 1 while the descent lasts
   float nmax;
   T part_lx[kCount], part_l2[kCount];  // what each element adds to the sums
   T sum_lx, sum_l2;
   IntOf<T> zero;
 
   // Where the descent starts.
-  ISQ_INLINE Descent(const Floats* x_, int nmax_, Floats* levels_) : x(x_), levels(levels_), nmax((float)nmax_) {
+  ISQ_INLINE Descent(const LaneFloats* x_, int nmax_, LaneFloats* levels_)
+      : x(x_), levels(levels_), nmax((float)nmax_) {
     const T extreme = first_extreme<T, kCount>(x), inverse = -nmax / extreme;
     zero = abs(extreme) < kTiny;
     sum_lx = sum_l2 = splat<T>(0.0f);
@@ -86,16 +87,17 @@ struct Descent {
 // its own number of sweeps, with every step waiting for the one before. So those are brought together first: vectors
 // full of them.
 template <int kCount, int kBlocks>
-__attribute__((noinline)) void descend_symmetric(const Floats* x, int nmax, Floats* levels, Floats* scales) {
-  using T = Twin<Twin<Floats>>;
-  constexpr int kSide = sizeof(T) / sizeof(Floats), kDense = kSide * kWidth;
+__attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels,
+                                                 LaneFloats* scales) {
+  using T = Twin<Twin<LaneFloats>>;
+  constexpr int kSide = sizeof(T) / sizeof(LaneFloats), kDense = kSide * kWidth;
   struct Place {
     uint8_t block, lane;
   };
   Place restless[kBlocks * kWidth];
   int found = 0;
   for (int b = 0; b < kBlocks; ++b) {
-    Descent<Floats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
+    Descent<LaneFloats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
     for (uint32_t bits = lane_bits(descent.restless()); bits; bits &= bits - 1) {
       restless[found++] = {(uint8_t)b, (uint8_t)__builtin_ctz(bits)};
     }
@@ -103,7 +105,7 @@ __attribute__((noinline)) void descend_symmetric(const Floats* x, int nmax, Floa
   }
   for (int first = 0; first < found; first += kDense) {
     const int count = found - first < kDense ? found - first : kDense;
-    Floats dense_x[kSide * kCount] = {}, dense_levels[kSide * kCount], dense_scales[kSide];
+    LaneFloats dense_x[kSide * kCount] = {}, dense_levels[kSide * kCount], dense_scales[kSide];
     for (int n = 0; n < count; ++n) {
       const Place p = restless[first + n];
       for (int i = 0; i < kCount; ++i) dense_x[n / kWidth * kCount + i][n % kWidth] = x[p.block * kCount + i][p.lane];

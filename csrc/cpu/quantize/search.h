@@ -13,7 +13,7 @@ namespace isqtorch::ISQ_ISA {
 constexpr float kTiny = 1e-15f;  // a block whose extreme is below this counts as zero
 
 template <class T, int kCount>
-ISQ_INLINE T first_extreme(const Floats* x) {
+ISQ_INLINE T first_extreme(const LaneFloats* x) {
   T largest = splat<T>(0.0f), value = splat<T>(0.0f);
   for (int i = 0; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i), magnitude = abs(at);
@@ -27,7 +27,7 @@ ISQ_INLINE T first_extreme(const Floats* x) {
 // Symmetric, integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants,
 // rmse_type 1: w null means that a weight's error counts x^2.)
 template <class T, int kCount>
-T search_symmetric(const Floats* x, const Floats* w, int nmax, Floats* levels) {
+T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloats* levels) {
   const T extreme = first_extreme<T, kCount>(x);
   const IntOf<T> zero = abs(extreme) < kTiny;
 
@@ -83,7 +83,8 @@ struct Guesses {
 // Asymmetric, integers 0 .. nmax: x ~ scale * level - offset with offset >= 0. Returns the scale. (make_qkx2_quants and
 // make_qkx3_quants, which differ only in their guesses.)
 template <class T, int kCount>
-T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guesses, Floats* levels, T* offset) {
+T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses, LaneFloats* levels,
+                T* offset) {
   T low = get<T, kCount>(x, 0), high = low, sum_w = get<T, kCount>(w, 0), sum_x = sum_w * low;
   for (int i = 1; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i), weight = get<T, kCount>(w, i);
@@ -151,52 +152,52 @@ T search_affine(const Floats* x, const Floats* w, int nmax, const Guesses& guess
 
 // Nonnegative x, integers 0 .. nmax, for scales of scales. Returns the scale. (make_qp_quants.)
 template <int kCount>
-Floats search_positive(const Floats* x, const Floats* w, int nmax, Ints* levels) {
-  Floats high = splat<Floats>(0.0f);
+LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, LaneInts* levels) {
+  LaneFloats high = splat<LaneFloats>(0.0f);
   for (int i = 0; i < kCount; ++i) high = max(x[i], high);
-  const Ints zero = high < kTiny;
+  const LaneInts zero = high < kTiny;
 
-  const auto upto_nmax = [&](Ints v) { return select(v > nmax, nmax, v); };
-  const auto error_of = [&](Floats inverse, bool clamped) {
-    const Floats scale = 1.0f / inverse;
-    Floats error = splat<Floats>(0.0f);
+  const auto upto_nmax = [&](LaneInts v) { return select(v > nmax, nmax, v); };
+  const auto error_of = [&](LaneFloats inverse, bool clamped) {
+    const LaneFloats scale = 1.0f / inverse;
+    LaneFloats error = splat<LaneFloats>(0.0f);
     for (int i = 0; i < kCount; ++i) {
-      const Ints l = nearest_int(inverse * x[i]);
-      const Floats e = x[i] - scale * to_float(clamped ? upto_nmax(l) : l);
+      const LaneInts l = nearest_int(inverse * x[i]);
+      const LaneFloats e = x[i] - scale * to_float(clamped ? upto_nmax(l) : l);
       error += w[i] * e * e;
     }
     return error;
   };
-  Floats inverse = (float)nmax / high;
-  Floats best = error_of(inverse, false);
+  LaneFloats inverse = (float)nmax / high;
+  LaneFloats best = error_of(inverse, false);
   for (int step = -4; step <= 4; ++step) {
     if (step == 0) continue;
-    const Floats candidate = (0.1f * (float)step + (float)nmax) / high;
-    const Floats error = error_of(candidate, true);
-    const Ints better = error < best;
+    const LaneFloats candidate = (0.1f * (float)step + (float)nmax) / high;
+    const LaneFloats error = error_of(candidate, true);
+    const LaneInts better = error < best;
     best = select(better, error, best);
     inverse = select(better, candidate, inverse);
   }
 
-  Floats sum_lx = splat<Floats>(0.0f), sum_l2 = splat<Floats>(0.0f);
+  LaneFloats sum_lx = splat<LaneFloats>(0.0f), sum_l2 = splat<LaneFloats>(0.0f);
   for (int i = 0; i < kCount; ++i) {
     levels[i] = upto_nmax(nearest_int(inverse * x[i])) & 255;  // the model keeps them in bytes
-    const Floats l = to_float(levels[i]);
+    const LaneFloats l = to_float(levels[i]);
     sum_lx += w[i] * x[i] * l;
     sum_l2 += w[i] * l * l;
   }
   for (int sweep = 0; sweep < 5; ++sweep) {
-    Ints changed = splat<Ints>(0);
+    LaneInts changed = splat<LaneInts>(0);
     for (int i = 0; i < kCount; ++i) {
-      const Floats l = to_float(levels[i]);
-      Floats rest_lx = sum_lx - w[i] * x[i] * l;
-      Floats rest_l2 = sum_l2 - w[i] * l * l;
-      const Ints candidate = upto_nmax(nearest_int(x[i] * rest_l2 / rest_lx));
-      const Floats c = to_float(candidate);
-      const Ints allowed = (rest_lx > 0.0f) & (rest_l2 > 0.0f) & (candidate != levels[i]);
+      const LaneFloats l = to_float(levels[i]);
+      LaneFloats rest_lx = sum_lx - w[i] * x[i] * l;
+      LaneFloats rest_l2 = sum_l2 - w[i] * l * l;
+      const LaneInts candidate = upto_nmax(nearest_int(x[i] * rest_l2 / rest_lx));
+      const LaneFloats c = to_float(candidate);
+      const LaneInts allowed = (rest_lx > 0.0f) & (rest_l2 > 0.0f) & (candidate != levels[i]);
       rest_lx += w[i] * x[i] * c;
       rest_l2 += w[i] * c * c;
-      const Ints better = allowed & (rest_lx * rest_lx * sum_l2 > sum_lx * sum_lx * rest_l2);
+      const LaneInts better = allowed & (rest_lx * rest_lx * sum_l2 > sum_lx * sum_lx * rest_l2);
       levels[i] = select(better, candidate & 255, levels[i]);
       sum_lx = select(better, rest_lx, sum_lx);
       sum_l2 = select(better, rest_l2, sum_l2);

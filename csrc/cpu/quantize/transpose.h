@@ -41,7 +41,7 @@ ISQ_INLINE void store_bytes(void* to, int stride, const Byte& byte) {
   static_assert(kWords % kRun == 0);
   uint8_t* const first = static_cast<uint8_t*>(to);
   for (int run = 0; run < kWords; run += kRun) {
-    Ints words[kWidth] = {};
+    LaneInts words[kWidth] = {};
     for (int i = 0; i < kRun; ++i) {
       const int j = 4 * (run + i);
       words[i] = byte(j) | byte(j + 1) << 8 | byte(j + 2) << 16 | byte(j + 3) << 24;

@@ -89,22 +89,22 @@ ISQ_INLINE bool any(Twin<M> mask) {
 
 // Element i of a sub-block of kCount, or of as many as T has, one after the other.
 template <class T, int kCount>
-ISQ_INLINE T get(const Floats* x, int i) {
-  if constexpr (sizeof(T) == sizeof(Floats)) {
+ISQ_INLINE T get(const LaneFloats* x, int i) {
+  if constexpr (sizeof(T) == sizeof(LaneFloats)) {
     return x[i];
   } else {
     using Half = decltype(T{}.a);
-    return {get<Half, kCount>(x, i), get<Half, kCount>(x + kCount * (sizeof(Half) / sizeof(Floats)), i)};
+    return {get<Half, kCount>(x, i), get<Half, kCount>(x + kCount * (sizeof(Half) / sizeof(LaneFloats)), i)};
   }
 }
 template <int kCount>
-ISQ_INLINE void put(Floats* x, int i, Floats v) {
+ISQ_INLINE void put(LaneFloats* x, int i, LaneFloats v) {
   x[i] = v;
 }
 template <int kCount, class V>
-ISQ_INLINE void put(Floats* x, int i, Twin<V> v) {
+ISQ_INLINE void put(LaneFloats* x, int i, Twin<V> v) {
   put<kCount>(x, i, v.a);
-  put<kCount>(x + kCount * (sizeof(V) / sizeof(Floats)), i, v.b);
+  put<kCount>(x + kCount * (sizeof(V) / sizeof(LaneFloats)), i, v.b);
 }
 
 }  // namespace isqtorch::ISQ_ISA
