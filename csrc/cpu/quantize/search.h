@@ -38,36 +38,42 @@ T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloat
     weighted[i] = weights[i] * at;
   }
 
-  T best_inverse, scale, best;
-  // No element is larger than the extreme, so inverse * x stays far within what nearest_small can do.
-  const auto integer = [&](T inverse, T at) {
-    return clamp(nearest_small(inverse * at), -(float)nmax, (float)nmax - 1.0f);
+  // No element is larger than the extreme, so inverse * x stays far within what nearest_small can do, and within the
+  // integers, too, where the guess maps the extreme that far inside: `low` and `high` say which end needs a clamp.
+  const auto integer = [&](T inverse, T at, bool low, bool high) {
+    T l = nearest_small(inverse * at);
+    if (high) l = min(splat<T>((float)nmax - 1.0f), l);
+    if (low) l = max(splat<T>(-(float)nmax), l);
+    return l;
   };
-  const auto attempt = [&](T inverse, T* sum_lx, T* sum_l2) {
-    *sum_lx = *sum_l2 = splat<T>(0.0f);
+  T best_inverse, scale, best, sum_lx, sum_l2;
+  // Maps the extreme to nmax + excess, and sums up how well that does.
+  const auto attempt = [&](float excess) {
+    constexpr float kMargin = 0.01f;  // of inverse * x to its exact value
+    const bool low = excess > 0.5f - kMargin, high = excess > -0.5f - kMargin;
+    const T inverse = -((float)nmax + excess) / extreme;
+    sum_lx = sum_l2 = splat<T>(0.0f);
     for (int i = 0; i < kCount; ++i) {
-      const T l = integer(inverse, get<T, kCount>(x, i));
-      *sum_lx += weighted[i] * l;
-      *sum_l2 += weights[i] * l * l;
+      const T l = integer(inverse, get<T, kCount>(x, i), low, high);
+      sum_lx += weighted[i] * l;
+      sum_l2 += weights[i] * l * l;
     }
+    return inverse;
   };
 
-  T sum_lx, sum_l2;
-  best_inverse = -(float)nmax / extreme;
-  attempt(best_inverse, &sum_lx, &sum_l2);
+  best_inverse = attempt(0.0f);
   scale = select(sum_l2 != 0.0f, sum_lx / sum_l2, 0.0f);
   best = scale * sum_lx;
   for (int step = -9; step <= 9; ++step) {
     if (step == 0) continue;
-    const T inverse = -((float)nmax + 0.1f * (float)step) / extreme;
-    attempt(inverse, &sum_lx, &sum_l2);
+    const T inverse = attempt(0.1f * (float)step);
     const IntOf<T> better = (sum_l2 > 0.0f) & (sum_lx * sum_lx > best * sum_l2);
     best_inverse = select(better, inverse, best_inverse);
     scale = select(better, sum_lx / sum_l2, scale);
     best = select(better, scale * sum_lx, best);
   }
   for (int i = 0; i < kCount; ++i) {
-    const T l = integer(best_inverse, get<T, kCount>(x, i)) + (float)nmax;
+    const T l = integer(best_inverse, get<T, kCount>(x, i), true, true) + (float)nmax;
     put<kCount>(levels, i, select(zero, 0.0f, l));
   }
   return select(zero, 0.0f, scale);
