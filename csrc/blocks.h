@@ -50,7 +50,7 @@ struct BlockQ2K {
 struct BlockQ3K {
   uint8_t hmask[32];   // bit e / 32 of byte e % 32 is bit 2 of weight e
   uint8_t qs[64];      // bits 0-1, as in Q2K
-  uint8_t scales[12];  // sixteen 6-bit numbers, see unpack_scales in cpu/formats/kquants.h
+  uint8_t scales[12];  // sixteen 6-bit numbers, see unpack_scales in formats/kquants_symmetric.h
   uint16_t d;          // f16
 };
 struct BlockQ4K {

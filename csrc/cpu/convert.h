@@ -55,23 +55,23 @@ ISQ_INLINE uint16_t load_u16(const uint8_t* p) {
 
 // Per lane: the 16-bit pattern, and the value it stands for.
 struct Halves {
-  uint16_t bits[kLanes];
-  F value;
-  I overflow;  // infinite, or NaN from a search whose sums overflowed
+  uint16_t bits[kWidth];
+  LaneFloats value;
+  LaneInts overflow;  // infinite, or NaN from a search whose sums overflowed
 };
 
-ISQ_INLINE Halves to_f16(F f) {
+ISQ_INLINE Halves to_f16(LaneFloats f) {
   Halves h;
-  for (int l = 0; l < kLanes; ++l) {
+  for (int l = 0; l < kWidth; ++l) {
     h.bits[l] = f32_to_f16(f[l]);
     h.value[l] = f16_to_f32(h.bits[l]);
   }
   h.overflow = ~(abs(h.value) <= FLT_MAX);
   return h;
 }
-ISQ_INLINE Halves to_bf16(F f) {
+ISQ_INLINE Halves to_bf16(LaneFloats f) {
   Halves h;
-  for (int l = 0; l < kLanes; ++l) {
+  for (int l = 0; l < kWidth; ++l) {
     h.bits[l] = f32_to_bf16(f[l]);
     h.value[l] = bf16_to_f32(h.bits[l]);
   }

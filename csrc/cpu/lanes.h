@@ -1,10 +1,10 @@
-// Sixteen blocks side by side: the vector type all quantizers are written in.
+// Vectors: sixteen numbers for the decoders, and one register of blocks side by side for the quantizers.
 //
 // A quantizer's inner loops add up floats in an order that decides the bytes, so a block cannot be spread over a
 // vector. But blocks do not depend on each other: lane l works on block l, each lane runs the scalar algorithm step by
 // step, and a branch becomes a select. The result is the same on every ISA level and equal to scalar code, as long as
-// nothing is contracted
-// (-ffp-contract=off). The compiler maps the 64-byte vector onto whatever registers the level has.
+// nothing is contracted (-ffp-contract=off). The quantizers use exactly as many lanes as the level has in a register:
+// a wider vector lives in memory, and the compiler takes it apart and puts it together at every step.
 #pragma once
 
 #include "cpu/isa/prelude.h"
@@ -13,17 +13,61 @@
 
 namespace isqtorch::ISQ_ISA {
 
+template <int n>
+struct Vector {
+  typedef float Float __attribute__((vector_size(4 * n)));
+  typedef int32_t Int __attribute__((vector_size(4 * n)));  // also a mask: -1 or 0 per lane
+};
+
 constexpr int kLanes = 16;
-typedef float F __attribute__((vector_size(4 * kLanes)));
-typedef int32_t I __attribute__((vector_size(4 * kLanes)));  // also a mask: -1 or 0 per lane
+typedef Vector<kLanes>::Float F;
+typedef Vector<kLanes>::Int I;
 
-ISQ_INLINE F splat(float v) { return v - F{}; }  // not v + 0: that would lose the sign of -0
-ISQ_INLINE I splat(int32_t v) { return v + I{}; }
+constexpr int kWidth = ISQ_VECTOR_FLOATS;
+typedef Vector<kWidth>::Float LaneFloats;
+typedef Vector<kWidth>::Int LaneInts;
 
-ISQ_INLINE F as_float(I bits) { return (F)bits; }
-ISQ_INLINE I as_int(F value) { return (I)value; }
-ISQ_INLINE F to_float(I i) { return __builtin_convertvector(i, F); }
-ISQ_INLINE I truncate(F f) { return __builtin_convertvector(f, I); }
+// The vectors of as many lanes as V has, and what is in a lane.
+template <class V>
+struct Like {
+  using Float = typename Vector<sizeof(V) / 4>::Float;
+  using Int = typename Vector<sizeof(V) / 4>::Int;
+  using Scalar = std::decay_t<decltype(V{}[0])>;
+};
+template <>
+struct Like<float> {};
+template <>
+struct Like<int32_t> {};
+template <class V>
+using FloatOf = typename Like<V>::Float;
+template <class V>
+using IntOf = typename Like<V>::Int;
+template <class V>
+using ScalarOf = typename Like<V>::Scalar;
+
+template <class V>
+ISQ_INLINE V splat(ScalarOf<V> v) {
+  return v - V{};  // not v + 0: that would lose the sign of -0
+}
+ISQ_INLINE F splat(float v) { return splat<F>(v); }
+ISQ_INLINE I splat(int32_t v) { return splat<I>(v); }
+
+template <class V>
+ISQ_INLINE FloatOf<V> as_float(V bits) {
+  return (FloatOf<V>)bits;
+}
+template <class V>
+ISQ_INLINE IntOf<V> as_int(V value) {
+  return (IntOf<V>)value;
+}
+template <class V>
+ISQ_INLINE FloatOf<V> to_float(V i) {
+  return __builtin_convertvector(i, FloatOf<V>);
+}
+template <class V>
+ISQ_INLINE IntOf<V> truncate(V f) {
+  return __builtin_convertvector(f, IntOf<V>);
+}
 
 // Sixteen bytes as integers, and sixteen floats to memory: the two ends of every decoder.
 ISQ_INLINE I load_bytes(const uint8_t* p) {
@@ -41,72 +85,134 @@ ISQ_INLINE I load_bytes(const uint8_t* p) {
 }
 ISQ_INLINE void store_lanes(F v, float* p) { std::memcpy(p, &v, sizeof v); }
 
-ISQ_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
-ISQ_INLINE I select(I mask, I a, I b) { return mask ? a : b; }
-ISQ_INLINE F min(F a, F b) { return a < b ? a : b; }
-ISQ_INLINE F max(F a, F b) { return a > b ? a : b; }
-ISQ_INLINE I clamp(I v, int lo, int hi) {
-  v = v < lo ? splat(lo) : v;
-  return v > hi ? splat(hi) : v;
+template <class M, class V>
+ISQ_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
 }
-ISQ_INLINE F clamp(F v, float lo, float hi) {
-  v = v < lo ? splat(lo) : v;
-  return v > hi ? splat(hi) : v;
+template <class M, class V>
+ISQ_INLINE V select(M mask, ScalarOf<V> a, V b) {
+  return select(mask, splat<V>(a), b);
 }
-ISQ_INLINE F abs(F v) { return as_float(as_int(v) & 0x7fffffff); }
-ISQ_INLINE F sqrt(F v) {
-  for (int l = 0; l < kLanes; ++l) v[l] = __builtin_sqrtf(v[l]);
+template <class M, class V>
+ISQ_INLINE V select(M mask, V a, ScalarOf<V> b) {
+  return select(mask, a, splat<V>(b));
+}
+template <class V>
+ISQ_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+ISQ_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+#if defined(__x86_64__)
+// The same, for GCC makes two instructions of some of them.
+#if ISQ_VECTOR_FLOATS == 16
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) {
+  return (LaneFloats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) {
+  return (LaneFloats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+}
+#elif ISQ_VECTOR_FLOATS == 8
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm256_min_ps((__m256)a, (__m256)b); }
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm_min_ps((__m128)a, (__m128)b); }
+ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm_max_ps((__m128)a, (__m128)b); }
+#endif
+#endif
+template <class V>
+ISQ_INLINE V clamp(V v, ScalarOf<V> lo, ScalarOf<V> hi) {
+  return min(splat<V>(hi), max(splat<V>(lo), v));  // a NaN stays one
+}
+template <class V>
+ISQ_INLINE V abs(V v) {
+  return as_float(as_int(v) & 0x7fffffff);
+}
+template <class V>
+ISQ_INLINE V sqrt(V v) {
+  for (size_t l = 0; l < sizeof v / 4; ++l) v[l] = __builtin_sqrtf(v[l]);
   return v;
 }
-ISQ_INLINE bool any(I mask) {
-  int32_t seen = 0;
-  for (int l = 0; l < kLanes; ++l) seen |= mask[l];
-  return seen != 0;
+// Bit l of the result is lane l of the mask.
+template <class M>
+ISQ_INLINE uint32_t lane_bits(M mask) {
+#if ISQ_VECTOR_FLOATS == 16
+  if constexpr (sizeof mask == 64) return _mm512_movepi32_mask((__m512i)mask);
+#elif ISQ_VECTOR_FLOATS == 8
+  if constexpr (sizeof mask == 32) return _mm256_movemask_ps((__m256)mask);
+#endif
+  uint32_t bits = 0;
+  for (size_t l = 0; l < sizeof mask / 4; ++l) bits |= (mask[l] & 1u) << l;
+  return bits;
+}
+template <class M>
+ISQ_INLINE bool any(M mask) {
+  return lane_bits(mask) != 0;
 }
 
 // ggml's rounding: half to even for |f| < 2^22. Beyond that it wraps around instead of saturating, and some searches do
 // go there, so the bit trick itself is part of the format.
-ISQ_INLINE I nearest_int(F f) {
-  const I bits = as_int(f + 12582912.0f);  // 1.5 * 2^23
+template <class V>
+ISQ_INLINE IntOf<V> nearest_int(V f) {
+  const IntOf<V> bits = as_int(f + 12582912.0f);  // 1.5 * 2^23
   return (bits & 0x007fffff) - 0x00400000;
 }
 
+// The same number as a float.
+template <class V>
+ISQ_INLINE V nearest_float(V f) {
+  const IntOf<V> bits = as_int(f + 12582912.0f);
+  return as_float((bits & 0x007fffff) | 0x4b000000) - 12582912.0f;
+}
+// The same where |f| < 2^22.
+template <class V>
+ISQ_INLINE V nearest_small(V f) {
+  return (f + 12582912.0f) - 12582912.0f;
+}
+
 // Half to even, for every finite f; may lose the sign of a zero.
-ISQ_INLINE F round_even(F f) {
-  const F two23 = splat(8388608.0f);
-  const F magic = as_float(as_int(two23) | (as_int(f) & (int32_t)0x80000000));  // 2^23 with the sign of f
+template <class V>
+ISQ_INLINE V round_even(V f) {
+  const V two23 = splat<V>(8388608.0f);
+  const V magic = as_float(as_int(two23) | (as_int(f) & (int32_t)0x80000000));  // 2^23 with the sign of f
   return select(abs(f) < two23, (f + magic) - magic, f);
 }
 
 // C's roundf: half away from zero.
-ISQ_INLINE I round_away(F f) {
-  const F whole = to_float(truncate(abs(f)));
-  const F up = whole + select(abs(f) - whole >= 0.5f, splat(1.0f), splat(0.0f));
+template <class V>
+ISQ_INLINE IntOf<V> round_away(V f) {
+  const V whole = to_float(truncate(abs(f)));
+  const V up = select(abs(f) - whole >= 0.5f, whole + 1.0f, whole);
   return truncate(select(f < 0.0f, -up, up));
 }
 
 // The first element of largest magnitude, sign kept; 0 for a block of zeros.
-ISQ_INLINE F first_extreme(const F* x, int n) {
-  F largest = splat(0.0f), value = splat(0.0f);
+template <class V>
+ISQ_INLINE V first_extreme(const V* x, int n) {
+  V largest = splat<V>(0.0f), value = splat<V>(0.0f);
   for (int i = 0; i < n; ++i) {
-    const F magnitude = abs(x[i]);
-    const I better = magnitude > largest;
+    const V magnitude = abs(x[i]);
+    const IntOf<V> better = magnitude > largest;
     largest = select(better, magnitude, largest);
     value = select(better, x[i], value);
   }
   return value;
 }
 
-ISQ_INLINE F largest_magnitude(const F* x, int n) {
-  F largest = splat(0.0f);
+template <class V>
+ISQ_INLINE V largest_magnitude(const V* x, int n) {
+  V largest = splat<V>(0.0f);
   for (int i = 0; i < n; ++i) largest = max(abs(x[i]), largest);
   return largest;
 }
 
 // The first smallest and the first largest element: ties keep the earlier one, which decides the sign of a zero.
-ISQ_INLINE void first_min_max(const F* x, int n, F* lo, F* hi) {
-  *lo = splat(FLT_MAX);
-  *hi = splat(-FLT_MAX);
+template <class V>
+ISQ_INLINE void first_min_max(const V* x, int n, V* lo, V* hi) {
+  *lo = splat<V>(FLT_MAX);
+  *hi = splat<V>(-FLT_MAX);
   for (int i = 0; i < n; ++i) {
     *lo = select(x[i] < *lo, x[i], *lo);
     *hi = select(x[i] > *hi, x[i], *hi);

@@ -12,30 +12,30 @@ namespace isqtorch::ISQ_ISA {
 
 // Rounds a scale to f16; to subnormal numbers away from zero. Those are so coarse that a scale rounded down would cut
 // off a large part of the group's range.
-ISQ_INLINE Halves scale_to_f16(F f) {
+ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
   Halves h = to_f16(f);
-  const I short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
-  for (int l = 0; l < kLanes; ++l) {
+  const LaneInts short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
+  for (int l = 0; l < kWidth; ++l) {
     if (short_of[l]) h.value[l] = f16_to_f32(++h.bits[l]);
   }
   return h;
 }
 
-// Codes 0 .. nmax, scale and bias of sixteen groups. Not inlined: one copy serves every number of bits.
+// Codes 0 .. nmax, scale and bias of a unit of groups. Not inlined: one copy serves every number of bits.
 template <int kGroup>
-__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, I* codes,
+__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, LaneInts* codes,
                                              Halves* stored_scale, Halves* stored_bias) {
   constexpr float kSmallestScale = 1e-7f;
-  F low, high;
+  LaneFloats low, high;
   first_min_max(in.x, kGroup, &low, &high);
-  const I negative = abs(low) > abs(high);
-  F scale = max((high - low) / (float)nmax, splat(kSmallestScale));
+  const LaneInts negative = abs(low) > abs(high);
+  LaneFloats scale = max((high - low) / (float)nmax, splat<LaneFloats>(kSmallestScale));
   scale = select(negative, scale, -scale);
-  const F edge = select(negative, low, high);
-  const F steps = round_even(edge / scale);  // from the edge to zero
-  const I on_grid = steps != 0.0f;
+  const LaneFloats edge = select(negative, low, high);
+  const LaneFloats steps = round_even(edge / scale);  // from the edge to zero
+  const LaneInts on_grid = steps != 0.0f;
   scale = select(on_grid, edge / steps, scale);
-  F bias = select(on_grid, edge, splat(0.0f));
+  LaneFloats bias = select(on_grid, edge, 0.0f);
 
   const bool as_mlx = in.rule == Rule::kMlx;
   *stored_scale = !f16 ? to_bf16(scale) : as_mlx ? to_f16(scale) : scale_to_f16(scale);
@@ -82,11 +82,11 @@ struct Affine : BlockwiseFormat {
     load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return scale * codes + bias; });
   }
 
-  static I quantize(const LaneBlocks<kGroup>& in, Block* out) {
-    I codes[kGroup];
+  static LaneInts quantize(const LaneBlocks<kGroup>& in, Block* out) {
+    LaneInts codes[kGroup];
     Halves scale, bias;
     choose_affine<kGroup>(in, kMax, kF16, codes, &scale, &bias);
-    for (int l = 0; l < kLanes; ++l) {
+    for (int l = 0; l < kWidth; ++l) {
       out[l].scale = scale.bits[l];
       out[l].bias = bias.bits[l];
       store_stream<kBits>(codes, l, kGroup, out[l].codes);

@@ -49,7 +49,7 @@ ISQ_INLINE void load_stream(const uint8_t* bytes, int count, float* w, const App
 }
 
 template <int kBits>
-ISQ_INLINE void store_stream(const I* codes, int lane, int count, uint8_t* bytes) {
+ISQ_INLINE void store_stream(const LaneInts* codes, int lane, int count, uint8_t* bytes) {
   for (int i = 0; i < count; i += 8) {
     uint64_t eight = 0;
     for (int k = 0; k < 8; ++k) eight |= (uint64_t)(uint32_t)codes[i + k][lane] << (k * kBits);

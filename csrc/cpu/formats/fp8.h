@@ -24,16 +24,12 @@ struct Fp8 : BlockwiseFormat {
     for (int i = 0; i < 128; i += kLanes) store_lanes(value_of(load_bytes(block.codes + i)) * scale, w + i);
   }
 
-  static I quantize(const LaneBlocks<128>& in, Block* out) {
-    const F largest = largest_magnitude(in.x, 128);
+  static LaneInts quantize(const LaneBlocks<128>& in, Block* out) {
     // At least the smallest normal number: kernels may flush subnormal scales to zero.
-    const F scale = select(largest == 0.0f, splat(1.0f), max(largest / kLargest, splat(FLT_MIN)));
-    for (int i = 0; i < 128; ++i) {
-      const I code = encode(in.x[i] / scale);
-      for (int l = 0; l < kLanes; ++l) out[l].codes[i] = (uint8_t)code[l];
-    }
-    for (int l = 0; l < kLanes; ++l) out[l].scale = scale[l];
-    return splat(0);
+    const LaneFloats scale = select(in.largest == 0.0f, 1.0f, max(in.largest / kLargest, splat<LaneFloats>(FLT_MIN)));
+    store_bytes<128>(out->codes, sizeof(Block), [&](int i) { return encode(in.x[i] / scale); });
+    for (int l = 0; l < kWidth; ++l) out[l].scale = scale[l];
+    return splat<LaneInts>(0);
   }
 
  private:
@@ -48,12 +44,13 @@ struct Fp8 : BlockwiseFormat {
   }
 
   // To nearest even, saturating.
-  static I encode(F f) {
-    const F magnitude = min(abs(f), splat(kLargest));
-    const I bits = as_int(magnitude);
-    const I normal =
+  static LaneInts encode(LaneFloats f) {
+    const LaneFloats magnitude = min(abs(f), splat<LaneFloats>(kLargest));
+    const LaneInts bits = as_int(magnitude);
+    const LaneInts normal =
         ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // keep 3 mantissa bits; exponent bias 127 to 7
-    const I subnormal = truncate(round_even(magnitude * 512.0f));  // of 2^-9; 8 of them are the first normal number
+    const LaneInts subnormal =
+        truncate(round_even(magnitude * 512.0f));  // of 2^-9; 8 of them are the first normal number
     return select(magnitude < 0x1p-6f, subnormal, normal) | (as_int(f) >> 24 & 0x80);
   }
 };

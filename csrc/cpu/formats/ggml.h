@@ -8,14 +8,14 @@ namespace isqtorch::ISQ_ISA {
 
 // The weight of every element's squared error when importance is given: large weights of important columns count most.
 template <int kBlock>
-ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, F mean_square, F* w) {
+ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, LaneFloats mean_square, LaneFloats* w) {
   for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
 }
 
 // 1 / d, but 0 where that is not finite: for a block of zeros, or of numbers that a 16-bit scale cannot tell from zero.
-ISQ_INLINE F reciprocal_or_zero(F d) {
-  const F inverse = 1.0f / d;
-  return select(abs(inverse) <= FLT_MAX, inverse, splat(0.0f));
+ISQ_INLINE LaneFloats reciprocal_or_zero(LaneFloats d) {
+  const LaneFloats inverse = 1.0f / d;
+  return select(abs(inverse) <= FLT_MAX, inverse, 0.0f);
 }
 
 constexpr Guesses kWeightedGuesses = {-0.9f, 0.05f, 36, false};
@@ -26,15 +26,15 @@ ISQ_INLINE uint32_t load_high_bits(const uint8_t* qh) {
   return bits;
 }
 
-// The codes of a 4- or 5-bit block, as q4_0 .. q5_1 share them.
+// The codes of 4- or 5-bit blocks, as q4_0 .. q5_1 share them.
 template <int kBits, class Block>
-ISQ_INLINE void store_codes(const I* levels, int lane, Block& block) {
-  uint32_t high = 0;
-  for (int j = 0; j < 16; ++j) {
-    block.qs[j] = (uint8_t)((levels[j][lane] & 15) | (levels[j + 16][lane] & 15) << 4);
-    high |= (uint32_t)(levels[j][lane] >> 4 & 1) << j | (uint32_t)(levels[j + 16][lane] >> 4 & 1) << (j + 16);
+ISQ_INLINE void store_codes(const LaneInts* codes, Block* out) {
+  store_bytes<16>(out->qs, sizeof(Block), [&](int j) { return (codes[j] & 15) | (codes[j + 16] & 15) << 4; });
+  if constexpr (kBits == 5) {
+    LaneInts high = splat<LaneInts>(0);
+    for (int i = 0; i < 32; ++i) high |= (codes[i] >> 4 & 1) << i;
+    for (int l = 0; l < kWidth; ++l) std::memcpy(out[l].qh, &high[l], 4);
   }
-  if constexpr (kBits == 5) std::memcpy(block.qh, &high, 4);
 }
 // The first (half 0) or last sixteen codes.
 template <int kBits, class Block>
@@ -62,24 +62,23 @@ struct Symmetric32 : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<32>& in, Block* out) {
-    I levels[32];
-    F d;
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    LaneInts codes[32];
+    LaneFloats d;
     if (in.weighted) {
-      F w[32];
+      LaneFloats w[32], levels[32];
       importance_weights(in, in.row_mean_square, w);
-      d = search_symmetric<32>(in.x, w, kHalf, levels);
+      d = search_symmetric<LaneFloats, 32>(in.x, w, kHalf, levels);
+      for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
       d = first_extreme(in.x, 32) / (float)-kHalf;
-      const F inverse = reciprocal_or_zero(d);
+      const LaneFloats inverse = reciprocal_or_zero(d);
       for (int i = 0; i < 32; ++i)
-        levels[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
+        codes[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
     }
     const Halves stored = to_f16(d);
-    for (int l = 0; l < kLanes; ++l) {
-      out[l].d = stored.bits[l];
-      store_codes<kBits>(levels, l, out[l]);
-    }
+    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
+    store_codes<kBits>(codes, out);
     return stored.overflow;
   }
 };
@@ -101,27 +100,28 @@ struct MinMax32 : BlockwiseFormat {
     }
   }
 
-  static I quantize(const LaneBlocks<32>& in, Block* out) {
-    I levels[32];
-    F d, m;
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    LaneInts codes[32];
+    LaneFloats d, m;
     if (in.weighted) {
-      F w[32], offset;
+      LaneFloats w[32], levels[32], offset;
       importance_weights(in, in.row_mean_square, w);
-      d = search_affine<32>(in.x, w, kMax, kWeightedGuesses, levels, &offset);
+      d = search_affine<LaneFloats, 32>(in.x, w, kMax, kWeightedGuesses, levels, &offset);
       m = -offset;
+      for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
-      F high;
+      LaneFloats high;
       first_min_max(in.x, 32, &m, &high);
       d = (high - m) / (float)kMax;
-      const F inverse = reciprocal_or_zero(d);
-      for (int i = 0; i < 32; ++i) levels[i] = clamp(truncate((in.x[i] - m) * inverse + 0.5f), 0, kMax);
+      const LaneFloats inverse = reciprocal_or_zero(d);
+      for (int i = 0; i < 32; ++i) codes[i] = clamp(truncate((in.x[i] - m) * inverse + 0.5f), 0, kMax);
     }
     const Halves stored_d = to_f16(d), stored_m = to_f16(m);
-    for (int l = 0; l < kLanes; ++l) {
+    for (int l = 0; l < kWidth; ++l) {
       out[l].d = stored_d.bits[l];
       out[l].m = stored_m.bits[l];
-      store_codes<kBits>(levels, l, out[l]);
     }
+    store_codes<kBits>(codes, out);
     return stored_d.overflow | stored_m.overflow;
   }
 };
@@ -141,20 +141,20 @@ struct Bytes32 : BlockwiseFormat {
     for (int i = 0; i < 32; ++i) w[i] = (float)block.qs[i] * d;
   }
 
-  static I quantize(const LaneBlocks<32>& in, Block* out) {
-    const F d = largest_magnitude(in.x, 32) / 127.0f;
-    const F inverse = reciprocal_or_zero(d);
-    I sum = splat(0);
+  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+    const LaneFloats d = in.largest / 127.0f;
+    const LaneFloats inverse = reciprocal_or_zero(d);
+    LaneInts sum = splat<LaneInts>(0), codes[32];
     for (int i = 0; i < 32; ++i) {
-      const I code = round_away(in.x[i] * inverse);
-      sum += code;
-      for (int l = 0; l < kLanes; ++l) out[l].qs[i] = (int8_t)code[l];
+      codes[i] = round_away(in.x[i] * inverse);
+      sum += codes[i];
     }
+    store_bytes<32>(out->qs, sizeof(Block), [&](int i) { return codes[i] & 255; });
     const Halves stored = to_f16(d);
-    for (int l = 0; l < kLanes; ++l) out[l].d = stored.bits[l];
+    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
     if constexpr (kHasSum) {
       const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; no weight is decoded from it
-      for (int l = 0; l < kLanes; ++l) out[l].s = s.bits[l];
+      for (int l = 0; l < kWidth; ++l) out[l].s = s.bits[l];
     }
     return stored.overflow;
   }

@@ -10,7 +10,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-typedef double D __attribute__((vector_size(8 * kLanes)));
+typedef double D __attribute__((vector_size(8 * kWidth)));
 
 template <int kBits, int kGroup>
 struct Hqq {
@@ -55,14 +55,16 @@ struct Hqq {
   static constexpr float kExact = 2000.0f;     // integers up to 2048 are exact in f16
   static constexpr float kShrinkFrom = 0.17f;  // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
 
-  static F integer_for(F x, F inverse, F zero) { return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax); }
+  static LaneFloats integer_for(LaneFloats x, LaneFloats inverse, LaneFloats zero) {
+    return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax);
+  }
 
   // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
-  static F shrink(F e) {
-    F shrunk = splat(0.0f);
-    const I large = abs(e) >= kShrinkFrom;
+  static LaneFloats shrink(LaneFloats e) {
+    LaneFloats shrunk = splat<LaneFloats>(0.0f);
+    const LaneInts large = abs(e) >= kShrinkFrom;
     if (!any(large)) return shrunk;
-    for (int l = 0; l < kLanes; ++l) {
+    for (int l = 0; l < kWidth; ++l) {
       const float size = __builtin_fabsf(e[l]);
       if (!large[l]) continue;
       const float rest = size - powf(size, kPower) / kBeta;
@@ -71,22 +73,22 @@ struct Hqq {
     return shrunk;
   }
 
-  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors of sixteen
-  // groups.
+  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors, a lane to a
+  // group.
   struct Matrix {
     const QuantizeJob& job;
     const int64_t groups, units;
-    F *inverse, *zero;  // [units]
-    double* errors;     // [units]: sums of |e|, added up in a fixed order whatever the threads did
+    LaneFloats *inverse, *zero;  // [units]
+    D* errors;                   // [units]: sums of |e|, added up in a fixed order whatever the threads did
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
         : job(j),
           groups(j.rows * (j.k / kGroup)),
-          units((groups + kLanes - 1) / kLanes),
-          inverse(new F[units]),
-          zero(new F[units]),
-          errors(new double[units]) {}
+          units((groups + kWidth - 1) / kWidth),
+          inverse(new LaneFloats[units]),
+          zero(new LaneFloats[units]),
+          errors(new D[units]) {}
     ~Matrix() {
       delete[] inverse;
       delete[] zero;
@@ -97,12 +99,12 @@ struct Hqq {
 
     template <class Body>
     void for_units(const Body& body) {
-      for_range(job, units, 1 + (1 << 14) / (kLanes * kGroup), [&](int64_t begin, int64_t end) {
+      for_range(job, units, 1 + (1 << 14) / (kWidth * kGroup), [&](int64_t begin, int64_t end) {
         LaneBlocks<kGroup> lanes;
         lanes.weighted = false;
         for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t left = groups - unit * kLanes, count = left < kLanes ? left : kLanes;
-          load_blocks(job, unit * kLanes, count, lanes, &result.bad_weight);
+          const int64_t left = groups - unit * kWidth, count = left < kWidth ? left : kWidth;
+          load_blocks(job, unit * kWidth, count, lanes, &result.bad_weight);
           body(unit, count, lanes);
         }
       });
@@ -110,11 +112,11 @@ struct Hqq {
 
     void start() {
       for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
-        F low, high;
+        LaneFloats low, high;
         first_min_max(in.x, kGroup, &low, &high);
-        const F span = high - low;
-        const F exact = select(span <= kFlat, splat(1.0f), (float)kMax / span);
-        inverse[unit] = select(exact > kLargestInverse, splat(kLargestInverse), exact);
+        const LaneFloats span = high - low;
+        const LaneFloats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
+        inverse[unit] = select(exact > kLargestInverse, kLargestInverse, exact);
         zero[unit] = -low * inverse[unit];
         if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the package's default for 4 bits
       });
@@ -122,21 +124,24 @@ struct Hqq {
 
     // One step for every group. Returns the mean |error| before it.
     double move_zeros() {
-      for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
-        const F s = inverse[unit], z = zero[unit];
+      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
+        const LaneFloats s = inverse[unit], z = zero[unit];
         D moved = {}, size = {};
         for (int i = 0; i < kGroup; ++i) {
-          const F q = integer_for(in.x[i], s, z);
-          const F e = in.x[i] - (q - z) / s;
+          const LaneFloats q = integer_for(in.x[i], s, z);
+          const LaneFloats e = in.x[i] - (q - z) / s;
           moved += __builtin_convertvector(q - (in.x[i] - shrink(e)) * s, D);
           size += __builtin_convertvector(abs(e), D);
         }
-        zero[unit] = __builtin_convertvector(moved / (double)kGroup, F);
-        errors[unit] = 0;
-        for (int l = 0; l < count; ++l) errors[unit] += size[l];
+        zero[unit] = __builtin_convertvector(moved / (double)kGroup, LaneFloats);
+        errors[unit] = size;
       });
       double sum = 0;
-      for (int64_t unit = 0; unit < units; ++unit) sum += errors[unit];
+      for (int64_t first = 0; first < groups; first += 16) {  // by sixteen, on every ISA level
+        double part = 0;
+        for (int64_t g = first; g < first + 16 && g < groups; ++g) part += errors[g / kWidth][g % kWidth];
+        sum += part;
+      }
       return sum / ((double)groups * kGroup);
     }
 
@@ -144,25 +149,24 @@ struct Hqq {
     // group far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
     void store() {
       for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
-        const F exact_scale = 1.0f / inverse[unit];
-        const F offset = zero[unit] * exact_scale;
-        const I far = abs(zero[unit]) > kLargestF16;
+        const LaneFloats exact_scale = 1.0f / inverse[unit];
+        const LaneFloats offset = zero[unit] * exact_scale;
+        const LaneInts far = abs(zero[unit]) > kLargestF16;
         const Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
         const Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
-        I codes[kGroup];
+        LaneInts codes[kGroup];
         for (int i = 0; i < kGroup; ++i) {
           codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
         }
-        const I overflow =
-            scale.overflow | zero_point.overflow | (largest_magnitude(in.x, kGroup) > kLargestWithF16Scales);
-        Block packed[kLanes];
+        const LaneInts overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
+        Block packed[kWidth];
         for (int l = 0; l < count; ++l) {
           packed[l].scale = scale.bits[l];
           packed[l].zero = zero_point.bits[l];
           store_stream<kBits>(codes, l, kGroup, packed[l].codes);
-          if (overflow[l]) lower_to(&result.overflow_at, (unit * kLanes + l) * kGroup);
+          if (overflow[l]) lower_to(&result.overflow_at, (unit * kWidth + l) * kGroup);
         }
-        std::memcpy(job.out + unit * kLanes * sizeof(Block), packed, count * sizeof(Block));
+        std::memcpy(job.out + unit * kWidth * sizeof(Block), packed, count * sizeof(Block));
       });
     }
   };

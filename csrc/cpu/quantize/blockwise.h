@@ -1,19 +1,21 @@
-// The driver of every quantizer that works block by block: loads sixteen blocks, lets the format choose their codes,
-// stores them. Blocks are numbered through the whole matrix, so a unit of sixteen may span rows; the result does not
-// depend on how units are spread over threads.
+// The driver of every quantizer that works block by block: loads as many blocks as a vector has lanes, lets the format
+// choose their codes, stores them. Blocks are numbered through the whole matrix, so such a unit may span rows; the
+// result does not depend on how units are spread over threads.
 #pragma once
 
 #include "cpu/convert.h"
 #include "cpu/fp_env.h"
+#include "cpu/quantize/transpose.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// Sixteen blocks, element i of block l in x[i][l].
+// A unit of blocks, element i of block l in x[i][l].
 template <int kBlock>
 struct LaneBlocks {
-  F x[kBlock];
-  F importance[kBlock];  // of the elements' columns; unset if the job has none
-  F row_mean_square;     // of the row each block lies in, for formats that ask for it
+  LaneFloats x[kBlock];
+  LaneFloats largest;             // magnitude in each block
+  LaneFloats importance[kBlock];  // of the elements' columns; unset if the job has none
+  LaneFloats row_mean_square;     // of the row each block lies in, for formats that ask for it
   bool weighted;
   Rule rule;
 };
@@ -28,6 +30,8 @@ struct BlockwiseFormat {
 // No block with f16 scales reaches this (q6k comes closest, with 65504 * 128 * 32), and beyond it the searches' own
 // sums overflow and may end in a scale that is finite but means nothing.
 constexpr float kLargestWithF16Scales = 0x1p30f;
+
+constexpr int32_t kInfinityBits = 0x7f800000;
 
 template <class Body>
 void for_range(const QuantizeJob& job, int64_t count, int64_t grain, const Body& body) {
@@ -47,30 +51,30 @@ ISQ_INLINE const uint8_t* weight_at(const QuantizeJob& job, int64_t index) {
   return static_cast<const uint8_t*>(job.w) + index * (job.dtype == Dtype::kF32 ? 4 : 2);
 }
 
-// The position of the first NaN or infinity, or -1.
-ISQ_INLINE int first_not_finite(const float* w, int n) {
-  uint32_t largest = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t magnitude = float_bits(w[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  if (largest < 0x7f800000) return -1;
-  int i = 0;
-  while ((float_bits(w[i]) & 0x7fffffff) < 0x7f800000) ++i;
-  return i;
+// The next kWidth elements of every row, each row's in a lane.
+ISQ_INLINE void load_turned(const float* rows, int64_t stride, LaneFloats* x) {
+  for (int l = 0; l < kWidth; ++l) std::memcpy(&x[l], rows + l * stride, sizeof x[l]);
+  transpose(x);
 }
 
-// mean_square[r] = sum of x^2 over row r, in index order, / k
+// mean_square[r] = sum of x^2 over row r, in index order, / k. A row to a lane.
 inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
-  for_range(job, job.rows, 1 + (1 << 15) / job.k, [&](int64_t begin, int64_t end) {
-    float w[32];
-    for (int64_t row = begin; row < end; ++row) {
-      float sum = 0;
+  const int64_t units = (job.rows + kWidth - 1) / kWidth;
+  for_range(job, units, 1 + (1 << 15) / (kWidth * job.k), [&](int64_t begin, int64_t end) {
+    float w[kWidth][32] = {};
+    for (int64_t first = kWidth * begin; first < kWidth * end && first < job.rows; first += kWidth) {
+      const int64_t left = job.rows - first, count = left < kWidth ? left : kWidth;
+      LaneFloats sum = splat<LaneFloats>(0.0f);
       for (int64_t k = 0; k < job.k; k += 32) {
-        load_floats(weight_at(job, row * job.k + k), job.dtype, 32, w);
-        for (int i = 0; i < 32; ++i) sum += w[i] * w[i];
+        for (int l = 0; l < count; ++l) load_floats(weight_at(job, (first + l) * job.k + k), job.dtype, 32, w[l]);
+        for (int i = 0; i < 32; i += kWidth) {
+          LaneFloats x[kWidth];
+          load_turned(&w[0][i], 32, x);
+          for (int n = 0; n < kWidth; ++n) sum += x[n] * x[n];
+        }
       }
-      mean_square[row] = sum / (float)job.k;
+      sum /= (float)job.k;
+      std::memcpy(mean_square + first, &sum, count * sizeof(float));
     }
   });
 }
@@ -79,22 +83,26 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
 template <int kBlock>
 __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first, int64_t count,
                                            LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
-  alignas(64) float w[kBlock];
-  const int64_t blocks_per_row = job.k / kBlock;
-  for (int l = 0; l < kLanes; ++l) {
-    const int64_t block = first + l;
-    if (l < count) {
-      load_floats(weight_at(job, block * kBlock), job.dtype, kBlock, w);
-      const int bad = first_not_finite(w, kBlock);
-      if (bad >= 0) lower_to(bad_weight, block * kBlock + bad);
-    } else {
-      std::memset(w, 0, sizeof w);
-    }
-    for (int i = 0; i < kBlock; ++i) lanes.x[i][l] = w[i];
-    if (!lanes.weighted) continue;
-    const float* importance = job.importance + block % blocks_per_row * kBlock;
-    for (int i = 0; i < kBlock; ++i) lanes.importance[i][l] = l < count ? importance[i] : 0.0f;
+  alignas(64) float w[kWidth * kBlock];
+  load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w);
+  std::memset(w + count * kBlock, 0, (kWidth - count) * kBlock * sizeof(float));
+  LaneInts largest = splat<LaneInts>(0);  // as bits, which order magnitudes like numbers and put NaN last
+  for (int i = 0; i < kBlock; i += kWidth) {
+    load_turned(w + i, kBlock, lanes.x + i);
+    for (int k = 0; k < kWidth; ++k) largest = max(largest, as_int(abs(lanes.x[i + k])));
   }
+  lanes.largest = as_float(largest);
+  if (any(largest >= kInfinityBits)) {
+    int64_t i = 0;
+    while ((float_bits(w[i]) & 0x7fffffff) < kInfinityBits) ++i;
+    lower_to(bad_weight, first * kBlock + i);
+  }
+  if (!lanes.weighted) return;
+  const int64_t blocks_per_row = job.k / kBlock;
+  for (int l = 0; l < count; ++l) {
+    std::memcpy(w + l * kBlock, job.importance + (first + l) % blocks_per_row * kBlock, kBlock * sizeof(float));
+  }
+  for (int i = 0; i < kBlock; i += kWidth) load_turned(w + i, kBlock, lanes.importance + i);
 }
 
 template <class Format>
@@ -108,21 +116,21 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
   if (needs_rows) row_mean_squares(job, mean_square);
 
   QuantizeResult result;
-  const int64_t units = (blocks + kLanes - 1) / kLanes;
-  for_range(job, units, 1 + (1 << 12) / (kLanes * kBlock), [&](int64_t begin, int64_t end) {
+  const int64_t units = (blocks + kWidth - 1) / kWidth;
+  for_range(job, units, 1 + (1 << 12) / (kWidth * kBlock), [&](int64_t begin, int64_t end) {
     LaneBlocks<kBlock> lanes;
     lanes.weighted = weighted;
     lanes.rule = job.rule;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit * kLanes, left = blocks - first, count = left < kLanes ? left : kLanes;
+      const int64_t first = unit * kWidth, left = blocks - first, count = left < kWidth ? left : kWidth;
       load_blocks(job, first, count, lanes, &result.bad_weight);
       if (needs_rows) {
-        for (int l = 0; l < kLanes; ++l)
+        for (int l = 0; l < kWidth; ++l)
           lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
       }
-      Block packed[kLanes];
-      I overflow = Format::quantize(lanes, packed);
-      if (Format::kF16Scales) overflow |= largest_magnitude(lanes.x, kBlock) > kLargestWithF16Scales;
+      Block packed[kWidth];
+      LaneInts overflow = Format::quantize(lanes, packed);
+      if (Format::kF16Scales) overflow |= lanes.largest > kLargestWithF16Scales;
       for (int l = 0; l < count; ++l) {
         if (overflow[l]) lower_to(&result.overflow_at, (first + l) * kBlock);
       }
