@@ -15,6 +15,7 @@ typedef uint16_t NativeU16 __attribute__((vector_size(kNativeBytes)));
 typedef uint64_t NativeU64 __attribute__((vector_size(kNativeBytes)));
 typedef int32_t NativeI32 __attribute__((vector_size(kNativeBytes)));
 typedef float NativeF32 __attribute__((vector_size(kNativeBytes)));
+typedef float FourFloats __attribute__((vector_size(16)));
 
 struct Bytes {
   NativeU8 part[kParts];
@@ -43,8 +44,8 @@ ISQ_INLINE Quarter load_16(const void* p) {
 }
 ISQ_INLINE Quarter load_8_twice(const void* p) {
 #if defined(__x86_64__)
-  const __m128i once = _mm_loadl_epi64(static_cast<const __m128i*>(p));
-  return (Quarter)_mm_unpacklo_epi64(once, once);
+  __m128d once = _mm_load_sd(static_cast<const double*>(p));  // bits, not numbers
+  return (Quarter)_mm_unpacklo_pd(once, once);
 #else
   uint64_t once;
   std::memcpy(&once, p, 8);
@@ -101,7 +102,22 @@ ISQ_INLINE Bytes from_quarters(Quarter a, Quarter b, Quarter c, Quarter d) {
   return {{a, b, c, d}};
 #endif
 }
-ISQ_INLINE Bytes four_times(Quarter a) { return from_quarters(a, a, a, a); }
+ISQ_INLINE Bytes four_times(Quarter a) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeU8)_mm512_broadcast_i32x4((__m128i)a)}};
+#else
+  return from_quarters(a, a, a, a);
+#endif
+}
+// 32 bytes from memory, in both halves.
+ISQ_INLINE Bytes load_32_twice(const uint8_t* p) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeU8)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))}};
+#else
+  const Quarter a = load_16(p), b = load_16(p + 16);
+  return from_quarters(a, b, a, b);
+#endif
+}
 
 // From [a0 a1 a2 a3] and [b0 b1 b2 b3], quarters: *even = [a0 a2 b0 b2], *odd = [a1 a3 b1 b3].
 ISQ_INLINE void split_quarters(Bytes a, Bytes b, Bytes* even, Bytes* odd) {
@@ -224,23 +240,41 @@ ISQ_INLINE Floats all_lanes(float v) {
   for (int p = 0; p < kParts; ++p) f.part[p] = v - NativeF32{};
   return f;
 }
-// Lanes a b c d a b c d ...: one value for each position within a quarter.
-ISQ_INLINE Floats repeat_4(float a, float b, float c, float d) {
-  typedef float Four __attribute__((vector_size(16)));
-  const Four four = {a, b, c, d};
-  const Bytes all = four_times((Quarter)four);
+// Within each quarter of four times the same four values, the ones at kIndex...
+template <int kA, int kB, int kC, int kD>
+ISQ_INLINE Floats repeat_4(FourFloats v) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeF32)_mm512_permute_ps(_mm512_broadcast_f32x4((__m128)v), kA | kB << 2 | kC << 4 | kD << 6)}};
+#else
+  const FourFloats mixed = {v[kA], v[kB], v[kC], v[kD]};
+  const Bytes all = four_times((Quarter)mixed);
   Floats f;
   for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)all.part[p];
   return f;
+#endif
+}
+// Four f16, the first in the lowest bits.
+ISQ_INLINE FourFloats four_f16(uint64_t halves) {
+#if ISQ_VECTOR_FLOATS >= 8
+  return (FourFloats)_mm_cvtph_ps(_mm_cvtsi64_si128((long long)halves));
+#elif defined(__aarch64__)
+  return (FourFloats)vcvt_f32_f16(vreinterpret_f16_u64(vcreate_u64(halves)));
+#else
+  FourFloats f;
+  for (int i = 0; i < 4; ++i) f[i] = f16_to_f32((uint16_t)(halves >> (16 * i)));
+  return f;
+#endif
 }
 ISQ_INLINE float sum(Floats f) {
-  float s[16], total = 0;
-  std::memcpy(s, &f, sizeof s);
-  for (int width = 8; width; width /= 2) {
-    for (int l = 0; l < width; ++l) s[l] += s[l + width];
-  }
-  total = s[0];
-  return total;
+  NativeF32 total = f.part[0];
+  for (int p = 1; p < kParts; ++p) total += f.part[p];
+#if ISQ_VECTOR_FLOATS == 16
+  return _mm512_reduce_add_ps((__m512)total);
+#else
+  float s = total[0];
+  for (int l = 1; l < ISQ_VECTOR_FLOATS; ++l) s += total[l];
+  return s;
+#endif
 }
 
 ISQ_INLINE Floats bytes_to_floats(Quarter bytes) {
@@ -329,15 +363,6 @@ ISQ_INLINE Ints block_heads(const uint8_t* blocks) {
     return all;
   }();
   return gather_words(blocks, load_ints_16(kOffsets.at));
-}
-
-// One f16.
-ISQ_INLINE float half_to_float(const uint8_t* p) {
-#if ISQ_VECTOR_FLOATS >= 8
-  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load_u16(p))));
-#else
-  return f16_to_f32(load_u16(p));
-#endif
 }
 
 }  // namespace isqtorch::ISQ_ISA

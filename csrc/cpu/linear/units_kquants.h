@@ -15,6 +15,9 @@ ISQ_INLINE uint32_t load_u32(const uint8_t* p) {
   std::memcpy(&v, p, 4);
   return v;
 }
+// A pair of f16 (d, dmin) as a little-endian word: the mins are subtracted.
+constexpr uint64_t kNegateMins = 0x8000000080000000u;
+
 ISQ_INLINE Quarter quarter_of(uint64_t low, uint64_t high) {
   typedef uint64_t Two __attribute__((vector_size(16)));
   return (Quarter)Two{low, high};
@@ -44,14 +47,11 @@ struct Q2KUnit {
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats* offset) {
     load_crumbs(unit + offsetof(BlockQ2K, qs), codes);
-    const uint8_t* scales = unit + offsetof(BlockQ2K, scales);
-    const uint64_t low = load_u64(scales), high = load_u64(scales + 8);
-    const Quarter sc = quarter_of(low & each_byte(15), high & each_byte(15));
-    const Quarter mn = quarter_of(low >> 4 & each_byte(15), high >> 4 & each_byte(15));
-    const float d = half_to_float(unit + offsetof(BlockQ2K, d));
-    const float dmin = half_to_float(unit + offsetof(BlockQ2K, dmin));
-    *scale = bytes_to_floats(shuffle(sc, kCrumbGroups)) * d;
-    *offset = bytes_to_floats(shuffle(mn, kCrumbGroups)) * -dmin;
+    const Quarter scales = shuffle(load_16(unit + offsetof(BlockQ2K, scales)), kCrumbGroups);
+    const Quarter sc = scales & 15, mn = scales >> 4;
+    const FourFloats d = four_f16(load_u32(unit + offsetof(BlockQ2K, d)) ^ kNegateMins);
+    *scale = bytes_to_floats(sc) * repeat_4<0, 0, 0, 0>(d);
+    *offset = bytes_to_floats(mn) * repeat_4<1, 1, 1, 1>(d);
   }
 };
 
@@ -66,10 +66,9 @@ struct Q3KUnit {
     load_crumbs(unit + offsetof(BlockQ3K, qs), codes);
     // Bit i of a byte of hmask is for the first 128 weights, bit 4 + i for the others: shifted left by 4 in the first
     // half of the vector, both lie in the upper nibble.
-    const Quarter a = load_16(unit), b = load_16(unit + 16);
     constexpr Quarter kBy16 = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
     constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
-    const Bytes mask = multiply_16(from_quarters(a, b, a, b), from_quarters(kBy16, kBy16, kBy1, kBy1));
+    const Bytes mask = multiply_16(load_32_twice(unit), from_quarters(kBy16, kBy16, kBy1, kBy1));
     codes[0] = codes[0] | (shift_right<2>(mask) & 4);
     codes[1] = codes[1] | (shift_right<3>(mask) & 4);
     codes[2] = codes[2] | (shift_right<4>(mask) & 4);
@@ -79,9 +78,9 @@ struct Q3KUnit {
     const uint64_t nibbles = load_u64(scales), top = load_u32(scales + 8);
     const uint64_t t_low = (nibbles & each_byte(15)) | ((top | top >> 2 << 32) & each_byte(3)) << 4;
     const uint64_t t_high = (nibbles >> 4 & each_byte(15)) | ((top >> 4 | top >> 6 << 32) & each_byte(3)) << 4;
-    const float d = half_to_float(unit + offsetof(BlockQ3K, d));
+    const FourFloats d = four_f16(load_u16(unit + offsetof(BlockQ3K, d)));
     const Quarter t = shuffle(quarter_of(t_low, t_high), kCrumbGroups);
-    *scale = signed_bytes_to_floats(t - 32) * d;
+    *scale = signed_bytes_to_floats(t - 32) * repeat_4<0, 0, 0, 0>(d);
   }
 };
 
@@ -100,7 +99,6 @@ struct PairsUnit {
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats* offset) {
     Quarter ls[2], lm[2];
-    float d[2], dmin[2];
     for (int s = 0; s < 2; ++s) {
       const uint8_t* block = unit + s * sizeof(Block);
       const uint8_t* qs = block + offsetof(Block, qs);
@@ -117,11 +115,12 @@ struct PairsUnit {
         }
       }
       load_pairs(block + offsetof(Block, scales), &ls[s], &lm[s]);
-      d[s] = half_to_float(block + offsetof(Block, d));
-      dmin[s] = half_to_float(block + offsetof(Block, dmin));
     }
-    *scale = bytes_to_floats(interleave_pairs(ls[0], ls[1])) * repeat_4(d[0], d[0], d[1], d[1]);
-    *offset = bytes_to_floats(interleave_pairs(lm[0], lm[1])) * repeat_4(-dmin[0], -dmin[0], -dmin[1], -dmin[1]);
+    static_assert(offsetof(Block, d) == 0 && offsetof(Block, dmin) == 2);
+    const uint64_t pairs = load_u32(unit) | (uint64_t)load_u32(unit + sizeof(Block)) << 32;
+    const FourFloats d = four_f16(pairs ^ kNegateMins);  // d, -dmin of both
+    *scale = bytes_to_floats(interleave_pairs(ls[0], ls[1])) * repeat_4<0, 0, 2, 2>(d);
+    *offset = bytes_to_floats(interleave_pairs(lm[0], lm[1])) * repeat_4<1, 1, 3, 3>(d);
   }
 
  private:
@@ -164,15 +163,15 @@ struct Q6KUnit {
       const Bytes low = load_64(unit + offsetof(BlockQ6K, ql) + 64 * h);
       // Bits 0-1 and 4-5 are for the first 32 weights of vectors 2h and 2h + 1, the others for the second 32: shifted
       // left by 2 in the first half, all lie in the bits 2-3 and 6-7.
-      const Quarter a = load_16(unit + offsetof(BlockQ6K, qh) + 32 * h);
-      const Quarter b = load_16(unit + offsetof(BlockQ6K, qh) + 32 * h + 16);
-      const Bytes high = multiply_16(from_quarters(a, b, a, b), from_quarters(kBy4, kBy4, kBy1, kBy1));
+      const Bytes qh = load_32_twice(unit + offsetof(BlockQ6K, qh) + 32 * h);
+      const Bytes high = multiply_16(qh, from_quarters(kBy4, kBy4, kBy1, kBy1));
       codes[2 * h] = (low & 15) | (shift_left<2>(high) & 0x30);
       codes[2 * h + 1] = (shift_right<4>(low) & 15) | (shift_right<2>(high) & 0x30);
     }
     constexpr Quarter kTransposed = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    const float d = half_to_float(unit + offsetof(BlockQ6K, d));
-    *scale = signed_bytes_to_floats(shuffle(load_16(unit + offsetof(BlockQ6K, scales)), kTransposed)) * d;
+    const FourFloats d = four_f16(load_u16(unit + offsetof(BlockQ6K, d)));
+    const Quarter scales = shuffle(load_16(unit + offsetof(BlockQ6K, scales)), kTransposed);
+    *scale = signed_bytes_to_floats(scales) * repeat_4<0, 0, 0, 0>(d);
   }
 };
 
@@ -191,8 +190,8 @@ struct Q8KUnit {
       split_quarters(load_64(qs), load_64(qs + 64), &half[0], &half[1]);
       for (int h = 0; h < 2; ++h) codes[2 * i + h] = half[h] ^ 0x80;
     }
-    const float d0 = load_f32(unit), d1 = load_f32(unit + sizeof(BlockQ8K));
-    *scale = repeat_4(d0, d0, d1, d1);
+    const FourFloats d = {load_f32(unit), load_f32(unit + sizeof(BlockQ8K))};
+    *scale = repeat_4<0, 0, 1, 1>(d);
   }
 };
 
