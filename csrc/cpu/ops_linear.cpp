@@ -70,56 +70,68 @@ void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
   });
 }
 
-// Many rows of x: they are packed once. Then panel by panel weights are decoded, a stretch of k at a time so that
-// panel, x and sums stay in the second-level cache, and multiplied.
-void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
-  constexpr int64_t kStretch = 1024, kTokens = 512;  // columns, and rows of x, at a time
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Packs `count` rows of x from row `first` on for the panel kernels, in groups of token_block rows.
+void pack_tokens(const LinearArguments& a, const PackedMatrix& packed, int64_t first, int64_t count, uint8_t* out) {
   const PanelKernels& kernels = *packed.panel_kernels;
-  const int64_t group = kernels.token_block, groups = (a.m + group - 1) / group,
-                group_bytes = kernels.packed_bytes(a.k);
-  const Scratch packed_x(groups * group_bytes);
-  parallel_tiles(groups, group * a.k, [&](int64_t begin, int64_t end) {
+  const int64_t group = kernels.token_block, group_bytes = kernels.packed_bytes(a.k);
+  parallel_tiles((count + group - 1) / group, group * a.k, [&](int64_t begin, int64_t end) {
     const Scratch x(group * a.k * sizeof(float));
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t count = std::min(group, a.m - g * group);
-      packed.kernels->formats.load(a.row_of_x(g * group), a.dtype, count * a.k, x.floats());
-      kernels.pack(x.floats(), static_cast<int>(count), a.k, packed_x.bytes() + g * group_bytes);
+      const int64_t rows = std::min(group, count - g * group);
+      packed.kernels->formats.load(a.row_of_x(first + g * group), a.dtype, rows * a.k, x.floats());
+      kernels.pack(x.floats(), static_cast<int>(rows), a.k, out + g * group_bytes);
     }
   });
+}
 
-  const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
+// y of some rows of x, which are packed: panel by panel weights are decoded, a stretch of k at a time so that panel, x
+// and sums stay in the second-level cache, and multiplied.
+void multiply_panels(const LinearArguments& a, const PackedMatrix& packed, int64_t first_token, int64_t tokens,
+                     const uint8_t* x) {
+  constexpr int64_t kStretch = 1024;
+  const PanelKernels& kernels = *packed.panel_kernels;
   const int64_t fair = a.n / (2 * torch::stable::get_num_threads());  // rows, if every thread gets two panels
   const int64_t rows = std::clamp<int64_t>(round_up(fair, kernels.row_block), kernels.row_block, kernels.panel_rows);
-  const int64_t tokens = std::min(kTokens / group, groups) * group;
-  parallel_tiles((a.n + rows - 1) / rows, rows * a.k * a.m / kMaxTokens, [&](int64_t begin, int64_t end) {
+  const int64_t floats = rows * round_up(tokens, kernels.token_block);
+  parallel_tiles((a.n + rows - 1) / rows, rows * a.k * tokens / kMaxTokens, [&](int64_t begin, int64_t end) {
     thread_local Scratch panel, sums, y;
     panel.grow(kernels.panel_bytes(rows, std::min(kStretch, round_up(a.k, kPanelStep))));
-    sums.grow(rows * tokens * sizeof(float));
-    y.grow(rows * tokens * sizeof(float));
+    sums.grow(floats * sizeof(float));
+    y.grow(floats * sizeof(float));
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * rows, count = std::min(rows, a.n - first);
-      for (int64_t token = 0; token < a.m; token += tokens) {
-        const int64_t left = std::min(tokens, a.m - token), padded_rows = round_up(count, kernels.row_block);
-        for (int64_t k = 0; k < a.k; k += kStretch) {
-          const int64_t k_end = std::min(k + kStretch, a.k);
-          const uint8_t* w = packed.bytes + first * packed.row_bytes;
-          kernels.decode(
-              {w, packed.row_bytes, count, a.k, first + count == a.n, k, k_end, panel.bytes(), kernels.layout});
-          kernels.multiply({panel.bytes(), padded_rows, a.k, k, k_end, packed_x.bytes() + token / group * group_bytes,
-                            left, sums.floats(), k == 0});
-        }
-        kernels.unpack(sums.floats(), padded_rows, left, y.floats(), padded_rows);
-        for (int64_t t = 0; t < left; ++t) {
-          store_outputs(a, *packed.kernels, token + t, first, count, y.floats() + t * padded_rows);
-        }
+      const int64_t padded = round_up(count, kernels.row_block);
+      const uint8_t* w = packed.bytes + first * packed.row_bytes;
+      for (int64_t k = 0; k < a.k; k += kStretch) {
+        const int64_t k_end = std::min(k + kStretch, a.k);
+        kernels.decode(
+            {w, packed.row_bytes, count, a.k, first + count == a.n, k, k_end, panel.bytes(), kernels.layout});
+        kernels.multiply({panel.bytes(), padded, a.k, k, k_end, x, tokens, sums.floats(), k == 0});
+      }
+      kernels.unpack(sums.floats(), padded, tokens, y.floats(), padded);
+      for (int64_t t = 0; t < tokens; ++t) {
+        store_outputs(a, *packed.kernels, first_token + t, first, count, y.floats() + t * padded);
       }
     }
   });
 }
 
+// Many rows of x, as many at a time as the caches hold.
+void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
+  const PanelKernels& kernels = *packed.panel_kernels;
+  const int64_t portion = std::min<int64_t>(512 / kernels.token_block * kernels.token_block, a.m);
+  const Scratch x(round_up(portion, kernels.token_block) / kernels.token_block * kernels.packed_bytes(a.k));
+  for (int64_t first = 0; first < a.m; first += portion) {
+    const int64_t count = std::min(portion, a.m - first);
+    pack_tokens(a, packed, first, count, x.bytes());
+    multiply_panels(a, packed, first, count, x.bytes());
+  }
+}
+
 // Where a level has no product of its own for a format: decode a panel of weight rows, multiply with torch's own matrix
-// product, next panel. f16 goes through
-// f32, because few processors multiply f16 matrices at speed.
+// product, next panel. f16 goes through f32, because few processors multiply f16 matrices at speed.
 void linear_decoded(const LinearArguments& a, const PackedMatrix& packed) {
   const Dtype dtype = a.dtype == Dtype::kF16 ? Dtype::kF32 : a.dtype;
   const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;

@@ -128,26 +128,37 @@ void decode_amx_panel(const DecodeJob& job) {
   }
 }
 
+// 64 codes become 32 words of two bf16 (see Fp8Step); to be scaled, the lower and the upper ones of sixteen words
+// become f32, and then sixteen neighbours of a tile's row.
 struct Fp8Order {
   static constexpr int kWeights = 128;
-  static constexpr int weight_at(int position) { return position; }
+  static constexpr int weight_at(int position) {
+    const int half = position % 64 / 32, in_half = position % 16 * 2 + position % 32 / 16;
+    return position / 64 * 64 + in_half / 8 * 16 + half * 8 + in_half % 8;
+  }
 };
 
 inline void decode_amx_fp8_panel(const DecodeJob& job) {
   const int64_t tiles = tiles_along_k(job.k_end - job.k_begin);
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
   for (int64_t row = 0; row < job.rows; ++row) {
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
-    for (int64_t k = job.k_begin; k < job.k_begin + tiles * kTileWeights; k += Fp8::kBlock) {
-      const uint8_t* block = job.w + row * job.row_bytes + k / Fp8::kBlock * (int64_t)sizeof(Fp8::Block);
-      const bool there = k < job.k_end;
-      const Floats scale = all_lanes(there ? load_f32(block) * kSixteenFp8Factor : 0.0f);
-      for (int i = 0; i < Fp8::kBlock; i += kTileWeights, out += kTileBytes) {
-        const uint8_t* codes = block + offsetof(Fp8::Block, codes) + i;
-        const Floats low = there ? sixteen_fp8(codes) * scale : scale;
-        const Floats high = there ? sixteen_fp8(codes + 16) * scale : scale;
-        _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]));
+    const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / Fp8::kBlock * (int64_t)sizeof(Fp8::Block);
+    for (int64_t k = job.k_begin; k < job.k_end; k += Fp8::kBlock, block += sizeof(Fp8::Block)) {
+      __builtin_prefetch(block + kRowsAhead * job.row_bytes);
+      __builtin_prefetch(block + kRowsAhead * job.row_bytes + 64);
+      const __m512 scale = _mm512_set1_ps(load_f32(block));
+      for (int step = 0; step < Fp8::kBlock; step += Fp8Step::kWeights) {
+        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + step);
+        for (int half = 0; half < 2; ++half, out += kTileBytes) {
+          const __m512 low = _mm512_mul_ps((__m512)_mm512_slli_epi32(w.half[half], 16), scale);
+          const __m512 high = _mm512_mul_ps((__m512)_mm512_and_si512(w.half[half], upper), scale);
+          _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
       }
     }
+    const int64_t rest = tiles - (job.k_end - job.k_begin) / kTileWeights;
+    for (int64_t tile = 0; tile < rest; ++tile) _mm512_store_si512(out + tile * kTileBytes, _mm512_setzero_si512());
   }
 }
 
