@@ -126,6 +126,7 @@ void multiply_fp8_rows(const RowsJob& job) {
     for (int m = 0; m < kTokens; ++m) total[m] = all_lanes(0.0f);
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(Fp8::Block);
+      prefetch_weights(block, sizeof(Fp8::Block));
       Floats acc[kTokens];
       for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
       for (int s = 0; s < kSteps; ++s) {

@@ -140,8 +140,15 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
   }
 }
 
-// The hardware prefetcher alone leaves a third of the bandwidth of the third-level cache unused.
-constexpr int64_t kPrefetchAhead = 4096;
+// Weights that will be needed soon go to the first-level cache, later ones to the second: the hardware prefetchers
+// alone leave a fifth of the memory's bandwidth unused, and a third of that of the third-level cache.
+ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes) {
+  constexpr int64_t kSoon = 1024, kLater = 8192;
+  for (int64_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(w + kSoon + b);
+    __builtin_prefetch(w + kLater + b, 0, 2);
+  }
+}
 
 template <class Unit, int kTokens>
 void multiply_rows(const RowsJob& job) {
@@ -158,7 +165,7 @@ void multiply_rows(const RowsJob& job) {
     Floats acc[kTokens];
     for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
     for (int64_t u = 0; u < whole; ++u) {
-      for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(w + u * unit_bytes + kPrefetchAhead + b);
+      prefetch_weights(w + u * unit_bytes, unit_bytes);
       multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u, units, acc);
     }
     if (whole < units) {
