@@ -18,7 +18,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all lint format tables build clean
+.PHONY: help demo bench test test-all sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,16 @@ test: build  ## the test suite
 
 test-all: build  ## the test suite with its slow tests
 	$(PYTHON) -m pytest -m "slow or not slow"
+
+# A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
+# runtimes are loaded first, and leaks, which would be its own, are not looked for.
+SANITIZED  := build/sanitize/lib
+SANITIZERS  = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
+sanitize: build  ## ops, linear and golden tests on every CPU level, under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZED)
+	ISQTORCH_SANITIZE=1 $(PYTHON) setup.py --quiet build --build-lib $(SANITIZED)
+	ISQTORCH_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) tests/test_ops.py tests/test_linear.py tests/test_goldens.py
 
 lint: build  ## ruff, mypy --strict, clang-format, generated tables
 	$(PYTHON) -m ruff check .

@@ -5,6 +5,7 @@ every torch >= 2.10 and every CPython >= 3.10. Instruction sets (AVX2, AVX-512, 
 sources and chosen at run time, so no flag here depends on the machine that builds.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,17 +35,34 @@ COMPILE_ARGS = [
 ]
 
 
+SANITIZE = os.environ.get("ISQTORCH_SANITIZE") == "1"  # `make sanitize`; the library needs their runtimes preloaded
+SANITIZE_ARGS = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
+
+
 class Build(BuildExtension):
     """Keeps objects between calls: an editable install would compile everything again, in a temporary folder."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "temp")
+        if SANITIZE and self.inplace:
+            raise SystemExit(
+                "isqtorch: a library with sanitizers does not belong into the package; see `make sanitize`."
+            )
+        self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
 
 if "clang" not in subprocess.run([get_cxx_compiler(), "--version"], capture_output=True, text=True).stdout:
     # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
     COMPILE_ARGS += ["--param", "max-completely-peel-times=8"]
+
+if SANITIZE:
+    COMPILE_ARGS += SANITIZE_ARGS
 
 if sys.platform == "win32":
     raise SystemExit("isqtorch: Windows is not supported yet; use WSL.")
@@ -58,6 +76,7 @@ setup(
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=COMPILE_ARGS,
+            extra_link_args=SANITIZE_ARGS[-2:] if SANITIZE else [],
             py_limited_api=True,
         )
     ],

@@ -6,6 +6,7 @@ holds them (`plan`, `quantize`, `formats`), and a module imported later would ta
 
 from ._version import __version__
 from .evaluation import kl_divergence, perplexity, reference_logits
+from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
 from .imatrix import Imatrix, read_imatrix
 from .modules import QuantEmbedding, QuantLinear
@@ -17,6 +18,7 @@ from .tensor import QuantizedTensor, quantize
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 
 __all__ = [
+    "Explanation",
     "Imatrix",
     "LayerReport",
     "QuantEmbedding",
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "checkpoint",
     "dequantize_",
+    "explain",
     "formats",
     "get_format",
     "kl_divergence",

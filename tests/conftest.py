@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
+from isqtorch.ops.native import LIBRARY
+
+
+def pytest_report_header() -> str:
+    """The library under test; with `make sanitize` it must not be the ordinary one."""
+    assert os.environ.get("ISQTORCH_SANITIZE") != "1" or "sanitize" in LIBRARY.parts, LIBRARY
+    return f"isqtorch: {LIBRARY}"
 
 
 @pytest.fixture(autouse=True)

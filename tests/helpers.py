@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,10 +77,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def exact_linear(x: Tensor, packed: Tensor, fmt: QuantFormat) -> Tensor:
-    """x @ W^T in float64, from the weights that the bytes stand for."""
-    w = ops.reference.dequantize(packed, fmt.name, torch.float32)
-    return x.double() @ w.double().t()
+def before_a_guard_page(t: Tensor, gap: int = 0) -> Tensor:
+    """A copy in memory that ends `gap` bytes before a page nobody may read: one byte further is a crash."""
+    size = -(-(t.nbytes + gap) // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    no_access = 0
+    if mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(mmap.PAGESIZE), no_access) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(area, dtype=torch.uint8, count=t.nbytes, offset=size - t.nbytes - gap)
+    copy.copy_(t.contiguous().view(-1).view(torch.uint8))
+    return copy.view(t.dtype).view(t.shape)
 
 
 def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
@@ -85,6 +96,23 @@ def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> floa
 
     Not to y itself: the few outputs of a small case may happen to be near zero.
     """
-    w = ops.reference.dequantize(packed, fmt.name, torch.float32).double()
-    typical = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=-1) / w.shape[1] ** 0.5
-    return float((y.double() - exact_linear(x, packed, fmt)).norm() / typical.norm())
+    return LinearCase.of(x, packed, fmt).error(y)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Arguments of `linear` with the exact product, for several kernels to be measured by."""
+
+    x: Tensor
+    packed: Tensor
+    exact: Tensor  # x @ W^T in float64, from the weights that the bytes stand for
+    typical: float  # see linear_error
+
+    @classmethod
+    def of(cls, x: Tensor, packed: Tensor, fmt: QuantFormat) -> LinearCase:
+        w = ops.reference.dequantize(packed, fmt.name, torch.float32).double()
+        typical = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=-1) / w.shape[1] ** 0.5
+        return cls(x, packed, x.double() @ w.t(), float(typical.norm()))
+
+    def error(self, y: Tensor) -> float:
+        return float((y.double() - self.exact).norm()) / self.typical

@@ -156,6 +156,30 @@ def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "doctor")
     assert found["ok"] and list(found["formats"]) == list(formats())
     assert found["native"]["isa_selected"] in found["native"]["isa_supported"]
+    assert [kernel["first"] for kernel in found["native"]["linear"]["q4k"]] == [1, 9]
+
+
+def test_doctor_shows_the_kernels_of_linear(capsys: pytest.CaptureFixture[str]) -> None:
+    from isqtorch.ops import cpu_info
+
+    assert run("doctor") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("q4k "))
+    assert all(f"{use.rows}: {use.kernel}" in line for use in cpu_info().linear["q4k"])
+
+
+@pytest.mark.parametrize(("rows_of_x", "named"), [(3, "1-8"), (11, "9+")])
+def test_doctor_checks_each_kernel_of_linear(
+    rows_of_x: int, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = torch.ops.isqtorch.linear
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, format: str) -> torch.Tensor:
+        return right(x, weight, format) * (1.02 if (len(x), format) == (rows_of_x, "q5k") else 1)
+
+    monkeypatch.setattr(torch.ops.isqtorch, "linear", wrong)
+    assert run("doctor") == 1
+    out = capsys.readouterr().out
+    assert f"linear is too far off with {named} rows of x" in out and "FAIL: q5k" in out
 
 
 def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ LAYERS = [
         "quantize",
         "report",
         "plan",
+        "explain",
         "evaluation",
         "checkpoint",
     ],

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
-from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, linear_error, weight
+from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, before_a_guard_page, linear_error, weight
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+Activations = Callable[[int, int], torch.Tensor]
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 
 
@@ -43,44 +45,68 @@ def int8_activations(rows: int, k: int) -> torch.Tensor:
     return x * 2.0 ** torch.randint(-9, 9, (rows, k // 32), generator=generator).repeat_interleave(32, 1)
 
 
+def normal_activations(rows: int, k: int) -> torch.Tensor:
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+
+
+# Exact products take far longer than what is tested: every level is measured by the same ones.
+
+
+@cache
+def packed_weight(fmt: QuantFormat, rows: int, blocks: int) -> torch.Tensor:
+    return ops.quantize(weight(fmt, rows=rows, blocks=blocks), fmt.name)
+
+
+@cache
+def case(
+    fmt: QuantFormat, rows: int, blocks: int, rows_of_x: int, dtype: torch.dtype, activations: Activations
+) -> LinearCase:
+    x = activations(rows_of_x, blocks * fmt.block).to(dtype)
+    return LinearCase.of(x, packed_weight(fmt, rows, blocks), fmt)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_cases() -> Iterator[None]:
+    yield
+    case.cache_clear()
+    packed_weight.cache_clear()
+
+
 @every_format
 @pytest.mark.parametrize("n", [1, 17, 48])
 def test_odd_shapes(fmt: QuantFormat, isa: str, n: int) -> None:
-    packed = ops.quantize(weight(fmt, rows=n, blocks=3), fmt.name)
     for rows_of_x in (1, 2, 3, 5, 7, 8, 9, 17, 33):
         for dtype in DTYPES:
-            x = torch.randn(rows_of_x, 3 * fmt.block, generator=torch.Generator().manual_seed(rows_of_x)).to(dtype)
-            y = ops.linear(x, packed, fmt.name)
+            known = case(fmt, n, 3, rows_of_x, dtype, normal_activations)
+            y = ops.linear(known.x, known.packed, fmt.name)
             assert y.shape == (rows_of_x, n) and y.dtype == dtype
-            assert linear_error(y, x, packed, fmt) <= allowed(fmt, y), (rows_of_x, dtype)
+            assert known.error(y) <= allowed(fmt, y), (rows_of_x, dtype)
 
 
 @every_variant
 def test_exact_where_activations_are_int8(fmt: QuantFormat, isa: str) -> None:
     """Few rows are rounded to int8 per 32, and nothing else is: any misplaced weight, scale or activation shows."""
     for weights in (256, 1280, 4096 + 256):
-        blocks = max(1, weights // fmt.block)
-        packed = ops.quantize(weight(fmt, rows=9, blocks=blocks), fmt.name)
         for rows_of_x in (1, 2, 4, 7):
-            x = int8_activations(rows_of_x, blocks * fmt.block)
-            assert linear_error(ops.linear(x, packed, fmt.name), x, packed, fmt) <= 1e-5, (weights, rows_of_x)
+            known = case(fmt, 9, max(1, weights // fmt.block), rows_of_x, torch.float32, int8_activations)
+            error = known.error(ops.linear(known.x, known.packed, fmt.name))
+            assert error <= 1e-5, (weights, rows_of_x)
 
 
 @every_format
 def test_any_number_of_blocks(fmt: QuantFormat, isa: str) -> None:
     for blocks in (1, 2, 15, 16, 17, 1 + 2048 // fmt.block, 5000 // fmt.block):
-        packed = ops.quantize(weight(fmt, rows=3, blocks=blocks), fmt.name)
         for rows_of_x in (1, 12):
-            x = torch.randn(rows_of_x, blocks * fmt.block, generator=torch.Generator().manual_seed(3))
-            y = ops.linear(x, packed, fmt.name)
-            assert linear_error(y, x, packed, fmt) <= allowed(fmt, y), (blocks, rows_of_x)
+            known = case(fmt, 3, blocks, rows_of_x, torch.float32, normal_activations)
+            y = ops.linear(known.x, known.packed, fmt.name)
+            assert known.error(y) <= allowed(fmt, y), (blocks, rows_of_x)
 
 
 @every_format
 @pytest.mark.parametrize("rows_of_x", [3, 20])
 def test_each_row_of_x_has_its_own_result(fmt: QuantFormat, isa: str, rows_of_x: int) -> None:
     """Rows of very different size, zeros, NaN and infinity: none may leak into another."""
-    packed = ops.quantize(weight(fmt, rows=21, blocks=4), fmt.name)
+    packed = packed_weight(fmt, 21, 4)
     x = torch.randn(rows_of_x, 4 * fmt.block, generator=torch.Generator().manual_seed(4))
     x[0] *= 1e20
     x[1] = 0
@@ -95,3 +121,18 @@ def test_each_row_of_x_has_its_own_result(fmt: QuantFormat, isa: str, rows_of_x:
         y = ops.linear(spoilt, packed, fmt.name)
         assert not y[1].isfinite().any()
         assert torch.equal(y[[0, *range(2, rows_of_x)]], clean[[0, *range(2, rows_of_x)]])
+
+
+@every_variant
+@pytest.mark.parametrize("gap", [0, 1])
+def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, isa: str, gap: int) -> None:
+    """Weights, x and bias end where readable memory ends, as in mapped files; with a gap of 1, weights start at odd addresses."""
+    unit = 512 // fmt.block
+    for rows, blocks in ((1, 1), (5, unit), (2, unit + 1), (3, 2 * unit - 1)):
+        packed = packed_weight(fmt, rows, blocks)
+        at_end = before_a_guard_page(packed, gap)
+        bias = torch.randn(rows)
+        for rows_of_x, dtype in ((1, torch.float32), (3, torch.bfloat16), (8, torch.float16), (17, torch.float32)):
+            x = torch.randn(rows_of_x, blocks * fmt.block, dtype=dtype)
+            y = ops.linear(before_a_guard_page(x), at_end, fmt.name, before_a_guard_page(bias))
+            torch.testing.assert_close(y, ops.linear(x, packed, fmt.name, bias), rtol=1e-4, atol=1e-3)

@@ -13,6 +13,7 @@ from helpers import (
     DTYPES,
     FORMATS,
     ROUNDING,
+    before_a_guard_page,
     implementation,
     linear_error,
     run_flushing_denormals,
@@ -141,6 +142,21 @@ def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, isa: str) -> None:
         )
         for x in (x1, x9):
             assert torch.equal(ops.linear(x, shifted, fmt.name), ops.linear(x, packed, fmt.name))
+
+
+@every_variant
+def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, isa: str) -> None:
+    """`linear` has a test of its own, for every level."""
+    ids = torch.tensor([2, 0])
+    for dtype in DTYPES:
+        w, importance = weight(fmt, rows=3, blocks=3).to(dtype), torch.rand(3 * fmt.block)
+        packed = ops.quantize(w, fmt.name, importance)
+        assert torch.equal(ops.quantize(before_a_guard_page(w), fmt.name, before_a_guard_page(importance)), packed)
+        for gap in (0, 1):
+            at_end = before_a_guard_page(packed, gap)
+            weights = ops.dequantize(packed, fmt.name, dtype)
+            assert torch.equal(ops.dequantize(at_end, fmt.name, dtype), weights)
+            assert torch.equal(ops.embedding(before_a_guard_page(ids), at_end, fmt.name, dtype), weights[ids])
 
 
 def test_strided_arguments(fmt: QuantFormat) -> None:

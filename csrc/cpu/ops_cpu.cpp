@@ -171,12 +171,41 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
 
 // ---- inspection ---------------------------------------------------------------------------------------------------
 
+std::string quoted(const std::string& s) { return '"' + s + '"'; }
+
+// The level whose file compiled some kernels; later levels may share them.
+template <class Kernels>
+const char* home_of(const Kernels* kernels, const Kernels* (*get)(const KernelTable&)) {
+  for (const IsaLevel& level : isa_levels()) {
+    if (get(level.table) == kernels) return level.name;
+  }
+  return "";
+}
+
+// Ranges of rows of x with the kernel of `linear` for a format, as a JSON list.
+std::string linear_json(const KernelTable& table, int format) {
+  const PanelKernels* panels = panels_of(table, format);
+  std::string list;
+  for (const LinearChoice& choice : linear_choices(table.rows[format], panels)) {
+    const char* level = table.isa;
+    if (choice.way == LinearWay::kRows) {
+      level = home_of<RowKernels>(table.rows, [](const KernelTable& t) { return t.rows; });
+    } else if (choice.way == LinearWay::kPanels) {
+      level = home_of<PanelKernels>(table.panels, [](const KernelTable& t) { return t.panels; });
+    }
+    list += text(list.empty() ? "" : ", ", "{\"first\": ", choice.first,
+                 ", \"last\": ", choice.last == INT64_MAX ? "null" : text(choice.last),
+                 ", \"kernel\": ", quoted(choice.kernel), ", \"level\": ", quoted(level),
+                 ", \"why\": ", quoted(choice.why), "}");
+  }
+  return '[' + list + ']';
+}
+
 std::string cpu_info() {
-  const auto quoted = [](const std::string& s) { return '"' + s + '"'; };
   const auto append = [&](std::string& list, const char* name) {
     list += text(list.empty() ? "" : ", ", quoted(name));
   };
-  std::string compiled, supported, with_formats, formats;
+  std::string compiled, supported, with_formats, formats, linear;
   const FormatKernels* last = nullptr;
   for (const IsaLevel& level : isa_levels()) {
     append(compiled, level.name);
@@ -189,10 +218,14 @@ std::string cpu_info() {
     const FormatKernels& f = table.formats.formats[i];
     formats +=
         text(i ? ", " : "", quoted(f.name), ": {\"block\": ", f.block, ", \"block_bytes\": ", f.block_bytes, "}");
+    linear += text(i ? ", " : "", quoted(f.name), ": ", linear_json(table, i));
   }
+  const char* formats_level =
+      home_of<FormatKernels>(table.formats.formats, [](const KernelTable& t) { return t.formats.formats; });
   return text("{\"isa_compiled\": [", compiled, "], \"isa_supported\": [", supported, "], \"isa_with_formats\": [",
-              with_formats, "], \"isa_selected\": ", quoted(table.isa), ", \"reason\": ", quoted(selection_reason()),
-              ", \"threads\": ", torch::stable::get_num_threads(), ", \"formats\": {", formats, "}}");
+              with_formats, "], \"isa_selected\": ", quoted(table.isa), ", \"isa_of_formats\": ", quoted(formats_level),
+              ", \"reason\": ", quoted(selection_reason()), ", \"threads\": ", torch::stable::get_num_threads(),
+              ", \"formats\": {", formats, "}, \"linear\": {", linear, "}}");
 }
 
 void set_cpu_isa(std::string name) { select_isa(name); }

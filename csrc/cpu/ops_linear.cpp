@@ -183,12 +183,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   if (a.m == 0 || a.n == 0) return y;
   a.x = torch::stable::view(dense(x), {a.m, a.k});
   a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
-  if (a.m <= kMaxTokens) {
-    linear_rows(a, packed);
-  } else if (packed.panel_kernels) {
-    linear_panels(a, packed);
-  } else {
-    linear_decoded(a, packed);
+  switch (linear_way(*packed.row_kernels, packed.panel_kernels, a.m)) {
+    case LinearWay::kRows:
+      linear_rows(a, packed);
+      break;
+    case LinearWay::kPanels:
+      linear_panels(a, packed);
+      break;
+    case LinearWay::kDecoded:
+      linear_decoded(a, packed);
+      break;
   }
   return y;
 }

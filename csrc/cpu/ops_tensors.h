@@ -14,6 +14,7 @@
 
 #include "check.h"
 #include "cpu/dispatch.h"
+#include "cpu/linear_choice.h"
 
 namespace isqtorch {
 
@@ -165,7 +166,7 @@ struct PackedMatrix {
     const int index = find_format(op, name);
     format = &kernels->formats.formats[index];
     row_kernels = &kernels->rows[index];
-    panel_kernels = kernels->panels && kernels->panels[index].name ? &kernels->panels[index] : nullptr;
+    panel_kernels = panels_of(*kernels, index);
     check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
           name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
     check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",

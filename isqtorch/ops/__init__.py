@@ -7,9 +7,9 @@ those operators. `reference` is their definition in plain PyTorch.
 import torch
 
 from . import schema
-from .native import CpuInfo, cpu_info, set_cpu_isa
+from .native import CpuInfo, LinearKernel, cpu_info, set_cpu_isa
 
-__all__ = ["CpuInfo", "cpu_info", "dequantize", "embedding", "linear", "quantize", "set_cpu_isa"]
+__all__ = ["CpuInfo", "LinearKernel", "cpu_info", "dequantize", "embedding", "linear", "quantize", "set_cpu_isa"]
 
 del schema  # imported for what it registers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,22 @@ NATIVE_DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True)
+class LinearKernel:
+    """The kernel of `linear` for a range of rows of x."""
+
+    first: int
+    last: int | None  # None: any number from `first` on
+    kernel: str
+    level: str  # the instruction-set level whose kernel it is; the selected one may share it
+    why: str
+
+    @property
+    def rows(self) -> str:
+        """The range as text: "1-8", "9+"."""
+        return f"{self.first}+" if self.last is None else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
 class CpuInfo:
     """What the CPU kernels were compiled for and which of them run."""
 
@@ -44,15 +61,21 @@ class CpuInfo:
     isa_supported: tuple[str, ...]  # those this machine can run
     isa_with_formats: tuple[str, ...]  # of these, those with decoders and quantizers of their own; others share them
     isa_selected: str
-    reason: str  # why that one
+    isa_of_formats: str  # the level whose decoders and quantizers run
+    reason: str  # why isa_selected
     threads: int
     formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes}, as the C++ side has them
+    linear: dict[str, tuple[LinearKernel, ...]]  # name of a format -> its kernels at this level, by rows of x
 
 
 def cpu_info() -> CpuInfo:
     """Describe the CPU kernels. The level is the best supported one, unless ISQTORCH_CPU_ISA names another."""
-    raw = json.loads(torch.ops.isqtorch.cpu_info())
-    return CpuInfo(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    raw: dict[str, Any] = json.loads(torch.ops.isqtorch.cpu_info())
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    fields["linear"] = {
+        name: tuple(LinearKernel(**kernel) for kernel in kernels) for name, kernels in raw["linear"].items()
+    }
+    return CpuInfo(**fields)
 
 
 def set_cpu_isa(name: str) -> None:

@@ -1,0 +1,200 @@
+"""`explain`: which kernel runs for each quantized layer, for how many rows of x, and why."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .formats import get_format
+from .modules import PackedModule, QuantEmbedding
+from .ops import CpuInfo, cpu_info
+
+JSON_VERSION = 1
+_HEAD = ("layer", "count", "shape", "format", "bpw", "device", "op", "kernel, by rows of x")
+_NUMBERS = (1, 4)  # columns of _HEAD that are aligned to the right
+_ANY = "any"
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What runs for some numbers of rows of x (for an embedding: of ids)."""
+
+    rows: str  # "1-8", "9+", "any"
+    kernel: str
+    level: str  # the CPU's instruction-set level whose kernel it is; "" where none of ours runs
+    why: str
+
+    def __str__(self) -> str:
+        return self.kernel if self.rows == _ANY else f"{self.rows}: {self.kernel}"
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One quantized layer."""
+
+    name: str  # path in the model; "" for the module itself
+    module: str  # class
+    op: str  # linear or embedding
+    format: str
+    shape: tuple[int, int]  # [N, K]
+    bits_per_weight: float
+    device: str
+    kernels: tuple[KernelUse, ...]
+
+
+@dataclass
+class Explanation:
+    """All quantized layers of a module. `print(explanation)` shows a table and the reasons.
+
+    Attributes:
+        layers: in the order of the model.
+        notes: what holds for all of them: the instruction-set level, why it was selected, and what each kernel does.
+    """
+
+    layers: list[LayerExplanation]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[tuple[str, list[LayerExplanation]]]:
+        """Layers that differ in nothing but numbers in their names, with a name for all: "layers.[0-7].mlp.up_proj"."""
+        groups: dict[tuple[Any, ...], list[LayerExplanation]] = {}
+        for layer in self.layers:
+            key = (_without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device)
+            groups.setdefault(key, []).append(layer)
+        return [(_common_name([layer.name for layer in group]), group) for group in groups.values()]
+
+    def __getitem__(self, name: str) -> LayerExplanation:
+        """The entry of one layer."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    # ---- output ------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "\n".join(self.notes)
+        rows = [_HEAD, *self._table()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i in _NUMBERS else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, "", *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        groups = []
+        for name, members in self.groups:
+            facts = asdict(members[0])
+            del facts["name"]
+            groups.append({"name": name, "layers": [layer.name for layer in members], **facts})
+        return {"explanation_version": JSON_VERSION, "notes": self.notes, "groups": groups}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_markdown(self) -> str:
+        notes = [f"- {note}" for note in self.notes]
+        if not self.layers:
+            return "\n".join(notes) + "\n"
+        align = ["---:" if i in _NUMBERS else "---" for i in range(len(_HEAD))]
+        lines = ["| " + " | ".join(row) + " |" for row in (_HEAD, align, *self._table())]
+        return "\n".join([*lines, "", *notes]) + "\n"
+
+    def _table(self) -> list[Sequence[str]]:
+        """One row per group, as text."""
+        return [
+            (
+                name or f"({members[0].module})",
+                str(len(members)),
+                " x ".join(map(str, members[0].shape)),
+                members[0].format,
+                f"{members[0].bits_per_weight:.2f}",
+                members[0].device,
+                members[0].op,
+                "; ".join(map(str, members[0].kernels)),
+            )
+            for name, members in self.groups
+        ]
+
+
+def explain(module: nn.Module) -> Explanation:
+    """Which kernel runs for each quantized layer of `module` (a model, or one layer), for how many rows of x, and why.
+
+    Describes the instruction-set level that is selected now; the kernels of `linear` are chosen from the same list.
+    """
+    info = cpu_info()
+    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, PackedModule)]
+    layers = [_explain_layer(name, layer, info) for name, layer in found]
+    if not layers:
+        note = f"{type(module).__name__} has no quantized layers: quantize it with isqtorch.quantize_ first."
+        return Explanation([], [note])
+    notes = []
+    if any(layer.device == "cpu" for layer in layers):
+        notes.append(f"CPU kernels: {info.isa_selected}, {info.reason}; {info.threads} threads")
+    uses = dict.fromkeys((use.kernel, use.level, use.why) for layer in layers for use in layer.kernels)
+    notes += [f"{kernel}{f', level {level}' if level else ''}: {why}" for kernel, level, why in uses]
+    return Explanation(layers, notes)
+
+
+def _explain_layer(name: str, layer: PackedModule, info: CpuInfo) -> LayerExplanation:
+    fmt, weight = get_format(layer.format), layer.weight
+    op = "embedding" if isinstance(layer, QuantEmbedding) else "linear"
+    return LayerExplanation(
+        name=name,
+        module=type(layer).__name__,
+        op=op,
+        format=fmt.name,
+        shape=(weight.shape[0], fmt.in_features(weight.shape[1])),  # of the bytes: a shard has fewer than in_features
+        bits_per_weight=fmt.bits_per_weight,
+        device=str(weight.device),
+        kernels=_kernels(op, fmt.name, weight.device.type, info),
+    )
+
+
+def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUse, ...]:
+    if device == "meta":
+        return (KernelUse(_ANY, "none", "", "a layer on meta holds no data; only shapes are computed"),)
+    if device != "cpu":
+        why = f"there are no native kernels for {device} yet, so weights are decoded by PyTorch, correctly and slowly"
+        return (KernelUse(_ANY, "plain PyTorch reference", "", why),)
+    if op == "embedding":
+        return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
+    return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])
+
+
+# ---- names of groups -------------------------------------------------------------------------------------------------
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _common_name(names: list[str]) -> str:
+    """One name for names that differ in numbers only: "layers.0.up" and "layers.1.up" are "layers.[0-1].up"."""
+    parts = []
+    for column in zip(*(name.split(".") for name in names), strict=True):
+        distinct = dict.fromkeys(column)
+        parts.append(column[0] if len(distinct) == 1 else f"[{_ranges(map(int, distinct))}]")
+    return ".".join(parts)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
