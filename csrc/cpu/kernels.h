@@ -70,6 +70,7 @@ constexpr int kMaxTokens = 8;
 
 struct RowKernels {
   const char* name;
+  int up_to;  // rows of x; from there on panel kernels, where there are some, are faster
   UnitLayout layout;
   int64_t (*packed_bytes)(int64_t k);                     // of one row of x
   void (*pack)(const float* x, int64_t k, void* packed);  // one row of x; both 64-byte aligned

@@ -23,14 +23,14 @@ inline const PanelKernels* panels_of(const KernelTable& table, int format) {
 
 // By rows of x, without a gap.
 inline std::array<LinearChoice, 2> linear_choices(const RowKernels& rows, const PanelKernels* panels) {
-  const LinearChoice few = {1, kMaxTokens, LinearWay::kRows, rows.name,
+  const int64_t up_to = panels ? rows.up_to : kMaxTokens;
+  const LinearChoice few = {1, up_to, LinearWay::kRows, rows.name,
                             "each weight is decoded once, in registers, and used for all rows of x at once"};
-  constexpr int64_t kMore = kMaxTokens + 1;
   if (panels) {
-    return {few, LinearChoice{kMore, INT64_MAX, LinearWay::kPanels, panels->name,
+    return {few, LinearChoice{up_to + 1, INT64_MAX, LinearWay::kPanels, panels->name,
                               "panels of weights are decoded into the cache and used for hundreds of rows of x"}};
   }
-  return {few, LinearChoice{kMore, INT64_MAX, LinearWay::kDecoded, "decoded, then torch's product",
+  return {few, LinearChoice{up_to + 1, INT64_MAX, LinearWay::kDecoded, "decoded, then torch's product",
                             "this level has no matrix product of its own; torch's is faster than its row kernel"}};
 }
 

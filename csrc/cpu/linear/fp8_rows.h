@@ -144,6 +144,7 @@ struct RowFamily {
   template <class Unit>
   static RowKernels get(const UnitLayout& layout) {
     return {"int8 dot products",
+            kMaxTokens,
             layout,
             packed_activation_bytes<Unit>,
             pack_activations<Unit>,
@@ -151,6 +152,7 @@ struct RowFamily {
   }
   static RowKernels fp8() {
     return {Fp8Step::kName,
+            kMaxTokens / 2,
             {},
             packed_fp8_activation_bytes,
             pack_fp8_activations,
