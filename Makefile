@@ -37,7 +37,7 @@ test-all: build  ## the test suite with its slow tests
 	$(PYTHON) -m pytest -m "slow or not slow"
 
 # A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
-# runtimes are loaded first, and leaks, which would be its own, are not looked for.
+# runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.
 SANITIZED  := build/sanitize/lib
 SANITIZERS  = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
 sanitize: build  ## ops, linear and golden tests on every CPU level, under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -19,9 +19,12 @@ from isqtorch.formats import QuantFormat
 from isqtorch.ops.native import LIBRARY
 
 
-def pytest_report_header() -> str:
-    """The library under test; with `make sanitize` it must not be the ordinary one."""
+def pytest_configure() -> None:
+    """`make sanitize` must not test the ordinary library."""
     assert os.environ.get("ISQTORCH_SANITIZE") != "1" or "sanitize" in LIBRARY.parts, LIBRARY
+
+
+def pytest_report_header() -> str:
     return f"isqtorch: {LIBRARY}"
 
 

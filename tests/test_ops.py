@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +48,22 @@ def isa(request):
 # ---- every level computes the same ------------------------------------------------------------------------------------
 
 
-@every_variant
-def test_quantize_and_dequantize_equal_the_reference(fmt: QuantFormat, isa: str) -> None:
+# What the reference makes of a weight is computed once for all levels.
+
+
+@cache
+def uneven_weight(fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros, one sign, outliers; and the reference's bytes."""
     w = weight(fmt, rows=7, blocks=5) * 0.03
     w[2] = 0
     w[3] = -w[3].abs()
     w[4, ::17] *= 50
-    expected = ops.reference.quantize(w, fmt.name)
+    return w, ops.reference.quantize(w, fmt.name)
+
+
+@every_variant
+def test_quantize_and_dequantize_equal_the_reference(fmt: QuantFormat, isa: str) -> None:
+    w, expected = uneven_weight(fmt)
     packed = ops.quantize(w, fmt.name)
     assert torch.equal(packed, expected)
     for dtype in DTYPES:
@@ -75,24 +86,39 @@ def test_extreme_weights_give_the_reference_bytes_or_refusal(fmt: QuantFormat, s
         assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", ["q2k", "q3k", "q4k", "q5k", "q6k"])
-def test_magnitudes_far_apart_give_the_reference_bytes(name: str, isa: str) -> None:
-    """Some of these blocks get fits so bad that ggml's rounding wraps around."""
+@cache
+def magnitudes_far_apart(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[bool, torch.Tensor]]:
+    """A weight, an importance vector, and the reference's bytes without it and with it."""
     g = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (300, 1024), generator=g).to(torch.int32) & ~(1 << 30)
     w = bits.view(torch.float32) * torch.where(torch.rand(bits.shape, generator=g) < 0.5, 2.0**9, 1.0)
     w = w.to(torch.bfloat16)
     importance = torch.randn(1024, generator=g).mul(3).exp() * (torch.rand(1024, generator=g) > 0.4)
-    for given in (None, importance):
-        assert torch.equal(ops.quantize(w, name, given), ops.reference.quantize(w, name, given))
+    expected = {given: ops.reference.quantize(w, name, importance if given else None) for given in (False, True)}
+    return w, importance, expected
+
+
+@pytest.mark.parametrize("name", ["q2k", "q3k", "q4k", "q5k", "q6k"])
+def test_magnitudes_far_apart_give_the_reference_bytes(name: str, isa: str) -> None:
+    """Some of these blocks get fits so bad that ggml's rounding wraps around."""
+    w, importance, expected = magnitudes_far_apart(name)
+    for given, want in expected.items():
+        assert torch.equal(ops.quantize(w, name, importance if given else None), want)
+
+
+@cache
+def weighted(fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, its importance, the reference's bytes."""
+    w = weight(fmt, rows=5, blocks=3)
+    importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
+    importance[:16] = 0
+    return w, importance, ops.reference.quantize(w, fmt.name, importance)
 
 
 @every_variant
 def test_importance_gives_the_reference_bytes(fmt: QuantFormat, isa: str) -> None:
-    w = weight(fmt, rows=5, blocks=3)
-    importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
-    importance[:16] = 0
-    assert torch.equal(ops.quantize(w, fmt.name, importance), ops.reference.quantize(w, fmt.name, importance))
+    w, importance, expected = weighted(fmt)
+    assert torch.equal(ops.quantize(w, fmt.name, importance), expected)
 
 
 def test_levels_are_listed_forced_and_refused() -> None:
@@ -244,17 +270,34 @@ def test_flush_to_zero_changes_nothing(fmt: QuantFormat, isa: str) -> None:
 # ---- tracing and gradients -----------------------------------------------------------------------------------------------
 
 
-def test_opcheck(fmt: QuantFormat) -> None:
+def check_ops(fmt: QuantFormat, **options: Any) -> None:
+    """torch's own checks of registered operators, on all four."""
     w = weight(fmt, rows=6, blocks=2)
     packed = ops.quantize(w, fmt.name)
     x = torch.randn(3, w.shape[1], requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
-    opcheck(torch.ops.isqtorch.quantize.default, (w, fmt.name))
-    opcheck(torch.ops.isqtorch.quantize.default, (w.half(), fmt.name, torch.rand(w.shape[1]), None))
-    opcheck(torch.ops.isqtorch.dequantize.default, (packed, fmt.name, torch.bfloat16))
-    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name))
-    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name, bias))
-    opcheck(torch.ops.isqtorch.embedding.default, (torch.tensor([[1, 5]]), packed, fmt.name, torch.float32))
+    opcheck(torch.ops.isqtorch.quantize.default, (w, fmt.name), **options)
+    opcheck(torch.ops.isqtorch.quantize.default, (w.half(), fmt.name, torch.rand(w.shape[1]), None), **options)
+    opcheck(torch.ops.isqtorch.dequantize.default, (packed, fmt.name, torch.bfloat16), **options)
+    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name), **options)
+    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name, bias), **options)
+    ids = torch.tensor([[1, 5]])
+    opcheck(torch.ops.isqtorch.embedding.default, (ids, packed, fmt.name, torch.float32), **options)
+
+
+def test_schema_autograd_and_fakes(fmt: QuantFormat) -> None:
+    check_ops(fmt, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+# Tracing through autograd takes seconds and sees no more of a format than its block: one of each size, all in `make test-all`.
+of_each_block = {fmt.block: fmt for fmt in FORMATS}.values()
+
+
+@pytest.mark.parametrize(
+    "fmt", [pytest.param(f, id=f.name, marks=() if f in of_each_block else pytest.mark.slow) for f in FORMATS]
+)
+def test_traces_through_autograd(fmt: QuantFormat) -> None:
+    check_ops(fmt, test_utils="test_aot_dispatch_dynamic")
 
 
 @every_dtype
