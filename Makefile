@@ -18,10 +18,10 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all sanitize lint format tables build clean
+.PHONY: help demo bench test test-all test-neon sanitize lint format tables build clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
 	@mkdir -p build
@@ -35,6 +35,9 @@ test: build  ## the test suite
 
 test-all: build  ## the test suite with its slow tests
 	$(PYTHON) -m pytest -m "slow or not slow"
+
+test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_neon.py
 
 # A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
 # runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.
@@ -50,13 +53,13 @@ lint: build  ## ruff, mypy --strict, clang-format, generated tables
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) tests/neon/driver.cpp
 	$(PYTHON) docs/tables.py --check
 
 format: build  ## rewrite sources in the house format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(SOURCES) tests/neon/driver.cpp
 
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py

@@ -9,10 +9,14 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace isqtorch {
@@ -90,6 +94,32 @@ struct X86Features {
     amx = avx512bf16 && tiles && may_use_tiles();
   }
 };
+#elif defined(__aarch64__)
+// Processors do not tell programs on arm64; the operating system does.
+struct ArmFeatures {
+  bool dotprod = false, i8mm = false;
+
+  ArmFeatures() {
+#if defined(__linux__)
+    constexpr unsigned long kAtomics = 1 << 8, kRounding = 1 << 12, kDotProducts = 1 << 20;  // of AT_HWCAP
+    constexpr unsigned long kInt8Matrices = 1 << 13;                                         // of AT_HWCAP2
+    constexpr unsigned long kNeeded = kAtomics | kRounding | kDotProducts;  // the compiler takes ARMv8.2 for granted
+    dotprod = (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
+    i8mm = dotprod && (getauxval(AT_HWCAP2) & kInt8Matrices);
+#elif defined(__APPLE__)
+    dotprod = has("hw.optional.arm.FEAT_DotProd");
+    i8mm = dotprod && has("hw.optional.arm.FEAT_I8MM");
+#endif
+  }
+
+#if defined(__APPLE__)
+  static bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+  }
+#endif
+};
 #endif
 
 }  // namespace
@@ -103,6 +133,11 @@ const std::vector<IsaLevel>& isa_levels() {
     };
 #if defined(__aarch64__)
     add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), baseline::panel_kernels());
+    const ArmFeatures has;
+    add("dotprod", "ARMv8.2 with dot products", has.dotprod, baseline::format_table(), dotprod::row_kernels(),
+        dotprod::panel_kernels());
+    add("i8mm", "ARMv8.2 with dot products and I8MM", has.i8mm, baseline::format_table(), i8mm::row_kernels(),
+        i8mm::panel_kernels());
 #else
     add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), nullptr);
 #endif

@@ -135,7 +135,16 @@ struct KernelTable {
 namespace baseline {
 FormatTable format_table();
 const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();  // on arm64
 }  // namespace baseline
+namespace dotprod {
+const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();
+}  // namespace dotprod
+namespace i8mm {
+const RowKernels* row_kernels();
+const PanelKernels* panel_kernels();
+}  // namespace i8mm
 namespace avx2 {
 FormatTable format_table();
 const RowKernels* row_kernels();

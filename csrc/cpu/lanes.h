@@ -11,6 +11,13 @@
 
 #define ISQ_INLINE inline __attribute__((always_inline))
 
+// The elements of a and then b, two vectors of one type, in the order of the indices. GCC has clang's name from 12 on.
+#if defined(__clang__)
+#define ISQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ISQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) == (b)){__VA_ARGS__})
+#endif
+
 namespace isqtorch::ISQ_ISA {
 
 template <int n>
@@ -78,6 +85,12 @@ ISQ_INLINE I load_bytes(const uint8_t* p) {
   const __m256i halves[2] = {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                              _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
   std::memcpy(&v, halves, sizeof v);
+#elif defined(__aarch64__)
+  const uint8x16_t bytes = vld1q_u8(p);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+  const uint32x4_t words[4] = {vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low), vmovl_u16(vget_low_u16(high)),
+                               vmovl_high_u16(high)};
+  std::memcpy(&v, words, sizeof v);
 #else
   for (int l = 0; l < kLanes; ++l) v[l] = p[l];
 #endif
@@ -132,6 +145,9 @@ ISQ_INLINE V abs(V v) {
 }
 template <class V>
 ISQ_INLINE V sqrt(V v) {
+#if defined(__aarch64__)
+  if constexpr (sizeof v == 16) return (V)vsqrtq_f32((float32x4_t)v);
+#endif
   for (size_t l = 0; l < sizeof v / 4; ++l) v[l] = __builtin_sqrtf(v[l]);
   return v;
 }
@@ -142,6 +158,8 @@ ISQ_INLINE uint32_t lane_bits(M mask) {
   if constexpr (sizeof mask == 64) return _mm512_movepi32_mask((__m512i)mask);
 #elif ISQ_VECTOR_FLOATS == 8
   if constexpr (sizeof mask == 32) return _mm256_movemask_ps((__m256)mask);
+#elif defined(__aarch64__)
+  if constexpr (sizeof mask == 16) return vaddvq_u32(vandq_u32((uint32x4_t)mask, uint32x4_t{1, 2, 4, 8}));
 #endif
   uint32_t bits = 0;
   for (size_t l = 0; l < sizeof mask / 4; ++l) bits |= (mask[l] & 1u) << l;

@@ -33,7 +33,10 @@ ISQ_INLINE void store_codes(const LaneInts* codes, Block* out) {
   if constexpr (kBits == 5) {
     LaneInts high = splat<LaneInts>(0);
     for (int i = 0; i < 32; ++i) high |= (codes[i] >> 4 & 1) << i;
-    for (int l = 0; l < kWidth; ++l) std::memcpy(out[l].qh, &high[l], 4);
+    for (int l = 0; l < kWidth; ++l) {
+      const int32_t bits = high[l];
+      std::memcpy(out[l].qh, &bits, 4);
+    }
   }
 }
 // The first (half 0) or last sixteen codes.

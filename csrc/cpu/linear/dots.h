@@ -6,13 +6,13 @@
 namespace isqtorch::ISQ_ISA {
 
 // Whether a dot product takes unsigned bytes up to 255; otherwise full-range codes go in as signed ones, code - 128.
-#if defined(ISQ_VNNI)
+#if defined(ISQ_VNNI) || defined(ISQ_I8MM)
 constexpr bool kUnsignedDots = true;
 #else
 constexpr bool kUnsignedDots = false;
 #endif
 
-#if ISQ_VECTOR_FLOATS == 8 && !defined(ISQ_VNNI) || ISQ_VECTOR_FLOATS == 16 && !defined(ISQ_VNNI)
+#if ISQ_VECTOR_FLOATS >= 8 && !defined(ISQ_VNNI)
 // Sums of two neighbouring products as 16-bit numbers: at most 2 * 127 * 127.
 ISQ_INLINE NativeU16 pair_sums(NativeU8 u, NativeU8 a, bool full) {
 #if ISQ_VECTOR_FLOATS == 16
@@ -33,6 +33,31 @@ ISQ_INLINE NativeI32 add_pairs(NativeU16 sums) {
 #else
   return (NativeI32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
 #endif
+}
+#endif
+
+#if defined(ISQ_DOTPROD)
+ISQ_INLINE int32x4_t add_dots(int32x4_t acc, NativeU8 u, NativeU8 a, [[maybe_unused]] bool full) {
+#if defined(ISQ_I8MM)
+  return vusdotq_s32(acc, (uint8x16_t)u, (int8x16_t)a);
+#else
+  return vdotq_s32(acc, (int8x16_t)(full ? u ^ 0x80 : u), (int8x16_t)a);
+#endif
+}
+
+// acc[t] += the dot products of one word of each of sixteen rows with word kWord of a[t].
+template <int kWord, int kTokens, int kMaxCode>
+ISQ_INLINE void add_dots_of_word(Ints* acc, const uint8_t* codes, const Quarter* a) {
+  for (int p = 0; p < kParts; ++p) {
+    const Quarter u = load_16(codes + 16 * p) ^ (uint8_t)(kMaxCode > 127 && !kUnsignedDots ? 0x80 : 0);
+    for (int t = 0; t < kTokens; ++t) {
+#if defined(ISQ_I8MM)
+      acc[t].part[p] = (NativeI32)vusdotq_laneq_s32((int32x4_t)acc[t].part[p], (uint8x16_t)u, (int8x16_t)a[t], kWord);
+#else
+      acc[t].part[p] = (NativeI32)vdotq_laneq_s32((int32x4_t)acc[t].part[p], (int8x16_t)u, (int8x16_t)a[t], kWord);
+#endif
+    }
+  }
 }
 #endif
 
@@ -60,22 +85,24 @@ ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
       r.part[p] = add_pairs(pair_sums(u[0].part[p], a[0].part[p], kFull));
       for (int d = 1; d < kDots; ++d) r.part[p] += add_pairs(pair_sums(u[d].part[p], a[d].part[p], kFull));
     }
-#elif defined(__ARM_FEATURE_DOTPROD) || defined(ISQ_DOTPROD)
+#elif defined(ISQ_DOTPROD)
     int32x4_t s = vdupq_n_s32(0);
-    for (int d = 0; d < kDots; ++d) {
-      const NativeU8 code = kFull ? u[d].part[p] ^ 0x80 : u[d].part[p];
-      s = vdotq_s32(s, (int8x16_t)code, (int8x16_t)a[d].part[p]);
-    }
+    for (int d = 0; d < kDots; ++d) s = add_dots(s, u[d].part[p], a[d].part[p], kFull);
     r.part[p] = (NativeI32)s;
 #elif defined(__aarch64__)
-    int32x4_t s = vdupq_n_s32(0);
+    constexpr int kLargest = kDots * (kFull ? 128 : kMaxCode) * 127;
+    static_assert(kLargest < 32768);
+    int16x8_t low = {}, high = {};
     for (int d = 0; d < kDots; ++d) {
-      const int8x16_t code = (int8x16_t)(kFull ? u[d].part[p] ^ 0x80 : u[d].part[p]);
-      const int8x16_t x = (int8x16_t)a[d].part[p];
-      const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(code), vget_low_s8(x)));
-      s = vaddq_s32(s, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(code, x))));
+      const int8x16_t code = (int8x16_t)(kFull ? u[d].part[p] ^ 0x80 : u[d].part[p]), x = (int8x16_t)a[d].part[p];
+      low = d ? vmlal_s8(low, vget_low_s8(code), vget_low_s8(x)) : vmull_s8(vget_low_s8(code), vget_low_s8(x));
+      high = d ? vmlal_high_s8(high, code, x) : vmull_high_s8(code, x);
     }
-    r.part[p] = (NativeI32)s;
+    if constexpr (2 * kLargest < 32768) {
+      r.part[p] = (NativeI32)vpaddlq_s16(vpaddq_s16(low, high));
+    } else {
+      r.part[p] = (NativeI32)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+    }
 #else
     for (int l = 0; l < 4; ++l) {
       int s = 0;
@@ -94,11 +121,16 @@ ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
 
 // acc plus the same: for kDots no larger than kDotsTogether, which is where sums of two products still fit 16 bits on
 // levels that add them up there.
+#if ISQ_VECTOR_FLOATS == 4
 template <int kMaxCode>
-constexpr int kDotsTogether = kUnsignedDots || ISQ_VECTOR_FLOATS == 4 ? 1
-                              : kMaxCode > 64                         ? 1
-                              : kMaxCode > 32                         ? 2
-                                                                      : 4;
+constexpr int kDotsTogether = 2;  // single products add up: 2 * 128 * 127 fits
+#else
+template <int kMaxCode>
+constexpr int kDotsTogether = kUnsignedDots   ? 1
+                              : kMaxCode > 64 ? 1
+                              : kMaxCode > 32 ? 2
+                                              : 4;
+#endif
 
 template <int kDots, int kMaxCode>
 ISQ_INLINE Ints add_dot_products(Ints acc, const Bytes* u, const Bytes* a) {

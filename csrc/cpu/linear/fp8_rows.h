@@ -13,6 +13,16 @@ namespace isqtorch::ISQ_ISA {
 // f16 has one of bias 15. Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
 constexpr float kSixteenFp8Factor = 256.0f;
 ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
+#if defined(__aarch64__)
+  const uint8x16_t code = vld1q_u8(codes);
+  Floats f;
+  for (int h = 0; h < 2; ++h) {
+    const NativeU16 wide = (NativeU16)(h ? vmovl_high_u8(code) : vmovl_u8(vget_low_u8(code)));
+    const NativeU16 magnitude = (wide & 0x7f) << 7;
+    widen_f16((uint16x8_t)(magnitude | (wide & 0x80) << 8 | ((NativeU16)(magnitude == 0x3f80) & 0x4000)), &f, 2 * h);
+  }
+  return f;
+#else
   typedef uint16_t Wide __attribute__((vector_size(32)));
   const Wide code = __builtin_convertvector(load_16(codes), Wide);
   const Wide magnitude = (code & 0x7f) << 7;
@@ -27,6 +37,7 @@ ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
   float f[16];
   for (int l = 0; l < 16; ++l) f[l] = f16_to_f32(half[l]);
   return load_floats_16(f);
+#endif
 #endif
 }
 

@@ -92,7 +92,7 @@ template <class Unit>
 void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const UnitActivations<Unit>* x,
                           int64_t token_stride, int64_t units, float* sums, int64_t sum_stride, bool first) {
   using Facts = UnitFacts<Unit>;
-  constexpr int kTogether = kDotsTogether<Unit::kMaxCode>;
+  [[maybe_unused]] constexpr int kTogether = kDotsTogether<Unit::kMaxCode>;
   Floats acc[kRowBlocks][kPanelTokens];
   for (int r = 0; r < kRowBlocks; ++r) {
     for (int t = 0; t < kPanelTokens; ++t) {
@@ -107,6 +107,19 @@ void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const Un
         const Ints start = all_lanes(Unit::kAffine ? 0 : -x[t * token_stride + u].center[lane]);
         for (int r = 0; r < kRowBlocks; ++r) dots[r][t] = start;
       }
+#if defined(ISQ_DOTPROD)
+      // The instruction picks the word: four words of x cost one load.
+      static_assert(kRowBlocks == 1);
+      for (int word = 0; word < PanelUnit<Unit>::kWords; word += 4) {
+        const uint8_t* codes = w[u].group[lane].codes[word];
+        Quarter a[kPanelTokens];
+        for (int t = 0; t < kPanelTokens; ++t) a[t] = load_16(x[t * token_stride + u].q + group + word * 16);
+        add_dots_of_word<0, kPanelTokens, Unit::kMaxCode>(dots[0], codes, a);
+        add_dots_of_word<1, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 64, a);
+        add_dots_of_word<2, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 128, a);
+        add_dots_of_word<3, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 192, a);
+      }
+#else
       for (int word = 0; word < PanelUnit<Unit>::kWords; word += kTogether) {
         Bytes codes[kRowBlocks][kTogether];
         for (int r = 0; r < kRowBlocks; ++r) {
@@ -123,6 +136,7 @@ void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const Un
           }
         }
       }
+#endif
       for (int r = 0; r < kRowBlocks; ++r) {
         const PanelUnit<Unit>& rows = w[r * row_stride + u];
         const Floats scale = load_floats_16(rows.scale[lane]);

@@ -38,14 +38,21 @@ ISQ_INLINE Wide load_wide(const void* from) {
 }
 ISQ_INLINE Bytes load_64(const void* p) { return load_wide<Bytes>(p); }
 ISQ_INLINE Quarter load_16(const void* p) {
+#if defined(__aarch64__)
+  return (Quarter)vld1q_u8(static_cast<const uint8_t*>(p));  // GCC copies some others through general registers
+#else
   Quarter v;
   std::memcpy(&v, p, sizeof v);
   return v;
+#endif
 }
 ISQ_INLINE Quarter load_8_twice(const void* p) {
 #if defined(__x86_64__)
-  __m128d once = _mm_load_sd(static_cast<const double*>(p));  // bits, not numbers
+  const __m128d once = _mm_load_sd(static_cast<const double*>(p));  // bits, not numbers
   return (Quarter)_mm_unpacklo_pd(once, once);
+#elif defined(__aarch64__)
+  const uint8x8_t once = vld1_u8(static_cast<const uint8_t*>(p));
+  return (Quarter)vcombine_u8(once, once);
 #else
   uint64_t once;
   std::memcpy(&once, p, 8);
@@ -69,8 +76,8 @@ ISQ_INLINE Bytes operator^(Bytes a, uint8_t mask) {
   return a;
 }
 
-// Shifts and products are of 16-bit lanes, because no processor shifts bytes: bits of the neighbour come in, and a mask
-// has to follow.
+// Shifts and products are of 16-bit lanes, because x86 has no shifts of bytes: bits of the neighbour come in, and a
+// mask has to follow.
 template <int n>
 ISQ_INLINE Bytes shift_right(Bytes a) {
   for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU16)a.part[p] >> n);
@@ -270,6 +277,8 @@ ISQ_INLINE float sum(Floats f) {
   for (int p = 1; p < kParts; ++p) total += f.part[p];
 #if ISQ_VECTOR_FLOATS == 16
   return _mm512_reduce_add_ps((__m512)total);
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)total);
 #else
   float s = total[0];
   for (int l = 1; l < ISQ_VECTOR_FLOATS; ++l) s += total[l];
@@ -283,6 +292,10 @@ ISQ_INLINE Floats bytes_to_floats(Quarter bytes) {
 #elif ISQ_VECTOR_FLOATS == 8
   return {{(NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)bytes)),
            (NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)bytes, 8)))}};
+#elif defined(__aarch64__)
+  const uint16x8_t low = vmovl_u8(vget_low_u8((uint8x16_t)bytes)), high = vmovl_high_u8((uint8x16_t)bytes);
+  return {{(NativeF32)vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), (NativeF32)vcvtq_f32_u32(vmovl_high_u16(low)),
+           (NativeF32)vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), (NativeF32)vcvtq_f32_u32(vmovl_high_u16(high))}};
 #else
   float f[16];
   for (int l = 0; l < 16; ++l) f[l] = bytes[l];
@@ -295,12 +308,24 @@ ISQ_INLINE Floats signed_bytes_to_floats(Quarter bytes) {
 #elif ISQ_VECTOR_FLOATS == 8
   return {{(NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32((__m128i)bytes)),
            (NativeF32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128((__m128i)bytes, 8)))}};
+#elif defined(__aarch64__)
+  const int16x8_t low = vmovl_s8(vget_low_s8((int8x16_t)bytes)), high = vmovl_high_s8((int8x16_t)bytes);
+  return {{(NativeF32)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), (NativeF32)vcvtq_f32_s32(vmovl_high_s16(low)),
+           (NativeF32)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), (NativeF32)vcvtq_f32_s32(vmovl_high_s16(high))}};
 #else
   float f[16];
   for (int l = 0; l < 16; ++l) f[l] = (int8_t)bytes[l];
   return load_floats_16(f);
 #endif
 }
+
+#if defined(__aarch64__)
+// Eight f16 as eight f32, in the parts p and p + 1.
+ISQ_INLINE void widen_f16(uint16x8_t halves, Floats* f, int p) {
+  f->part[p] = (NativeF32)vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves)));
+  f->part[p + 1] = (NativeF32)vcvt_high_f32_f16(vreinterpretq_f16_u16(halves));
+}
+#endif
 
 // The 16-bit floats in the lower halves of the lanes.
 ISQ_INLINE Floats low_f16(Ints words) {
@@ -312,6 +337,12 @@ ISQ_INLINE Floats low_f16(Ints words) {
     const __m256i low = _mm256_and_si256((__m256i)words.part[p], _mm256_set1_epi32(0xffff));
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     f.part[p] = (NativeF32)_mm256_cvtph_ps(halves);
+  }
+  return f;
+#elif defined(__aarch64__)
+  Floats f;
+  for (int p = 0; p < 4; p += 2) {
+    widen_f16(vuzp1q_u16((uint16x8_t)words.part[p], (uint16x8_t)words.part[p + 1]), &f, p);
   }
   return f;
 #else
@@ -326,7 +357,17 @@ ISQ_INLINE Ints upper_halves(Ints words) {
   for (int p = 0; p < kParts; ++p) words.part[p] = words.part[p] >> 16;
   return words;
 }
-ISQ_INLINE Floats high_f16(Ints words) { return low_f16(upper_halves(words)); }
+ISQ_INLINE Floats high_f16(Ints words) {
+#if defined(__aarch64__)
+  Floats f;
+  for (int p = 0; p < 4; p += 2) {
+    widen_f16(vuzp2q_u16((uint16x8_t)words.part[p], (uint16x8_t)words.part[p + 1]), &f, p);
+  }
+  return f;
+#else
+  return low_f16(upper_halves(words));
+#endif
+}
 ISQ_INLINE Floats low_bf16(Ints words) {
   Floats f;
   for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)(words.part[p] << 16);
@@ -347,7 +388,9 @@ ISQ_INLINE Ints gather_words(const uint8_t* base, Ints offsets) {
 #elif ISQ_VECTOR_FLOATS == 8
     v.part[p] = (NativeI32)_mm256_i32gather_epi32((const int*)base, (__m256i)offsets.part[p], 1);
 #else
-    for (int l = 0; l < ISQ_VECTOR_FLOATS; ++l) std::memcpy(&v.part[p][l], base + offsets.part[p][l], 4);
+    float word[4];  // as if: for the compiler to keep them in vector registers
+    for (int l = 0; l < 4; ++l) std::memcpy(&word[l], base + offsets.part[p][l], 4);
+    v.part[p] = (NativeI32)NativeF32{word[0], word[1], word[2], word[3]};
 #endif
   }
   return v;

@@ -45,14 +45,14 @@ ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t*
     for (int c = 0; c < 16; c += 4) {
       Four in[4], out[4];
       for (int i = 0; i < 4; ++i) std::memcpy(&in[i], rows + (r + i) * row_bytes + 4 * c, 16);
-      const Four low01 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
-      const Four low23 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
-      const Four high01 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
-      const Four high23 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
-      out[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-      out[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-      out[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-      out[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+      const Four low01 = ISQ_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+      const Four low23 = ISQ_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+      const Four high01 = ISQ_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+      const Four high23 = ISQ_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+      out[0] = ISQ_SHUFFLE(low01, low23, 0, 1, 4, 5);
+      out[1] = ISQ_SHUFFLE(low01, low23, 2, 3, 6, 7);
+      out[2] = ISQ_SHUFFLE(high01, high23, 0, 1, 4, 5);
+      out[3] = ISQ_SHUFFLE(high01, high23, 2, 3, 6, 7);
       for (int i = 0; i < 4; ++i) std::memcpy(columns + (c + i) * column_bytes + 4 * r, &out[i], 16);
     }
   }

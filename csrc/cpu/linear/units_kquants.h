@@ -143,7 +143,7 @@ struct PairsUnit {
 #if defined(__x86_64__)
     return (Quarter)_mm_unpacklo_epi16((__m128i)a, (__m128i)b);
 #else
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
+    return ISQ_SHUFFLE(a, b, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
 #endif
   }
 };

@@ -10,7 +10,7 @@ namespace isqtorch::ISQ_ISA {
 // a0 b0 a1 b1 ..: from the lower (half 0) or the upper halves of a and b.
 template <int half, class V, int... i>
 ISQ_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (half * kWidth / 2 + i / 2 + i % 2 * kWidth)...);
+  return ISQ_SHUFFLE(a, b, (half * kWidth / 2 + i / 2 + i % 2 * kWidth)...);
 }
 
 // Element l of vector i becomes element i of vector l: interleaving the first half of the vectors with the second does
