@@ -23,29 +23,10 @@ inline int64_t amx_packed_bytes(int64_t k) { return tiles_along_k(k) * kTileByte
 
 // ---- packing x ----------------------------------------------------------------------------------------------------
 
-// Position along k -> weight, the order of the codes of a unit.
-template <class Unit>
-struct PanelOrder {
-  static constexpr int kWeights = Unit::kWeights;
-  static constexpr int weight_at(int position) { return UnitFacts<Unit>::kOrder.at[position]; }
-};
-
-template <class Order>
+// Facts: of UnitFacts, kWeights, kOrder and kPlainQuarters.
+template <class Facts>
 void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
-  constexpr int kWeights = Order::kWeights;
-  static constexpr auto kOrder = [] {
-    struct {
-      uint16_t at[kWeights];
-    } order{};
-    for (int p = 0; p < kWeights; ++p) order.at[p] = (uint16_t)Order::weight_at(p);
-    return order;
-  }();
-  static constexpr bool kPlain = [] {  // runs of sixteen in order
-    for (int p = 0; p < kWeights; ++p) {
-      if (kOrder.at[p] != kOrder.at[p / 16 * 16] + p % 16) return false;
-    }
-    return true;
-  }();
+  constexpr int kWeights = Facts::kWeights;
   uint8_t* out = static_cast<uint8_t*>(packed);
   alignas(64) uint16_t ordered[kTileRows][kWeights] = {};
   const int64_t padded = tiles_along_k(k) * kTileWeights;
@@ -54,10 +35,10 @@ void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
     for (int t = 0; t < tokens; ++t) {
       uint16_t natural[kWeights] = {};
       for (int i = 0; i < there; ++i) natural[i] = f32_to_bf16(x[t * k + begin + i]);
-      if constexpr (kPlain) {
-        for (int p = 0; p < kWeights; p += 16) std::memcpy(ordered[t] + p, natural + kOrder.at[p], 32);
+      if constexpr (Facts::kPlainQuarters) {
+        for (int p = 0; p < kWeights; p += 16) std::memcpy(ordered[t] + p, natural + Facts::kOrder.at[p], 32);
       } else {
-        for (int p = 0; p < kWeights; ++p) ordered[t][p] = natural[kOrder.at[p]];
+        for (int p = 0; p < kWeights; ++p) ordered[t][p] = natural[Facts::kOrder.at[p]];
       }
     }
     for (int p = 0; p < kWeights; p += kTileWeights, out += kTileBytes) {
@@ -130,12 +111,19 @@ void decode_amx_panel(const DecodeJob& job) {
 
 // 64 codes become 32 words of two bf16 (see Fp8Step); to be scaled, the lower and the upper ones of sixteen words
 // become f32, and then sixteen neighbours of a tile's row.
-struct Fp8Order {
+struct Fp8Facts {
   static constexpr int kWeights = 128;
-  static constexpr int weight_at(int position) {
-    const int half = position % 64 / 32, in_half = position % 16 * 2 + position % 32 / 16;
-    return position / 64 * 64 + in_half / 8 * 16 + half * 8 + in_half % 8;
-  }
+  static constexpr bool kPlainQuarters = false;
+  static constexpr auto kOrder = [] {
+    struct {
+      uint16_t at[128];
+    } order{};
+    for (int p = 0; p < 128; ++p) {
+      const int half = p % 64 / 32, in_half = p % 16 * 2 + p % 32 / 16;
+      order.at[p] = (uint16_t)(p / 64 * 64 + in_half / 8 * 16 + half * 8 + in_half % 8);
+    }
+    return order;
+  }();
 };
 
 inline void decode_amx_fp8_panel(const DecodeJob& job) {
@@ -271,15 +259,15 @@ inline void unpack_amx_sums(const float* sums, int64_t rows, int64_t tokens, flo
 struct AmxPanels {
   template <class Unit>
   static PanelKernels get(const UnitLayout& layout) {
-    return of<PanelOrder<Unit>>(decode_amx_panel<Unit>, layout);
+    return of<UnitFacts<Unit>>(decode_amx_panel<Unit>, layout);
   }
-  static PanelKernels fp8() { return of<Fp8Order>(decode_amx_fp8_panel, {}); }
+  static PanelKernels fp8() { return of<Fp8Facts>(decode_amx_fp8_panel, {}); }
 
  private:
-  template <class Order>
+  template <class Facts>
   static PanelKernels of(void (*decode)(const DecodeJob&), const UnitLayout& layout) {
     return {"bf16 tiles (AMX)", 2 * kTileRows,          kTileRows, 256,    amx_panel_bytes,
-            amx_packed_bytes,   pack_amx_tokens<Order>, layout,    decode, multiply_amx_panel,
+            amx_packed_bytes,   pack_amx_tokens<Facts>, layout,    decode, multiply_amx_panel,
             unpack_amx_sums};
   }
 };

@@ -25,6 +25,7 @@ namespace isqtorch::ISQ_ISA {
 
 template <class Unit>
 struct UnitFacts {
+  static constexpr int kWeights = Unit::kWeights;
   static constexpr int kVectors = Unit::kWeights / 64, kDots = kVectors / 4;
   static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
   static constexpr int kCenter = Unit::kCenter - (kSigned ? 128 : 0);
