@@ -21,7 +21,8 @@ def misses(targets: Sequence[Target]) -> str:
     """For every target that is not met, the formats that miss it."""
     lines = []
     for target in targets:
-        below = [f"{name} {target.show(ratio)}" for name, ratio in target.ratios.items() if not target.meets(name)]
+        missed = [name for name in target.ratios if not target.meets(name)]
+        below = [f"{name} {target.show(target.ratios[name])}{target.of_limit(name)}" for name in missed]
         if below:
             lines.append(f"- {target.what}, against {target.against}: {', '.join(below)}")
     return "\n".join(lines) or "None."

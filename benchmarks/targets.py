@@ -19,6 +19,9 @@ TIERS = {"amx": 3.0, "avx512": 1.5, "avx2": 1.2}
 FREE = (1.9, 2.1)
 """What two threads of a loop without shared work reach over one on a quiet machine; outside of it the pair beside it says nothing."""
 
+READ_HOT = "read hot, as much as a q4_0 matrix"
+"""The group of the bandwidth that bounds one hot matrix."""
+
 QUANTIZE = {"plain": 8.0, "importance": 6.0}
 
 
@@ -29,6 +32,7 @@ class Target:
     Attributes:
         ratios: by format, and where several M count by "format M=..".
         needs: the bound where it is not `need`.
+        limits: what reading the weights at the bandwidth measured in this run would reach: no kernel can be above it.
     """
 
     what: str
@@ -38,6 +42,7 @@ class Target:
     percent: bool = False
     ratios: dict[str, float] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)  # what else is not as it should be
     left_out: list[str] = field(default_factory=list)  # measured, but in circumstances that make it worthless
 
@@ -61,6 +66,12 @@ class Target:
             return -quotient if self.at_most else quotient
 
         return min(self.ratios, key=margin)
+
+    def of_limit(self, name: str) -> str:
+        """How near a ratio is to its limit, in words; empty where there is none."""
+        if name not in self.limits:
+            return ""
+        return f" ({100 * self.ratios[name] / self.limits[name]:.0f} % of what the bandwidth allows, {self.limits[name]:.2f}x)"
 
     def show(self, ratio: float) -> str:
         return f"{100 * ratio:.0f} %" if self.percent else f"{ratio:.2f}x"
@@ -102,14 +113,18 @@ def judge(results: Results, pace: dict[str, str]) -> list[Target]:
         ours = results.find(group, OURS)
         _compare(memory, ours, results.find(group, MEMORY), lambda a, b: a.gbytes / b.gbytes)
         _compare(memory_ggml, ours, results.find(group, GGML), _faster)
+    cache = results.find(READ_HOT, MEMORY, threads=1)
     for group in results.groups("hot"):
         name = group.split()[1]
         one = results.find(group, OURS, format=name, m=1)
-        _compare(hot, one, results.find(group, GGML, m=1), _faster)
+        ggml = results.find(group, GGML, m=1)
+        _compare(hot, one, ggml, _faster)
+        _limit(hot, name, cache, ggml)
         _compare(eight, results.find(group, OURS, format=name, m=8), one, lambda a, b: a.median / b.median)
         if name in pace:
             base = results.find(group, OURS, format=pace[name], m=1)
             _compare(family, one, base, lambda a, b: a.gbytes / b.gbytes)
+            _limit(family, name, cache, base)
     hot.needs = {name: 2.0 for name in SLOW_IN_GGML if name in hot.ratios}
     for group in results.groups("many"):
         _compare(bf16, results.find(group, OURS, m=512, threads=1), results.find(group, BF16, m=512), _faster)
@@ -122,6 +137,12 @@ def judge(results: Results, pace: dict[str, str]) -> list[Target]:
 def _faster(ours: Case, other: Case) -> float:
     """How many times as fast we are."""
     return other.median / ours.median
+
+
+def _limit(target: Target, name: str, read: Case | None, other: Case | None) -> None:
+    """Notes how far above `other` reading alone would be: both take the same bytes."""
+    if name in target.ratios and read and other:
+        target.limits[name] = read.gbytes / other.gbytes
 
 
 def _compare(
