@@ -48,8 +48,9 @@ ISQ_INLINE Quarter load_16(const void* p) {
 }
 ISQ_INLINE Quarter load_8_twice(const void* p) {
 #if defined(__x86_64__)
-  const __m128d once = _mm_load_sd(static_cast<const double*>(p));  // bits, not numbers
-  return (Quarter)_mm_unpacklo_pd(once, once);
+  double once;  // bits, not a number; they may lie at any address
+  std::memcpy(&once, p, sizeof once);
+  return (Quarter)_mm_set1_pd(once);
 #elif defined(__aarch64__)
   const uint8x8_t once = vld1_u8(static_cast<const uint8_t*>(p));
   return (Quarter)vcombine_u8(once, once);
