@@ -35,7 +35,7 @@ from .timing import Contender, interleave
 SHAPE = (4096, 4096)  # one shape for the targets; bench_ops.py has more
 QUANTIZED_ROWS = 256  # of a matrix to quantize: about a million weights
 FEW, MANY = (1, 8), (128, 512)
-IN_CORE = 1 << 20  # bytes that a core's own cache holds
+IN_CORE = 1 << 20
 TOO_LONG = 0.5  # seconds for a call of another library
 HOPELESS = 1.5  # a path of ggml's this much slower than its best at M=128 is not tried at M=512
 

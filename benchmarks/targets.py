@@ -16,7 +16,7 @@ SLOW_IN_GGML = ("q2k", "q3k", "q5_0", "q5_1")
 TIERS = {"amx": 3.0, "avx512": 1.5, "avx2": 1.2}
 """Speed over ggml at many rows that is asked for, by what both sides may use."""
 
-FREE = (1.9, 2.1)
+FREE = (1.7, 2.1)
 """What two threads of a loop without shared work reach over one on a quiet machine; outside of it the pair beside it says nothing."""
 
 READ_HOT = "read hot, as much as a q4_0 matrix"
