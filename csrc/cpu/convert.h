@@ -52,6 +52,16 @@ ISQ_INLINE uint16_t load_u16(const uint8_t* p) {
   std::memcpy(&h, p, 2);
   return h;
 }
+ISQ_INLINE uint32_t load_u32(const uint8_t* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+ISQ_INLINE uint64_t load_u64(const uint8_t* p) {
+  uint64_t v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
 
 // Per lane: the 16-bit pattern, and the value it stands for.
 struct Halves {

@@ -4,8 +4,8 @@
 
 #include "cpu/isa/prelude.h"
 
-#include "cpu/linear/fp8_rows.h"
 #include "cpu/linear/int8_panels.h"
+#include "cpu/linear/row_family.h"
 #include "cpu/linear/units.h"
 
 namespace isqtorch::ISQ_ISA {

@@ -5,16 +5,6 @@
 
 namespace isqtorch::ISQ_ISA {
 
-ISQ_INLINE uint64_t load_u64(const uint8_t* p) {
-  uint64_t v;
-  std::memcpy(&v, p, 8);
-  return v;
-}
-ISQ_INLINE uint32_t load_u32(const uint8_t* p) {
-  uint32_t v;
-  std::memcpy(&v, p, 4);
-  return v;
-}
 // A pair of f16 (d, dmin) as a little-endian word: the mins are subtracted.
 constexpr uint64_t kNegateMins = 0x8000000080000000u;
 
