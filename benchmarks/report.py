@@ -25,7 +25,8 @@ FOLDER = Path(__file__).resolve().parent / "results"
 QUICK = ["q4_0", "q3k", "q4k", "afq4", "fp8"]
 
 HOW = """Everything ran in turns within one run: a round of ours, a round of theirs, again. Medians. On one thread the clock is the CPU
-time of the process, so that other work on the machine hardly shows; with two threads, and wherever one and two are compared, it is wall
+time of the process, which leaves out waiting for a core, but not what a neighbour on the host costs who shares the core's caches and
+vector or tile units: compare within a line, and lines with care. With two threads, and wherever one and two are compared, it is wall
 time. Weights are 4096 x 4096, x is bf16 for us and f32 for ggml. "DRAM" rotates through copies of the weight that together exceed 1 GB,
 "hot" uses one again and again. A target counts as met if every format meets it."""
 
