@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(isqtorch, m) {
 
   // x [..., K] -> [..., N] = x @ dequantize(weight)^T + bias, in x's dtype; weight uint8 [N, row_bytes], bias [N]
   m.def("linear(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+  // The same where no argument wants a gradient, which is then not looked for: QuantLinear's way, microseconds shorter
+  m.def("linear_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
 
   // ids int32 or int64 [...] -> [..., K]: rows of dequantize(weight)
   m.def("embedding(Tensor ids, Tensor weight, str format, ScalarType dtype) -> Tensor");
