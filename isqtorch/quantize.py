@@ -21,7 +21,7 @@ from isqtorch.formats import QuantFormat
 
 from .inventory import packed_names, storage_key
 from .modules import PackedModule, QuantEmbedding, QuantLinear
-from .modules.convert import float_weight, to_float, to_packed, weight_matrix
+from .modules.convert import float_weight, is_conv1d, to_float, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
@@ -153,7 +153,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             if not isinstance(old, (QuantLinear, QuantEmbedding)):
                 continue  # the same parent under another name: replaced already
             if id(old) not in done:
-                transposed = old.origin not in (nn.Linear, nn.Embedding)
+                transposed = is_conv1d(old.origin)
                 if transposed not in weights:
                     weights[transposed] = float_weight(old, dtype)
                 new = to_float(old, weights[transposed])
