@@ -88,9 +88,9 @@ def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> Quan
         new = QuantEmbedding.from_packed(packed, fmt, padding_idx=module.padding_idx, dtype=dtype)
         new.sparse = module.sparse
         if isinstance(module, QuantEmbedding):
-            new.embed_scale, new.scale_is_rounded = module.embed_scale, module.scale_is_rounded
+            new.scale, new.scale_is_rounded = module.scale, module.scale_is_rounded
         else:
-            new.embed_scale, new.scale_is_rounded = scale_of(module)
+            new.scale, new.scale_is_rounded = scale_of(module)
     else:
         new = QuantLinear.from_packed(packed, fmt, bias=cast("Tensor | None", module.bias), dtype=dtype)
     new.origin, new.origin_requires_grad, new.origin_attributes = origin, trainable, attributes

@@ -181,10 +181,11 @@ def check_scaled(name: str) -> None:
     want = table(IDS)
     quantize_(model, "q8_0")
     packed = model[0]
-    assert isinstance(packed, QuantEmbedding) and packed.embed_scale == pytest.approx(8.1)
+    assert isinstance(packed, QuantEmbedding) and packed.scale == pytest.approx(8.1)
     plain = nn.functional.embedding(IDS, packed.dequantize())
     assert torch.equal(packed(IDS), plain * (8.125 if packed.scale_is_rounded else 8.1))  # bf16 has no 8.1
     assert packed(IDS).dtype == want.dtype and (packed(IDS) - want).norm() / want.norm() < 0.02
+    assert packed.embed_scale == torch.tensor(8.1, dtype=torch.bfloat16)
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(IDS), packed(IDS))
     requantize_(model, "q5_0")
@@ -262,5 +263,24 @@ def test_what_is_not_understood_is_left() -> None:
     odd.register_buffer("scale", torch.ones(1))
     for module in (layer, odd, ScaledOtherwise(4, 4), ReadsItself(2, 2), type("Sub", (falcon.FalconLinear,), {})(2, 2)):
         assert layer_kind(module) is None
+    assert not hasattr(QuantEmbedding(4, 32, format="q8_0"), "embed_scale")
     report = quantize_(nn.Sequential(ScaledOtherwise(32, 32), nn.Linear(32, 32)), "q8_0")
     assert "ScaledOtherwise is a subclass of nn.Embedding with code of its own" in report["0"].reason
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon", "gemma3", "bart", "llama-tied"])
+def test_loading_quantized_gives_what_quantizing_gives(family: str, tmp_path: Path) -> None:
+    import isqtorch
+
+    pytest.importorskip("transformers", "5.23")
+    model, run = build(family)
+    model.save_pretrained(tmp_path / "float")
+    cls = type(model)
+    quantize_(model, "q8_0")
+    loaded = cls.from_pretrained(tmp_path / "float", quantization_config=isqtorch.IsqConfig("q8_0"), dtype="auto")
+    assert torch.equal(run(loaded), run(model)) and state_bytes(loaded) == state_bytes(model)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = cls.from_pretrained(tmp_path / "packed")
+    assert torch.equal(run(again), run(model))
+    dequantize_(again)
+    assert [type(m) for m in again.modules()] == [type(m) for m in build(family)[0].modules()]
