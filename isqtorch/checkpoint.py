@@ -29,7 +29,7 @@ from isqtorch.formats import QuantFormat, get_format
 from .inventory import storage_key
 from .listeners import announce
 from .modules import QuantEmbedding, QuantLinear
-from .modules.convert import is_conv1d, layer_kind, to_packed, weight_matrix
+from .modules.convert import layer_kind, to_packed, weight_matrix
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -164,7 +164,7 @@ def _kind(module: nn.Module) -> str | None:
     if isinstance(module, QuantEmbedding):
         return "embedding"
     if isinstance(module, QuantLinear):
-        return "conv1d" if is_conv1d(module.origin) else "linear"
+        return "linear" if module.origin is nn.Linear else "conv1d"
     return layer_kind(module)
 
 

@@ -22,7 +22,7 @@ from isqtorch.formats import QuantFormat
 from .inventory import packed_names, storage_key
 from .listeners import announce
 from .modules import PackedModule, QuantEmbedding, QuantLinear
-from .modules.convert import float_weight, is_conv1d, to_float, to_packed, weight_matrix
+from .modules.convert import float_weight, to_float, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
@@ -154,7 +154,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             if not isinstance(old, (QuantLinear, QuantEmbedding)):
                 continue  # the same parent under another name: replaced already
             if id(old) not in done:
-                transposed = is_conv1d(old.origin)
+                transposed = old.origin not in (nn.Linear, nn.Embedding)
                 if transposed not in weights:
                     weights[transposed] = float_weight(old, dtype)
                 new = to_float(old, weights[transposed])

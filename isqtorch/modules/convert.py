@@ -17,7 +17,7 @@ from isqtorch.formats import QuantFormat
 from .embedding import QuantEmbedding
 from .linear import QuantLinear
 from .packed import PackedModule, ordinary_tensors
-from .subclasses import attributes_of, is_understood, meaning_of, rebuilt, scale_of
+from .subclasses import attributes_of, base_of, is_understood, meaning_of, rebuilt, scale_of
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -40,15 +40,10 @@ def layer_kind(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module) is nn.Embedding:
         return "embedding"
-    if is_conv1d(type(module)):
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "conv1d"
     meaning = meaning_of(type(module))
     return meaning.kind if meaning is not None and is_understood(module) else None
-
-
-def is_conv1d(cls: type[nn.Module]) -> bool:
-    """Whether a class is transformers' Conv1D, which stores its weight as `[K, N]`."""
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -78,11 +73,13 @@ def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> Quan
     is not touched."""
     if isinstance(module, PackedModule):
         dtype, origin, trainable = module.dtype, module.origin, module.origin_requires_grad
-        attributes = module.origin_attributes
+        subclass, attributes = module.subclass, module.subclass_attributes
     else:
         weight = cast(Tensor, module.weight)
         dtype, origin, trainable = weight.dtype, type(module), weight.requires_grad
-        attributes = attributes_of(module) if meaning_of(origin) is not None else {}
+        subclass, attributes = None, {}
+        if meaning_of(origin) is not None:
+            origin, subclass, attributes = base_of(origin), origin, attributes_of(module)
     new: QuantLinear | QuantEmbedding
     if isinstance(module, nn.Embedding):
         new = QuantEmbedding.from_packed(packed, fmt, padding_idx=module.padding_idx, dtype=dtype)
@@ -93,7 +90,8 @@ def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> Quan
             new.scale, new.scale_is_rounded = scale_of(module)
     else:
         new = QuantLinear.from_packed(packed, fmt, bias=cast("Tensor | None", module.bias), dtype=dtype)
-    new.origin, new.origin_requires_grad, new.origin_attributes = origin, trainable, attributes
+    new.origin, new.origin_requires_grad = origin, trainable
+    new.subclass, new.subclass_attributes = subclass, attributes
     _carry_over(module, new)
     return new
 
@@ -102,8 +100,8 @@ def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.M
     """The ordinary layer that `module` once was, around `weight` in that layer's own layout (see `float_weight`)."""
     new: Any
     with torch.device("meta"):
-        if meaning_of(module.origin) is not None:
-            new = rebuilt(module.origin, module.origin_attributes, weight)
+        if module.subclass is not None:
+            new = rebuilt(module.subclass, module.subclass_attributes, weight)
         elif isinstance(module, QuantEmbedding):
             new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, sparse=module.sparse)
         elif module.origin is nn.Linear:
@@ -121,7 +119,7 @@ def float_weight(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None
     """A new float parameter with the decoded weights, laid out as the layer that `module` replaced stores them."""
     with ordinary_tensors():
         weight = torch.ops.isqtorch.dequantize(module.weight, module.format, dtype or module.dtype)
-        if is_conv1d(module.origin):
+        if isinstance(module, QuantLinear) and module.origin is not nn.Linear:
             weight = weight.t().contiguous()
     return nn.Parameter(weight, requires_grad=module.origin_requires_grad)
 

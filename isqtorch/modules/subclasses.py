@@ -95,12 +95,17 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _BASE_STATE}
 
 
-def rebuilt(origin: type[nn.Module], attributes: dict[str, Any], like: Tensor) -> nn.Module:
+def base_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """nn.Linear or nn.Embedding, for an understood subclass of it."""
+    return nn.Linear if issubclass(cls, nn.Linear) else nn.Embedding
+
+
+def rebuilt(cls: type[nn.Module], attributes: dict[str, Any], like: Tensor) -> nn.Module:
     """A layer of a subclass without its weight and bias, made without its constructor, whose arguments are not known."""
-    new = origin.__new__(origin)
+    new = cls.__new__(cls)
     nn.Module.__init__(new)
     vars(new).update(attributes)
-    meaning = meaning_of(origin)
+    meaning = meaning_of(cls)
     if meaning is not None and meaning.scale == "rounded":
         scale = torch.tensor(attributes["scalar_embed_scale"], device=like.device)
         new.register_buffer("embed_scale", scale, persistent=False)

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.inventory import inspect_model, storage_key
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import is_conv1d
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.prepare import Job, Prepared
@@ -167,7 +166,7 @@ def record(model: Any, quantizer: IsqHfQuantizer) -> None:
 
 def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
     job, module = load.jobs[name], model.get_submodule(name.rpartition(".")[0])
-    matrix = weight.t() if is_conv1d(module.origin) else weight
+    matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
     target = getattr(module.weight, "_local_tensor", module.weight)  # this rank's part, where the layer is sharded
     if matrix.dim() != 2 or (matrix.shape[0], job.fmt.row_bytes(matrix.shape[1])) != target.shape:
         load.misfits.add(name)

@@ -12,7 +12,7 @@ from torch import nn
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.inventory import Inventory, inspect_model
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
-from isqtorch.modules.convert import is_conv1d, layer_kind, to_float, to_packed, weight_matrix
+from isqtorch.modules.convert import layer_kind, to_float, to_packed, weight_matrix
 from isqtorch.prepare import Prepared, prepare_inventory
 
 from .config import METHOD, IsqConfig
@@ -139,7 +139,7 @@ def unpack_missing(model: Any) -> list[str]:
             continue  # the same module under another name
         columns = get_format(module.format).in_features(module.weight.shape[1])
         shape = (module.weight.shape[0], columns)
-        if is_conv1d(module.origin):
+        if module.origin not in (nn.Linear, nn.Embedding):
             shape = shape[::-1]
         weight = torch.empty(shape, dtype=module.dtype, device=module.weight.device)
         new = to_float(module, nn.Parameter(weight))
