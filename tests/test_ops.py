@@ -491,3 +491,10 @@ def test_faults_in_both_implementations(name: str) -> None:
 def test_unknown_format_lists_what_exists() -> None:
     with pytest.raises(ValueError, match="q9k.*q4_0.*afq4"):
         ops.quantize(torch.ones(2, 256), "q9k")
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "Meta"])
+def test_every_device_has_every_operator(key: str) -> None:
+    """`linear_frozen` comes with `linear`: QuantLinear calls either."""
+    for name in ("quantize", "dequantize", "linear", "linear_frozen", "embedding"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"isqtorch::{name}", key), name
