@@ -23,8 +23,14 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         device: where to allocate; "meta" allocates nothing.
         dtype: type of the rows that `forward` returns.
 
+    Attributes:
+        first_row: number of the first row that is here, where tensor parallelism spreads the table over processes. Ids of
+            rows that are elsewhere give zeros, for the processes' results to be added up.
+
     Shapes: ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
     """
+
+    first_row: int = 0
 
     def __init__(
         self,
@@ -86,8 +92,13 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return cls.from_packed(packed, fmt, padding_idx=embedding.padding_idx, dtype=embedding.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
-        return rows
+        if self.weight.shape[0] == self.num_embeddings:
+            rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
+            return rows
+        local = ids - self.first_row
+        here = (local >= 0) & (local < self.weight.shape[0])
+        rows = _embedding(torch.where(here, local, 0), self.weight, self.format, self.dtype)
+        return torch.where(here[..., None], rows, 0)
 
     def reset_parameters(self) -> None:
         """Back to zeros, as the constructor leaves it: packed bytes cannot be initialized randomly."""

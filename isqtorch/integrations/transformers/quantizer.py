@@ -24,6 +24,7 @@ from isqtorch.topology import Spec
 
 from .config import METHOD, IsqConfig
 from .loading import MappedFiles, Pack
+from .shards import check_shards, local_columns, mark_rows
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
 
 
@@ -50,6 +51,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def __init__(self, quantization_config: IsqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._load: _Load | None = None
+        self._unchecked: nn.Module | None = None  # a model that may yet be spread over processes
 
     # ---- before the weights ------------------------------------------------------------------------------------------
 
@@ -70,6 +72,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
+        self._unchecked = model
         if self.pre_quantized:
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers)
@@ -86,7 +89,14 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
+    def _check_shards_once(self) -> None:
+        """Called with the first weight, which comes after the model was spread."""
+        model, self._unchecked = self._unchecked, None
+        if model is not None:
+            check_shards(model)
+
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        self._check_shards_once()
         return self._load is not None and param_name in self._load.jobs and param_name not in self._load.misfits
 
     def get_quantize_ops(self) -> Pack:
@@ -94,6 +104,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The type to read a tensor of a packed checkpoint as. Nothing is cast to packed bytes, and they are not cast."""
+        self._check_shards_once()
         stored = str(param.get_dtype()) if hasattr(param, "get_dtype") else str(param.dtype)
         is_bytes = stored in ("U8", "torch.uint8")
         if (dtype == torch.uint8 and not is_bytes) or (is_bytes and dtype is not None and dtype.is_floating_point):
@@ -118,6 +129,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         load, self._load = self._load, None
+        mark_rows(model)
         if load is None:
             _check_complete(model)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
@@ -172,7 +184,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # the reference is slower than both copies
-        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
+        importance = None if job.importance is None else job.importance[..., local_columns(module.weight, job.fmt)]
+        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
 
