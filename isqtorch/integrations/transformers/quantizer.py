@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
 from isqtorch.modules import PackedModule
 from isqtorch.modules.packed import ordinary_tensors
@@ -22,7 +23,7 @@ from isqtorch.quantize import dequantize_
 from isqtorch.report import QuantReport
 from isqtorch.topology import Spec
 
-from .config import METHOD, IsqConfig
+from .config import IsqConfig
 from .loading import MappedFiles, Pack
 from .shards import check_shards, local_columns, mark_rows
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from isqtorch.formats import QuantFormat, get_format
+from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding
-
-from .config import METHOD
 
 
 def is_sharded(parameter: object) -> bool:
