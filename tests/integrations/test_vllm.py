@@ -140,7 +140,8 @@ def test_excluded_layers_and_routers_stay_float() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_tables_and_heads(dtype: torch.dtype) -> None:
+def test_packed_tables_and_heads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
     table = torch.randn(100, 256, generator=torch.Generator().manual_seed(0))
     packed = ops.quantize(table, "q6k")
     config = config_of({"layers": {"model.embed_tokens": "q6k", "lm_head": "q6k"}})

@@ -29,7 +29,7 @@ class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a 
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -50,7 +50,7 @@ class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a 
         set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
         return y
 
@@ -58,11 +58,11 @@ class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a 
 class IsqEmbeddingMethod(IsqLinearMethod):
     """A table of tokens, or an output head, that is packed in the checkpoint."""
 
-    def create_weights(self, layer: nn.Module, *sizes: Any, params_dtype: torch.dtype, **extra: Any) -> None:
-        super().create_weights(layer, *sizes, params_dtype=params_dtype, **extra)
-        self.dtype = params_dtype
+    def __init__(self, fmt: QuantFormat, prefix: str) -> None:
+        super().__init__(fmt, prefix)
+        self.dtype = torch.get_default_dtype()  # vLLM sets it to the model's while it makes the layers
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         rows: Tensor = torch.ops.isqtorch.embedding(ids, layer.weight, self.format.name, self.dtype)
         return rows
 
@@ -77,7 +77,7 @@ class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -91,7 +91,7 @@ class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
         set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if self.format is None or layer.weight.dtype == torch.uint8:  # stays float, or vLLM calls a second time
             return
         try:
@@ -100,7 +100,7 @@ class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
             raise ValueError(f"isq in vLLM: {self.prefix}: {error}") from None
         layer.weight = nn.Parameter(packed, requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.format is None:
             return nn.functional.linear(x, layer.weight, bias)
         y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
