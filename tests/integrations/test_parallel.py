@@ -45,6 +45,23 @@ def tiny_qwen3_moe() -> Any:
     return Qwen3MoeForCausalLM(config).eval()
 
 
+def run_two(script: Path, *arguments: str, timeout: int) -> str:
+    """What a script prints that two processes run together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    done = subprocess.run(
+        [*command, "--master-port", str(port), str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def write_checkpoints(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -69,18 +86,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes wrote, by rank. Starting them takes longer than all they do, so they are started once."""
     folder = tmp_path_factory.mktemp("parallel")
     write_checkpoints(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--master-port", str(port), str(WORKER), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_two(WORKER, str(folder), timeout=600)
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -137,3 +143,15 @@ def test_experts_are_spread(results: list[dict[str, Any]], scenario: str) -> Non
         assert result["same bytes"]
         assert result["packed"] < ROUNDING
         assert result["share"] == 0.5
+
+
+def test_the_example_in_the_guide() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = run_two(
+        root / "examples" / "tensor_parallel.py",
+        str(root / "examples" / "demo_model" / "model"),
+        "q8_0",
+        "Return a new",
+        timeout=200,
+    )
+    assert text.startswith("Return a new") and len(text.split()) > 10
