@@ -26,9 +26,13 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     Attributes:
         scale: what rows are multiplied by on the way out, as in Bart's and Gemma's tables; None for nothing.
         scale_is_rounded: whether the scale is rounded to `dtype` first, as Gemma does.
+        first_row: number of the first row that is here, where tensor parallelism spreads the table over processes. Ids of
+            rows that are elsewhere give zeros, for the processes' results to be added up.
 
     Shapes: ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
     """
+
+    first_row: int = 0
 
     def __init__(
         self,
@@ -92,10 +96,19 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return cls.from_packed(packed, fmt, padding_idx=embedding.padding_idx, dtype=embedding.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
+        rows = self._rows(ids)
         if self.scale is None:
             return rows
         return rows * (torch.tensor(self.scale, dtype=self.dtype) if self.scale_is_rounded else self.scale)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if self.weight.shape[0] == self.num_embeddings:
+            rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
+            return rows
+        local = ids - self.first_row
+        here = (local >= 0) & (local < self.weight.shape[0])
+        rows = _embedding(torch.where(here, local, 0), self.weight, self.format, self.dtype)
+        return torch.where(here[..., None], rows, 0)
 
     @property
     def embed_scale(self) -> Tensor:

@@ -13,13 +13,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
-from isqtorch.formats import QuantFormat, get_format
+from isqtorch.formats import QuantFormat
+from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_layers, checked_version
 from isqtorch.policy import Request
 from isqtorch.prepare import ImatrixLike, load_imatrix
 from isqtorch.topology import Spec, Topology, TopologyLike
 
-METHOD = "isq"
-FORMAT_VERSION = 1
 _OP = "IsqConfig"
 
 
@@ -66,7 +65,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method
-        self.format_version = _checked_version(format_version)
+        self.format_version = checked_version(_OP, format_version)
         self.isqtorch_version = isqtorch_version or __version__
         self.isq = isq
         self.topology = topology
@@ -77,7 +76,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         self.modules_to_not_convert = modules_to_not_convert
         self.fallback = fallback
         self.rule = rule
-        self.layers = None if layers is None else _checked_layers(layers)
+        self.layers = None if layers is None else checked_layers(_OP, layers)
         if self.layers is None:  # else the options are a record of what was asked for; they act no more
             if unknown:
                 raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
@@ -157,31 +156,6 @@ _OPTIONS = (
     "fallback",
     "rule",
 )
-
-
-def _checked_version(version: object) -> int:
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{_OP}: format_version is {version!r:.80}, must be a positive number")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{_OP}: this model has format_version {version}, newer than {FORMAT_VERSION}, the newest known here. Upgrade isqtorch."
-        )
-    return version
-
-
-def _checked_layers(layers: object) -> dict[str, str]:
-    """{path: format} with canonical names; from a file that anybody may have written."""
-    if not isinstance(layers, Mapping):
-        raise ValueError(f"{_OP}: 'layers' must map paths of layers to formats, got {type(layers).__name__}")
-    checked = {}
-    for path, name in layers.items():
-        if not isinstance(path, str) or not isinstance(name, str):
-            raise ValueError(f"{_OP}: 'layers' must map strings to strings, got {path!r:.80}: {name!r:.80}")
-        try:
-            checked[path] = get_format(name).name
-        except ValueError as error:
-            raise ValueError(f"{_OP}: layer {path[:200]!r}: {error}") from None
-    return checked
 
 
 def _listed(names: Iterable[str] | str | None) -> list[str]:

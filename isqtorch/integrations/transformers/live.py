@@ -6,9 +6,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
+from isqtorch.integrations.record import METHOD
 from isqtorch.report import QuantReport
 
-from .config import METHOD, IsqConfig
+from .config import IsqConfig
 from .quantizer import IsqHfQuantizer, record
 from .skeleton import packed_formats
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
 from isqtorch.modules import PackedModule
 from isqtorch.modules.packed import ordinary_tensors
@@ -22,8 +23,9 @@ from isqtorch.quantize import dequantize_
 from isqtorch.report import QuantReport
 from isqtorch.topology import Spec
 
-from .config import METHOD, IsqConfig
+from .config import IsqConfig
 from .loading import MappedFiles, Pack
+from .shards import check_shards, local_columns, mark_rows
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
@@ -52,6 +54,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def __init__(self, quantization_config: IsqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._load: _Load | None = None
+        self._unchecked: nn.Module | None = None  # a model that may yet be spread over processes
 
     # ---- before the weights ------------------------------------------------------------------------------------------
 
@@ -72,6 +75,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
+        self._unchecked = model
         if self.pre_quantized:
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers)
@@ -88,7 +92,14 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
+    def _check_shards_once(self) -> None:
+        """Called with the first weight, which comes after the model was spread."""
+        model, self._unchecked = self._unchecked, None
+        if model is not None:
+            check_shards(model)
+
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        self._check_shards_once()
         return self._load is not None and param_name in self._load.jobs and param_name not in self._load.misfits
 
     def get_quantize_ops(self) -> Pack:
@@ -96,6 +107,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The type to read a tensor of a packed checkpoint as. Nothing is cast to packed bytes, and they are not cast."""
+        self._check_shards_once()
         stored = str(param.get_dtype()) if hasattr(param, "get_dtype") else str(param.dtype)
         is_bytes = stored in ("U8", "torch.uint8")
         if (dtype == torch.uint8 and not is_bytes) or (is_bytes and dtype is not None and dtype.is_floating_point):
@@ -120,6 +132,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         load, self._load = self._load, None
+        mark_rows(model)
         if load is None:
             _check_loaded(model)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
@@ -175,7 +188,9 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # the reference is slower than both copies
-        importance = None if job.importance is None else job.importance.to(source.device)
+        importance = None
+        if job.importance is not None:
+            importance = job.importance[..., local_columns(module.weight, job.fmt)].to(source.device)
         packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)

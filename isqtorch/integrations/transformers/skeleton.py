@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from isqtorch.formats import QuantFormat, get_format
+from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import Inventory, inspect_model
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
 from isqtorch.modules.convert import layer_kind, to_float, to_packed, weight_matrix
 from isqtorch.prepare import Prepared, prepare_inventory
 
-from .config import METHOD, IsqConfig
+from .config import IsqConfig
 
 
 def decide(model: Any, config: IsqConfig, device_map: object) -> Prepared:

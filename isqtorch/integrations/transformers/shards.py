@@ -1,0 +1,98 @@
+"""Packed weights that are spread over processes: tensor parallelism and FSDP cut them as they cut float weights.
+
+Rows of a packed weight stand for themselves, so it may be cut between rows anywhere. Within a row the smallest piece is a
+block: a cut elsewhere would separate codes from their scale.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.integrations.record import METHOD
+from isqtorch.modules import PackedModule, QuantEmbedding
+
+
+def is_sharded(parameter: object) -> bool:
+    """Whether a parameter is a DTensor; asks only if torch.distributed is in this build of torch."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def check_shards(model: nn.Module) -> None:
+    """Every process finds the same, whatever its own share, so that all of them stop.
+
+    Raises:
+        ValueError: a packed weight whose columns are cut inside a block.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedModule):
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or parameter.dtype != torch.uint8 or not is_sharded(parameter):
+                continue
+            pieces = _column_pieces(parameter)
+            fmt, row_bytes = get_format(module.format), parameter.shape[-1]
+            if row_bytes % (pieces * fmt.block_bytes) == 0:
+                continue
+            columns = fmt.in_features(row_bytes)
+            path = name if leaf == "weight" else f"{name}.{leaf}"
+            raise ValueError(
+                f"{METHOD}: {path} is {fmt.name} with {columns} columns, which cannot be cut into {pieces} equal pieces of whole "
+                f"blocks of {fmt.block}. Give this layer a format with smaller blocks by a topology entry, use another tp_size, or "
+                "'replicate' it in the tp_plan."
+            )
+
+
+def local_columns(parameter: Any, fmt: QuantFormat) -> slice:
+    """Which columns of the weight this process holds."""
+    if not is_sharded(parameter):
+        return slice(None)
+    shape, offset = _share(parameter)
+    start = offset[-1] // fmt.block_bytes * fmt.block
+    return slice(start, start + shape[-1] // fmt.block_bytes * fmt.block)
+
+
+def mark_rows(model: nn.Module) -> None:
+    """Tell embeddings whose rows tensor parallelism spreads where theirs begin: it adds up what the processes look up.
+
+    FSDP spreads rows, too, but puts them together again before a layer runs.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantEmbedding) and is_sharded(module.weight):
+            module.first_row = _share(module.weight, "tp")[1][0]
+
+
+def _share(parameter: Any, only: str | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of what this process holds; of the cuts along one dimension of the mesh alone, where it is named."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    placements = [
+        placement if only in (None, name) else Replicate()
+        for name, placement in zip(names, parameter.placements, strict=True)
+    ]
+    return compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+
+
+def _column_pieces(parameter: Any) -> int:
+    """How many pieces a row of a DTensor is cut into."""
+    last = parameter.ndim - 1
+    cuts = [
+        (mesh_dim, placement)
+        for mesh_dim, placement in enumerate(parameter.placements)
+        if getattr(placement, "dim", None) in (last, -1)
+    ]
+    return prod(
+        parameter.device_mesh.size(mesh_dim) * int(getattr(placement, "split_factor", 1))
+        for mesh_dim, placement in cuts
+    )

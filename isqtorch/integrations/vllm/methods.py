@@ -1,0 +1,107 @@
+"""How vLLM's layers hold and use packed weights.
+
+vLLM cuts and merges weights itself while it loads them: along dimension 0 between outputs, along dimension 1 between inputs.
+Rows of packed bytes may be cut and joined like rows of floats, and inside a row between blocks, so its own loaders do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
+from isqtorch.formats import QuantFormat
+
+_DIMENSIONS = {"input_dim": 1, "output_dim": 0}
+
+
+class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a dependency
+    """A linear layer whose weights are packed in the checkpoint."""
+
+    def __init__(self, fmt: QuantFormat, prefix: str) -> None:
+        self.format = fmt
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if input_size_per_partition % self.format.block:
+            raise ValueError(
+                f"isq in vLLM: {self.prefix} is {self.format.name} with {input_size} columns, of which this process gets "
+                f"{input_size_per_partition}, not a multiple of its block of {self.format.block}. Use another tensor-parallel size, or "
+                "pack this layer in a format with smaller blocks."
+            )
+        row_bytes = self.format.row_bytes(input_size_per_partition)
+        weight = nn.Parameter(
+            torch.empty(sum(output_partition_sizes), row_bytes, dtype=torch.uint8), requires_grad=False
+        )
+        set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
+        return y
+
+
+class IsqEmbeddingMethod(IsqLinearMethod):
+    """A table of tokens, or an output head, that is packed in the checkpoint."""
+
+    def __init__(self, fmt: QuantFormat, prefix: str) -> None:
+        super().__init__(fmt, prefix)
+        self.dtype = torch.get_default_dtype()  # vLLM sets it to the model's while it makes the layers
+
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
+        rows: Tensor = torch.ops.isqtorch.embedding(ids, layer.weight, self.format.name, self.dtype)
+        return rows
+
+
+class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
+    """A linear layer whose float weights are packed once they are all there."""
+
+    def __init__(self, decide: Callable[[tuple[int, int], torch.dtype], QuantFormat | None], prefix: str) -> None:
+        self.decide = decide
+        self.prefix = prefix
+        self.format: QuantFormat | None = None
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        self.format = self.decide(shape, params_dtype)
+        weight = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
+        set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
+        layer.register_parameter("weight", weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.format is None or layer.weight.dtype == torch.uint8:  # stays float, or vLLM calls a second time
+            return
+        try:
+            packed = torch.ops.isqtorch.quantize(layer.weight.data, self.format.name)
+        except ValueError as error:
+            raise ValueError(f"isq in vLLM: {self.prefix}: {error}") from None
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.format is None:
+            return nn.functional.linear(x, layer.weight, bias)
+        y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
+        return y
