@@ -1,14 +1,15 @@
 // `linear` for many rows of x without AMX: weights decoded to one affine int8 form that fits every format, times x in
 // int8 per 32.
 //
-// A panel keeps sixteen weight rows side by side, a row to a lane: for each group of a unit the codes, four neighbours
-// of each row at a time, then the scales and the offsets of the sixteen rows. So an activation word meets sixteen rows
-// at once, and a group's integer sums become f32 by one conversion and two products for sixteen rows. x is packed as in
-// rows.h; groups come in the order of the lanes there.
+// A panel keeps sixteen weight rows side by side, a row to a lane: for each span of a unit, which is 32 weights or a
+// smaller group, the codes, four neighbours of each row at a time, and the scales and the offsets of the sixteen rows.
+// So an activation word meets sixteen rows at once, and a span's integer sums become f32 by two products for sixteen
+// rows. x is packed in the same order, as many rows of it side by side as the product takes at a time.
 #pragma once
 
 #include "cpu/linear/rows.h"
 #include "cpu/linear/transpose.h"
+#include "cpu/linear/units_kquants.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -16,16 +17,113 @@ constexpr int kPanelRows = 16;
 // The product takes kRowBlocks * 16 rows times kPanelTokens rows of x at a time: as many sums as there are registers
 // for.
 constexpr int kRowBlocks = ISQ_VECTOR_FLOATS == 16 ? 2 : 1;
-constexpr int kPanelTokens = ISQ_VECTOR_FLOATS == 16 ? 6 : ISQ_VECTOR_FLOATS == 8 ? 2 : 4;
+constexpr int kPanelTokens = ISQ_VECTOR_FLOATS == 16 ? 6 : 4;
+#if defined(ISQ_DOTPROD)
+constexpr int kWordsAtOnce = 4;  // of a row of x: the instruction picks one
+#else
+constexpr int kWordsAtOnce = 1;
+#endif
+
+// Before a loop that chooses among registers. GCC keeps them in memory if it only finds out that it can unroll it.
+#if defined(__clang__)
+#define ISQ_UNROLL _Pragma("unroll")
+#else
+#define ISQ_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+ISQ_INLINE Floats as_floats(Ints bits) {
+  Floats f;
+  for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)bits.part[p];
+  return f;
+}
+// Part by part, as in load_wide.
+ISQ_INLINE void store_floats_16(Floats f, float* to) {
+  for (int p = 0; p < kParts; ++p) std::memcpy(to + p * ISQ_VECTOR_FLOATS, &f.part[p], kNativeBytes);
+}
+ISQ_INLINE Bytes all_bytes(uint8_t v) {
+  Bytes b;
+  for (int p = 0; p < kParts; ++p) b.part[p] = v - NativeU8{};
+  return b;
+}
+// Of numbers below 2^22.
+ISQ_INLINE Ints nearest_ints(Floats f) {
+  Ints i;
+  for (int p = 0; p < kParts; ++p) i.part[p] = (NativeI32)(f.part[p] + 12582912.0f) - 0x4b400000;
+  return i;
+}
+
+// ---- the form -----------------------------------------------------------------------------------------------------
+
+// Formats whose codes times the integer scales of their groups of 16 still are bytes. Then the sums of all groups have
+// one scale, the block's own, and only the 32 that share a step of x come between them.
+template <class Unit>
+struct Folding {
+  static constexpr bool kFits = false;
+};
+#if defined(ISQ_VNNI) || defined(ISQ_DOTPROD)
+template <>
+struct Folding<Q2KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ2K, d);
+  static constexpr int kMaxCode = 3 * 15, kCenter = 0;
+};
+template <>
+struct Folding<Q3KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ3K, d);
+  static constexpr int kMaxCode = 255, kCenter = 127;  // -4 .. 3 times -32 .. 31 is -124 .. 128
+};
+#endif
+
+template <class Unit>
+struct PanelFacts {
+  static constexpr bool kFolds = Folding<Unit>::kFits;
+  static constexpr int kSpan = kFolds ? 32 : Unit::kWeights / 16, kSpans = Unit::kWeights / kSpan, kWords = kSpan / 4;
+  static constexpr int kScales = kFolds ? 1 : 16, kOffsets = 16 / kSpans;  // of a unit; of a span
+  static constexpr int kMaxCode = [] {
+    if constexpr (kFolds) return Folding<Unit>::kMaxCode;
+    return Unit::kMaxCode;
+  }();
+  static constexpr int kCenter = [] {
+    if constexpr (kFolds) return Folding<Unit>::kCenter;
+    return Unit::kCenter;
+  }();
+  static constexpr bool kSigned = kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
+  static constexpr int kCodeVectors = Unit::kWeights / 64, kDots = kCodeVectors / 4;
+
+  // Quarter q of code vector v has the words first_word .. first_word + 3 of a span.
+  static constexpr int span_of(int v, int q) { return kFolds ? q / 2 * 4 + v : q * 4 + v / kDots; }
+  static constexpr int first_word(int v, int q) { return kFolds ? q % 2 * 4 : v % kDots * 4; }
+  // The lane of scales and offsets, that of half h where a span is folded from two groups.
+  static constexpr int lane_of(int span, int h = 0) { return kFolds ? span / 4 * 8 + span % 4 + 4 * h : span; }
+};
 
 // One unit of sixteen rows.
 template <class Unit>
 struct alignas(64) PanelUnit {
-  static constexpr int kWords = Unit::kWeights / 16 / 4;  // of a row, in a group
+  using Facts = PanelFacts<Unit>;
   struct {
-    uint8_t codes[kWords][64];  // word w of the rows 0 .. 15
-  } group[16];
-  float scale[16][16], offset[16][16];  // [group][row]
+    uint8_t codes[Facts::kWords][64];  // word w of the rows 0 .. 15
+  } span[Facts::kSpans];
+  float scale[Facts::kScales][16];           // [span][row]
+  float offset[Unit::kAffine ? 16 : 0][16];  // [lane][row]
+};
+
+// A sum of products is made on top of these bits: as a float it is kSumOrigin + sum, and so a conversion is a
+// subtraction, which the product with the step of x contains. Sums stay below 32 * 255 * 127.
+constexpr int32_t kSumOriginBits = 0x4b400000;
+constexpr float kSumOrigin = 12582912.0f;
+
+// One unit of kPanelTokens rows of x.
+template <class Unit>
+struct alignas(64) PanelActivations {
+  using Facts = PanelFacts<Unit>;
+  int8_t q[Unit::kWeights / 4 / kWordsAtOnce][kPanelTokens][4 * kWordsAtOnce];
+  float step[Facts::kSpans][kPanelTokens];    // at most 22 bits, so that ...
+  float origin[Facts::kSpans][kPanelTokens];  // ... -kSumOrigin * step is exact
+  int32_t start[Unit::kAffine ? 0 : Facts::kSpans]
+               [kPanelTokens];                         // where a sum begins: kSumOriginBits - center * sum(q)
+  float offset[Unit::kAffine ? 16 : 0][kPanelTokens];  // [lane]: step * sum(q)
 };
 
 template <class Unit>
@@ -34,11 +132,101 @@ int64_t int8_panel_bytes(int64_t rows, int64_t weights) {
   return rows / kPanelRows * units * (int64_t)sizeof(PanelUnit<Unit>);
 }
 
+// ---- packing x ----------------------------------------------------------------------------------------------------
+
+template <class Unit>
+int64_t int8_packed_bytes(int64_t k) {
+  return (k + Unit::kWeights - 1) / Unit::kWeights * (int64_t)sizeof(PanelActivations<Unit>);
+}
+
+// A unit of row t of x, of which the first `there` values exist.
+template <class Unit>
+void pack_panel_unit(const float* x, int64_t there, int t, PanelActivations<Unit>* out) {
+  using Facts = PanelFacts<Unit>;
+  constexpr int kWeights = Unit::kWeights;
+  int8_t natural[kWeights] = {}, q[kWeights];
+  float step[kWeights / 32] = {};
+  for (int b = 0; 32 * b < kWeights && 32 * b < there; ++b) {
+    const float exact = quantize_activations(x + 32 * b, natural + 32 * b);
+    step[b] = bits_float((float_bits(exact) + 2) & ~3u);
+  }
+  if constexpr (UnitFacts<Unit>::kPlainQuarters) {
+    for (int p = 0; p < kWeights; p += 16) std::memcpy(q + p, natural + UnitFacts<Unit>::kOrder.at[p], 16);
+  } else {
+    for (int p = 0; p < kWeights; ++p) q[p] = natural[UnitFacts<Unit>::kOrder.at[p]];
+  }
+  for (int p = 0; p < kWeights; p += 16) {
+    const int word = Facts::span_of(p / 64, p % 64 / 16) * Facts::kWords + Facts::first_word(p / 64, p % 64 / 16);
+    for (int w = 0; w < 4; w += kWordsAtOnce) {
+      std::memcpy(out->q[(word + w) / kWordsAtOnce][t], q + p + 4 * w, 4 * kWordsAtOnce);
+    }
+  }
+  Ints words[4];
+  for (int i = 0; i < 4; ++i) {
+    Bytes ones[Facts::kDots], some[Facts::kDots];
+    for (int d = 0; d < Facts::kDots; ++d) {
+      ones[d] = all_bytes(1);
+      some[d] = load_64(q + (i * Facts::kDots + d) * 64);
+    }
+    words[i] = dot_products<Facts::kDots, 1>(ones, some);
+  }
+  const Ints lanes = sum_quarters<false>(words);
+  int32_t sum[16];
+  std::memcpy(sum, &lanes, sizeof sum);
+  for (int span = 0; span < Facts::kSpans; ++span) {
+    const float of_span = step[UnitFacts<Unit>::group_of_lane(Facts::lane_of(span))];
+    out->step[span][t] = of_span;
+    out->origin[span][t] = -kSumOrigin * of_span;
+    int all = 0;
+    for (int h = 0; h < Facts::kOffsets; ++h) {
+      const int lane = Facts::lane_of(span, h);
+      all += sum[lane];
+      if constexpr (Unit::kAffine) out->offset[lane][t] = of_span * (float)sum[lane];
+    }
+    if constexpr (!Unit::kAffine) {
+      out->start[span][t] = kSumOriginBits - (Facts::kCenter - (Facts::kSigned ? 128 : 0)) * all;
+    }
+  }
+}
+
+template <class Unit>
+void pack_int8_tokens(const float* x, int tokens, int64_t k, void* packed) {
+  PanelActivations<Unit>* out = static_cast<PanelActivations<Unit>*>(packed);
+  for (int64_t begin = 0; begin < k; begin += Unit::kWeights, ++out) {
+    for (int t = 0; t < kPanelTokens; ++t) {
+      const int64_t there = t < tokens ? k - begin : 0;
+      pack_panel_unit<Unit>(x + (there ? t * k + begin : 0), there, t, out);
+    }
+  }
+}
+
+// ---- decoding -----------------------------------------------------------------------------------------------------
+
+// Codes of sixteen rows, four neighbours of each, times the scales of their groups, modulo 256; plus kCenter.
+template <class Unit>
+ISQ_INLINE void fold_scales(uint8_t* codes, Ints scale) {
+  Bytes factor, start;
+  for (int p = 0; p < kParts; ++p) {
+    const NativeI32 byte = scale.part[p] & 255, first = (Folding<Unit>::kCenter - scale.part[p] * Unit::kCenter) & 255;
+    factor.part[p] = (NativeU8)(byte | byte << 16);
+    start.part[p] = (NativeU8)(first * 0x01010101);
+  }
+  for (int w = 0; w < 4; ++w) {
+    const Bytes all = load_64(codes + 64 * w);
+    for (int p = 0; p < kParts; ++p) {
+      const NativeU16 two = (NativeU16)all.part[p], by = (NativeU16)factor.part[p];
+      const NativeU8 product = (NativeU8)((two * by & 0x00ff) | (two & 0xff00) * by);
+      const NativeU8 folded = product + start.part[p];
+      std::memcpy(codes + 64 * w + p * kNativeBytes, &folded, kNativeBytes);
+    }
+  }
+}
+
 // One unit of sixteen rows; w[r] is where that of row r begins.
 template <class Unit>
 void decode_panel_unit(const uint8_t* const* w, const UnitLayout& layout, PanelUnit<Unit>* out) {
-  using Facts = UnitFacts<Unit>;
-  alignas(64) Bytes codes[kPanelRows][Facts::kVectors];
+  using Facts = PanelFacts<Unit>;
+  alignas(64) Bytes codes[kPanelRows][Facts::kCodeVectors];
   alignas(64) Floats scale[kPanelRows], offset[kPanelRows];
   for (int r = 0; r < kPanelRows; ++r) {
     Unit::load(w[r], layout, codes[r], &scale[r], &offset[r]);
@@ -46,15 +234,27 @@ void decode_panel_unit(const uint8_t* const* w, const UnitLayout& layout, PanelU
       offset[r] = multiply_add(scale[r], all_lanes(128.0f), offset[r]);
     }
   }
-  for (int v = 0; v < Facts::kVectors; ++v) {
-    alignas(64) uint8_t words[16][64];  // word 4q + c of vector v belongs to group 4q + i
-    transpose_words(reinterpret_cast<const uint8_t*>(&codes[0][v]), sizeof codes[0], words[0], 64);
-    const int i = v / Facts::kDots, d = v % Facts::kDots;
-    for (int q = 0; q < 4; ++q) std::memcpy(out->group[4 * q + i].codes[4 * d], words[4 * q], sizeof words / 4);
+  for (int v = 0; v < Facts::kCodeVectors; ++v) {
+    uint8_t* words[4];
+    for (int q = 0; q < 4; ++q) words[q] = out->span[Facts::span_of(v, q)].codes[Facts::first_word(v, q)];
+    transpose_words(reinterpret_cast<const uint8_t*>(&codes[0][v]), sizeof codes[0], words);
   }
-  transpose_words(reinterpret_cast<const uint8_t*>(scale), 64, reinterpret_cast<uint8_t*>(out->scale), 64);
-  if constexpr (Unit::kAffine) {
-    transpose_words(reinterpret_cast<const uint8_t*>(offset), 64, reinterpret_cast<uint8_t*>(out->offset), 64);
+  if constexpr (Unit::kAffine) transpose_floats(offset, out->offset);
+  if constexpr (Facts::kFolds) {
+    alignas(64) float scales[16][16];
+    transpose_floats(scale, scales);
+    for (int r = 0; r < 16; ++r) out->scale[0][r] = f16_to_f32(load_u16(w[r] + Folding<Unit>::kBlockScale));
+    Floats inverse = load_floats_16(out->scale[0]);
+    for (int p = 0; p < kParts; ++p)
+      inverse.part[p] = 1 / inverse.part[p];  // where that is not finite, codes hardly matter
+    for (int span = 0; span < Facts::kSpans; ++span) {
+      for (int h = 0; h < 2; ++h) {
+        const Floats exact = load_floats_16(scales[Facts::lane_of(span, h)]) * inverse;
+        fold_scales<Unit>(out->span[span].codes[4 * h], nearest_ints(exact));
+      }
+    }
+  } else {
+    transpose_floats(scale, out->scale);
   }
 }
 
@@ -69,6 +269,9 @@ void decode_int8_panel(const DecodeJob& job) {
     for (int64_t u = first; u < last; ++u, ++out) {
       const uint8_t* w[kPanelRows];
       for (int r = 0; r < kPanelRows; ++r) {
+        // A short piece of each row is too little for the hardware prefetcher.
+        const uint8_t* ahead = job.w + (row + kPanelRows + r) * job.row_bytes + u * unit_bytes;
+        for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(ahead + b);
         const bool there = row + r < job.rows;
         const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row + r == job.rows - 1;
         const int64_t left = there ? job.row_bytes - u * unit_bytes : 0;
@@ -86,87 +289,117 @@ void decode_int8_panel(const DecodeJob& job) {
   }
 }
 
-// kRowBlocks times sixteen rows, row_stride units apart, times kPanelTokens rows of x, token_stride units apart. The
-// sums [tokens][16] of the row blocks are sum_stride floats apart.
+// ---- the product --------------------------------------------------------------------------------------------------
+
+// kRowBlocks times sixteen rows, row_stride units apart, times kPanelTokens rows of x. The sums [tokens][16] of the row
+// blocks are sum_stride floats apart.
 template <class Unit>
-void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const UnitActivations<Unit>* x,
-                          int64_t token_stride, int64_t units, float* sums, int64_t sum_stride, bool first) {
-  using Facts = UnitFacts<Unit>;
-  [[maybe_unused]] constexpr int kTogether = kDotsTogether<Unit::kMaxCode>;
+void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const PanelActivations<Unit>* x, int64_t units,
+                          float* sums, int64_t sum_stride, bool first) {
+  using Facts = PanelFacts<Unit>;
   Floats acc[kRowBlocks][kPanelTokens];
+  ISQ_UNROLL
   for (int r = 0; r < kRowBlocks; ++r) {
+    ISQ_UNROLL
     for (int t = 0; t < kPanelTokens; ++t) {
-      acc[r][t] = first ? all_lanes(0.0f) : load_floats_16(sums + r * sum_stride + 16 * t);
+      if (first) {
+        acc[r][t] = all_lanes(0.0f);
+      } else {
+        acc[r][t] = load_floats_16(sums + r * sum_stride + 16 * t);
+      }
     }
   }
   for (int64_t u = 0; u < units; ++u) {
-    for (int lane = 0; lane < 16; ++lane) {
-      const int group = lane % 4 * Facts::kDots * 64 + lane / 4 * 16;  // where its activations begin
+    for (int span = 0; span < Facts::kSpans; ++span) {
+      const auto& a = x[u];
       Ints dots[kRowBlocks][kPanelTokens];
+      ISQ_UNROLL
       for (int t = 0; t < kPanelTokens; ++t) {
-        const Ints start = all_lanes(Unit::kAffine ? 0 : -x[t * token_stride + u].center[lane]);
+        Ints start;
+        if constexpr (Unit::kAffine) {
+          start = all_lanes(kSumOriginBits);
+        } else {
+          start = all_lanes(a.start[span][t]);
+        }
+        ISQ_UNROLL
         for (int r = 0; r < kRowBlocks; ++r) dots[r][t] = start;
       }
+      const auto* words = a.q[span * Facts::kWords / kWordsAtOnce];
 #if defined(ISQ_DOTPROD)
-      // The instruction picks the word: four words of x cost one load.
       static_assert(kRowBlocks == 1);
-      for (int word = 0; word < PanelUnit<Unit>::kWords; word += 4) {
-        const uint8_t* codes = w[u].group[lane].codes[word];
-        Quarter a[kPanelTokens];
-        for (int t = 0; t < kPanelTokens; ++t) a[t] = load_16(x[t * token_stride + u].q + group + word * 16);
-        add_dots_of_word<0, kPanelTokens, Unit::kMaxCode>(dots[0], codes, a);
-        add_dots_of_word<1, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 64, a);
-        add_dots_of_word<2, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 128, a);
-        add_dots_of_word<3, kPanelTokens, Unit::kMaxCode>(dots[0], codes + 192, a);
+      for (int word = 0; word < Facts::kWords; word += 4, words += kPanelTokens) {
+        const uint8_t* codes = w[u].span[span].codes[word];
+        Quarter q[kPanelTokens];
+        ISQ_UNROLL
+        for (int t = 0; t < kPanelTokens; ++t) q[t] = load_16(words[t]);
+        add_dots_of_word<0, kPanelTokens, Facts::kMaxCode>(dots[0], codes, q);
+        add_dots_of_word<1, kPanelTokens, Facts::kMaxCode>(dots[0], codes + 64, q);
+        add_dots_of_word<2, kPanelTokens, Facts::kMaxCode>(dots[0], codes + 128, q);
+        add_dots_of_word<3, kPanelTokens, Facts::kMaxCode>(dots[0], codes + 192, q);
       }
 #else
-      for (int word = 0; word < PanelUnit<Unit>::kWords; word += kTogether) {
+      constexpr int kTogether = kDotsTogether<Facts::kMaxCode>;
+      for (int word = 0; word < Facts::kWords; word += kTogether, words += kTogether * kPanelTokens) {
         Bytes codes[kRowBlocks][kTogether];
+        ISQ_UNROLL
         for (int r = 0; r < kRowBlocks; ++r) {
-          for (int c = 0; c < kTogether; ++c) {
-            codes[r][c] = load_64(w[r * row_stride + u].group[lane].codes[word + c]);
-          }
+          for (int c = 0; c < kTogether; ++c) codes[r][c] = load_64(w[r * row_stride + u].span[span].codes[word + c]);
         }
+        ISQ_UNROLL
         for (int t = 0; t < kPanelTokens; ++t) {
-          Bytes a[kTogether];
-          const int8_t* words = x[t * token_stride + u].q + group + word / 4 * 64 + word % 4 * 4;
-          for (int c = 0; c < kTogether; ++c) a[c] = word_in_all_lanes(words + 4 * c);
+          Bytes q[kTogether];
+          for (int c = 0; c < kTogether; ++c) q[c] = word_in_all_lanes(words[c * kPanelTokens + t]);
+          ISQ_UNROLL
           for (int r = 0; r < kRowBlocks; ++r) {
-            dots[r][t] = add_dot_products<kTogether, Unit::kMaxCode>(dots[r][t], codes[r], a);
+            dots[r][t] = add_dot_products<kTogether, Facts::kMaxCode>(dots[r][t], codes[r], q);
           }
         }
       }
 #endif
+      ISQ_UNROLL
       for (int r = 0; r < kRowBlocks; ++r) {
         const PanelUnit<Unit>& rows = w[r * row_stride + u];
-        const Floats scale = load_floats_16(rows.scale[lane]);
+        const Floats scale = load_floats_16(rows.scale[Facts::kFolds ? 0 : span]);
+        ISQ_UNROLL
         for (int t = 0; t < kPanelTokens; ++t) {
-          const UnitActivations<Unit>& a = x[t * token_stride + u];
-          acc[r][t] = multiply_add(to_floats(dots[r][t]) * all_lanes(a.step[lane]), scale, acc[r][t]);
+          const Floats sum =
+              multiply_add(as_floats(dots[r][t]), all_lanes(a.step[span][t]), all_lanes(a.origin[span][t]));
+          acc[r][t] = multiply_add(sum, scale, acc[r][t]);
           if constexpr (Unit::kAffine) {
-            acc[r][t] = multiply_add(load_floats_16(rows.offset[lane]), all_lanes(a.offset[lane]), acc[r][t]);
+            for (int h = 0; h < Facts::kOffsets; ++h) {
+              const int lane = Facts::lane_of(span, h);
+              acc[r][t] = multiply_add(load_floats_16(rows.offset[lane]), all_lanes(a.offset[lane][t]), acc[r][t]);
+            }
           }
         }
       }
     }
   }
+  ISQ_UNROLL
   for (int r = 0; r < kRowBlocks; ++r) {
-    for (int t = 0; t < kPanelTokens; ++t) std::memcpy(sums + r * sum_stride + 16 * t, &acc[r][t], 64);
+    ISQ_UNROLL
+    for (int t = 0; t < kPanelTokens; ++t) store_floats_16(acc[r][t], sums + r * sum_stride + 16 * t);
   }
 }
 
+// A stretch of each row block at a time that stays in the first-level cache while all of x passes.
+constexpr int kStretchWeights = 512;
+
 template <class Unit>
 void multiply_int8_panel(const ProductJob& job) {
-  constexpr int kWeights = Unit::kWeights;
-  const auto units_of = [](int64_t weights) { return (weights + kWeights - 1) / kWeights; };
+  const auto units_of = [](int64_t weights) { return (weights + Unit::kWeights - 1) / Unit::kWeights; };
   const int64_t units = units_of(job.k_end - job.k_begin), all_units = units_of(job.k);
   const int64_t blocks = (job.tokens + kPanelTokens - 1) / kPanelTokens, sum_stride = blocks * kPanelTokens * 16;
   const PanelUnit<Unit>* w = static_cast<const PanelUnit<Unit>*>(job.panel);
-  const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x) + job.k_begin / kWeights;
+  const PanelActivations<Unit>* x = static_cast<const PanelActivations<Unit>*>(job.x) + job.k_begin / Unit::kWeights;
+  constexpr int64_t kStretch = kStretchWeights / Unit::kWeights;
   for (int64_t r = 0; r < job.rows / kPanelRows; r += kRowBlocks) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      multiply_panel_block<Unit>(w + r * units, units, x + b * kPanelTokens * all_units, all_units, units,
-                                 job.sums + r * sum_stride + b * kPanelTokens * 16, sum_stride, job.first);
+    for (int64_t u = 0; u < units; u += kStretch) {
+      const int64_t count = units - u < kStretch ? units - u : kStretch;
+      for (int64_t b = 0; b < blocks; ++b) {
+        multiply_panel_block<Unit>(w + r * units + u, units, x + b * all_units + u, count,
+                                   job.sums + r * sum_stride + b * kPanelTokens * 16, sum_stride, job.first && u == 0);
+      }
     }
   }
 }
@@ -176,19 +409,6 @@ inline void unpack_int8_sums(const float* sums, int64_t rows, int64_t tokens, fl
   for (int64_t r = 0; r < rows; r += kPanelRows) {
     for (int64_t t = 0; t < tokens; ++t) std::memcpy(y + t * ldy + r, sums + r * padded + 16 * t, 64);
   }
-}
-
-template <class Unit>
-int64_t int8_packed_bytes(int64_t k) {
-  return kPanelTokens * packed_activation_bytes<Unit>(k);
-}
-
-template <class Unit>
-void pack_int8_tokens(const float* x, int tokens, int64_t k, void* packed) {
-  const int64_t bytes = packed_activation_bytes<Unit>(k);
-  uint8_t* out = static_cast<uint8_t*>(packed);
-  for (int t = 0; t < tokens; ++t) pack_activations<Unit>(x + t * k, k, out + t * bytes);
-  std::memset(out + tokens * bytes, 0, (kPanelTokens - tokens) * bytes);
 }
 
 struct Int8Panels {
