@@ -151,7 +151,7 @@ const std::vector<IsaLevel>& isa_levels() {
     add("avx512vnni", "AVX-512 with VNNI", has.avx512vnni, avx512::format_table(), avx512vnni::row_kernels(),
         avx512vnni::panel_kernels());
     add("avx512bf16", "AVX-512 with VNNI, VBMI and BF16", has.avx512bf16, avx512::format_table(),
-        avx512bf16::row_kernels(), avx512bf16::panel_kernels());
+        avx512bf16::row_kernels(), avx512vnni::panel_kernels());
     add("amx", "AVX-512 with VNNI, VBMI and BF16, and AMX with BF16", has.amx, avx512::format_table(),
         avx512bf16::row_kernels(), amx::panel_kernels());
 #endif

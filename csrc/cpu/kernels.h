@@ -165,7 +165,6 @@ const PanelKernels* panel_kernels();
 }  // namespace avx512vnni
 namespace avx512bf16 {
 const RowKernels* row_kernels();
-const PanelKernels* panel_kernels();
 }  // namespace avx512bf16
 namespace amx {
 const PanelKernels* panel_kernels();

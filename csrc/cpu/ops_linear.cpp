@@ -121,7 +121,7 @@ void multiply_panels(const LinearArguments& a, const PackedMatrix& packed, int64
 // Many rows of x, as many at a time as the caches hold.
 void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
   const PanelKernels& kernels = *packed.panel_kernels;
-  const int64_t portion = std::min<int64_t>(512 / kernels.token_block * kernels.token_block, a.m);
+  const int64_t portion = std::min(round_up(512, kernels.token_block), a.m);
   const Scratch x(round_up(portion, kernels.token_block) / kernels.token_block * kernels.packed_bytes(a.k));
   for (int64_t first = 0; first < a.m; first += portion) {
     const int64_t count = std::min(portion, a.m - first);

@@ -11,7 +11,8 @@
 namespace isqtorch::ISQ_ISA {
 
 const RowKernels* row_kernels() { return kernels_for<RowFamily>(AllFormats{}); }
-#if ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)
+// Dot products of bf16 add nothing to those of int8: there the panels are avx512vnni's.
+#if (ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)) && !defined(ISQ_BF16)
 const PanelKernels* panel_kernels() { return kernels_for<Int8Panels>(AllFormats{}); }
 #endif
 

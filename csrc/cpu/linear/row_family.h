@@ -6,6 +6,23 @@
 
 namespace isqtorch::ISQ_ISA {
 
+#if ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)
+template <class Unit, int kTokens>
+constexpr auto rows_kernel = multiply_rows<Unit, kTokens>;
+#else
+// Without vector instructions nothing is gained by sharing decoded weights, and these kernels took longest to compile
+// of all: one row of x at a time.
+template <class Unit, int kTokens>
+void rows_kernel(const RowsJob& job) {
+  for (int t = 0; t < kTokens; ++t) {
+    RowsJob one = job;
+    one.x = static_cast<const uint8_t*>(job.x) + t * packed_activation_bytes<Unit>(job.k);
+    one.y = job.y + t * job.ldy;
+    multiply_rows<Unit, 1>(one);
+  }
+}
+#endif
+
 struct RowFamily {
   template <class Unit>
   static RowKernels get(const UnitLayout& layout) {
@@ -14,7 +31,7 @@ struct RowFamily {
             layout,
             packed_activation_bytes<Unit>,
             pack_activations<Unit>,
-            {multiply_rows<Unit, 1>, multiply_rows<Unit, 2>, multiply_rows<Unit, 4>, multiply_rows<Unit, 8>}};
+            {rows_kernel<Unit, 1>, rows_kernel<Unit, 2>, rows_kernel<Unit, 4>, rows_kernel<Unit, 8>}};
   }
   static RowKernels fp8() {
     return {Fp8Step::kName,

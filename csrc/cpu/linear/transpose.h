@@ -32,19 +32,19 @@ ISQ_INLINE void transpose_16(__m512i* row) {
 }
 #endif
 
-// Column c, sixteen words, goes to columns + c * column_bytes; rows are row_bytes apart.
-ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t* columns, int64_t column_bytes) {
+// Columns 4q .. 4q + 3, sixteen words each, go one behind the other to columns[q]; rows are row_bytes apart.
+ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t* const* columns) {
 #if ISQ_VECTOR_FLOATS == 16
   __m512i words[16];
   for (int r = 0; r < 16; ++r) words[r] = _mm512_loadu_si512(rows + r * row_bytes);
   transpose_16(words);
-  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(columns + c * column_bytes, words[c]);
+  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(columns[c / 4] + c % 4 * 64, words[c]);
 #else
   typedef int32_t Four __attribute__((vector_size(16)));
   for (int r = 0; r < 16; r += 4) {
-    for (int c = 0; c < 16; c += 4) {
+    for (int q = 0; q < 4; ++q) {
       Four in[4], out[4];
-      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], rows + (r + i) * row_bytes + 4 * c, 16);
+      for (int i = 0; i < 4; ++i) std::memcpy(&in[i], rows + (r + i) * row_bytes + 16 * q, 16);
       const Four low01 = ISQ_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
       const Four low23 = ISQ_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
       const Four high01 = ISQ_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
@@ -53,10 +53,16 @@ ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t*
       out[1] = ISQ_SHUFFLE(low01, low23, 2, 3, 6, 7);
       out[2] = ISQ_SHUFFLE(high01, high23, 0, 1, 4, 5);
       out[3] = ISQ_SHUFFLE(high01, high23, 2, 3, 6, 7);
-      for (int i = 0; i < 4; ++i) std::memcpy(columns + (c + i) * column_bytes + 4 * r, &out[i], 16);
+      for (int i = 0; i < 4; ++i) std::memcpy(columns[q] + i * 64 + 4 * r, &out[i], 16);
     }
   }
 #endif
+}
+// A square of floats.
+ISQ_INLINE void transpose_floats(const Floats* rows, float (*columns)[16]) {
+  uint8_t* to = reinterpret_cast<uint8_t*>(columns);
+  uint8_t* const quarters[4] = {to, to + 256, to + 512, to + 768};
+  transpose_words(reinterpret_cast<const uint8_t*>(rows), 64, quarters);
 }
 
 }  // namespace isqtorch::ISQ_ISA
