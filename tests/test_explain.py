@@ -42,8 +42,9 @@ def test_levels_are_told_apart() -> None:
     info = ops.cpu_info()
     if "amx" in info.isa_supported:
         ops.set_cpu_isa("amx")
-        few, many = ops.cpu_info().linear["q4k"]
-        assert (few.level, many.level) == ("avx512bf16", "amx") and "AMX" in many.kernel
+        few, handful, many = ops.cpu_info().linear["q4k"]
+        assert (few.level, handful.level, many.level) == ("avx512bf16", "amx", "amx")
+        assert "int8 tiles" in handful.kernel and "bf16 tiles" in many.kernel
     if "avx2" in info.isa_supported:
         ops.set_cpu_isa("baseline")
         assert "torch" in ops.cpu_info().linear["q4k"][1].kernel

@@ -4,8 +4,8 @@
 #include "cpu/isa/prelude.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                         \
-    __attribute__((target(                                                                                            \
+#pragma clang attribute push(                                                                                                  \
+    __attribute__((target(                                                                                                     \
         "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8"))), \
     apply_to = function)
 #else

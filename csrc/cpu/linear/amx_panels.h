@@ -2,8 +2,8 @@
 //
 // Weights are the left operand, which wants rows as they are; x is the right one and is packed once per call, in pairs
 // along k. Tiles lie one behind the other in memory. Along k both sides are in the order of the format's code vectors
-// (weight_at in rows.h), the bytes of each word apart, so that a decoder never has to put weights in order. Sums are f32 tiles, 16 weight rows by 16
-// rows of x, transposed at the end.
+// (weight_at in rows.h), the bytes of each word apart, so that a decoder never has to put weights in order. Sums are
+// f32 tiles, 16 weight rows by 16 rows of x, transposed at the end.
 #pragma once
 
 #include "cpu/linear/fp8_rows.h"
@@ -74,7 +74,8 @@ void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
 
 // ---- decoding -----------------------------------------------------------------------------------------------------
 
-// The 64 weights of a code vector as bf16: the bytes 0 and 1 of its words become a row of one tile, 2 and 3 of the next.
+// The 64 weights of a code vector as bf16: the bytes 0 and 1 of its words become a row of one tile, 2 and 3 of the
+// next.
 ISQ_INLINE void store_bf16(__m512i codes, __m512 scale, __m512 offset, uint8_t* out) {
   const __m512i byte = _mm512_set1_epi32(255);
   const auto weights = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, offset); };
@@ -276,8 +277,16 @@ struct AmxPanels {
  private:
   template <class Facts, bool kWordwise>
   static PanelKernels of(void (*decode)(const DecodeJob&), const UnitLayout& layout) {
-    return {"bf16 tiles (AMX)", 2 * kTileRows,          kTileRows, 256,    amx_panel_bytes,
-            amx_packed_bytes,   pack_amx_tokens<Facts, kWordwise>, layout,    decode, multiply_amx_panel,
+    return {"bf16 tiles (AMX)",
+            2 * kTileRows,
+            kTileRows,
+            256,
+            amx_panel_bytes,
+            amx_packed_bytes,
+            pack_amx_tokens<Facts, kWordwise>,
+            layout,
+            decode,
+            multiply_amx_panel,
             unpack_amx_sums};
   }
 };

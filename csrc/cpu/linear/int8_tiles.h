@@ -11,14 +11,11 @@
 // what rows of x cost, and why beyond some dozens of them decoding to bf16 (amx_panels.h) is faster.
 #pragma once
 
-#include "cpu/linear/rows.h"
+#include "cpu/linear/tile_codes.h"
 #include "cpu/linear/tile_scope.h"
 #include "cpu/linear/transpose.h"
 
 namespace isqtorch::ISQ_ISA {
-
-// Groups stand in the order of the code vectors: position 4i + q is the group of lane 4q + i.
-constexpr int lane_at(int position) { return position % 4 * 4 + position / 4; }
 
 // A unit of activations of 16 / kTogether tokens, ready to be the right operand.
 template <class Unit, int kTogether>
@@ -26,8 +23,8 @@ struct alignas(64) TileActivations {
   static constexpr int kTokens = 16 / kTogether, kProducts = 16 / kTogether;
   static constexpr int kGroup = Unit::kWeights / 16, kBytes = kTogether * kGroup;  // of a weight row in a product
   struct {
-    int8_t q[kBytes / 4][16][4];   // [k / 4][column][k % 4]
-    float step[16], offset[16];  // by column; kAffine: step * sum(q)
+    int8_t q[kBytes / 4][16][4];  // [k / 4][column][k % 4]
+    float step[16], offset[16];   // by column; kAffine: step * sum(q)
   } product[kProducts];
 };
 
@@ -57,7 +54,8 @@ void pack_tile_activations(const float* x, int tokens, int64_t k, void* packed) 
       for (int position = 0; position < 16; ++position) {
         auto& product = out->product[position / kTogether];
         const int part = position % kTogether, column = kTogether * t + part;
-        const int first = position / 4 * Facts::kDots * 64 + position % 4 * 16;  // in the unit's vectors
+        const int lane = TileCodes<Unit>::lane_at(position);
+        const int first = lane % 4 * Facts::kDots * 64 + lane / 4 * 16;  // in the unit's vectors
         int8_t ordered[kGroup];
         for (int d = 0; d < Facts::kDots; ++d) {
           if constexpr (Facts::kPlainQuarters) {
@@ -71,7 +69,7 @@ void pack_tile_activations(const float* x, int tokens, int64_t k, void* packed) 
         for (int word = 0; word < kGroup / 4; ++word) {
           std::memcpy(product.q[part * kGroup / 4 + word][column], ordered + 4 * word, 4);
         }
-        product.step[column] = step[Facts::group_of_lane(lane_at(position))];
+        product.step[column] = step[Facts::group_of_lane(lane)];
         product.offset[column] = product.step[column] * (float)sum;
       }
     }
@@ -86,40 +84,24 @@ int64_t tile_packed_bytes(int64_t k) {
 
 // ---- decoding -----------------------------------------------------------------------------------------------------
 
-// Codes as signed numbers. (Decoders of signed bytes have flipped the same bit: the compiler leaves both out.)
-template <int kCenter>
-ISQ_INLINE Bytes centered(Bytes codes) {
-  if constexpr (kCenter == 128) return codes ^ 0x80;
-  codes.part[0] = codes.part[0] - (uint8_t)kCenter;
-  return codes;
-}
-
 template <class Unit>
 ISQ_INLINE void decode_tile_row(const uint8_t* unit, const UnitLayout& layout, TileWeights<Unit>* out, int row) {
-  using Facts = UnitFacts<Unit>;
-  Bytes codes[Facts::kVectors];
+  Bytes codes[UnitFacts<Unit>::kVectors];
   Floats scale, offset;
   Unit::load(unit, layout, codes, &scale, &offset);
-  if constexpr (!Unit::kAffine) {
-    for (int v = 0; v < Facts::kVectors; ++v) codes[v] = centered<Unit::kCenter>(codes[v]);
-  }
   __m512i* to = reinterpret_cast<__m512i*>(out->codes[row]);
-  if constexpr (Facts::kDots == 1) {
-    for (int v = 0; v < 4; ++v) _mm512_store_si512(to + v, (__m512i)codes[v].part[0]);
-  } else {
-    static_assert(Facts::kDots == 2);
-    const __m512i kLow = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i kHigh = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int i = 0; i < 4; ++i) {  // a group is a quarter of two vectors
-      const __m512i a = (__m512i)codes[2 * i].part[0], b = (__m512i)codes[2 * i + 1].part[0];
-      _mm512_store_si512(to + 2 * i, _mm512_permutex2var_epi64(a, kLow, b));
-      _mm512_store_si512(to + 2 * i + 1, _mm512_permutex2var_epi64(a, kHigh, b));
-    }
-  }
-  const __m512i kLanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_store_ps(out->scale[row], _mm512_maskz_permutexvar_ps(0xffff, kLanes, (__m512)scale.part[0]));
+  TileCodes<Unit>::store(unit, codes, to);
+  static constexpr auto kLanes = [] {
+    struct {
+      int32_t at[16];
+    } lanes{};
+    for (int position = 0; position < 16; ++position) lanes.at[position] = TileCodes<Unit>::lane_at(position);
+    return lanes;
+  }();
+  const __m512i lanes = _mm512_loadu_si512(kLanes.at);
+  _mm512_store_ps(out->scale[row], _mm512_maskz_permutexvar_ps(0xffff, lanes, (__m512)scale.part[0]));
   if constexpr (Unit::kAffine) {
-    _mm512_store_ps(out->offset[row], _mm512_maskz_permutexvar_ps(0xffff, kLanes, (__m512)offset.part[0]));
+    _mm512_store_ps(out->offset[row], _mm512_maskz_permutexvar_ps(0xffff, lanes, (__m512)offset.part[0]));
   }
 }
 
@@ -303,10 +285,10 @@ void multiply_int8_tiles(const TilesJob& job) {
 struct Int8Tiles {
   template <class Unit>
   static TileKernels get(const UnitLayout& layout) {
-    // Groups of 16 weights make twice as many sums.
+    // Offsets, and groups of 16 weights, make sums dearer.
     return {"int8 tiles (AMX)",
             5,
-            Unit::kWeights == 256 ? 16 : Unit::kAffine ? 32 : 48,
+            Unit::kWeights == 256 || Unit::kAffine ? 16 : 32,
             layout,
             tile_packed_bytes<Unit>,
             {pack_tile_activations<Unit, 2>, pack_tile_activations<Unit, 1>},
