@@ -75,7 +75,7 @@ def _forget_cases() -> Iterator[None]:
 @every_format
 @pytest.mark.parametrize("n", [1, 17, 48])
 def test_odd_shapes(fmt: QuantFormat, isa: str, n: int) -> None:
-    for rows_of_x in (1, 2, 3, 5, 7, 8, 9, 17, 33):
+    for rows_of_x in (1, 2, 3, 5, 7, 8, 9, 17, 33, 47):
         for dtype in DTYPES:
             known = case(fmt, n, 3, rows_of_x, dtype, normal_activations)
             y = ops.linear(known.x, known.packed, fmt.name)
@@ -93,10 +93,17 @@ def kernel_of(fmt: QuantFormat, rows_of_x: int) -> str:
 def test_exact_where_activations_are_int8(fmt: QuantFormat, isa: str) -> None:
     """Activations are rounded to int8 per 32, and nothing else is: any misplaced weight, scale or activation shows."""
     for weights in (256, 1280, 4096 + 256):
-        for rows_of_x in (1, 2, 4, 7, 15):
+        for rows_of_x in (1, 2, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32):
             if "int8" not in kernel_of(fmt, rows_of_x):
                 continue
-            known = case(fmt, 9, max(1, weights // fmt.block), rows_of_x, torch.float32, int8_activations)
+            known = case(
+                fmt,
+                17 if rows_of_x > 4 else 9,
+                max(1, weights // fmt.block),
+                rows_of_x,
+                torch.float32,
+                int8_activations,
+            )
             error = known.error(ops.linear(known.x, known.packed, fmt.name))
             assert error <= 1e-5, (weights, rows_of_x)
 
@@ -104,14 +111,14 @@ def test_exact_where_activations_are_int8(fmt: QuantFormat, isa: str) -> None:
 @every_format
 def test_any_number_of_blocks(fmt: QuantFormat, isa: str) -> None:
     for blocks in (1, 2, 15, 16, 17, 1 + 2048 // fmt.block, 5000 // fmt.block):
-        for rows_of_x in (1, 12):
+        for rows_of_x in (1, 6, 12):
             known = case(fmt, 3, blocks, rows_of_x, torch.float32, normal_activations)
             y = ops.linear(known.x, known.packed, fmt.name)
             assert known.error(y) <= allowed(fmt, y), (blocks, rows_of_x)
 
 
 @every_format
-@pytest.mark.parametrize("rows_of_x", [3, 20])
+@pytest.mark.parametrize("rows_of_x", [3, 6, 13, 20])
 def test_each_row_of_x_has_its_own_result(fmt: QuantFormat, isa: str, rows_of_x: int) -> None:
     """Rows of very different size, zeros, NaN and infinity: none may leak into another."""
     packed = packed_weight(fmt, 21, 4)
@@ -140,7 +147,13 @@ def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, isa: str, gap: int) ->
         packed = packed_weight(fmt, rows, blocks)
         at_end = before_a_guard_page(packed, gap)
         bias = torch.randn(rows)
-        for rows_of_x, dtype in ((1, torch.float32), (3, torch.bfloat16), (8, torch.float16), (17, torch.float32)):
+        for rows_of_x, dtype in (
+            (1, torch.float32),
+            (3, torch.bfloat16),
+            (8, torch.float16),
+            (13, torch.float32),
+            (17, torch.float32),
+        ):
             x = torch.randn(rows_of_x, blocks * fmt.block, dtype=dtype)
             y = ops.linear(before_a_guard_page(x), at_end, fmt.name, before_a_guard_page(bias))
             torch.testing.assert_close(y, ops.linear(x, packed, fmt.name, bias), rtol=1e-4, atol=1e-3)

@@ -90,7 +90,7 @@ struct X86Features {
     avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
     unsigned a = 0, b = 0, c = 0, d = 0;
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1) && (d >> 24 & 1) && (d >> 22 & 1);
     amx = avx512bf16 && tiles && may_use_tiles();
   }
 };
@@ -128,8 +128,8 @@ const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = [] {
     std::vector<IsaLevel> all;
     const auto add = [&](const char* name, const char* needs, bool supported, FormatTable formats,
-                         const RowKernels* rows, const PanelKernels* panels) {
-      all.push_back({name, needs, supported, {name, formats, rows, panels}});
+                         const RowKernels* rows, const PanelKernels* panels, const TileKernels* tiles = nullptr) {
+      all.push_back({name, needs, supported, {name, formats, rows, tiles, panels}});
     };
 #if defined(__aarch64__)
     add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), baseline::panel_kernels());
@@ -152,8 +152,8 @@ const std::vector<IsaLevel>& isa_levels() {
         avx512vnni::panel_kernels());
     add("avx512bf16", "AVX-512 with VNNI, VBMI and BF16", has.avx512bf16, avx512::format_table(),
         avx512bf16::row_kernels(), avx512vnni::panel_kernels());
-    add("amx", "AVX-512 with VNNI, VBMI and BF16, and AMX with BF16", has.amx, avx512::format_table(),
-        avx512bf16::row_kernels(), amx::panel_kernels());
+    add("amx", "AVX-512 with VNNI, VBMI and BF16, and AMX with INT8 and BF16", has.amx, avx512::format_table(),
+        avx512bf16::row_kernels(), amx::panel_kernels(), amx::tile_kernels());
 #endif
     return all;
   }();

@@ -77,6 +77,32 @@ struct RowKernels {
   void (*multiply[4])(const RowsJob& job);                // for 1, 2, 4 and 8 rows of x
 };
 
+// ---- linear for a handful of rows of x, with tiles: cpu/linear/int8_tiles.h ----
+
+constexpr int kPairedTokens = 8, kTileTokens = 16, kMaxTileTokens = 64;
+
+struct TilesJob {
+  const uint8_t* w;  // packed rows, row_bytes apart
+  int64_t row_bytes, rows, k;
+  bool w_ends;    // there may be no memory behind the last row
+  const void* x;  // packed groups of tokens, one after the other
+  int64_t tokens;
+  float* y;  // y[t * ldy + row], with room for a multiple of kTileTokens rows
+  int64_t ldy;
+  UnitLayout layout;
+};
+
+struct TileKernels {
+  const char* name;
+  int from, up_to;  // rows of x; fewer are the row kernels' business, more the panel kernels'
+  UnitLayout layout;
+  int64_t (*packed_bytes)(int64_t k);  // of kTileTokens rows of x
+  // For no more than kPairedTokens rows of x, and for any number of them up to kMaxTileTokens, which are packed
+  // kTileTokens at a time.
+  void (*pack[2])(const float* x, int tokens, int64_t k, void* packed);
+  void (*multiply[2])(const TilesJob& job);
+};
+
 // ---- linear for many rows: cpu/linear/panels.h ----
 
 // Decodes part of some weight rows into a panel, in whatever form and order the product wants it.
@@ -127,7 +153,8 @@ struct KernelTable {
   const char* isa;
   FormatTable formats;
   const RowKernels* rows;      // of the same formats, in the same order
-  const PanelKernels* panels;  // likewise; null or without a name where there is none
+  const TileKernels* tiles;    // likewise; null or without a name where there is none
+  const PanelKernels* panels;  // likewise
 };
 
 // What the files under isa/ compile. Decoders and quantizers gain nothing from dot-product instructions, so levels that
@@ -167,7 +194,8 @@ namespace avx512bf16 {
 const RowKernels* row_kernels();
 }  // namespace avx512bf16
 namespace amx {
+const TileKernels* tile_kernels();
 const PanelKernels* panel_kernels();
-}
+}  // namespace amx
 
 }  // namespace isqtorch

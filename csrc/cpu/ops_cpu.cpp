@@ -184,12 +184,13 @@ const char* home_of(const Kernels* kernels, const Kernels* (*get)(const KernelTa
 
 // Ranges of rows of x with the kernel of `linear` for a format, as a JSON list.
 std::string linear_json(const KernelTable& table, int format) {
-  const PanelKernels* panels = panels_of(table, format);
   std::string list;
-  for (const LinearChoice& choice : linear_choices(table.rows[format], panels)) {
+  for (const LinearChoice& choice : linear_choices(linear_kernels(table, format))) {
     const char* level = table.isa;
     if (choice.way == LinearWay::kRows) {
       level = home_of<RowKernels>(table.rows, [](const KernelTable& t) { return t.rows; });
+    } else if (choice.way == LinearWay::kTiles) {
+      level = home_of<TileKernels>(table.tiles, [](const KernelTable& t) { return t.tiles; });
     } else if (choice.way == LinearWay::kPanels) {
       level = home_of<PanelKernels>(table.panels, [](const KernelTable& t) { return t.panels; });
     }

@@ -40,7 +40,7 @@ void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t
 // registers, and used for all of them.
 void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
   constexpr int64_t kTile = 32;  // outputs computed, converted and stored at a time
-  const RowKernels& kernels = *packed.row_kernels;
+  const RowKernels& kernels = *packed.linear.rows;
   const int step = a.m > 4 ? 3 : a.m > 2 ? 2 : a.m > 1 ? 1 : 0;  // kernels exist for 2^step rows; rows of zeros fill up
   const int64_t tokens = 1 << step, row_bytes = kernels.packed_bytes(a.k);
   const Scratch packed_x(tokens * row_bytes), x(a.k * sizeof(float));
@@ -72,16 +72,36 @@ void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Packs `count` rows of x from row `first` on for the panel kernels, in groups of token_block rows.
-void pack_tokens(const LinearArguments& a, const PackedMatrix& packed, int64_t first, int64_t count, uint8_t* out) {
-  const PanelKernels& kernels = *packed.panel_kernels;
-  const int64_t group = kernels.token_block, group_bytes = kernels.packed_bytes(a.k);
+using PackTokens = void (*)(const float* x, int tokens, int64_t k, void* packed);
+
+// Packs `count` rows of x from row `first` on, in groups of `group` rows.
+void pack_tokens(const LinearArguments& a, const PackedMatrix& packed, PackTokens pack, int64_t group,
+                 int64_t group_bytes, int64_t first, int64_t count, uint8_t* out) {
   parallel_tiles((count + group - 1) / group, group * a.k, [&](int64_t begin, int64_t end) {
     const Scratch x(group * a.k * sizeof(float));
     for (int64_t g = begin; g < end; ++g) {
       const int64_t rows = std::min(group, count - g * group);
       packed.kernels->formats.load(a.row_of_x(first + g * group), a.dtype, rows * a.k, x.floats());
-      kernels.pack(x.floats(), static_cast<int>(rows), a.k, out + g * group_bytes);
+      pack(x.floats(), static_cast<int>(rows), a.k, out + g * group_bytes);
+    }
+  });
+}
+
+// A handful of rows of x: sixteen weight rows at a time are decoded, a unit of each, and multiplied.
+void linear_tiles(const LinearArguments& a, const PackedMatrix& packed) {
+  constexpr int64_t kRows = 2 * kTileTokens;  // outputs computed, converted and stored at a time
+  const TileKernels& kernels = *packed.linear.tiles;
+  const int many = a.m > kPairedTokens;
+  const int64_t groups = (a.m + kTileTokens - 1) / kTileTokens, group_bytes = kernels.packed_bytes(a.k);
+  const Scratch x(groups * group_bytes);
+  pack_tokens(a, packed, kernels.pack[many], kTileTokens, group_bytes, 0, a.m, x.bytes());
+  parallel_tiles((a.n + kRows - 1) / kRows, kRows * a.k, [&](int64_t begin, int64_t end) {
+    alignas(64) float y[kMaxTileTokens * kRows];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kRows, count = std::min(kRows, a.n - first);
+      kernels.multiply[many]({packed.bytes + first * packed.row_bytes, packed.row_bytes, count, a.k,
+                              first + count == a.n, x.bytes(), a.m, y, kRows, kernels.layout});
+      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y + m * kRows);
     }
   });
 }
@@ -91,7 +111,7 @@ void pack_tokens(const LinearArguments& a, const PackedMatrix& packed, int64_t f
 void multiply_panels(const LinearArguments& a, const PackedMatrix& packed, int64_t first_token, int64_t tokens,
                      const uint8_t* x) {
   constexpr int64_t kStretch = 1024;
-  const PanelKernels& kernels = *packed.panel_kernels;
+  const PanelKernels& kernels = *packed.linear.panels;
   const int64_t fair = a.n / (2 * torch::stable::get_num_threads());  // rows, if every thread gets two panels
   const int64_t rows = std::clamp<int64_t>(round_up(fair, kernels.row_block), kernels.row_block, kernels.panel_rows);
   const int64_t floats = rows * round_up(tokens, kernels.token_block);
@@ -120,12 +140,12 @@ void multiply_panels(const LinearArguments& a, const PackedMatrix& packed, int64
 
 // Many rows of x, as many at a time as the caches hold.
 void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
-  const PanelKernels& kernels = *packed.panel_kernels;
+  const PanelKernels& kernels = *packed.linear.panels;
   const int64_t portion = std::min(round_up(512, kernels.token_block), a.m);
   const Scratch x(round_up(portion, kernels.token_block) / kernels.token_block * kernels.packed_bytes(a.k));
   for (int64_t first = 0; first < a.m; first += portion) {
     const int64_t count = std::min(portion, a.m - first);
-    pack_tokens(a, packed, first, count, x.bytes());
+    pack_tokens(a, packed, kernels.pack, kernels.token_block, kernels.packed_bytes(a.k), first, count, x.bytes());
     multiply_panels(a, packed, first, count, x.bytes());
   }
 }
@@ -183,9 +203,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   if (a.m == 0 || a.n == 0) return y;
   a.x = torch::stable::view(dense(x), {a.m, a.k});
   a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
-  switch (linear_way(*packed.row_kernels, packed.panel_kernels, a.m)) {
+  switch (linear_way(packed.linear, a.m)) {
     case LinearWay::kRows:
       linear_rows(a, packed);
+      break;
+    case LinearWay::kTiles:
+      linear_tiles(a, packed);
       break;
     case LinearWay::kPanels:
       linear_panels(a, packed);

@@ -155,8 +155,7 @@ class Scratch {
 struct PackedMatrix {
   const KernelTable* kernels;
   const FormatKernels* format;
-  const RowKernels* row_kernels;
-  const PanelKernels* panel_kernels;  // or null
+  LinearKernels linear;
   Tensor keep_alive;
   const uint8_t* bytes;
   int64_t rows, row_bytes, k;
@@ -165,8 +164,7 @@ struct PackedMatrix {
       : kernels(&selected_table()), keep_alive(dense(weight)) {
     const int index = find_format(op, name);
     format = &kernels->formats.formats[index];
-    row_kernels = &kernels->rows[index];
-    panel_kernels = panels_of(*kernels, index);
+    linear = linear_kernels(*kernels, index);
     check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
           name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
     check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",

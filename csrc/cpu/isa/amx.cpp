@@ -1,17 +1,17 @@
-// AMX, matrix tiles of bf16: Sapphire Rapids and later. Few rows of x are avx512bf16's business.
+// AMX, matrix tiles of int8 and bf16: Sapphire Rapids and later. The fewest rows of x are avx512bf16's business.
 #if defined(__x86_64__)
 
 #include "cpu/isa/prelude.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                         \
-    __attribute__((target(                                                                                            \
-        "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16"))), \
+#pragma clang attribute push(                                                                                                  \
+    __attribute__((target(                                                                                                     \
+        "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16")
+    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #endif
 
 #define ISQ_ISA amx
@@ -20,10 +20,12 @@
 #define ISQ_VBMI
 #define ISQ_BF16
 #include "cpu/linear/amx_panels.h"
+#include "cpu/linear/int8_tiles.h"
 #include "cpu/linear/units.h"
 
 namespace isqtorch::amx {
 
+const TileKernels* tile_kernels() { return kernels_for<Int8Tiles>(AllFormats{}); }
 const PanelKernels* panel_kernels() { return kernels_for<AmxPanels>(AllFormats{}); }
 
 }  // namespace isqtorch::amx

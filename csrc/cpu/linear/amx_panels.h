@@ -2,11 +2,12 @@
 //
 // Weights are the left operand, which wants rows as they are; x is the right one and is packed once per call, in pairs
 // along k. Tiles lie one behind the other in memory. Along k both sides are in the order of the format's code vectors
-// (weight_at in rows.h), so that a decoder never has to put weights in order. Sums are f32 tiles, 16 weight rows by 16
-// rows of x, transposed at the end.
+// (weight_at in rows.h), the bytes of each word apart, so that a decoder never has to put weights in order. Sums are
+// f32 tiles, 16 weight rows by 16 rows of x, transposed at the end.
 #pragma once
 
 #include "cpu/linear/fp8_rows.h"
+#include "cpu/linear/tile_scope.h"
 #include "cpu/linear/transpose.h"
 
 namespace isqtorch::ISQ_ISA {
@@ -23,8 +24,23 @@ inline int64_t amx_packed_bytes(int64_t k) { return tiles_along_k(k) * kTileByte
 
 // ---- packing x ----------------------------------------------------------------------------------------------------
 
-// Facts: of UnitFacts, kWeights, kOrder and kPlainQuarters.
-template <class Facts>
+// Of two vectors with the activations of 64 codes in order, those of the tile row `half` (see store_bf16).
+ISQ_INLINE __m512i words_of_tile(const uint16_t* ordered, int half) {
+  static constexpr auto kWords = [] {
+    struct {
+      uint16_t at[2][32];
+    } words{};
+    for (int h = 0; h < 2; ++h) {
+      for (int p = 0; p < 32; ++p) words.at[h][p] = (uint16_t)(4 * (p % 16) + 2 * h + p / 16);
+    }
+    return words;
+  }();
+  return _mm512_permutex2var_epi16(_mm512_load_si512(ordered), _mm512_loadu_si512(kWords.at[half]),
+                                   _mm512_load_si512(ordered + 32));
+}
+
+// Facts: of UnitFacts, kWeights, kOrder and kPlainQuarters. kWordwise: as store_bf16 has them, else in that order.
+template <class Facts, bool kWordwise>
 void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
   constexpr int kWeights = Facts::kWeights;
   uint8_t* out = static_cast<uint8_t*>(packed);
@@ -43,7 +59,13 @@ void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
     }
     for (int p = 0; p < kWeights; p += kTileWeights, out += kTileBytes) {
       __m512i rows[16];
-      for (int t = 0; t < 16; ++t) rows[t] = _mm512_load_si512(ordered[t] + p);
+      for (int t = 0; t < 16; ++t) {
+        if constexpr (kWordwise) {
+          rows[t] = words_of_tile(ordered[t] + p / 64 * 64, p / 32 % 2);
+        } else {
+          rows[t] = _mm512_load_si512(ordered[t] + p);
+        }
+      }
       transpose_16(rows);
       for (int t = 0; t < 16; ++t) _mm512_store_si512(out + 64 * t, rows[t]);
     }
@@ -52,34 +74,40 @@ void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
 
 // ---- decoding -----------------------------------------------------------------------------------------------------
 
-// 32 weights, the codes at `codes` with the scales and offsets of two quarters, as bf16.
-ISQ_INLINE void store_bf16(const uint8_t* codes, const float* scale, const float* offset, int lane, uint8_t* out) {
-  __m512 w[2];
-  for (int q = 0; q < 2; ++q) {
-    const __m512i code = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_load_si128((const __m128i*)(codes + 16 * q)));
-    w[q] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(scale[lane + 4 * q]),
-                           _mm512_set1_ps(offset[lane + 4 * q]));
-  }
-  _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
+// The 64 weights of a code vector as bf16: the bytes 0 and 1 of its words become a row of one tile, 2 and 3 of the
+// next.
+ISQ_INLINE void store_bf16(__m512i codes, __m512 scale, __m512 offset, uint8_t* out) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  const auto weights = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, offset); };
+  const __m512 w0 = weights(_mm512_and_si512(codes, byte));
+  const __m512 w1 = weights(_mm512_and_si512(_mm512_srli_epi32(codes, 8), byte));
+  const __m512 w2 = weights(_mm512_and_si512(_mm512_srli_epi32(codes, 16), byte));
+  const __m512 w3 = weights(_mm512_srli_epi32(codes, 24));
+  _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(w1, w0));
+  _mm512_store_si512(out + kTileBytes, (__m512i)_mm512_cvtne2ps_pbh(w3, w2));
 }
 
 // One unit of one row into the tiles of its sixteen rows.
 template <class Unit>
 ISQ_INLINE void decode_unit(const uint8_t* unit, const UnitLayout& layout, uint8_t* tiles) {
   using Facts = UnitFacts<Unit>;
-  alignas(64) Bytes codes[Facts::kVectors];
-  alignas(64) Floats scale, offset;
+  Bytes codes[Facts::kVectors];
+  Floats scale, offset;
   Unit::load(unit, layout, codes, &scale, &offset);
   if constexpr (!Unit::kAffine) offset = scale * (float)-Unit::kCenter;
-  alignas(64) float scales[16], offsets[16];
-  std::memcpy(scales, &scale, sizeof scales);
-  std::memcpy(offsets, &offset, sizeof offsets);
-  for (int v = 0; v < Facts::kVectors; ++v) {
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&codes[v]);
-    for (int half = 0; half < 2; ++half) {
-      store_bf16(bytes + 32 * half, scales, offsets, v / Facts::kDots + 8 * half, tiles + (2 * v + half) * kTileBytes);
+  // Lane 4q + i of the scales is for quarter q of the vectors in run i.
+  const auto run = [&](auto i) {
+    constexpr int kFirst = i * Facts::kDots, kLane = i * 0x55;
+    const __m512 scales = _mm512_permute_ps((__m512)scale.part[0], kLane);
+    const __m512 offsets = _mm512_permute_ps((__m512)offset.part[0], kLane);
+    for (int v = kFirst; v < kFirst + Facts::kDots; ++v) {
+      store_bf16((__m512i)codes[v].part[0], scales, offsets, tiles + 2 * v * kTileBytes);
     }
-  }
+  };
+  run(std::integral_constant<int, 0>{});
+  run(std::integral_constant<int, 1>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 3>{});
 }
 
 constexpr int kRowsAhead = 8;
@@ -152,25 +180,6 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-// Tiles stay configured for one product. GCC 12 does not see that the instruction reads all of the configuration, so it
-// must be told that memory is read.
-class TileScope {
- public:
-  TileScope() {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    static_assert(sizeof config == 64);
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
-  ~TileScope() { _tile_release(); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-};
-
 // Two tiles of weight rows times two of tokens: tiles 0-3 are sums, 4-5 weights, 6-7 tokens.
 ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8_t* x0, const uint8_t* x1,
                                int64_t tiles, float* s00, float* s01, float* s10, float* s11, bool first) {
@@ -224,7 +233,9 @@ ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8
 
 // sums: a tile for every 16 rows and 16 tokens, tokens fastest.
 inline void multiply_amx_panel(const ProductJob& job) {
-  const TileScope tiles_configured;
+  constexpr TileShape kFull = {16, 64};
+  constexpr TileShape kShapes[8] = {kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull};
+  const TileScope tiles_configured(kShapes);
   const int64_t tiles = tiles_along_k(job.k_end - job.k_begin), row_tiles = job.rows / kTileRows;
   const int64_t token_tiles = (job.tokens + kTileRows - 1) / kTileRows, x_bytes = amx_packed_bytes(job.k);
   const uint8_t* x = static_cast<const uint8_t*>(job.x) + job.k_begin / kTileWeights * kTileBytes;
@@ -259,15 +270,23 @@ inline void unpack_amx_sums(const float* sums, int64_t rows, int64_t tokens, flo
 struct AmxPanels {
   template <class Unit>
   static PanelKernels get(const UnitLayout& layout) {
-    return of<UnitFacts<Unit>>(decode_amx_panel<Unit>, layout);
+    return of<UnitFacts<Unit>, true>(decode_amx_panel<Unit>, layout);
   }
-  static PanelKernels fp8() { return of<Fp8Facts>(decode_amx_fp8_panel, {}); }
+  static PanelKernels fp8() { return of<Fp8Facts, false>(decode_amx_fp8_panel, {}); }
 
  private:
-  template <class Facts>
+  template <class Facts, bool kWordwise>
   static PanelKernels of(void (*decode)(const DecodeJob&), const UnitLayout& layout) {
-    return {"bf16 tiles (AMX)", 2 * kTileRows,          kTileRows, 256,    amx_panel_bytes,
-            amx_packed_bytes,   pack_amx_tokens<Facts>, layout,    decode, multiply_amx_panel,
+    return {"bf16 tiles (AMX)",
+            2 * kTileRows,
+            kTileRows,
+            256,
+            amx_panel_bytes,
+            amx_packed_bytes,
+            pack_amx_tokens<Facts, kWordwise>,
+            layout,
+            decode,
+            multiply_amx_panel,
             unpack_amx_sums};
   }
 };
