@@ -41,9 +41,7 @@ def loaded(folder: Path, fmt: str = "", save_to: Path | str = "") -> dict[str, A
 def test_peak_of_quantizing_and_of_loading_again(folder: Path, tmp_path: Path) -> None:
     taken = loaded(folder, "q8_0", tmp_path)
     assert taken["peak_anonymous"] < 1.05 * taken["size"] + (4 << 20), taken
-    assert taken["peak"] < 1.1 * taken["size"] + WEIGHT + (8 << 20), (
-        taken
-    )  # 320 MB where pages are not dropped
+    assert taken["peak"] < 1.1 * taken["size"] + WEIGHT + (8 << 20), taken  # 320 MB where pages are not dropped
     again = loaded(tmp_path)
     assert again["size"] == taken["size"]
     assert again["peak_anonymous"] < 0.05 * again["size"] + (2 << 20), again
