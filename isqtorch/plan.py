@@ -88,6 +88,9 @@ def plan(
         inventory = inspect_model(model)
     else:
         headers, config = _headers(model)
+        stored = config.get("quantization_config")
+        if isinstance(stored, Mapping) and stored.get("quant_method") == "isq":
+            raise ValueError(f"{model}: is quantized by isqtorch already; plan takes the original model")
         inventory, notes = describe_headers(headers, config)
     if device is not None:
         kind = parsed_device(device, "plan: device").type
