@@ -81,8 +81,8 @@ struct Q3KUnit {
   }
 
  private:
-  // Of group g the low nibble or the high one of byte g % 8, by g / 8, and bits 2 * (g / 4), + 1 of byte 8 + g % 4;
-  // minus 32.
+  // Scales are six bits minus 32: of group g the low or the high nibble of byte g % 8, by g / 8, and above it the bits
+  // 2 * (g / 4) and 2 * (g / 4) + 1 of byte 8 + g % 4.
   ISQ_INLINE static Ints scales_of_lanes(const uint8_t* scales) {
 #if defined(ISQ_VBMI)
     constexpr Spread kFrom = [] {
