@@ -13,8 +13,7 @@ struct StreamUnitWith;
 template <int kBits>
 struct StreamUnit {
   static constexpr int kWeights = 512, kBytes = 0;
-  // The codes of four neighbouring 32 are loaded as the whole 64 or 128 bytes that they begin.
-  static constexpr int kReadsBeyond = 64;
+  static constexpr int kReadsBeyond = kBits == 3 || kBits == 5 || kBits == 6 ? 4 : 0;  // loads are of sixteen bytes
   static constexpr int kWordsTogether = kBits == 2 ? 2 : 4;  // of codes, in a quarter; 2: twice
   static constexpr int kMaxCode = (1 << kBits) - 1, kCenter = 0;
   static constexpr bool kAffine = true;
@@ -64,9 +63,14 @@ struct StreamUnit {
     static_assert(kFirst % 4 == 0);
     const int32_t* at = layout.codes_at + i;
 #if ISQ_VECTOR_FLOATS == 16
-    const uint8_t* from = unit + at[0] + kFirst;
-    const __m512i words = _mm512_loadu_si512(layout.words_at), near = _mm512_loadu_si512(from);
-    if constexpr (kBits <= 3) return {{(NativeU8)_mm512_permutexvar_epi32(words, near)}};
+    // All four lie within 64 or 128 bytes. Those of the last run are to end where the unit does.
+    constexpr int kWindow = kBits <= 3 ? 64 : 128;
+    const int over = at[0] + kFirst + kWindow - layout.unit_bytes, back = i == 3 && over > 0 ? over : 0;
+    const uint8_t* from = unit + at[0] + kFirst - back;
+    __m512i words = _mm512_loadu_si512(layout.words_at);
+    if (i == 3) words = _mm512_add_epi32(words, _mm512_set1_epi32(back / 4));
+    const __m512i near = _mm512_loadu_si512(from);
+    if constexpr (kWindow == 64) return {{(NativeU8)_mm512_permutexvar_epi32(words, near)}};
     return {{(NativeU8)_mm512_permutex2var_epi32(near, words, _mm512_loadu_si512(from + 64))}};
 #else
     const auto quarter = [&](int q) {
