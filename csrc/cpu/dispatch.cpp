@@ -87,7 +87,8 @@ struct X86Features {
     avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+    avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+                 __builtin_cpu_supports("gfni");
     unsigned a = 0, b = 0, c = 0, d = 0;
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1) && (d >> 24 & 1) && (d >> 22 & 1);
@@ -150,9 +151,9 @@ const std::vector<IsaLevel>& isa_levels() {
         avx512::panel_kernels());
     add("avx512vnni", "AVX-512 with VNNI", has.avx512vnni, avx512::format_table(), avx512vnni::row_kernels(),
         avx512vnni::panel_kernels());
-    add("avx512bf16", "AVX-512 with VNNI, VBMI and BF16", has.avx512bf16, avx512::format_table(),
+    add("avx512bf16", "AVX-512 with VNNI, VBMI, BF16 and GFNI", has.avx512bf16, avx512::format_table(),
         avx512bf16::row_kernels(), avx512vnni::panel_kernels());
-    add("amx", "AVX-512 with VNNI, VBMI and BF16, and AMX with INT8 and BF16", has.amx, avx512::format_table(),
+    add("amx", "AVX-512 with VNNI, VBMI, BF16 and GFNI, and AMX with INT8 and BF16", has.amx, avx512::format_table(),
         avx512bf16::row_kernels(), amx::panel_kernels(), amx::tile_kernels());
 #endif
     return all;

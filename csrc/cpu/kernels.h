@@ -52,7 +52,8 @@ enum class UnitHeader : uint8_t { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 }
 struct UnitLayout {
   int32_t unit_bytes;
   UnitHeader header;
-  int32_t codes_at[16], header_at[16];  // of the weights 32 l .. 32 l + 31, for l < 16
+  int32_t codes_at[16], header_at[16];  // of the 32 weights that lane l sums up
+  int32_t words_at[16];                 // the first words of codes of four neighbouring 32, counted from the first
 };
 constexpr int kMaxUnitBytes = 640;
 

@@ -32,7 +32,7 @@ HELP = "check the installation and every kernel"
 _ROWS = 40  # of the weight: outputs enough for an RMS error, and more than the kernels work on at a time
 _BYTES_ALLOWED = 0.001  # an iterative solver may round a tie the other way with another instruction set
 _CPU_FLAGS = (
-    "f16c fma avx2 avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_int8 "
+    "f16c fma avx2 avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 gfni amx_bf16 amx_int8 "
     "asimd asimddp i8mm bf16 sve"
 ).split()  # those a kernel may be written for, as Linux spells them
 

@@ -4,14 +4,14 @@
 #include "cpu/isa/prelude.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                                  \
-    __attribute__((target(                                                                                                     \
-        "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8"))), \
+#pragma clang attribute push(                                                                                                       \
+    __attribute__((target(                                                                                                          \
+        "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,gfni,amx-tile,amx-bf16,amx-int8"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-bf16,amx-int8")
+    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,gfni,amx-tile,amx-bf16,amx-int8")
 #endif
 
 #define ISQ_ISA amx
@@ -19,6 +19,7 @@
 #define ISQ_VNNI
 #define ISQ_VBMI
 #define ISQ_BF16
+#define ISQ_GFNI
 #include "cpu/linear/amx_panels.h"
 #include "cpu/linear/int8_tiles.h"
 #include "cpu/linear/units.h"

@@ -151,22 +151,31 @@ ISQ_INLINE Ints add_dot_products(Ints acc, const Bytes* u, const Bytes* a) {
 #endif
 }
 
-// Lane 4q + i: the sum over quarter q of t[i].
-template <bool kSmall>
+// Lane 4q + i: the sum over quarter q of t[i], where no lane exceeds kLargest.
+template <int kLargest>
 ISQ_INLINE Ints sum_quarters(const Ints* t) {
   Ints r;
   for (int p = 0; p < kParts; ++p) {
 #if ISQ_VECTOR_FLOATS == 16
     const __m512i a = (__m512i)t[0].part[p], b = (__m512i)t[1].part[p], c = (__m512i)t[2].part[p],
                   d = (__m512i)t[3].part[p];
-    if constexpr (kSmall) {  // every sum of two lanes fits 16 bits
-      const __m512i one = _mm512_set1_epi16(1);
-      const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), one);
-      const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), one);
-      r.part[p] = (NativeI32)_mm512_madd_epi16(_mm512_packs_epi32(ab, cd), one);
+    // Two instructions for each of three steps where 16 bits hold the numbers, three otherwise.
+    const __m512i one = _mm512_set1_epi16(1);
+    __m512i ab, cd;  // lanes a a b b, or a b a b
+    if constexpr (kLargest < 32768) {
+      ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), one);
+      cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), one);
     } else {
-      const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-      const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+      ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    }
+    if constexpr (2 * kLargest < 32768) {
+      r.part[p] = (NativeI32)_mm512_madd_epi16(_mm512_packs_epi32(ab, cd), one);
+    } else if constexpr (kLargest < 32768) {
+      const __m512 x = (__m512)ab, y = (__m512)cd;
+      r.part[p] =
+          (NativeI32)_mm512_add_epi32((__m512i)_mm512_shuffle_ps(x, y, 0x88), (__m512i)_mm512_shuffle_ps(x, y, 0xdd));
+    } else {
       r.part[p] = (NativeI32)_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
     }
 #elif ISQ_VECTOR_FLOATS == 8

@@ -11,7 +11,7 @@
 //
 // What a format provides (see units_*.h):
 //   kWeights           512 or 256 weights per unit
-//   kBytes             packed bytes per unit (stream formats: known at run time, in the layout)
+//   kBytes             packed bytes per unit; 0: known at run time, in the layout
 //   kReadsBeyond       bytes that loads may touch beyond the unit
 //   kMaxCode, kCenter  codes are 0 .. kMaxCode; w = scale * (u - kCenter), or, with kAffine, scale * u + offset
 //   weight_at(v, j)    which weight of the unit byte j of code vector v holds. Vectors come in four runs of
@@ -29,7 +29,7 @@ struct UnitFacts {
   static constexpr int kVectors = Unit::kWeights / 64, kDots = kVectors / 4;
   static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
   static constexpr int kCenter = Unit::kCenter - (kSigned ? 128 : 0);
-  static constexpr bool kSmallSums = kDots * Unit::kMaxCode <= 32;
+  static constexpr int kLargestSum = kDots * 4 * (kSigned ? 128 : Unit::kMaxCode) * 127;  // in a lane
 
   // Position in the unit's vectors -> weight of the unit.
   static constexpr auto kOrder = [] {
@@ -134,7 +134,7 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
       for (int d = 0; d < Facts::kDots; ++d) q[d] = load_64(a.q + (i * Facts::kDots + d) * 64);
       t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q);
     }
-    Ints sums = sum_quarters<Facts::kSmallSums>(t);
+    Ints sums = sum_quarters<Facts::kLargestSum>(t);
     if constexpr (!Unit::kAffine && Facts::kCenter != 0) sums = sums - load_ints_16(a.center);
     acc[m] = multiply_add(to_floats(sums), scale * load_floats_16(a.step), acc[m]);
     if constexpr (Unit::kAffine) acc[m] = multiply_add(offset, load_floats_16(a.offset), acc[m]);
@@ -152,10 +152,10 @@ ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes) {
 }
 
 template <class Unit, int kTokens>
-void multiply_rows(const RowsJob& job) {
+void multiply_rows_of(const RowsJob& job) {
   constexpr int kWeights = Unit::kWeights;
   const int64_t units = (job.k + kWeights - 1) / kWeights;
-  const int64_t unit_bytes = job.layout.unit_bytes;
+  const int64_t unit_bytes = Unit::kBytes ? Unit::kBytes : job.layout.unit_bytes;
   const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
   for (int64_t row = 0; row < job.rows; ++row) {
     const uint8_t* w = job.w + row * job.row_bytes;
@@ -175,6 +175,23 @@ void multiply_rows(const RowsJob& job) {
       multiply_unit<Unit, kTokens>(copy, job.layout, x + whole, units, acc);
     }
     for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(acc[m]);
+  }
+}
+
+// A single row of x is little work for each unit: a decision about its header would show.
+template <class Unit, int kTokens>
+void multiply_rows(const RowsJob& job) {
+  if constexpr (kTokens == 1 && Unit::kBytes == 0) {
+    switch (job.layout.header) {
+      case UnitHeader::kScaleBiasBf16:
+        return multiply_rows_of<typename Unit::template With<UnitHeader::kScaleBiasBf16>, 1>(job);
+      case UnitHeader::kScaleBiasF16:
+        return multiply_rows_of<typename Unit::template With<UnitHeader::kScaleBiasF16>, 1>(job);
+      default:
+        return multiply_rows_of<typename Unit::template With<UnitHeader::kScaleZeroF16>, 1>(job);
+    }
+  } else {
+    multiply_rows_of<Unit, kTokens>(job);
   }
 }
 

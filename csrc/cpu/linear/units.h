@@ -12,7 +12,7 @@ template <class UnitType>
 struct FixedUnit {
   using Unit = UnitType;
   static_assert(Unit::kBytes <= kMaxUnitBytes);
-  static UnitLayout layout() { return {Unit::kBytes, UnitHeader::kScaleBiasBf16, {}, {}}; }
+  static UnitLayout layout() { return {Unit::kBytes, UnitHeader::kScaleBiasBf16, {}, {}, {}}; }
 };
 
 template <int kBits, int kGroup, UnitHeader kHeader>
@@ -21,10 +21,14 @@ struct StreamOf {
   static constexpr int kHeaderBytes = 4, kBlockBytes = kHeaderBytes + kGroup * kBits / 8;
   static_assert(512 / kGroup * kBlockBytes <= kMaxUnitBytes);
   static UnitLayout layout() {
-    UnitLayout layout = {512 / kGroup * kBlockBytes, kHeader, {}, {}};
+    UnitLayout layout = {512 / kGroup * kBlockBytes, kHeader, {}, {}, {}};
     for (int l = 0; l < 16; ++l) {
-      layout.header_at[l] = 32 * l / kGroup * kBlockBytes;
-      layout.codes_at[l] = layout.header_at[l] + kHeaderBytes + 32 * l % kGroup * kBits / 8;
+      const int first = 32 * Unit::group_of_lane(l);
+      layout.header_at[l] = first / kGroup * kBlockBytes;
+      layout.codes_at[l] = layout.header_at[l] + kHeaderBytes + first % kGroup * kBits / 8;
+    }
+    for (int w = 0; w < 16; ++w) {
+      layout.words_at[w] = (layout.codes_at[w / 4 * 4] - layout.codes_at[0]) / 4 + w % Unit::kWordsTogether;
     }
     return layout;
   }

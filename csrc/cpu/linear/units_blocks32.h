@@ -26,17 +26,16 @@ struct NibbleUnit {
     constexpr int kStride = sizeof(Block);
     for (int i = 0; i < 4; ++i) {
       const Bytes qs = quarters_of_blocks<kStride>(unit, i, offsetof(Block, qs));
-      codes[2 * i] = qs & 15;
-      codes[2 * i + 1] = shift_right<4>(qs) & 15;
+      codes[2 * i] = bit_field<0, 4>(qs);
+      codes[2 * i + 1] = bit_field<4, 4>(qs);
       if constexpr (kBits == 5) {
-        uint64_t low = 0, high = 0;  // fifth bits of the weights 0-15 and 16-31 of four blocks
+        const uint8_t *low[4], *high[4];  // fifth bits of the weights 0-15 and 16-31 of four blocks
         for (int q = 0; q < 4; ++q) {
-          const uint8_t* qh = unit + (4 * q + i) * kStride + offsetof(Block, qh);
-          low |= (uint64_t)load_u16(qh) << (16 * q);
-          high |= (uint64_t)load_u16(qh + 2) << (16 * q);
+          low[q] = unit + (4 * q + i) * kStride + offsetof(Block, qh);
+          high[q] = low[q] + 2;
         }
-        codes[2 * i] = codes[2 * i] | spread_bits(low, 16);
-        codes[2 * i + 1] = codes[2 * i + 1] | spread_bits(high, 16);
+        codes[2 * i] = add_where(codes[2 * i], low, 16);
+        codes[2 * i + 1] = add_where(codes[2 * i + 1], high, 16);
       }
     }
     const Ints head = block_heads<kStride>(unit);

@@ -16,16 +16,17 @@ constexpr uint64_t each_byte(uint8_t v) { return v * 0x0101010101010101u; }
 
 // q2k q3k: quarter q of the bits 2i, 2i + 1 of qs is the group 8 (q / 2) + 2i + q % 2.
 constexpr int crumb_group(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
-constexpr Quarter kCrumbGroups = {crumb_group(0),  crumb_group(1),  crumb_group(2),  crumb_group(3),
-                                  crumb_group(4),  crumb_group(5),  crumb_group(6),  crumb_group(7),
-                                  crumb_group(8),  crumb_group(9),  crumb_group(10), crumb_group(11),
-                                  crumb_group(12), crumb_group(13), crumb_group(14), crumb_group(15)};
-ISQ_INLINE void load_crumbs(const uint8_t* qs, Bytes* codes) {
-  const Bytes all = load_64(qs);
-  codes[0] = all & 3;
-  codes[1] = shift_right<2>(all) & 3;
-  codes[2] = shift_right<4>(all) & 3;
-  codes[3] = shift_right<6>(all) & 3;
+// To every lane of them one byte of sixteen, that of its group.
+constexpr Spread kCrumbScales = [] {
+  Spread index{};
+  for (int j = 0; j < 64; ++j) index.from[j] = j % 4 ? 0x80 : (uint8_t)crumb_group(j / 4);
+  return index;
+}();
+ISQ_INLINE void load_crumbs(Bytes all, Bytes* codes) {
+  codes[0] = bit_field<0, 2>(all);
+  codes[1] = bit_field<2, 2>(all);
+  codes[2] = bit_field<4, 2>(all);
+  codes[3] = bit_field<6, 2>(all);
 }
 
 struct Q2KUnit {
@@ -36,12 +37,13 @@ struct Q2KUnit {
   static constexpr int weight_at(int v, int j) { return 16 * crumb_group(j / 16 * 4 + v) + j % 16; }
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats* offset) {
-    load_crumbs(unit + offsetof(BlockQ2K, qs), codes);
-    const Quarter scales = shuffle(load_16(unit + offsetof(BlockQ2K, scales)), kCrumbGroups);
-    const Quarter sc = scales & 15, mn = scales >> 4;
-    const FourFloats d = four_f16(load_u32(unit + offsetof(BlockQ2K, d)) ^ kNegateMins);
-    *scale = bytes_to_floats(sc) * repeat_4<0, 0, 0, 0>(d);
-    *offset = bytes_to_floats(mn) * repeat_4<1, 1, 1, 1>(d);
+    load_crumbs(load_64(unit + offsetof(BlockQ2K, qs)), codes);
+    const Ints scales = words_of(spread(load_16(unit + offsetof(BlockQ2K, scales)), kCrumbScales));
+    static_assert(offsetof(BlockQ2K, dmin) == sizeof(BlockQ2K) - 2 && offsetof(BlockQ2K, d) == sizeof(BlockQ2K) - 4);
+    constexpr FourFloats kSigns = {1, 1, 1, -1};
+    const Factors d(load_four_f16(unit + sizeof(BlockQ2K) - 8) * kSigns);
+    *scale = to_floats(scales & 15) * d.at[2];
+    *offset = to_floats(shift_right(scales, 4)) * d.at[3];
   }
 };
 
@@ -53,24 +55,62 @@ struct Q3KUnit {
   static constexpr int weight_at(int v, int j) { return Q2KUnit::weight_at(v, j); }
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats*) {
-    load_crumbs(unit + offsetof(BlockQ3K, qs), codes);
+    const Bytes all = load_64(unit + offsetof(BlockQ3K, qs));
     // Bit i of a byte of hmask is for the first 128 weights, bit 4 + i for the others: shifted left by 4 in the first
     // half of the vector, both lie in the upper nibble.
     constexpr Quarter kBy16 = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
     constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
     const Bytes mask = multiply_16(load_32_twice(unit), from_quarters(kBy16, kBy16, kBy1, kBy1));
+#if defined(ISQ_GFNI)
+    const Bytes low = select_bits(15, all, mask), high = select_bits(15, shift_right<4>(mask), all);
+    codes[0] = pick_bits<picks(0, 1, 4, -1, -1, -1, -1, -1)>(low);
+    codes[1] = pick_bits<picks(2, 3, 5, -1, -1, -1, -1, -1)>(low);
+    codes[2] = pick_bits<picks(4, 5, 2, -1, -1, -1, -1, -1)>(high);
+    codes[3] = pick_bits<picks(6, 7, 3, -1, -1, -1, -1, -1)>(high);
+#else
+    load_crumbs(all, codes);
     codes[0] = codes[0] | (shift_right<2>(mask) & 4);
     codes[1] = codes[1] | (shift_right<3>(mask) & 4);
     codes[2] = codes[2] | (shift_right<4>(mask) & 4);
     codes[3] = codes[3] | (shift_right<5>(mask) & 4);
-    // t[j]: low nibbles in the bytes 0-7, first all low, then all high ones; bits 4-5 in the bytes 8-11.
+#endif
     const uint8_t* scales = unit + offsetof(BlockQ3K, scales);
+    static_assert(offsetof(BlockQ3K, d) == sizeof(BlockQ3K) - 2);
+    const Factors d(load_four_f16(unit + sizeof(BlockQ3K) - 8));
+    *scale = to_floats(scales_of_lanes(scales)) * d.at[3];
+  }
+
+ private:
+  // Scales are six bits minus 32: of group g the low or the high nibble of byte g % 8, by g / 8, and above it the bits
+  // 2 * (g / 4) and 2 * (g / 4) + 1 of byte 8 + g % 4.
+  ISQ_INLINE static Ints scales_of_lanes(const uint8_t* scales) {
+#if defined(ISQ_VBMI)
+    constexpr Spread kFrom = [] {
+      Spread index{};
+      for (int j = 0; j < 64; ++j) {
+        const int group = crumb_group(j / 4), at = j % 4 == 0 ? group % 8 : 8 + group % 4;
+        index.from[j] = j % 4 < 2 ? (uint8_t)(at + 2) : 0x80;
+      }
+      return index;
+    }();
+    constexpr Spread kFirstBit = [] {  // in eight bytes
+      Spread bit{};
+      for (int j = 0; j < 64; ++j) {
+        const int group = crumb_group(j / 4);
+        bit.from[j] = (uint8_t)(j % 8 * 8 + (j % 4 == 0 ? group / 8 * 4 : j % 4 == 1 ? group / 4 * 2 : 0));
+      }
+      return bit;
+    }();
+    const __m512i bytes = (__m512i)spread(load_16(scales - 2), kFrom).part[0];  // the block ends two bytes too early
+    const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(kFirstBit.from), bytes);
+    const __m512i clean = _mm512_and_si512(fields, _mm512_set1_epi32(0x030f));
+    return {{(NativeI32)_mm512_dpbusd_epi32(_mm512_set1_epi32(-32), clean, _mm512_set1_epi32(0x1001))}};
+#else
     const uint64_t nibbles = load_u64(scales), top = load_u32(scales + 8);
-    const uint64_t t_low = (nibbles & each_byte(15)) | ((top | top >> 2 << 32) & each_byte(3)) << 4;
-    const uint64_t t_high = (nibbles >> 4 & each_byte(15)) | ((top >> 4 | top >> 6 << 32) & each_byte(3)) << 4;
-    const FourFloats d = four_f16(load_u16(unit + offsetof(BlockQ3K, d)));
-    const Quarter t = shuffle(quarter_of(t_low, t_high), kCrumbGroups);
-    *scale = signed_bytes_to_floats(t - 32) * repeat_4<0, 0, 0, 0>(d);
+    const uint64_t low = (nibbles & each_byte(15)) | ((top | top >> 2 << 32) & each_byte(3)) << 4;
+    const uint64_t high = (nibbles >> 4 & each_byte(15)) | ((top >> 4 | top >> 6 << 32) & each_byte(3)) << 4;
+    return words_of(spread(quarter_of(low, high), kCrumbScales)) - all_lanes(32);
+#endif
   }
 };
 
@@ -95,8 +135,8 @@ struct PairsUnit {
       Bytes half[2];
       split_quarters(load_64(qs), load_64(qs + 64), &half[0], &half[1]);
       for (int h = 0; h < 2; ++h) {
-        codes[4 * s + h] = half[h] & 15;
-        codes[4 * s + 2 + h] = shift_right<4>(half[h]) & 15;
+        codes[4 * s + h] = bit_field<0, 4>(half[h]);
+        codes[4 * s + 2 + h] = bit_field<4, 4>(half[h]);
         if constexpr (kBits == 5) {
           // Bit g of a byte of qh is for group g: quarter q wants the bits 2q and 2q + 1, moved up to 6 and 7.
           const Bytes qh = multiply_16(four_times(load_16(block + offsetof(Block, qh) + 16 * h)), factors());
@@ -159,9 +199,10 @@ struct Q6KUnit {
       codes[2 * h + 1] = (shift_right<4>(low) & 15) | (shift_right<2>(high) & 0x30);
     }
     constexpr Quarter kTransposed = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    const FourFloats d = four_f16(load_u16(unit + offsetof(BlockQ6K, d)));
+    static_assert(offsetof(BlockQ6K, d) == sizeof(BlockQ6K) - 2);
+    const Factors d(load_four_f16(unit + sizeof(BlockQ6K) - 8));
     const Quarter scales = shuffle(load_16(unit + offsetof(BlockQ6K, scales)), kTransposed);
-    *scale = signed_bytes_to_floats(scales) * repeat_4<0, 0, 0, 0>(d);
+    *scale = signed_bytes_to_floats(scales) * d.at[3];
   }
 };
 

@@ -1,22 +1,26 @@
 // Units of the formats whose codes are one little-endian bit stream per group, behind a header of two 16-bit numbers:
-// affine and HQQ. Sixteen times 32 weights, in order: lane l is the 32 from 32 l on, whatever the group size is. The
-// layout (known at run time, so that one kernel serves all group sizes and header types) says where they lie.
+// affine and HQQ. Sixteen times 32 weights, whatever the group size is: lane 4q + i has the 32 with the number 4i + q.
+// The layout (known at run time, so that one kernel serves all group sizes and header types) says where they lie.
 #pragma once
 
 #include "cpu/linear/rows.h"
 
 namespace isqtorch::ISQ_ISA {
 
+template <int kBits, UnitHeader kHeader>
+struct StreamUnitWith;
+
 template <int kBits>
 struct StreamUnit {
-  static constexpr int kWeights = 512;
-  // Sixteen codes are loaded as sixteen bytes (or all 32 as sixteen), of which 2 * kBits are theirs.
-  static constexpr int kReadsBeyond = kBits == 3 ? 4 : kBits == 5 || kBits == 6 ? 16 - 2 * kBits : 0;
+  static constexpr int kWeights = 512, kBytes = 0;
+  static constexpr int kReadsBeyond = kBits == 3 || kBits == 5 || kBits == 6 ? 4 : 0;  // loads are of sixteen bytes
+  static constexpr int kWordsTogether = kBits == 2 ? 2 : 4;  // of codes, in a quarter; 2: twice
   static constexpr int kMaxCode = (1 << kBits) - 1, kCenter = 0;
   static constexpr bool kAffine = true;
 
+  static constexpr int group_of_lane(int lane) { return lane % 4 * 4 + lane / 4; }
   static constexpr int weight_at(int v, int j) {
-    const int first = 32 * (j / 16 * 4 + v / 2), half = v % 2;
+    const int first = 32 * (v / 2 * 4 + j / 16), half = v % 2;
     j %= 16;
     if (kBits == 2) return first + 4 * (j % 8) + 2 * (j / 8) + half;
     if (kBits == 4) return first + 2 * j + half;
@@ -25,50 +29,83 @@ struct StreamUnit {
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout& layout, Bytes* codes, Floats* scale,
                               Floats* offset) {
-    for (int i = 0; i < 4; ++i) load_codes(unit, layout.codes_at + i, codes + 2 * i);
-    const Ints head = gather_words(unit, load_ints_16(layout.header_at));
     switch (layout.header) {
       case UnitHeader::kScaleBiasBf16:
-        *scale = low_bf16(head);
-        *offset = high_bf16(head);
-        break;
+        return load_with<UnitHeader::kScaleBiasBf16>(unit, layout, codes, scale, offset);
       case UnitHeader::kScaleBiasF16:
-        *scale = low_f16(head);
-        *offset = high_f16(head);
-        break;
+        return load_with<UnitHeader::kScaleBiasF16>(unit, layout, codes, scale, offset);
       default:
-        *scale = low_f16(head);
-        *offset = -(high_f16(head) * *scale);
+        return load_with<UnitHeader::kScaleZeroF16>(unit, layout, codes, scale, offset);
+    }
+  }
+
+  template <UnitHeader kHeader>
+  using With = StreamUnitWith<kBits, kHeader>;
+
+  template <UnitHeader kHeader>
+  ISQ_INLINE static void load_with(const uint8_t* unit, const UnitLayout& layout, Bytes* codes, Floats* scale,
+                                   Floats* offset) {
+    for (int i = 0; i < 4; ++i) load_codes(unit, layout, i, codes + 2 * i);
+    const Ints head = gather_words(unit, load_ints_16(layout.header_at));
+    if constexpr (kHeader == UnitHeader::kScaleBiasBf16) {
+      *scale = low_bf16(head);
+      *offset = high_bf16(head);
+    } else {
+      *scale = low_f16(head);
+      *offset = kHeader == UnitHeader::kScaleBiasF16 ? high_f16(head) : -(high_f16(head) * *scale);
     }
   }
 
  private:
-  // The codes of the lanes i, 4 + i, 8 + i and 12 + i; at[4 q] is where those of lane 4 q + i begin.
-  ISQ_INLINE static void load_codes(const uint8_t* unit, const int32_t* at, Bytes* codes) {
-    const uint8_t *a = unit + at[0], *b = unit + at[4], *c = unit + at[8], *d = unit + at[12];
-    const auto sixteen = [&](int first) {
-      return from_quarters(load_16(a + first), load_16(b + first), load_16(c + first), load_16(d + first));
+  // Words of the codes of the lanes i, 4 + i, 8 + i and 12 + i, from byte kFirst on.
+  template <int kFirst>
+  ISQ_INLINE static Bytes stream(const uint8_t* unit, const UnitLayout& layout, int i) {
+    static_assert(kFirst % 4 == 0);
+    const int32_t* at = layout.codes_at + i;
+#if ISQ_VECTOR_FLOATS == 16
+    // All four lie within 64 or 128 bytes. Those of the last run are to end where the unit does.
+    constexpr int kWindow = kBits <= 3 ? 64 : 128;
+    const int over = at[0] + kFirst + kWindow - layout.unit_bytes, back = i == 3 && over > 0 ? over : 0;
+    const uint8_t* from = unit + at[0] + kFirst - back;
+    __m512i words = _mm512_loadu_si512(layout.words_at);
+    if (i == 3) words = _mm512_add_epi32(words, _mm512_set1_epi32(back / 4));
+    const __m512i near = _mm512_loadu_si512(from);
+    if constexpr (kWindow == 64) return {{(NativeU8)_mm512_permutexvar_epi32(words, near)}};
+    return {{(NativeU8)_mm512_permutex2var_epi32(near, words, _mm512_loadu_si512(from + 64))}};
+#else
+    const auto quarter = [&](int q) {
+      const uint8_t* from = unit + at[4 * q] + kFirst;
+      return kWordsTogether == 2 ? load_8_twice(from) : load_16(from);
     };
+    return from_quarters(quarter(0), quarter(1), quarter(2), quarter(3));
+#endif
+  }
+
+  // The codes of the same lanes.
+  ISQ_INLINE static void load_codes(const uint8_t* unit, const UnitLayout& layout, int i, Bytes* codes) {
+    const Bytes begin = stream<0>(unit, layout, i);
     if constexpr (kBits == 2) {  // eight bytes with four codes each: the first two of each, then the other two
-      const Bytes twice = from_quarters(load_8_twice(a), load_8_twice(b), load_8_twice(c), load_8_twice(d));
+#if defined(ISQ_GFNI)
+      codes[0] = pick_bits<picks(0, 1, -1, -1, -1, -1, -1, -1), picks(4, 5, -1, -1, -1, -1, -1, -1)>(begin);
+      codes[1] = pick_bits<picks(2, 3, -1, -1, -1, -1, -1, -1), picks(6, 7, -1, -1, -1, -1, -1, -1)>(begin);
+#else
       constexpr Quarter kShifts = {0, 0, 0, 0, 0, 0, 0, 0, 4};
-      const Bytes all = shift_right_64(twice, four_times(kShifts));
+      const Bytes all = shift_right_64(begin, four_times(kShifts));
       codes[0] = all & 3;
       codes[1] = shift_right<2>(all) & 3;
+#endif
     } else if constexpr (kBits == 4) {  // even codes, odd codes
-      const Bytes all = sixteen(0);
-      codes[0] = all & 15;
-      codes[1] = shift_right<4>(all) & 15;
+      codes[0] = bit_field<0, 4>(begin);
+      codes[1] = bit_field<4, 4>(begin);
     } else if constexpr (kBits == 8) {
-      codes[0] = sixteen(0);
-      codes[1] = sixteen(16);
-    } else if constexpr (kBits == 3) {
-      const Bytes all = sixteen(0);  // 32 codes in twelve bytes
-      codes[0] = sixteen_codes<0>(all);
-      codes[1] = sixteen_codes<6>(all);
+      codes[0] = begin;
+      codes[1] = stream<16>(unit, layout, i);
+    } else if constexpr (kBits == 3) {  // 32 codes in twelve bytes
+      codes[0] = sixteen_codes<0>(begin);
+      codes[1] = sixteen_codes<6>(begin);
     } else {
-      codes[0] = sixteen_codes<0>(sixteen(0));
-      codes[1] = sixteen_codes<0>(sixteen(2 * kBits));
+      codes[0] = sixteen_codes<0>(begin);
+      codes[1] = sixteen_codes<2 * kBits % 4>(stream<2 * kBits / 4 * 4>(unit, layout, i));
     }
   }
 
@@ -110,6 +147,15 @@ struct StreamUnit {
     }
     return codes & kMaxCode;
 #endif
+  }
+};
+
+// The same where the header is known when it is compiled.
+template <int kBits, UnitHeader kHeader>
+struct StreamUnitWith : StreamUnit<kBits> {
+  ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout& layout, Bytes* codes, Floats* scale,
+                              Floats* offset) {
+    StreamUnit<kBits>::template load_with<kHeader>(unit, layout, codes, scale, offset);
   }
 };
 
