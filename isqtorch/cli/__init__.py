@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import demo, doctor, formats, perplexity, plan, quantize
+from . import demo, doctor, formats, perplexity, plan, quantize, serve
 
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {
+    "serve": serve,
     "demo": demo,
     "perplexity": perplexity,
     "quantize": quantize,

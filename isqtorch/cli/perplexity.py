@@ -15,7 +15,8 @@ import json
 import sys
 from typing import Any
 
-from ._common import add_imatrix, add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
+from ..integrations.loading import is_checkpoint
+from ._common import add_imatrix, add_isq, add_json, add_policy, load_model, read_text
 
 HELP = "perplexity and KL divergence on a text"
 

@@ -1,0 +1,1 @@
+"""isqtorch inside other libraries. Nothing else in the package imports these, the command line excepted."""
