@@ -1,1 +1,1 @@
-"""isqtorch inside other libraries. Nothing else in the package imports these, the command line excepted."""
+"""Other libraries' plug-ins. Each is imported only where its library is; nothing else in the package imports them."""
