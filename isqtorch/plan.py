@@ -88,6 +88,10 @@ def plan(
         inventory = inspect_model(model)
     else:
         headers, config = _headers(model)
+        found = config.get("quantization_config")
+        if found:
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            raise ValueError(f"plan: {model} is quantized already (by {method}); plan takes the original model")
         inventory, notes = describe_headers(headers, config)
     if device is not None:
         kind = parsed_device(device, "plan: device").type

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import demo, doctor, formats, perplexity, plan, quantize, serve
+from . import demo, doctor, formats, perplexity, plan, quantize, run, serve
 
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {
+    "run": run,
     "serve": serve,
     "demo": demo,
     "perplexity": perplexity,

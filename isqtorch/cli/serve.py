@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = build_app(served, args.host)
+        sock.listen()  # from here on clients can connect
         if args.json:
             report = None if loaded.report is None else loaded.report.to_dict()
             print(json.dumps({"url": url, "model": served.name, "isq": loaded.isq, "report": report}), flush=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
 from isqtorch.formats import resolve_format
-from isqtorch.quantize import quantize_, requantize_
+from isqtorch.quantize import requantize_
 from isqtorch.report import QuantReport
 
 
@@ -91,35 +92,41 @@ class LoadedModel:
         return self.report
 
     def _load(self, isq: str | None) -> tuple[Any, QuantReport | None]:
-        model = load_causal_lm(self.source)
-        report = None
-        if isq is not None:
-            report = quantize_(model, isq, device=self.device, progress=False, **self.options)
-        elif self.device is not None:
-            model.to(self.device)
-        return model, report
+        model = load_causal_lm(self.source, isq, device=self.device, options=self.options)
+        return model, model.isq_report if isq is not None else None
 
 
-def load_causal_lm(source: str) -> Any:
-    """A causal language model in evaluation mode, on the CPU.
+def load_causal_lm(
+    source: str, isq: str | None = None, *, device: str | None = None, options: Mapping[str, Any] | None = None
+) -> Any:
+    """A causal language model in evaluation mode; see `LoadedModel`.
 
-    A folder that `isqtorch quantize` wrote is built from its configuration and then filled with the packed weights; anything
-    else goes through `from_pretrained`.
+    With a format each weight is packed as it is read. A folder that `isqtorch.checkpoint.save` wrote is built from its
+    configuration and then filled with the packed weights.
     """
     with needs_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM, utils
 
     utils.logging.disable_progress_bar()
     check_folder(source)
+    settings: dict[str, Any] = {} if device is None else {"device_map": device}
     with _from_hub(source):
-        if not is_checkpoint(source):
-            return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+        config = AutoConfig.from_pretrained(source)
+        if isq is not None:
+            method = _quantized_by(config)
+            if method is not None:
+                raise _already(source, method)
+            from .transformers import IsqConfig
+
+            settings["quantization_config"] = IsqConfig(isq, **(options or {}))
+        if not _has_own_header(source):
+            return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
         from accelerate import init_empty_weights
 
         with init_empty_weights():  # buffers, which no file has, are real
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            model = AutoModelForCausalLM.from_config(config)
         checkpoint.load_(model, Path(source))
-        return model.eval()
+        return model.eval() if device is None else model.eval().to(device)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -140,20 +147,46 @@ def check_format(isq: str, device: str | None = None) -> None:
 def check_request(
     source: str, isq: str | None, device: str | None = None, options: Mapping[str, Any] | None = None
 ) -> bool:
-    """What can be wrong with a request to load, before anything slow; see `LoadedModel`.
+    """What can be wrong with a request to load and can be known before anything slow; see `LoadedModel`.
 
     Returns:
-        Whether the checkpoint is quantized already.
+        Whether MODEL is a folder with a quantized checkpoint.
     """
     check_folder(source)
-    packed = is_checkpoint(source)
+    method = packed_by(source)
     if isq is not None:
         check_format(isq, device)
-        if packed:
-            raise ValueError(f"{source} is quantized already; leave out --isq, or give the original model")
-    elif not packed and any((options or {}).get(name) for name in ("topology", "imatrix")):
+        if method is not None:
+            raise _already(source, method)
+    elif any((options or {}).get(name) for name in ("topology", "imatrix")):
         raise ValueError("--topology and --imatrix need --isq FORMAT")
-    return packed
+    return method is not None
+
+
+def packed_by(source: str) -> str | None:
+    """The quantization method of the checkpoint in a folder; None: it is not quantized, or not a folder here."""
+    if not os.path.isdir(source):
+        return None
+    if _has_own_header(source):
+        return "isq"
+    with needs_transformers():
+        from transformers import AutoConfig
+
+    return _quantized_by(AutoConfig.from_pretrained(source))
+
+
+def _quantized_by(config: Any) -> str | None:
+    """The method that a model's configuration says it is quantized with."""
+    found = getattr(config.get_text_config(), "quantization_config", None) or getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _already(source: str, method: str) -> ValueError:
+    by = "" if method == "isq" else f" (by {method})"
+    return ValueError(f"{source} is quantized already{by}; leave out --isq, or give the original model")
 
 
 def check_folder(source: str) -> None:
@@ -165,15 +198,16 @@ def check_folder(source: str) -> None:
         raise FileNotFoundError(f"{source} has no config.json: it is not a model folder")
 
 
-def is_checkpoint(source: str) -> bool:
-    """Whether a folder holds weights packed by isqtorch."""
-    from safetensors import safe_open
-
+def _has_own_header(source: str) -> bool:
+    """Whether a folder's weights were written by `isqtorch.checkpoint.save`, whose header transformers does not know."""
     path = Path(source, "model.safetensors")
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        return any(key.startswith("isqtorch") for key in file.metadata() or {})
+    try:
+        with safe_open(path, framework="np") as file:
+            return "isqtorch" in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
 
 
 @contextmanager
