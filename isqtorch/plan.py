@@ -87,18 +87,23 @@ def plan(
         check_model(model, "plan")
         inventory = inspect_model(model)
     else:
-        headers, config = _headers(model)
-        found = config.get("quantization_config")
-        if found:
-            method = found.get("quant_method") if isinstance(found, Mapping) else None
-            raise ValueError(f"plan: {model} is quantized already (by {method}); plan takes the original model")
-        inventory, notes = describe_headers(headers, config)
+        inventory, notes, _ = read_checkpoint(model)
     if device is not None:
         kind = parsed_device(device, "plan: device").type
         inventory = replace(inventory, layers=[replace(layer, device_type=kind) for layer in inventory.layers])
     report = QuantReport.build(inventory, decide(inventory.layers, request), fmt, planned=True)
     report.notes += notes
     return report
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
+    """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
+    headers, config = _headers(source)
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        raise ValueError(f"plan: {source} is quantized already (by {method}); plan takes the original model")
+    return *describe_headers(headers, config), config
 
 
 def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inventory, list[str]]:

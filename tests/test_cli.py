@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from isqtorch.cli import build_parser, demo, doctor, main
+from isqtorch.cli import COMMANDS, build_parser, demo, doctor, main
 from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "examples/demo_model/model")
 TEXT = str(ROOT / "examples/demo_model/heldout.txt")
-COMMANDS = ["demo", "perplexity", "quantize", "plan", "formats", "doctor"]
 
 
 def run(*argv: str) -> int:
@@ -52,7 +51,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         [],
         ["nonsense"],
         ["quantize"],
-        ["plan", "-m", MODEL],
+        ["run"],
+        ["serve", "-m", MODEL, "--port", "x"],
+        ["bench", "--isq", "4"],
         ["formats", "--json", "--markdown"],
         ["perplexity", MODEL, "--text", TEXT, "--mode", "x"],
         ["quantize", "-m", MODEL, "--isq", "4", "-o", "x", "--organization", "x"],
@@ -78,6 +79,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "-m", MODEL, "--isq", "7"], "7 bits"),
         (["plan", "-m", "./no/such/folder", "--isq", "4"], "no/such/folder"),
         (["plan", "-m", MODEL, "--isq", "4", "--topology", "none.yaml"], "none.yaml"),
+        (["plan", "-m", MODEL, "--context", "0"], "context"),
+        (["serve", "-m", MODEL, "--port", "70000"], "--port"),
+        (["serve", "-m", "./none"], "./none"),
+        (["serve", "-m", MODEL, "--host", "999.1.1.1", "--port", "0"], "cannot listen on 999.1.1.1"),
+        (["bench", "-m", MODEL, "--isq", "4,q9"], "q9"),
+        (["bench", "-m", MODEL, "--no-baseline"], "nothing to measure"),
+        (["bench", "-m", MODEL, "--isq", "4", "--gen-len", "1"], "--gen-len"),
+        (["bench", "-m", MODEL, "--isq", "4,8", "--in-process"], "measures one format"),
+        (["bench", "-m", MODEL, "--in-process", "--prompt-len", "1024"], "context of 1024"),
+        (["run", "-m", "./none", "--prompt", "x"], "./none"),
         (["quantize", "-m", MODEL, "--isq", "q4z", "-o", "out"], "q4z"),
         (["quantize", "-m", MODEL, "--isq", "q4k", "-o", MODEL], "not an empty folder"),
         (["quantize", "-m", str(ROOT / "tests"), "--isq", "q4k", "-o", "out"], "config.json"),
@@ -150,6 +161,18 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["planned"] and {"q4k", "q6k"} <= stored  # q6k: the promoted embedding
     assert run("plan", "-m", MODEL, "--isq", "4") == 0
     assert "model.layers.7.mlp.down_proj" in capsys.readouterr().out
+
+
+def test_plan_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "plan", "-m", MODEL)
+    assert list(found["formats"]) == list(formats())
+    one = run_json(capsys, "plan", "-m", MODEL, "--isq", "q3k")
+    assert found["formats"]["q3k"]["bytes"] == one["bytes_after"] < found["bytes_now"] == one["bytes_before"]
+    assert found["context"] == 1024 and found["cache_bytes"] == one["cache_bytes"] == 1024 * 8 * 2 * 2 * 64 * 2
+    assert found["memories"][0]["name"] == "RAM" and found["formats"]["q3k"]["fits"] == one["fits"]
+    assert run("plan", "-m", MODEL) == 0
+    out = capsys.readouterr().out
+    assert len(out.split("\n\n")[0].splitlines()) == 3 + len(formats()) and "cache of 1024 tokens: 4.19 MB" in out
 
 
 def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +251,35 @@ def test_policy_options_reach_quantize(tmp_path: Path, capsys: pytest.CaptureFix
         assert stored["model.layers.1.mlp.up_proj"] == "q8_0"
         assert stored["model.layers.2.mlp.up_proj"] == "q4k"
         assert stored["model.embed_tokens"] is None
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # every measurement is a process of its own
+    few = ("--prompt-len", "16", "--gen-len", "4", "--repeat", "2")
+    assert run("bench", "-m", MODEL, "--isq", "q2k", *few, "--json") == 0
+    base, q2k = json.loads(capfd.readouterr().out)["rows"]
+    assert (base["format"], q2k["format"]) == ("bf16", "q2k")
+    assert base["bytes"] > 4 * q2k["bytes"] > 0
+    for row in (base, q2k):
+        assert row["load_seconds"] > 0 and row["peak_bytes"] > row["bytes"]
+        for name in ("prefill", "decode"):
+            low, high = row[f"{name}_range"]
+            assert 0 < low <= row[name] <= high
+    assert run("bench", "-m", MODEL, "--isq", "q2k", "--in-process", *few) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0].split()[0] == "format" and out[2].split()[0] == "q2k" and len(out) == 3
+
+
+def test_bench_reports_a_failed_process(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run("bench", "-m", MODEL, "--prompt-len", "2000", "--json") == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["rows"] == []
+    assert "context of 1024" in err and "the model as it is: failed with status 1" in err
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with new_folder(args.output) as folder:
         loaded.model.save_pretrained(folder)  # with the generation settings
         loaded.tokenizer.save_pretrained(folder)
+    assert loaded.report is not None
     print(loaded.report.to_json() if args.json else loaded.report)
     print(f"wrote {args.output}", file=sys.stderr)
     return 0

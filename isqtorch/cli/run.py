@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interactive", action="store_true", help="chat although standard input is no terminal")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="limit of a reply (%(default)s)")
-    parser.add_argument("--temperature", type=float, help="0: always the likeliest token; default: the model's settings")
+    parser.add_argument(
+        "--temperature", type=float, help="0: always the likeliest token; default: the model's settings"
+    )
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
     parser.add_argument("--seed", type=int, help="of sampling, for every reply")
     add_policy(parser)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
 from isqtorch.formats import resolve_format
+from isqtorch.prepare import checked_device
 from isqtorch.quantize import requantize_
 from isqtorch.report import QuantReport
 
@@ -36,7 +37,12 @@ class LoadedModel:
     """
 
     def __init__(
-        self, source: str, isq: str | None = None, *, device: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        source: str,
+        isq: str | None = None,
+        *,
+        device: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Load a model.
 
@@ -153,6 +159,8 @@ def check_request(
         Whether MODEL is a folder with a quantized checkpoint.
     """
     check_folder(source)
+    if device is not None:
+        checked_device(device, "device")
     method = packed_by(source)
     if isq is not None:
         check_format(isq, device)
@@ -177,7 +185,9 @@ def packed_by(source: str) -> str | None:
 
 def _quantized_by(config: Any) -> str | None:
     """The method that a model's configuration says it is quantized with."""
-    found = getattr(config.get_text_config(), "quantization_config", None) or getattr(config, "quantization_config", None)
+    found = getattr(config.get_text_config(), "quantization_config", None) or getattr(
+        config, "quantization_config", None
+    )
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)

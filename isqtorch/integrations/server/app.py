@@ -1,8 +1,8 @@
 """The application: routes, errors, and running it.
 
-    GET  /health  /v1/models  /v1/models/{id}
-    POST /v1/chat/completions  /v1/completions      OpenAI's API, streaming included
-    POST /re_isq {"isq": "q8_0"}                    change the format of the running model; answers with the report
+GET  /health  /v1/models  /v1/models/{id}
+POST /v1/chat/completions  /v1/completions      OpenAI's API, streaming included
+POST /re_isq {"isq": "q8_0"}                    change the format of the running model; answers with the report
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Api:
         ]
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse(
-            {"status": "ok", "isq": self.served.loaded.isq, "requantizing": self.served.requantizing}
-        )
+        return JSONResponse({"status": "ok", "isq": self.served.loaded.isq, "requantizing": self.served.requantizing})
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe()]})
@@ -153,7 +151,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port.") from error
+        raise OSError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port."
+        ) from error
     return sock
 
 

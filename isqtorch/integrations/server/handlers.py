@@ -84,7 +84,7 @@ class Served:
             self.requantizing = False
 
 
-class _State(GenerationState):
+class _State(GenerationState):  # type: ignore[misc]  # transformers is not typed
     """One line of requests, whatever the model is called."""
 
     def __init__(self, generations: GenerateManager) -> None:
@@ -95,14 +95,16 @@ class _State(GenerationState):
         return self._generations
 
 
-class _Generations(GenerateManager):
+class _Generations(GenerateManager):  # type: ignore[misc]
     """The line: transformers' thread, with a look at each request before it joins."""
 
     def __init__(self, served: Served) -> None:
         super().__init__()
         self.served = served
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **more: Any) -> Any:
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **more: Any
+    ) -> Any:
         self._admit(inputs, gen_config)
         return super().generate_streaming(_Turn(self.served), processor, inputs, gen_config, *args, **more)
 
@@ -110,9 +112,7 @@ class _Generations(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **more: Any
     ) -> Any:
         self._admit(inputs, gen_config)
-        return await super().generate_non_streaming(
-            _Turn(self.served), processor, inputs, gen_config, *args, **more
-        )
+        return await super().generate_non_streaming(_Turn(self.served), processor, inputs, gen_config, *args, **more)
 
     def _admit(self, inputs: Any, gen_config: Any) -> None:
         """ApiError for a prompt that cannot be answered; a reply never outgrows the context."""
@@ -181,7 +181,7 @@ class _OneModel:
         return config
 
 
-class Chat(_OneModel, ChatCompletionHandler):
+class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
     """/v1/chat/completions."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -195,5 +195,5 @@ class Chat(_OneModel, ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
 
-class Completions(_OneModel, CompletionHandler):
+class Completions(_OneModel, CompletionHandler):  # type: ignore[misc]
     """/v1/completions."""

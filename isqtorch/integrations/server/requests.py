@@ -71,7 +71,7 @@ def check_re_isq(body: Body) -> str:
     """The format in a body of /re_isq."""
     unknown = sorted(set(body) - {"isq"})
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; the body is {{\"isq\": FORMAT}}")
+        raise ValueError(f'unknown field {unknown[0]!r}; the body is {{"isq": FORMAT}}')
     isq = body.get("isq")
     if type(isq) is int:
         isq = str(isq)
@@ -115,7 +115,9 @@ def _check_message(message: Any, where: str) -> None:
     if calls is not None:
         functions = [call.get("function") if isinstance(call, dict) else None for call in _list(calls)]
         if not functions or not all(isinstance(f, dict) and "name" in f and "arguments" in f for f in functions):
-            raise ValueError(f"{where}.tool_calls must be a list of objects with a function, its name and its arguments")
+            raise ValueError(
+                f"{where}.tool_calls must be a list of objects with a function, its name and its arguments"
+            )
         return
     if isinstance(content, str):
         _check_text(content, f"{where}.content")
