@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isqtorch.cli import COMMANDS, build_parser, demo, doctor, main
+from isqtorch.cli import COMMANDS, bench, build_parser, demo, doctor, main
 from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,17 +270,19 @@ def test_bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         for name in ("prefill", "decode"):
             low, high = row[f"{name}_range"]
             assert 0 < low <= row[name] <= high
-    assert run("bench", "-m", MODEL, "--isq", "q2k", "--in-process", *few) == 0
-    out = capfd.readouterr().out.splitlines()
-    assert out[0].split()[0] == "format" and out[2].split()[0] == "q2k" and len(out) == 3
+
+    monkeypatch.setattr(bench, "_in_a_process", lambda args, fmt: q2k if fmt else base)
+    assert run("bench", "-m", MODEL, "--isq", "q2k") == 0
+    rows = capfd.readouterr().out.partition("\n\n")[2].splitlines()
+    assert [row.split()[0] for row in rows if not row.startswith("-")] == ["format", "bf16", "q2k"]
 
 
 def test_bench_reports_a_failed_process(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert run("bench", "-m", MODEL, "--prompt-len", "2000", "--json") == 1
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert run("bench", "-m", MODEL, "--isq", "4", "--json") == 1
     out, err = capfd.readouterr()
     assert json.loads(out)["rows"] == []
-    assert "context of 1024" in err and "the model as it is: failed with status 1" in err
+    assert "the model as it is: failed with status 1" in err and "4: failed with status 1" in err
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
