@@ -26,6 +26,8 @@ from .config import METHOD, IsqConfig
 from .loading import MappedFiles, Pack
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
 
+_NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
+
 
 @dataclass
 class _Load:
@@ -111,7 +113,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             try:
                 return _packed(load, model, name, weight)
             except ValueError as error:
-                load.failure = ValueError(f"IsqConfig: {name}: {error} Or exclude the layer.")
+                load.failure = ValueError(f"IsqConfig: {name}: {error}")
         return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
 
     # ---- after the weights -------------------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         load, self._load = self._load, None
         if load is None:
-            _check_complete(model)
+            _check_loaded(model)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -146,7 +148,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json, which thereby describes the model as it is now."""
-        record(model, self)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and paths are PEFT's
+            record(model, self)
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -172,18 +175,28 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # the reference is slower than both copies
-        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
+        importance = None if job.importance is None else job.importance.to(source.device)
+        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
 
 
-def _check_complete(model: Any) -> None:
-    """A packed layer without weights in the file cannot be made up."""
+def _check_loaded(model: Any) -> None:
+    """Packed layers have the weights of a checkpoint, and those that share one read it the same way."""
+    first: dict[int, tuple[str, str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedModule) and not getattr(module.weight, "_is_hf_initialized", False):
+        if not isinstance(module, PackedModule) or module.weight.device.type == "meta":  # meta: offloaded
+            continue
+        if not getattr(module.weight, "_is_hf_initialized", False):
             raise ValueError(
                 f"{METHOD}: config.json says that {name} is packed as {module.format}, and the checkpoint has no weight of that shape. "
                 "It is damaged, or its files are of different models."
+            )
+        other, fmt = first.setdefault(id(module.weight), (name, module.format))
+        if fmt != module.format:
+            raise ValueError(
+                f"{METHOD}: {name} ({module.format}) and {other} ({fmt}) share one weight. config.json is damaged: one weight has one "
+                "format."
             )
 
 
@@ -193,12 +206,12 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     layers, decisions = [], []
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if layer.name in missing:
-            decision = replace(decision, format=None, reason="not in the checkpoint: newly initialized, not quantized")
+            decision = replace(decision, format=None, reason=_NEW)
         if layer.tied_to is not None and layer.kind != "other":
             own, other = (model.get_submodule(name).weight for name in (layer.name, layer.tied_to))
             if storage_key(own) != storage_key(other):
-                layer = replace(layer, tied_to=None)  # the checkpoint has two different weights
-                decision = replace(decision, reason="")
+                decision = replace(decision, reason=f"the checkpoint has another weight than that of {layer.tied_to}")
+                layer = replace(layer, tied_to=None)
         layers.append(layer)
         decisions.append(decision)
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)

@@ -27,7 +27,10 @@ def decide(model: Any, config: IsqConfig, device_map: object) -> Prepared:
     inventory = inspect_model(model, model.all_tied_weights_keys)
     layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
     inventory = Inventory(layers, inventory.rest_bytes, inventory.rest_numel)
-    return prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+    with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
+        prepared = prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+    verdict = replace(prepared.verdict, notes=config.in_user_words(prepared.verdict.notes))
+    return replace(prepared, verdict=verdict, warnings=config.in_user_words(prepared.warnings))
 
 
 def _device_type(name: str, device_map: object) -> str:
@@ -103,8 +106,7 @@ def _find(model: Any, stored: str) -> str | None:
             continue
         if path and isinstance(module, nn.Module):
             return path
-    is_base = not (prefix and hasattr(model, model.base_model_prefix))
-    if is_base and not stored.startswith(prefix or stored):
+    if prefix and not stored.startswith(prefix):
         return None
     raise ValueError(
         f"{METHOD}: config.json lists the packed layer {stored!r:.200}, which {type(model).__name__} does not have. The checkpoint "
@@ -125,8 +127,8 @@ def unpack_missing(model: Any) -> list[str]:
     """Give layers whose weights were not in the checkpoint an ordinary, newly initialized weight; returns their paths."""
     missing = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (QuantLinear, QuantEmbedding)):
-            continue
+        if not isinstance(module, (QuantLinear, QuantEmbedding)) or module.weight.device.type == "meta":
+            continue  # on the meta device are weights that accelerate has offloaded
         if getattr(module.weight, "_is_hf_initialized", False):
             bias = getattr(module, "bias", None)
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
