@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -295,3 +297,27 @@ def test_checkpoints_of_the_library_load_too(tmp_path: Path, capsys: pytest.Capt
     assert reply(capsys, "-m", str(tmp_path), *few)["text"] == reply(capsys, "-m", MODEL, "--isq", "q4k", *few)["text"]
     assert main(["run", "-m", str(tmp_path), "--isq", "4", *few]) == 1
     assert "quantized already" in capsys.readouterr().err
+
+
+# ---- the guide -------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_commands_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, in one folder; `serve` is started by the server's tests. Benchmarks are shorter here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", guide, re.M | re.S)
+    commands = [line for block in blocks for line in block.splitlines() if "isqtorch serve" not in line]
+    assert {line.split("isqtorch ")[1].split()[0] for line in commands} == {"quantize", "run", "plan", "bench"}
+    for line in commands:
+        piped, _, command = line.rpartition("|")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(shlex.split(piped)[1:])))
+        argv = shlex.split(command)[1:]
+        if argv[0] == "bench":
+            argv += ["--isq", "q8_0", "--prompt-len", "16", "--gen-len", "4", "--repeat", "1"]
+        assert main(argv) == 0, (line, capfd.readouterr().err)
+        assert capfd.readouterr().out, line

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -80,7 +81,7 @@ class Server:
 
 def start(tmp_path: Path, *options: str) -> Server:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "isqtorch", "serve", "--port", "0", "--json", *options]
+    command = [sys.executable, "-m", "isqtorch", "serve", "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
@@ -94,7 +95,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = folder / "demo-chat"
     shutil.copytree(MODEL, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    running = start(folder, "-m", str(model), "--isq", "4")
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    command = re.search(r"^isqtorch serve (.*)$", guide, re.M)  # as the guide says, but for the model and the port
+    assert command is not None
+    running = start(folder, *command[1].split(), "-m", str(model), "--port", "0")
     yield running
     running.process.terminate()
     _, errors = running.process.communicate(timeout=30)
@@ -228,6 +232,15 @@ def test_a_reply_ends_at_the_context(server: Server) -> None:
             400,
             "the vocabulary has 4096",
         ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "chat_template_kwargs": {"chat_template": "{% for i in range(9999) %}{% endfor %}"},
+            },
+            400,
+            "must not hold 'chat_template'",
+        ),
         ("/re_isq", {}, 400, "isq must be a format"),
         ("/re_isq", {"isq": "q4z"}, 400, "q4z"),
         ("/re_isq", {"isq": "7"}, 400, "7 bits"),
@@ -360,7 +373,7 @@ def test_a_quantized_checkpoint_of_a_base_model(tmp_path: Path) -> None:
     from isqtorch.cli import main
 
     assert main(["quantize", "-m", str(MODEL), "--isq", "q4k", "-o", str(tmp_path / "packed")]) == 0
-    running = start(tmp_path, "-m", str(tmp_path / "packed"), "--name", "mine")
+    running = start(tmp_path, "-m", str(tmp_path / "packed"), "--name", "mine", "--port", "0")
     try:
         assert running.ready["model"] == "mine" and running.ready["isq"] is None
         status, answer = running.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})

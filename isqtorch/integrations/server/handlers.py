@@ -9,6 +9,7 @@ request is lost by it, and every answer comes from one model.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -186,6 +187,10 @@ class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         served = self.model_manager
+        own = inspect.signature(served.loaded.tokenizer.apply_chat_template).parameters
+        for name in body.get("chat_template_kwargs", {}):
+            if name in own:  # not the template's: a client's own template could run for ever
+                raise ApiError(400, f"chat_template_kwargs must not hold {name!r}")
         vocabulary = served.loaded.model.config.get_text_config().vocab_size
         outside = [token for token in body.get("logit_bias", {}) if int(token) >= vocabulary]
         if outside:
