@@ -137,6 +137,14 @@ def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch, caps
     assert "isqtorch[hf]" in capsys.readouterr().err
 
 
+def test_missing_server_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    utils = pytest.importorskip("transformers.utils.import_utils")
+    monkeypatch.setattr(utils, "is_serve_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "isqtorch.integrations.server", raising=False)
+    assert run("serve", "-m", MODEL) == 1
+    assert "pip install 'isqtorch[serve]'" in capsys.readouterr().err
+
+
 def test_module_and_closed_pipe() -> None:
     command = f"{sys.executable} -m isqtorch formats | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)

@@ -42,7 +42,7 @@ class Server:
         self.address = self.url.removeprefix("http://")
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.address, timeout=60)
+        return http.client.HTTPConnection(self.address, timeout=300)
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of an answer; `body` is sent as it is if it is bytes, and as JSON otherwise."""
@@ -101,13 +101,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = start(folder, *command[1].split(), "-m", str(model), "--port", "0")
     yield running
     running.process.terminate()
-    _, errors = running.process.communicate(timeout=30)
+    _, errors = running.process.communicate(timeout=120)
     assert "Traceback" not in errors, errors
 
 
 @pytest.fixture
 def client(server: Server) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 # ---- the ordinary case -----------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_two_re_isq_at_once(server: Server) -> None:
         assert status == 409 and "changing its format already" in refused["error"]["message"]
         assert not first.done()
         hang_up()
-        assert first.result(timeout=60)[0] == 200
+        assert first.result(timeout=300)[0] == 200
     assert server.ask("/health")[1] == {"status": "ok", "isq": "q5k", "requantizing": False}
     server.re_isq("4")
 
@@ -383,7 +383,7 @@ def test_a_quantized_checkpoint_of_a_base_model(tmp_path: Path) -> None:
         assert any("made from the quantized weights" in note for note in report["notes"])
     finally:
         running.process.send_signal(signal.SIGINT)
-        running.process.communicate(timeout=30)
+        running.process.communicate(timeout=120)
     assert running.process.returncode in (130, -signal.SIGINT)
     with pytest.raises(OSError):
         socket.create_connection(tuple(running.address.split(":")), timeout=2)
