@@ -99,10 +99,11 @@ def plan(
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
     """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
     headers, config = _headers(source)
-    found = config.get("quantization_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
-        raise ValueError(f"plan: {source} is quantized already (by {method}); plan takes the original model")
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        by = "isqtorch" if method == "isq" else method
+        raise ValueError(f"{source}: is quantized by {by} already; plan takes the original model")
     return *describe_headers(headers, config), config
 
 

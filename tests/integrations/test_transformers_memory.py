@@ -14,6 +14,7 @@ import torch
 from synthetic import write_llama
 
 HERE = Path(__file__).resolve().parent
+WEIGHT = 2048 * 8192 * 2  # bytes of the largest in the source: it is in memory while it is packed
 SMALL = 24 << 20  # code and tables of a first load, which have nothing to do with the model's size
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -39,7 +40,8 @@ def loaded(folder: Path, fmt: str = "", save_to: Path | str = "") -> dict[str, A
 
 def test_peak_of_quantizing_and_of_loading_again(folder: Path, tmp_path: Path) -> None:
     taken = loaded(folder, "q8_0", tmp_path)
-    assert taken["peak"] < 1.1 * taken["size"] + 2048 * 8192 * 2 + SMALL, taken  # one weight of the source is in memory
+    assert taken["peak_anonymous"] < 1.05 * taken["size"] + (4 << 20), taken
+    assert taken["peak"] < 1.1 * taken["size"] + WEIGHT + (8 << 20), taken  # 320 MB where pages are not dropped
     again = loaded(tmp_path)
     assert again["size"] == taken["size"]
     assert again["peak_anonymous"] < 0.05 * again["size"] + (2 << 20), again

@@ -199,6 +199,22 @@ def test_one_file_loaded_into_a_model(llama: Path, tmp_path: Path) -> None:
     assert state_bytes(reload(again, tmp_path / "folder")) == state_bytes(model)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_command_writes(checkpoints: Folders, tmp_path: Path, name: str) -> None:
+    """`isqtorch quantize` writes one file and the configuration; transformers loads that, too."""
+    model = load(checkpoints(name))
+    isqtorch.quantize_(model, "q4k")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    checkpoint.save(model, tmp_path / "model.safetensors")
+    assert state_bytes(load(tmp_path, dtype=model.dtype)) == state_bytes(model)
+
+
+def test_plan_takes_the_original_model(packed: Path) -> None:
+    with pytest.raises(ValueError, match="is quantized by isqtorch already; plan takes the original model"):
+        isqtorch.plan(packed, "q4k")
+
+
 def test_a_layer_that_the_user_took_out(llama: Path, tmp_path: Path) -> None:
     """config.json describes the model as it is when it is saved."""
     model = load(llama, quantization_config=IsqConfig("q4k"))

@@ -36,9 +36,11 @@ def follow(model: nn.Module, report: QuantReport | None) -> None:
     if quantizer is None:
         quantizer = IsqHfQuantizer(IsqConfig(layers=layers), pre_quantized=True)
     if report is not None:
-        bits = report.requested and report.requested.isdecimal()
-        requested = int(report.requested) if bits else report.requested
-        quantizer.quantization_config = IsqConfig(requested, layers=layers)
+        requested = report.requested  # text: a number of bits is a number in IsqConfig
+        if requested is not None and requested.isdecimal():
+            quantizer.quantization_config = IsqConfig(int(requested), layers=layers)
+        else:
+            quantizer.quantization_config = IsqConfig(requested, layers=layers)
     model.isq_report = report
     model.hf_quantizer = quantizer
     model.is_quantized = True
