@@ -87,17 +87,24 @@ def plan(
         check_model(model, "plan")
         inventory = inspect_model(model)
     else:
-        headers, config = _headers(model)
-        stored = config.get("quantization_config")
-        if isinstance(stored, Mapping) and stored.get("quant_method") == "isq":
-            raise ValueError(f"{model}: is quantized by isqtorch already; plan takes the original model")
-        inventory, notes = describe_headers(headers, config)
+        inventory, notes, _ = read_checkpoint(model)
     if device is not None:
         kind = parsed_device(device, "plan: device").type
         inventory = replace(inventory, layers=[replace(layer, device_type=kind) for layer in inventory.layers])
     report = QuantReport.build(inventory, decide(inventory.layers, request), fmt, planned=True)
     report.notes += notes
     return report
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
+    """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
+    headers, config = _headers(source)
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        by = "isqtorch" if method == "isq" else method
+        raise ValueError(f"{source}: is quantized by {by} already; plan takes the original model")
+    return *describe_headers(headers, config), config
 
 
 def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inventory, list[str]]:

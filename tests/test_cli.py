@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from isqtorch.cli import build_parser, demo, doctor, main
+from isqtorch.cli import COMMANDS, bench, build_parser, demo, doctor, main
 from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "examples/demo_model/model")
 TEXT = str(ROOT / "examples/demo_model/heldout.txt")
-COMMANDS = ["demo", "perplexity", "quantize", "plan", "formats", "doctor"]
 
 
 def run(*argv: str) -> int:
@@ -52,7 +52,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         [],
         ["nonsense"],
         ["quantize"],
-        ["plan", "-m", MODEL],
+        ["run"],
+        ["serve", "-m", MODEL, "--port", "x"],
+        ["bench", "--isq", "4"],
         ["formats", "--json", "--markdown"],
         ["perplexity", MODEL, "--text", TEXT, "--mode", "x"],
         ["quantize", "-m", MODEL, "--isq", "4", "-o", "x", "--organization", "x"],
@@ -78,6 +80,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "-m", MODEL, "--isq", "7"], "7 bits"),
         (["plan", "-m", "./no/such/folder", "--isq", "4"], "no/such/folder"),
         (["plan", "-m", MODEL, "--isq", "4", "--topology", "none.yaml"], "none.yaml"),
+        (["plan", "-m", MODEL, "--context", "0"], "context"),
+        (["serve", "-m", MODEL, "--port", "70000"], "--port"),
+        (["serve", "-m", "./none"], "./none"),
+        (["serve", "-m", MODEL, "--host", "999.1.1.1", "--port", "0"], "cannot listen on 999.1.1.1"),
+        (["bench", "-m", MODEL, "--isq", "4,q9"], "q9"),
+        (["bench", "-m", MODEL, "--no-baseline"], "nothing to measure"),
+        (["bench", "-m", MODEL, "--isq", "4", "--gen-len", "1"], "--gen-len"),
+        (["bench", "-m", MODEL, "--isq", "4,8", "--in-process"], "measures one format"),
+        (["bench", "-m", MODEL, "--in-process", "--prompt-len", "1024"], "context of 1024"),
+        (["run", "-m", "./none", "--prompt", "x"], "./none"),
         (["quantize", "-m", MODEL, "--isq", "q4z", "-o", "out"], "q4z"),
         (["quantize", "-m", MODEL, "--isq", "q4k", "-o", MODEL], "not an empty folder"),
         (["quantize", "-m", str(ROOT / "tests"), "--isq", "q4k", "-o", "out"], "config.json"),
@@ -125,6 +137,14 @@ def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch, caps
     assert "isqtorch[hf]" in capsys.readouterr().err
 
 
+def test_missing_server_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    utils = pytest.importorskip("transformers.utils.import_utils")
+    monkeypatch.setattr(utils, "is_serve_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "isqtorch.integrations.server", raising=False)
+    assert run("serve", "-m", MODEL) == 1
+    assert "pip install 'isqtorch[serve]'" in capsys.readouterr().err
+
+
 def test_module_and_closed_pipe() -> None:
     command = f"{sys.executable} -m isqtorch formats | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
@@ -150,6 +170,18 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["planned"] and {"q4k", "q6k"} <= stored  # q6k: the promoted embedding
     assert run("plan", "-m", MODEL, "--isq", "4") == 0
     assert "model.layers.7.mlp.down_proj" in capsys.readouterr().out
+
+
+def test_plan_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "plan", "-m", MODEL)
+    assert list(found["formats"]) == list(formats())
+    one = run_json(capsys, "plan", "-m", MODEL, "--isq", "q3k")
+    assert found["formats"]["q3k"]["bytes"] == one["bytes_after"] < found["bytes_now"] == one["bytes_before"]
+    assert found["context"] == 1024 and found["cache_bytes"] == one["cache_bytes"] == 1024 * 8 * 2 * 2 * 64 * 2
+    assert found["memories"][0]["name"] == "RAM" and found["formats"]["q3k"]["fits"] == one["fits"]
+    assert run("plan", "-m", MODEL) == 0
+    out = capsys.readouterr().out
+    assert len(out.split("\n\n")[0].splitlines()) == 3 + len(formats()) and "cache of 1024 tokens: 4.19 MB" in out
 
 
 def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +260,37 @@ def test_policy_options_reach_quantize(tmp_path: Path, capsys: pytest.CaptureFix
         assert stored["model.layers.1.mlp.up_proj"] == "q8_0"
         assert stored["model.layers.2.mlp.up_proj"] == "q4k"
         assert stored["model.embed_tokens"] is None
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def test_bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # every measurement is a process of its own
+    few = ("--prompt-len", "16", "--gen-len", "4", "--repeat", "2")
+    assert run("bench", "-m", MODEL, "--isq", "q2k", *few, "--json") == 0
+    base, q2k = json.loads(capfd.readouterr().out)["rows"]
+    assert (base["format"], q2k["format"]) == ("bf16", "q2k")
+    assert base["bytes"] > 4 * q2k["bytes"] > 0
+    for row in (base, q2k):
+        assert row["load_seconds"] > 0 and row["peak_bytes"] > row["bytes"]
+        for name in ("prefill", "decode"):
+            low, high = row[f"{name}_range"]
+            assert 0 < low <= row[name] <= high
+
+    monkeypatch.setattr(bench, "_in_a_process", lambda args, fmt: q2k if fmt else base)
+    assert run("bench", "-m", MODEL, "--isq", "q2k") == 0
+    rows = capfd.readouterr().out.partition("\n\n")[2].splitlines()
+    assert [row.split()[0] for row in rows if not row.startswith("-")] == ["format", "bf16", "q2k"]
+
+
+def test_bench_reports_a_failed_process(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert run("bench", "-m", MODEL, "--isq", "4", "--json") == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["rows"] == []
+    assert "the model as it is: failed with status 1" in err and "4: failed with status 1" in err
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from isqtorch.cli import build_parser
+from isqtorch.cli import COMMANDS, build_parser
 from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def test_python_snippets_run(page: str, tmp_path: Path) -> None:
 
 def commands() -> list[str]:
     found = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
-    for command in ("demo", "perplexity", "quantize", "plan", "formats", "doctor"):
+    for command in COMMANDS:
         module = __import__(f"isqtorch.cli.{command}", fromlist=["x"])
         found += [line.strip() for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
     return [line for line in found if re.match(r"(\S+=\S+ )*(isqtorch|python -m isqtorch) ", line)]

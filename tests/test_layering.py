@@ -30,6 +30,7 @@ LAYERS = [
         "quantize",
         "report",
         "plan",
+        "fit",
         "explain",
         "evaluation",
         "checkpoint",

@@ -11,11 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import demo, doctor, formats, perplexity, plan, quantize
+from . import bench, demo, doctor, formats, perplexity, plan, quantize, run, serve
 
-__all__ = ["build_parser", "main"]
+__all__ = ["COMMANDS", "build_parser", "main"]
 
-_COMMANDS = {
+COMMANDS = {
+    "run": run,
+    "serve": serve,
+    "bench": bench,
     "demo": demo,
     "perplexity": perplexity,
     "quantize": quantize,
@@ -33,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"isqtorch {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=command.HELP,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,64 +41,27 @@ def add_imatrix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix")
 
 
+def policy_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_policy` and `add_imatrix` read, as arguments of `quantize_`."""
+    return {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix")}
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="where the model runs: cpu, cuda, mps (default: the CPU, which has kernels of its own)"
+    )
+
+
 def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-@contextlib.contextmanager
-def needs_transformers() -> Iterator[None]:
-    """Turn a missing transformers into one line that says what to do."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "accelerate"):
-            raise
-        raise ImportError("this command loads models with transformers: pip install 'isqtorch[hf]'") from error
-
-
 def load_model(model: str) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode and its tokenizer.
+    """A causal language model as its checkpoint has it, in evaluation mode, and its tokenizer."""
+    from ..integrations.loading import load_causal_lm, load_tokenizer
 
-    A folder that `isqtorch quantize` wrote is built from its configuration and then filled with the packed weights; anything
-    else goes through `from_pretrained`.
-    """
-    with needs_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, utils
-
-    utils.logging.disable_progress_bar()
-    _check_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if is_checkpoint(model):
-        from accelerate import init_empty_weights
-
-        from .. import checkpoint
-
-        with init_empty_weights():  # buffers, which no file has, are real
-            net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        checkpoint.load_(net, Path(model))
-    else:
-        net = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    return net.eval(), tokenizer
-
-
-def _check_folder(model: str) -> None:
-    """A path that does not exist would be looked up on the Hub, with a confusing message."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).is_dir():
-        raise FileNotFoundError(f"no folder {model}: give a folder with config.json and safetensors, or a model id")
-    if os.path.isdir(model) and not Path(model, "config.json").is_file():
-        raise FileNotFoundError(f"{model} has no config.json: it is not a model folder")
-
-
-def is_checkpoint(model: str) -> bool:
-    """Whether a folder holds weights packed by isqtorch."""
-    from safetensors import safe_open
-
-    path = Path(model, "model.safetensors")
-    if not path.is_file():
-        return False
-    with safe_open(path, framework="pt") as file:
-        return any(key.startswith("isqtorch") for key in file.metadata() or {})
+    tokenizer = load_tokenizer(model)
+    return load_causal_lm(model), tokenizer
 
 
 def read_text(path: str) -> str:

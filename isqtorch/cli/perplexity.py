@@ -15,7 +15,7 @@ import json
 import sys
 from typing import Any
 
-from ._common import add_imatrix, add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
+from ._common import add_imatrix, add_isq, add_json, add_policy, load_model, policy_options, read_text
 
 HELP = "perplexity and KL divergence on a text"
 
@@ -48,14 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer(text, verbose=False)["input_ids"][: args.tokens]
     reference = copy.deepcopy(model) if args.kl else None
     if args.isq:
-        quantize_(
-            model,
-            args.isq,
-            topology=args.topology,
-            organization=args.organization,
-            imatrix=args.imatrix,
-            fallback=args.fallback,
-        )
+        quantize_(model, args.isq, **policy_options(args))
     score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=sys.stderr.isatty())
     result: dict[str, Any] = {
         "model": args.model,
@@ -79,11 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..formats import resolve_format
+    from ..integrations.loading import check_request
 
-    if args.isq:
-        resolve_format(args.isq)  # before minutes of loading
-    elif args.kl or args.topology or args.imatrix:
-        raise ValueError("--kl, --topology and --imatrix need --isq FORMAT")
-    if args.isq and is_checkpoint(args.model):
-        raise ValueError(f"{args.model} is quantized already; leave out --isq, or give the original model")
+    if args.kl and not args.isq:
+        raise ValueError("--kl needs --isq FORMAT")
+    check_request(args.model, args.isq, options=policy_options(args))

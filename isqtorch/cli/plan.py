@@ -1,30 +1,89 @@
 """Say what quantizing a model would do, from its configuration and safetensors headers alone: no weight is read.
 
-    isqtorch plan -m examples/demo_model/model --isq 4
+    isqtorch plan -m examples/demo_model/model                     the size in every format, and whether it fits
+    isqtorch plan -m examples/demo_model/model --isq 4             every layer
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
+    isqtorch plan -m ./my-model --context 32768
 
-The options mean what they mean for `isqtorch quantize`.
+A model fits where its weights and the key-value cache of one sequence are no more than what is free now; loading and running
+need a little more. The options mean what they mean for `isqtorch quantize`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from typing import TYPE_CHECKING
 
-from ._common import add_isq, add_json, add_model, add_policy
+from ._common import add_isq, add_json, add_model, add_policy, text_table
 
-HELP = "what quantizing a model would do: sizes, promotions, fallbacks, skips"
+if TYPE_CHECKING:
+    from ..fit import Overview
+
+HELP = "what quantizing a model would do: sizes, fit, promotions, fallbacks, skips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_isq(parser, required=True)
+    add_isq(parser, required=False)
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of the cache (%(default)s)")
     add_policy(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..plan import plan
+    from ..fit import overview
 
-    result = plan(args.model, args.isq, topology=args.topology, organization=args.organization, fallback=args.fallback)
-    print(result.to_json() if args.json else result)
+    options = {"topology": args.topology, "organization": args.organization, "fallback": args.fallback}
+    found = overview(args.model, None if args.isq is None else [args.isq], context=args.context, **options)
+    if args.isq is None:
+        print(json.dumps(found.to_dict(), indent=2) if args.json else _table(found))
+        return 0
+    (report,) = found.reports.values()
+    report.notes += found.notes
+    if args.json:
+        fit = {"context": found.context, "cache_bytes": found.cache_bytes, "fits": found.fits(report.bytes_after)}
+        print(json.dumps({**report.to_dict(), **fit}, indent=2))
+    else:
+        print(report)
+        print("\n".join(_fit(found, report.bytes_after)))
     return 0
+
+
+def _table(found: Overview) -> str:
+    from ..report import human_size
+
+    names = [memory.name for memory in found.memories]
+    headers = ["format", "size", "of now", "bits/weight", "fallbacks", "left", *(f"fits {name}" for name in names)]
+    rows = [["as it is", human_size(found.bytes_now), "100.0 %", "", "", "", *_yes_no(found, found.bytes_now)]]
+    for name, report in sorted(found.reports.items(), key=lambda item: -item[1].bytes_after):
+        size = 100 * report.bytes_after / found.bytes_now if found.bytes_now else 100.0
+        counts = [str(len(report.fallbacks)), str(len(report.left))]
+        rows.append(
+            [
+                name,
+                human_size(report.bytes_after),
+                f"{size:.1f} %",
+                f"{report.bits_per_weight:.2f}",
+                *counts,
+                *_yes_no(found, report.bytes_after),
+            ]
+        )
+    return "\n".join([text_table(headers, rows, right=range(1, 6)), "", *_footing(found)])
+
+
+def _yes_no(found: Overview, weights: int) -> list[str]:
+    return ["yes" if fits else "no" for fits in found.fits(weights).values()]
+
+
+def _fit(found: Overview, weights: int) -> list[str]:
+    where = "; ".join(f"{name}: {'fits' if fits else 'does not fit'}" for name, fits in found.fits(weights).items())
+    return [where, *_footing(found, notes=False)]
+
+
+def _footing(found: Overview, *, notes: bool = True) -> list[str]:
+    from ..report import human_size
+
+    memory = ", ".join(f"{m.name} {human_size(m.free)} free of {human_size(m.total)}" for m in found.memories)
+    cache = [] if found.cache_bytes is None else [f"cache of {found.context} tokens: {human_size(found.cache_bytes)}"]
+    return ["; ".join([memory, *cache]), *(f"note: {note}" for note in (found.notes if notes else []))]

@@ -1,53 +1,98 @@
-"""Quantize a model and write it: packed weights in one safetensors file, configuration and tokenizer beside it.
+"""Quantize a model and write it as a model: packed weights, configuration, generation settings and tokenizer in one folder.
 
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
+    isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces the folder that is there
 
-The folder is a model for `isqtorch perplexity`, and `isqtorch.checkpoint.load_` fills a model with it.
+Each weight is packed as it is read. The folder appears when it is complete; every command takes it as MODEL, and so does
+`from_pretrained` where isqtorch is imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ._common import add_imatrix, add_isq, add_json, add_model, add_policy, load_model
+from ._common import add_device, add_imatrix, add_isq, add_json, add_model, add_policy, policy_options
 
-HELP = "quantize a model and write a packed checkpoint"
+HELP = "quantize a model and write it as a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_isq(parser, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument("--force", action="store_true", help="replace a model folder that is there already")
     add_policy(parser)
     add_imatrix(parser)
+    add_device(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import checkpoint
-    from ..formats import resolve_format
-    from ..quantize import quantize_
+    from ..integrations.loading import LoadedModel, check_request
 
-    resolve_format(args.isq)  # before minutes of loading
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise FileExistsError(f"{args.output} exists and is not an empty folder; give a new one")
-    model, tokenizer = load_model(args.model)
-    report = quantize_(
-        model,
-        args.isq,
-        topology=args.topology,
-        organization=args.organization,
-        imatrix=args.imatrix,
-        fallback=args.fallback,
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
-    for part in (model.config, getattr(model, "generation_config", None), tokenizer):
-        if part is not None:
-            part.save_pretrained(args.output)
-    checkpoint.save(model, args.output / "model.safetensors")
-    print(report.to_json() if args.json else report)
+    options = policy_options(args)
+    check_request(args.model, args.isq, args.device, options)
+    check_output(args.output, args.model, force=args.force)
+    loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+    with new_folder(args.output) as folder:
+        loaded.model.save_pretrained(folder)  # with the generation settings
+        loaded.tokenizer.save_pretrained(folder)
+    assert loaded.report is not None
+    print(loaded.report.to_json() if args.json else loaded.report)
     print(f"wrote {args.output}", file=sys.stderr)
     return 0
+
+
+def check_output(output: Path, model: str, *, force: bool) -> None:
+    """OSError where writing would destroy something that the user did not give up."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise FileExistsError(f"{output} exists and is not a folder; give a new one")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(f"{output} exists and is not an empty folder; give a new one, or --force to replace it")
+    if not (output / "config.json").is_file():
+        raise FileExistsError(f"{output} is not a model folder (it has no config.json), so --force does not replace it")
+    if Path(model).is_dir() and Path(model).resolve() == output.resolve():
+        raise FileExistsError(f"{output} is the model itself; give another folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, which takes its name on success and is removed otherwise."""
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    old = temporary / "old"
+    try:
+        new = temporary / "new"
+        new.mkdir()  # with the permissions that the user's umask gives
+        yield new
+        _finish(new)
+        if output.exists():
+            os.rename(output, old)
+        try:
+            os.rename(new, output)
+        except OSError:
+            if old.exists():
+                os.rename(old, output)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(folder: Path) -> None:
+    """Files on the disk before the folder gets its name, and readable for whom the folder is: safetensors writes private ones."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,146 @@
+"""Speed, memory and load time of a model as it is and in each format, every one in a process of its own.
+
+    isqtorch bench -m examples/demo_model/model --isq 4,q8_0
+    isqtorch bench -m ./my-model --isq 4,q8_0 --prompt-len 512 --gen-len 128
+    isqtorch bench -m ./large-model --isq q4k --no-baseline --json
+
+Prefill is prompt tokens over the time until the first new token, decode the new tokens after it, both through `generate` with
+one sequence, the median of the repeats. Peak memory is what the process took beyond what it had before loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from ._common import add_device, add_imatrix, add_json, add_model, add_policy, policy_options
+from .doctor import machine_facts
+
+HELP = "speed and memory of a model in several formats"
+_HEADERS = ("format", "size", "load s", "peak memory", "prefill tok/s", "decode tok/s")
+_WIDTHS = (10, 9, 7, 11, 18, 18)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--isq", metavar="FORMATS", help="formats or numbers of bits, with commas between them")
+    parser.add_argument("--prompt-len", type=int, default=512, metavar="N", help="tokens of the prompt (%(default)s)")
+    parser.add_argument("--gen-len", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="timed runs of each (%(default)s)")
+    parser.add_argument("--no-baseline", action="store_true", help="not the model as it is")
+    parser.add_argument("--in-process", action="store_true", help="one measurement, in this process")
+    add_policy(parser)
+    add_imatrix(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    formats = _check(args)
+    if args.in_process:
+        rows = [_measure(args, formats[0])]
+        if not args.json:
+            _print_head()
+            print(_line(_cells(rows[0])))
+    else:
+        if not args.json:
+            print("\n".join(machine_facts()), end="\n\n")
+            _print_head()
+        rows = []
+        for fmt in formats:
+            row = _in_a_process(args, fmt)
+            if row is not None:
+                rows.append(row)
+                if not args.json:
+                    print(_line(_cells(row)), flush=True)
+    if args.json:
+        print(json.dumps({"machine": machine_facts(), "rows": rows}, indent=2))
+    return 0 if len(rows) == len(formats) else 1
+
+
+def _check(args: argparse.Namespace) -> list[str | None]:
+    """What is to be measured, None for the model as it is; everything that can be wrong, before anything slow."""
+    from ..integrations.loading import check_request
+
+    for name, least in (("prompt_len", 1), ("gen_len", 2), ("repeat", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(args, name)}")
+    names = list(dict.fromkeys(part.strip() for part in (args.isq or "").split(",") if part.strip()))
+    options = policy_options(args)
+    for name in names:
+        check_request(args.model, name, args.device, options)
+    if not names:
+        check_request(args.model, None, args.device, options)
+    formats = [*([] if args.no_baseline else [None]), *names]
+    if args.in_process and names:
+        formats = [*names]
+    if not formats:
+        raise ValueError("nothing to measure: --no-baseline needs --isq")
+    if args.in_process and len(formats) > 1:
+        raise ValueError("--in-process measures one format; later ones would find the memory of earlier ones")
+    return formats
+
+
+def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
+    from ..integrations.loading import needs_transformers
+
+    with needs_transformers():
+        from ..integrations.benchmark import measure
+    return measure(
+        args.model,
+        fmt,
+        prompt_len=args.prompt_len,
+        gen_len=args.gen_len,
+        repeat=args.repeat,
+        device=args.device,
+        options=policy_options(args) if fmt is not None else None,
+    ).to_dict()
+
+
+def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] | None:
+    """The same in a fresh process, which says on standard error why it failed, if it did."""
+    command = [sys.executable, "-m", "isqtorch", "bench", "--in-process", "--json", "-m", args.model]
+    given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
+    given["--device"] = args.device
+    if fmt is not None:
+        given |= {f"--{name}": value for name, value in policy_options(args).items()}
+    for option, value in given.items():
+        if value is not None:
+            command += [option, str(value)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        print(f"isqtorch: {fmt or 'the model as it is'}: failed with status {done.returncode}", file=sys.stderr)
+        return None
+    row: dict[str, Any] = json.loads(done.stdout)["rows"][0]
+    return row
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    from ..report import human_size
+
+    def speed(name: str) -> str:
+        low, high = row[f"{name}_range"]
+        return f"{row[name]:.1f} ({low:.0f}-{high:.0f})"
+
+    memory = human_size(row["peak_bytes"])
+    return [
+        row["format"],
+        human_size(row["bytes"]),
+        f"{row['load_seconds']:.1f}",
+        memory,
+        speed("prefill"),
+        speed("decode"),
+    ]
+
+
+def _print_head() -> None:
+    print(_line(_HEADERS))
+    print(_line(["-" * width for width in _WIDTHS]), flush=True)
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    first, *rest = zip(cells, _WIDTHS, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])

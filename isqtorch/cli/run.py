@@ -1,0 +1,204 @@
+"""Chat with a model in the terminal, or continue one prompt.
+
+    isqtorch run -m examples/demo_model/model --isq 4 --prompt "The function returns"
+    isqtorch run -m ./my-model --isq q4k --system "Answer in one sentence."
+    isqtorch run -m ./my-model-q4k --temperature 0.7 --seed 1
+    echo "The function returns" | isqtorch run -m examples/demo_model/model --isq q4k --max-new-tokens 20
+    isqtorch run -m ./my-model --isq 4 --prompt "Why is the sky blue?" --json
+
+Without --prompt, and at a terminal, it is a chat. Ctrl-C ends a reply, Ctrl-D (or /exit) the chat; /clear forgets what was
+said, /re_isq q8_0 changes the format of the model, /help lists this. Otherwise all of standard input is one prompt. The text
+goes to standard output, everything else to standard error.
+
+A base model has no chat template: what you write is continued, and nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ._common import add_device, add_imatrix, add_isq, add_json, add_model, add_policy, policy_options
+
+if TYPE_CHECKING:
+    from ..integrations.chat import Conversation, Reply, Stop
+    from ..integrations.loading import LoadedModel
+
+HELP = "chat with a model, or continue a prompt"
+_HELP = "/exit (or Ctrl-D) ends, /clear forgets what was said, /re_isq FORMAT changes the format, Ctrl-C ends a reply"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_isq(parser, required=False)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="one message, one reply")
+    parser.add_argument("--interactive", action="store_true", help="chat although standard input is no terminal")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="limit of a reply (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, help="0: always the likeliest token; default: the model's settings"
+    )
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument("--seed", type=int, help="of sampling, for every reply")
+    add_policy(parser)
+    add_imatrix(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = _check(args)
+    from ..integrations.loading import LoadedModel, check_request, needs_transformers
+
+    options = policy_options(args)
+    check_request(args.model, args.isq, args.device, options)
+    with needs_transformers():
+        from ..integrations.chat import Conversation, Sampling
+
+    loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    conversation = Conversation(loaded, sampling, args.system)
+    _note(f"{args.model}{_format(loaded)}, loaded in {loaded.load_seconds:.1f} s")
+    if not conversation.has_template:
+        if args.system is not None:
+            raise ValueError(f"{args.model} is a base model without a chat template: it takes no --system")
+        _note("a base model without a chat template: it continues what you write")
+    if prompt is None:
+        return _chat(conversation)
+    reply = _reply(conversation, prompt, echo=not args.json)
+    if args.json:
+        print(json.dumps({"model": args.model, "isq": args.isq, **reply.to_dict()}, indent=2))
+    else:
+        _note(_speed([reply]))
+    return 130 if reply.finish == "interrupted" else 0
+
+
+def _check(args: argparse.Namespace) -> str | None:
+    """The prompt, or None for a chat; everything that can be wrong with the arguments."""
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and up to 1, got {args.top_p}")
+    prompt: str | None = args.prompt
+    chat = args.interactive or (prompt is None and sys.stdin.isatty())
+    if chat and (prompt is not None or args.json):
+        raise ValueError("--prompt and --json are for one reply, not for a chat")
+    if prompt is None and not chat:
+        prompt = sys.stdin.read().rstrip("\n")
+    if prompt is not None and not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+def _chat(conversation: Conversation) -> int:
+    """Messages and commands, line by line, until the input ends."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # line editing and history for input()
+        _note(_HELP)
+    replies: list[Reply] = []
+    while True:
+        try:
+            line = _read()
+        except KeyboardInterrupt:  # at the prompt: drop the line
+            print(file=sys.stderr)
+            continue
+        if line is None or line == "/exit":
+            break
+        try:
+            if line.startswith("/"):
+                _command(conversation, line)
+            elif line:
+                replies.append(_reply(conversation, line))
+        except (ValueError, OSError) as error:  # this line was wrong, or too much; the chat goes on
+            _note(" ".join(str(error).split()))
+    if replies:
+        _note(_speed(replies))
+    return 0
+
+
+def _read() -> str | None:
+    """One line of the user; None at the end of the input. The prompt is no part of the text that is made."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    name, _, argument = line.partition(" ")
+    if name == "/clear":
+        conversation.clear()
+        _note("forgotten")
+    elif name == "/re_isq" and argument.strip():
+        report = conversation.loaded.requantize(argument.strip())
+        _note("; ".join(report.summary()))
+    elif name == "/help":
+        _note(_HELP)
+    else:
+        raise ValueError(f"{line!r} is not a command. {_HELP}")
+
+
+def _reply(conversation: Conversation, message: str, *, echo: bool = True) -> Reply:
+    """A reply, printed as it is made; Ctrl-C ends it."""
+    from ..integrations.chat import Stop
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    stop = Stop()
+    with _interrupts(stop):
+        reply = conversation.say(message, write=write if echo else lambda text: None, stop=stop)
+    if echo:
+        print(" [interrupted]" if reply.finish == "interrupted" else "", flush=True)
+    if reply.finish == "length" and reply.generated_tokens < conversation.sampling.max_new_tokens:
+        _note("the context is full; /clear begins again")
+    return reply
+
+
+@contextlib.contextmanager
+def _interrupts(stop: Stop) -> Iterator[None]:
+    """The first Ctrl-C asks the reply to end at its next token; a second one is an ordinary interrupt."""
+
+    def interrupted(*_: object) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _format(loaded: LoadedModel) -> str:
+    report = loaded.report
+    return "" if report is None else f" at {report.bits_per_weight:.2f} bits per weight"
+
+
+def _speed(replies: list[Reply]) -> str:
+    """Tokens per second over all replies, prompts and generation apart."""
+    prompt, prompt_seconds = sum(r.prompt_tokens for r in replies), sum(r.prompt_seconds for r in replies)
+    later = sum(max(r.generated_tokens - 1, 0) for r in replies)
+    seconds = sum(r.generate_seconds for r in replies)
+    made = sum(r.generated_tokens for r in replies)
+    parts = [f"prompt: {prompt} tokens, {prompt / prompt_seconds:.1f} tokens/s" if prompt_seconds else ""]
+    parts.append(f"generation: {made} tokens" + (f", {later / seconds:.1f} tokens/s" if seconds else ""))
+    return "; ".join(filter(None, parts))
+
+
+def _note(text: str) -> None:
+    """Something for the user that is no part of the text."""
+    print(f"[{text}]", file=sys.stderr, flush=True)

@@ -1,0 +1,76 @@
+"""Serve a model over HTTP with OpenAI's API: chat, completions, streaming.
+
+    isqtorch serve --port 1234 --isq 4 -m examples/demo_model/model
+    isqtorch serve -m ./my-model-q4k --port 8080
+    isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       for other machines too: there is no password
+
+Then, from another shell:
+
+    curl http://127.0.0.1:1234/v1/completions -d '{"prompt": "The function returns", "max_tokens": 32}'
+    curl http://127.0.0.1:1234/re_isq -d '{"isq": "q8_0"}'       another format, while it runs
+
+One reply is generated at a time, in the order of arrival. A change of format stands in the same line: requests wait for it.
+It reads the weights from MODEL again, and both models are in memory for that moment. Ctrl-C ends the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ._common import add_device, add_imatrix, add_isq, add_json, add_model, add_policy, policy_options
+
+HELP = "serve a model over HTTP (OpenAI's API)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_isq(parser, required=False)
+    add_policy(parser)
+    add_imatrix(parser)
+    add_device(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")
+    parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder its last part")
+    parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..integrations.loading import LoadedModel, check_request
+    from ..integrations.server import Served, bind, build_app, serve
+
+    if not 0 <= args.port < 1 << 16:
+        raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
+    options = policy_options(args)
+    check_request(args.model, args.isq, args.device, options)
+    with bind(args.host, args.port) as sock:
+        loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+        _quiet_transformers(args.log_level)
+        path = Path(args.model)
+        served = Served(loaded, args.name or (path.resolve().name if path.is_dir() else args.model))
+        host, port = sock.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        app = build_app(served, args.host)
+        sock.listen()  # from here on clients can connect
+        if args.json:
+            report = None if loaded.report is None else loaded.report.to_dict()
+            print(json.dumps({"url": url, "model": served.name, "isq": loaded.isq, "report": report}), flush=True)
+        else:
+            if loaded.report is not None:
+                print("\n".join(loaded.report.summary()))
+            print(f"{served.name} at {url}/v1, loaded in {loaded.load_seconds:.1f} s; Ctrl-C ends", flush=True)
+        if args.host in ("0.0.0.0", "::"):
+            print("isqtorch: every machine that reaches this one can use the server", file=sys.stderr)
+        serve(app, sock, args.log_level)
+    return 0
+
+
+def _quiet_transformers(level: str) -> None:
+    """transformers warns of every request."""
+    from transformers.utils import logging
+
+    if level != "info":
+        logging.set_verbosity_error()
