@@ -22,6 +22,7 @@ struct Product {
   const PanelKernels* panel_kernels;  // or null
   const uint8_t* w;                   // packed [n, k]
   int64_t row_bytes, n, k, m;
+  bool w_ends = true;                                  // there may be no memory behind w
   const float* bias;                                   // [n], or null
   Dtype dtype;                                         // of x and y
   const uint8_t* x;                                    // contiguous [.., k]
@@ -74,7 +75,7 @@ inline void multiply_row_tile(const Product& p, const uint8_t* packed_x, int64_t
   job.row_bytes = p.row_bytes;
   job.rows = count;
   job.k = p.k;
-  job.w_ends = first + count == p.n;
+  job.w_ends = p.w_ends && first + count == p.n;
   job.x = packed_x;
   job.y = y;
   job.ldy = kRowsTile;
@@ -109,7 +110,7 @@ inline void multiply_panel(const Product& p, int64_t first, int64_t rows, int64_
   sums.grow(floats * sizeof(float));
   y.grow(floats * sizeof(float));
   const uint8_t* w = p.w + first * p.row_bytes;
-  const bool w_ends = first + count == p.n;
+  const bool w_ends = p.w_ends && first + count == p.n;
   for (int64_t k = 0; k < p.k; k += kStretch) {
     const int64_t k_end = std::min(k + kStretch, p.k);
     kernels.decode({w, p.row_bytes, count, p.k, w_ends, k, k_end, panel.bytes(), kernels.layout});
