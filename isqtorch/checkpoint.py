@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from isqtorch.formats import QuantFormat, get_format
 
 from .inventory import storage_key
+from .listeners import announce
 from .modules import QuantEmbedding, QuantLinear
 from .modules.convert import layer_kind, to_packed, weight_matrix
 
@@ -116,6 +117,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name in model.state_dict():
             if name.removesuffix(".weight") not in header.layers or not name.endswith(".weight"):
                 _load_tensor(model, name, header.shared.get(name, name), file, parameters)
+    announce(model, None)
 
 
 def read_header(metadata: Mapping[str, str] | None, path: Path) -> Header:

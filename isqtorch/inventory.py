@@ -6,7 +6,7 @@ Nothing here holds on to a tensor: what is described can be freed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -33,8 +33,14 @@ class Inventory:
     rest_numel: int
 
 
-def inspect_model(model: nn.Module) -> Inventory:
-    """Describe every parameter and saved buffer of `model`, each stored one once."""
+def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> Inventory:
+    """Describe every parameter and saved buffer of `model`, each stored one once.
+
+    Args:
+        model: may be on the meta device.
+        shared: parameters that are not the same tensor yet and will be: name -> name of the one it is tied to.
+    """
+    others = {} if not shared else {name: model.get_parameter(source) for name, source in shared.items()}
     owners = _layers_by_name(model)
     roles = _hugging_face_roles(model)
     kept = _kept_in_float(model)
@@ -44,7 +50,7 @@ def inspect_model(model: nn.Module) -> Inventory:
     rest: dict[object, tuple[int, int]] = {}  # storage -> (bytes, elements)
     for name, module in owners:
         for leaf, weight in _tensors(module):
-            key = storage_key(weight)
+            key = storage_key(others.get(f"{name}.{leaf}", weight))
             if weight.dim() < 2 or not isinstance(weight, nn.Parameter):
                 rest[key] = (weight.numel() * weight.element_size(), weight.numel())
                 continue

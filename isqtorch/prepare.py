@@ -64,6 +64,20 @@ def prepare(
     inventory = inspect_model(model)
     if target is not None:
         inventory = replace(inventory, layers=[replace(layer, device_type=target.type) for layer in inventory.layers])
+    prepared = prepare_inventory(inventory, request, imatrix, target, rule)
+    for job in prepared.jobs:
+        _check_weight(model, job, rule, request.op)
+    return prepared
+
+
+def prepare_inventory(
+    inventory: Inventory, request: Request, imatrix: ImatrixLike | None, target: torch.device | None, rule: str | None
+) -> Prepared:
+    """The part of `prepare` that needs no weights.
+
+    Raises:
+        ValueError: see `quantize_`.
+    """
     verdict = decide(inventory.layers, request)
     importance = load_imatrix(imatrix)
     jobs = _jobs(inventory, verdict, importance, target)
@@ -74,8 +88,6 @@ def prepare(
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{request.op} quantized nothing; the report has the reasons")
     _check_kernels(jobs, rule, request.op)
-    for job in jobs:
-        _check_weight(model, job, rule, request.op)
     return Prepared(inventory, verdict, jobs, target, [*notes, *alarms], [*verdict.notes, *alarms])
 
 

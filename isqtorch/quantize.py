@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from isqtorch.formats import QuantFormat
 
 from .inventory import packed_names, storage_key
+from .listeners import announce
 from .modules import PackedModule, QuantEmbedding, QuantLinear
 from .modules.convert import float_weight, to_float, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
@@ -159,6 +160,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 new = to_float(old, weights[transposed])
                 done[id(old)] = new if dtype is None else new.to(dtype)
             _put(model, name, done[id(old)])
+    announce(model, None)
 
 
 # ---- carrying it out -------------------------------------------------------------------------------------------------
@@ -195,6 +197,7 @@ def _run(
         layer.error = errors.get(layer.name)
     report.notes += prepared.notes
     report.seconds = time.perf_counter() - started
+    announce(model, report)
     return report
 
 

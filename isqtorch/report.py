@@ -82,6 +82,12 @@ class QuantReport:
         name = None if requested is None else str(getattr(requested, "name", requested))
         return cls(rows, inventory.rest_bytes, inventory.rest_numel, name, planned, notes=list(verdict.notes))
 
+    @classmethod
+    def of_packed(cls, inventory: Inventory) -> QuantReport:
+        """The report of a model that is as it was loaded."""
+        decisions = [Decision(layer.name, None, None, layer.keep or "") for layer in inventory.layers]
+        return cls.build(inventory, Verdict(decisions, []), None)
+
     def __getitem__(self, name: str) -> LayerReport:
         """The entry of one layer."""
         for layer in self.layers:
