@@ -14,7 +14,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.inventory import inspect_model, storage_key
-from isqtorch.modules import PackedModule
+from isqtorch.modules import PackedModule, QuantExperts
+from isqtorch.modules.convert import locate, name_of
+from isqtorch.modules.experts import pack_stack
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.prepare import Job, Prepared
@@ -81,7 +83,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         for job in prepared.jobs:
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
-                jobs[f"{name}.weight"] = job
+                jobs[".".join(locate(model, name))] = job
         self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
@@ -162,29 +164,43 @@ def record(model: Any, quantizer: IsqHfQuantizer) -> None:
 
 
 def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
-    job, module = load.jobs[name], model.get_submodule(name.rpartition(".")[0])
-    matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
-    target = getattr(module.weight, "_local_tensor", module.weight)  # this rank's part, where the layer is sharded
-    if matrix.dim() != 2 or (matrix.shape[0], job.fmt.row_bytes(matrix.shape[1])) != target.shape:
+    path, _, leaf = name.rpartition(".")
+    job, module = load.jobs[name], model.get_submodule(path)
+    if isinstance(module, QuantExperts):
+        matrix = weight.transpose(1, 2) if module.transposed and weight.dim() == 3 else weight
+    else:
+        matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
+    target = local(module._parameters[leaf])
+    if matrix.dim() != target.dim() or (*matrix.shape[:-1], job.fmt.row_bytes(matrix.shape[-1])) != target.shape:
         load.misfits.add(name)
         return weight  # the loader reports it, or initializes the layer anew
     with ordinary_tensors():
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # the reference is slower than both copies
-        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
+        if matrix.dim() == 3:
+            packed = pack_stack(source, job.fmt, job.importance, load.rule)
+        else:
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
+
+
+def local(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, where the layer is sharded."""
+    part: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return part
 
 
 def _check_complete(model: Any) -> None:
     """A packed layer without weights in the file cannot be made up."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedModule) and not getattr(module.weight, "_is_hf_initialized", False):
-            raise ValueError(
-                f"{METHOD}: config.json says that {name} is packed as {module.format}, and the checkpoint has no weight of that shape. "
-                "It is damaged, or its files are of different models."
-            )
+        for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
+            if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{METHOD}: config.json says that {name_of(name, leaf)} is packed as {format}, and the checkpoint has no weight of "
+                    "that shape. It is damaged, or its files are of different models."
+                )
 
 
 def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
@@ -195,7 +211,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
         if layer.name in missing:
             decision = replace(decision, format=None, reason="not in the checkpoint: newly initialized, not quantized")
         if layer.tied_to is not None and layer.kind != "other":
-            own, other = (model.get_submodule(name).weight for name in (layer.name, layer.tied_to))
+            own, other = (model.get_parameter(".".join(locate(model, name))) for name in (layer.name, layer.tied_to))
             if storage_key(own) != storage_key(other):
                 layer = replace(layer, tied_to=None)  # the checkpoint has two different weights
                 decision = replace(decision, reason="")
