@@ -181,11 +181,13 @@ def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
         return f"{cls} is a subclass of nn.Linear with code of its own: not quantized"
     if isinstance(module, nn.Embedding):
         return f"{cls} is a subclass of nn.Embedding with code of its own: not quantized"
+    if leaf.endswith("_bias"):
+        return "biases, also those of experts, are never quantized"
     if re.search("router|gate$", cls, re.IGNORECASE):
         return "routers are small and sensitive, never quantized"
     if weight.dim() == 3 and "expert" in cls.lower():
         return f"{cls} are fused experts with code of their own: not quantized"
-    return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding and Conv1D are quantized"
+    return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding, Conv1D and fused experts are quantized"
 
 
 def _kept_in_float(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from isqtorch.report import QuantReport
 from isqtorch.topology import Spec
 
 from .config import METHOD, IsqConfig
+from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
 
@@ -105,13 +106,43 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             )
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions if self._load is None else replaced(conversions)
+
+    def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor:
+        """The packed stack `name` from the matrices of its experts, which are read one at a time."""
+
+        def packed(load: _Load) -> Tensor:
+            job = load.jobs[name]
+            shape = tuple(local(model.get_parameter(name)).shape)
+            with ordinary_tensors():
+                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+
+        return self._attempt(name, packed)
+
+    def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor:
+        """The packed stack `name` from float experts that the checkpoint may store transposed."""
+
+        def packed(load: _Load) -> Tensor:
+            weight = read()
+            assert weight is not None, "a stack is never wholly on another rank"
+            experts, rows, row_bytes = local(model.get_parameter(name)).shape
+            as_it_is = (experts, rows, load.jobs[name].fmt.in_features(row_bytes))
+            return _packed(load, model, name, weight if weight.shape == as_it_is else weight.transpose(1, 2))
+
+        return self._attempt(name, packed)
+
     def _pack(self, model: Any, name: str, weight: Tensor) -> Tensor:
         """The packed form of one weight, as the checkpoint has it; the loader calls this in a loop."""
+        return self._attempt(name, lambda load: _packed(load, model, name, weight))
+
+    def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
             try:
-                return _packed(load, model, name, weight)
+                return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error} Or exclude the layer.")
         return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
