@@ -52,7 +52,9 @@ def _step3p7() -> Any:
 
     routed = {"moe_intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "share_expert_dim": 64}
     layers = {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2, "swiglu_limits": [0, 0.5]}
-    return Step3p7TextModel(Step3p7TextConfig(**BASE, **routed, **layers, intermediate_size=128, head_dim=32))
+    return Step3p7TextModel(
+        Step3p7TextConfig(**BASE, **routed, **layers, intermediate_size=128, head_dim=32, sliding_window=16)
+    )
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {

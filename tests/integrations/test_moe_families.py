@@ -60,12 +60,17 @@ def test_experts_are_packed_and_nothing_else_changes(family: str) -> None:
     report = isqtorch.plan(model, "q8_0", organization="moqe")
     names = {layer.name for layer in report.quantized}
     owners = {name if name in dict(model.named_modules()) else name.rpartition(".")[0] for name in names}
+    handles = []
     for name in owners:
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, args, y, name=name: calls.setdefault(name, (args, y))
-        )
+
+        def note(_module: nn.Module, args: tuple[Any, ...], y: Tensor, name: str = name) -> None:
+            calls.setdefault(name, (args, y))
+
+        handles.append(model.get_submodule(name).register_forward_hook(note))
     output(model)
     assert calls.keys() == owners
+    for handle in handles:
+        handle.remove()
 
     done = quantize_(model, "q8_0", organization="moqe")
     assert {layer.name for layer in done.quantized} == names and done.bytes_after == report.bytes_after
