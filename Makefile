@@ -91,5 +91,5 @@ $(BUILD_STAMP): $(SOURCES) setup.py $(TORCH_STAMP)
 
 # Without build isolation the extension is compiled against the torch that will load it, and torch is not downloaded twice.
 $(INSTALL_STAMP): pyproject.toml setup.py $(TORCH_STAMP) | $(BUILD_STAMP)
-	$(PYTHON) -m pip install --no-build-isolation -e '.[hf,plot,dev]'
+	$(PYTHON) -m pip install --no-build-isolation -e '.[hf,peft,plot,dev]'
 	@touch $@

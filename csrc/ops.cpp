@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(isqtorch, m) {
 
   // x [..., K] -> [..., N] = x @ dequantize(weight)^T + bias, in x's dtype; weight uint8 [N, row_bytes], bias [N]
   m.def("linear(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+  // The same where no argument wants a gradient, which is then not looked for: QuantLinear's way, microseconds shorter
+  m.def("linear_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
 
   // x [T, K], or [T, S, K] with a row per slot -> [T, S, N]: row (t, s) = x @ dequantize(weight[e])^T + bias[e] with
   // e = ids[t, s], or zeros where e = E, an expert that is not here; weight uint8 [E, N, row_bytes], bias [E, N], ids

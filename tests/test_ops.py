@@ -271,7 +271,7 @@ def test_flush_to_zero_changes_nothing(fmt: QuantFormat, isa: str) -> None:
 
 
 def check_ops(fmt: QuantFormat, **options: Any) -> None:
-    """torch's own checks of registered operators, on all four."""
+    """torch's own checks of registered operators, on all."""
     w = weight(fmt, rows=6, blocks=2)
     packed = ops.quantize(w, fmt.name)
     x = torch.randn(3, w.shape[1], requires_grad=True)
@@ -281,6 +281,7 @@ def check_ops(fmt: QuantFormat, **options: Any) -> None:
     opcheck(torch.ops.isqtorch.dequantize.default, (packed, fmt.name, torch.bfloat16), **options)
     opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name), **options)
     opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name, bias), **options)
+    opcheck(torch.ops.isqtorch.linear_frozen.default, (x.detach(), packed, fmt.name, bias.detach()), **options)
     ids = torch.tensor([[1, 5]])
     opcheck(torch.ops.isqtorch.embedding.default, (ids, packed, fmt.name, torch.float32), **options)
 

@@ -116,4 +116,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
 }  // namespace
 }  // namespace isqtorch
 
-STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) { m.impl("linear", TORCH_BOX(&isqtorch::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {
+  m.impl("linear", TORCH_BOX(&isqtorch::linear));
+  m.impl("linear_frozen", TORCH_BOX(&isqtorch::linear));
+}

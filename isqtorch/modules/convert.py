@@ -1,7 +1,8 @@
 """Which layers can be quantized, and how one is turned into its packed form and back.
 
-Matched by exact type: subclasses of nn.Linear and nn.Embedding have code of their own that expects a float weight.
-transformers' Conv1D, a linear layer with a transposed weight, is known by name, so that transformers need not be imported.
+Matched by exact type: subclasses of nn.Linear and nn.Embedding have code of their own that expects a float weight, except
+for those that are understood (subclasses.py). transformers' Conv1D, a linear layer with a transposed weight, is known by
+name, so that transformers need not be imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .embedding import QuantEmbedding
 from .experts import QuantExperts, experts_class, stacks
 from .linear import QuantLinear
 from .packed import PackedModule, ordinary_tensors
+from .subclasses import attributes_of, base_of, is_understood, meaning_of, rebuilt, scale_of
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
 
@@ -43,7 +45,8 @@ def layer_kind(module: nn.Module) -> Kind | None:
         return "conv1d"
     if experts_class(module) is not None:
         return "experts"
-    return None
+    meaning = meaning_of(type(module))
+    return meaning.kind if meaning is not None and is_understood(module) else None
 
 
 def matrices(module: nn.Module) -> tuple[str, ...]:
@@ -109,16 +112,25 @@ def to_packed(
         return experts
     if isinstance(module, PackedModule):
         dtype, origin, trainable = module.dtype, module.origin, module.origin_requires_grad
+        subclass, attributes = module.subclass, module.subclass_attributes
     else:
         weight = cast(Tensor, module.weight)
         dtype, origin, trainable = weight.dtype, type(module), weight.requires_grad
+        subclass, attributes = None, {}
+        if meaning_of(origin) is not None:
+            origin, subclass, attributes = base_of(origin), origin, attributes_of(module)
     new: QuantLinear | QuantEmbedding
     if isinstance(module, nn.Embedding):
         new = QuantEmbedding.from_packed(packed, fmt, padding_idx=module.padding_idx, dtype=dtype)
         new.sparse = module.sparse
+        if isinstance(module, QuantEmbedding):
+            new.scale, new.scale_is_rounded = module.scale, module.scale_is_rounded
+        else:
+            new.scale, new.scale_is_rounded = scale_of(module)
     else:
         new = QuantLinear.from_packed(packed, fmt, bias=cast("Tensor | None", module.bias), dtype=dtype)
     new.origin, new.origin_requires_grad = origin, trainable
+    new.subclass, new.subclass_attributes = subclass, attributes
     _carry_over(module, new)
     return new
 
@@ -139,7 +151,9 @@ def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.M
     """The ordinary layer that `module` once was, around `weight` in that layer's own layout (see `float_weight`)."""
     new: Any
     with torch.device("meta"):
-        if isinstance(module, QuantEmbedding):
+        if module.subclass is not None:
+            new = rebuilt(module.subclass, module.subclass_attributes, weight)
+        elif isinstance(module, QuantEmbedding):
             new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, sparse=module.sparse)
         elif module.origin is nn.Linear:
             new = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)

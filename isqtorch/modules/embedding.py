@@ -23,6 +23,10 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         device: where to allocate; "meta" allocates nothing.
         dtype: type of the rows that `forward` returns.
 
+    Attributes:
+        scale: what rows are multiplied by on the way out, as in Bart's and Gemma's tables; None for nothing.
+        scale_is_rounded: whether the scale is rounded to `dtype` first, as Gemma does.
+
     Shapes: ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
     """
 
@@ -43,6 +47,8 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         self.padding_idx = padding_idx
         # nn.Embedding's other attributes, at the only values supported: its extra_repr and other code read them
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.scale: float | None = None
+        self.scale_is_rounded = False
         packed = torch.zeros(num_embeddings, fmt.row_bytes(embedding_dim), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
@@ -87,7 +93,16 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
-        return rows
+        if self.scale is None:
+            return rows
+        return rows * (torch.tensor(self.scale, dtype=self.dtype) if self.scale_is_rounded else self.scale)
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """The scale under the name that scaled tables have it, for those who ask (PEFT); no attribute where there is none."""
+        if self.scale is None:
+            raise AttributeError("this table has no scale")
+        return torch.tensor(self.scale, dtype=self.dtype, device=self.weight.device)
 
     def reset_parameters(self) -> None:
         """Back to zeros, as the constructor leaves it: packed bytes cannot be initialized randomly."""
@@ -96,4 +111,5 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
-        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self.format}, {self.bits_per_weight:.2f} bpw"
+        scale = "" if self.scale is None else f"embed_scale={self.scale:g}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{scale}{self.format}, {self.bits_per_weight:.2f} bpw"

@@ -10,6 +10,7 @@ from isqtorch.formats import QuantFormat, get_format
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
 
 _linear = torch.ops.isqtorch.linear.default  # the overload itself: looking it up in each call costs a microsecond
+_linear_frozen = torch.ops.isqtorch.linear_frozen.default._op  # without OpOverload.__call__, which only passes on
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -85,10 +86,25 @@ class QuantLinear(PackedModule, nn.Linear):
         return cls.from_packed(packed, fmt, bias=linear.bias, dtype=linear.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # nn.Linear's product is cast, so this is, too
-            x = x.to(torch.get_autocast_dtype(device))
-        y: Tensor = _linear(x, self.weight, self.format, self.bias)
+        # nn.Module finds self.weight by way of an AttributeError, as slowly as all else here takes. FSDP1 has it elsewhere.
+        own = self._parameters
+        weight = own["weight"] if "weight" in own else self.weight
+        bias = own["bias"] if "bias" in own else self.bias
+        if torch._C._is_any_autocast_enabled():
+            device = x.device.type
+            if device != "meta" and torch.is_autocast_enabled(device):  # nn.Linear's product is cast, so this is, too
+                x = x.to(torch.get_autocast_dtype(device))
+        # The gradient of `linear` is a Python function, which costs more than a small layer: it is passed by where there is
+        # none to record. Functorch's wrapped tensors do not say which they are, and tracers must see the ordinary operator.
+        y: Tensor
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        ):
+            y = _linear(x, weight, self.format, bias)
+        else:
+            y = _linear_frozen(x, weight, self.format, bias)
         return y
 
     def reset_parameters(self) -> None:

@@ -21,7 +21,9 @@ class PackedModule(nn.Module):
         format: canonical name of the format of `weight`.
         dtype: the float type the layer stands for: what `dequantize` gives, and the output of an embedding. It follows
             `.half()`, `.bfloat16()` and `.to(dtype)`; the packed bytes do not.
-        origin: the class this layer replaced (nn.Linear, nn.Embedding, transformers' Conv1D).
+        origin: what this layer replaced: nn.Linear, nn.Embedding or transformers' Conv1D.
+        subclass: the class it replaced where that is an understood subclass of `origin` (subclasses.py).
+        subclass_attributes: what the constructor of the subclass had left on the replaced layer.
         origin_requires_grad: whether the replaced weight was trainable; `dequantize_` gives it back.
     """
 
@@ -33,6 +35,8 @@ class PackedModule(nn.Module):
     dtype: torch.dtype
     origin: type[nn.Module]
     origin_requires_grad: bool
+    subclass: type[nn.Module] | None = None
+    subclass_attributes: dict[str, Any]
 
     def _set_format(self, format: QuantFormat | str, dtype: torch.dtype | None, origin: type[nn.Module]) -> QuantFormat:
         fmt = get_format(format)
@@ -41,6 +45,7 @@ class PackedModule(nn.Module):
         if not self.dtype.is_floating_point:
             raise ValueError(f"{type(self).__name__}: dtype must be a float type, got {self.dtype}")
         self.origin = origin
+        self.subclass_attributes = {}
         self.origin_requires_grad = True
         return fmt
 

@@ -34,6 +34,13 @@ for _device in ("CPU", *_DEVICES_WITHOUT_KERNELS):  # dequantizes with whatever 
     torch.library.impl("isqtorch::experts_linear_dx", _device.lower(), reference.experts_linear_dx)
 
 
+# On a device whose kernels do not include it, it is `linear`.
+@torch.library.impl("isqtorch::linear_frozen", "CompositeExplicitAutograd")
+def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    y: Tensor = torch.ops.isqtorch.linear.default(x, weight, format, bias)
+    return y
+
+
 @torch.library.register_fake("isqtorch::quantize")
 def _(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
     return w.new_empty((*w.shape[:-1], get_format(format).row_bytes(w.shape[-1])), dtype=torch.uint8)
@@ -45,6 +52,7 @@ def _(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("isqtorch::linear")
+@torch.library.register_fake("isqtorch::linear_frozen")
 def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
     in_features = get_format(format).in_features(weight.shape[-1])
     torch._check_value(

@@ -104,6 +104,15 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
                 )
         return request
 
+    def in_user_words(self, notes: list[str]) -> list[str]:
+        """Notes that name a module of `modules_to_not_convert`, not the exclude pattern that stands for it."""
+        names = _listed(self.modules_to_not_convert)
+        for name, pattern in zip(names, _exact_patterns(names), strict=True):
+            notes = [
+                note.replace(f"exclude pattern {pattern!r}", f"modules_to_not_convert entry {name!r}") for note in notes
+            ]
+        return notes
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets: everything that is not at its default, as JSON."""
         content: dict[str, Any] = {

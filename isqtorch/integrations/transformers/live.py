@@ -36,7 +36,9 @@ def follow(model: nn.Module, report: QuantReport | None) -> None:
     if quantizer is None:
         quantizer = IsqHfQuantizer(IsqConfig(layers=layers), pre_quantized=True)
     if report is not None:
-        quantizer.quantization_config = IsqConfig(report.requested, layers=layers)
+        bits = report.requested and report.requested.isdecimal()
+        requested = int(report.requested) if bits else report.requested
+        quantizer.quantization_config = IsqConfig(requested, layers=layers)
     model.isq_report = report
     model.hf_quantizer = quantizer
     model.is_quantized = True

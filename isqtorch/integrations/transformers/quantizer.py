@@ -29,6 +29,8 @@ from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
 
+_NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
+
 
 @dataclass
 class _Load:
@@ -144,7 +146,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             try:
                 return pack(load)
             except ValueError as error:
-                load.failure = ValueError(f"IsqConfig: {name}: {error} Or exclude the layer.")
+                load.failure = ValueError(f"IsqConfig: {name}: {error}")
         return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
 
     # ---- after the weights -------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         load, self._load = self._load, None
         if load is None:
-            _check_complete(model)
+            _check_loaded(model)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -179,7 +181,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json, which thereby describes the model as it is now."""
-        record(model, self)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and paths are PEFT's
+            record(model, self)
         return None, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -209,10 +212,11 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # the reference is slower than both copies
+        importance = None if job.importance is None else job.importance.to(source.device)
         if matrix.dim() == 3:
-            packed = pack_stack(source, job.fmt, job.importance, load.rule)
+            packed = pack_stack(source, job.fmt, importance, load.rule)
         else:
-            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -223,14 +227,24 @@ def local(parameter: Any) -> Tensor:
     return part
 
 
-def _check_complete(model: Any) -> None:
-    """A packed layer without weights in the file cannot be made up."""
-    for name, module in model.named_modules():
+def _check_loaded(model: Any) -> None:
+    """Packed layers have the weights of a checkpoint, and those that share one read it the same way."""
+    first: dict[int, tuple[str, str]] = {}
+    for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
-            if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+            name, weight = name_of(path, leaf), module._parameters[leaf]
+            if weight.device.type == "meta":  # offloaded
+                continue
+            if not getattr(weight, "_is_hf_initialized", False):
                 raise ValueError(
-                    f"{METHOD}: config.json says that {name_of(name, leaf)} is packed as {format}, and the checkpoint has no weight of "
-                    "that shape. It is damaged, or its files are of different models."
+                    f"{METHOD}: config.json says that {name} is packed as {format}, and the checkpoint has no weight of that shape. "
+                    "It is damaged, or its files are of different models."
+                )
+            other, fmt = first.setdefault(id(weight), (name, format))
+            if fmt != format:
+                raise ValueError(
+                    f"{METHOD}: {name} ({format}) and {other} ({fmt}) share one weight. config.json is damaged: one weight has one "
+                    "format."
                 )
 
 
@@ -240,12 +254,12 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     layers, decisions = [], []
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if layer.name in missing:
-            decision = replace(decision, format=None, reason="not in the checkpoint: newly initialized, not quantized")
+            decision = replace(decision, format=None, reason=_NEW)
         if layer.tied_to is not None and layer.kind != "other":
             own, other = (model.get_parameter(".".join(locate(model, name))) for name in (layer.name, layer.tied_to))
             if storage_key(own) != storage_key(other):
-                layer = replace(layer, tied_to=None)  # the checkpoint has two different weights
-                decision = replace(decision, reason="")
+                decision = replace(decision, reason=f"the checkpoint has another weight than that of {layer.tied_to}")
+                layer = replace(layer, tied_to=None)
         layers.append(layer)
         decisions.append(decision)
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)

@@ -27,7 +27,10 @@ def decide(model: Any, config: IsqConfig, device_map: object) -> Prepared:
     inventory = inspect_model(model, model.all_tied_weights_keys)
     layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
     inventory = Inventory(layers, inventory.rest_bytes, inventory.rest_numel)
-    return prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+    with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
+        prepared = prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+    verdict = replace(prepared.verdict, notes=config.in_user_words(prepared.verdict.notes))
+    return replace(prepared, verdict=verdict, warnings=config.in_user_words(prepared.warnings))
 
 
 def _device_type(name: str, device_map: object) -> str:
@@ -112,8 +115,7 @@ def _find(model: Any, stored: str) -> str | None:
             continue
         if path and (leaf == "weight" or leaf in module._parameters):
             return path
-    is_base = not (prefix and hasattr(model, model.base_model_prefix))
-    if is_base and not stored.startswith(prefix or stored):
+    if prefix and not stored.startswith(prefix):
         return None
     raise ValueError(
         f"{METHOD}: config.json lists the packed layer {stored!r:.200}, which {type(model).__name__} does not have. The checkpoint "
@@ -137,8 +139,8 @@ def unpack_missing(model: Any) -> list[str]:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantExperts):
             missing += _unpack_missing_experts(model, name, module)
-        if not isinstance(module, (QuantLinear, QuantEmbedding)):
-            continue
+        if not isinstance(module, (QuantLinear, QuantEmbedding)) or module.weight.device.type == "meta":
+            continue  # on the meta device are weights that accelerate has offloaded
         if getattr(module.weight, "_is_hf_initialized", False):
             bias = getattr(module, "bias", None)
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
@@ -160,7 +162,14 @@ def unpack_missing(model: Any) -> list[str]:
 
 def _unpack_missing_experts(model: Any, name: str, module: QuantExperts) -> list[str]:
     """As `unpack_missing`, for all experts of a module if one of their stacks is missing; the others are decoded."""
-    missing = [leaf for leaf in module.packed if not getattr(module._parameters[leaf], "_is_hf_initialized", False)]
+    missing = [
+        leaf
+        for leaf, stack in module._parameters.items()
+        if leaf in module.packed
+        and stack is not None
+        and stack.device.type != "meta"  # offloaded
+        and not getattr(stack, "_is_hf_initialized", False)
+    ]
     if missing and model.get_submodule(name) is module:
         weights = {}
         for leaf in module.packed:

@@ -1,0 +1,48 @@
+"""What the tests of integrations share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from hf import ...`
+
+from hf import MODELS
+
+collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Neither progress bars nor advice from transformers."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name of a model -> folder with its float checkpoint, written once and never to be written to."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            MODELS[name]().save_pretrained(folders[name])
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture
+def llama(checkpoints: Callable[[str], Path]) -> Path:
+    return checkpoints("llama")

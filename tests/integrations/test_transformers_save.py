@@ -1,0 +1,350 @@
+"""What was quantized is saved and loaded again without a bit changed, however it came to be; and files that lie are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf import MODELS, load, logits
+from models import state_bytes
+
+import isqtorch
+from isqtorch import IsqConfig, checkpoint
+
+Folders = Callable[[str], Path]
+
+
+def reload(model: Any, folder: Path, **options: Any) -> Any:
+    """Save, load, and check that nothing changed."""
+    model.save_pretrained(folder, **options)
+    again = load(folder)
+    assert state_bytes(again) == state_bytes(model)
+    assert [str(module) for module in again.modules()] == [str(module) for module in model.modules()]
+    assert torch.equal(logits(again), logits(model))
+    return again
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+# ---- round trips -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trips(checkpoints: Folders, tmp_path: Path, name: str) -> None:
+    """Also of what was loaded itself, and after forwards (`reload` computes logits)."""
+    model = load(checkpoints(name), quantization_config=IsqConfig("q4k"))
+    again = reload(model, tmp_path / "1")
+    third = reload(again, tmp_path / "2")
+    assert (tmp_path / "1/config.json").read_text() == (tmp_path / "2/config.json").read_text()
+    assert third.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+
+
+def test_tied_weights_are_stored_once(checkpoints: Folders, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    again = reload(load(checkpoints("tied"), quantization_config=IsqConfig("q4k")), tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()
+        assert file.get_slice("model.embed_tokens.weight").get_dtype() == "U8"
+
+
+def test_shards_and_the_layout_of_this_version(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("afq4"))
+    reload(model, tmp_path, max_shard_size="100kB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    reload(model, tmp_path, save_original_format=False)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_saving_over_the_files_that_are_mapped(llama: Path, tmp_path: Path) -> None:
+    load(llama, quantization_config=IsqConfig("q4k")).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    before = state_bytes(copy.deepcopy(model))
+    reload(model, tmp_path)
+    assert state_bytes(model) == before
+
+
+def test_what_config_json_holds(llama: Path, tmp_path: Path) -> None:
+    topology = tmp_path / "topology.yaml"
+    topology.write_text("0: q6k\n/o_proj/: null\n1: {isq: 5}\n")
+    imatrix = {f"model.layers.{i}.mlp.up_proj": torch.ones(256) for i in range(2)}
+    config = IsqConfig(4, topology=topology, imatrix=imatrix, exclude="v_proj", modules_to_not_convert=["lm_head"])
+    model = load(llama, quantization_config=config)
+    topology.unlink()
+    reload(model, tmp_path / "saved")
+    layer = dict.fromkeys(("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj"))
+    assert stored_config(tmp_path / "saved") == {
+        "quant_method": "isq",
+        "format_version": 1,
+        "isqtorch_version": isqtorch.__version__,
+        "isq": 4,
+        "topology": {"0": "q6k", "/o_proj/": None, "1": 5},
+        "imatrix": "imatrix",
+        "exclude": ["v_proj"],
+        "modules_to_not_convert": ["lm_head"],
+        "layers": {
+            "model.embed_tokens": "q6k",
+            **{f"model.layers.0.{name}": "q6k" for name in layer},
+            **{f"model.layers.1.{name}": "q5k" for name in layer},
+        },
+    }
+
+
+def test_the_base_model_and_other_heads(llama: Path, tmp_path: Path) -> None:
+    """Paths begin differently in a model and in its base; each loads what the other saved."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    model.save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    assert state_bytes(base) == state_bytes(model.model)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=2)
+    assert state_bytes(classifier.model) == state_bytes(model.model) and type(classifier.score) is torch.nn.Linear
+    base.save_pretrained(tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert state_bytes(whole.model) == state_bytes(model.model) and type(whole.lm_head) is torch.nn.Linear
+
+
+def test_offloaded_to_disk(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    model.save_pretrained(tmp_path / "saved")
+    device_map = {"model": "cpu", "lm_head": "disk"}
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "off"
+    )
+    assert again.lm_head.weight.device.type == "meta" and torch.equal(logits(again), logits(model))
+
+
+def test_push_to_hub_uploads_what_is_saved(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel, modeling_utils
+
+    class Hub:
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return type("Url", (), {"repo_id": repo_id})
+
+    class Card:
+        def save(self, path: str) -> None:
+            Path(path).write_text("card")
+
+    uploaded: dict[str, bytes] = {}
+
+    def upload(self: Any, folder: str, repo_id: str, *_: Any, **__: Any) -> None:
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+
+    monkeypatch.setattr(modeling_utils, "hf_api", Hub)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: Card())
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    model.save_pretrained(tmp_path / "there", push_to_hub=True, repo_id="me/model")
+    (tmp_path / "downloaded").mkdir()
+    for name, content in uploaded.items():
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    assert state_bytes(load(tmp_path / "downloaded")) == state_bytes(model)
+
+
+# ---- models that were quantized after loading ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quantize_leaves_a_model_as_loading_does(checkpoints: Folders, tmp_path: Path, name: str) -> None:
+    deferred, immediate = load(checkpoints(name)), load(checkpoints(name), quantization_config=IsqConfig(4))
+    report = isqtorch.quantize_(deferred, 4)
+    assert deferred.isq_report is report
+    for attribute in ("is_quantized", "quantization_method"):
+        assert getattr(deferred, attribute) == getattr(immediate, attribute)
+    assert deferred.config.to_dict() == immediate.config.to_dict()
+    assert deferred.config._is_quantized and type(deferred.hf_quantizer) is type(immediate.hf_quantizer)
+    reload(deferred, tmp_path)
+
+
+def test_requantize_and_dequantize(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q8_0"))
+    isqtorch.requantize_(model, "q3k", include="mlp")
+    again = reload(model, tmp_path / "again")
+    assert stored_config(tmp_path / "again")["layers"]["model.layers.0.mlp.up_proj"] == "q3k"
+    assert again.model.layers[0].self_attn.q_proj.format == "q8_0"
+    isqtorch.dequantize_(model)
+    assert not hasattr(model.config, "quantization_config") and not model.is_quantized and model.isq_report is None
+    model.save_pretrained(tmp_path / "float")
+    assert "quantization_config" not in json.loads((tmp_path / "float/config.json").read_text())
+    assert state_bytes(load(tmp_path / "float")) == state_bytes(model)
+    model.half()  # transformers refuses this for quantized models
+
+
+def test_dequantize_of_transformers(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q8_0"))
+    model.save_pretrained(tmp_path / "packed")  # turns config.dtype into a string
+    model.dequantize()
+    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight.dtype == torch.bfloat16
+    reload(model, tmp_path / "float")
+
+
+def test_one_file_loaded_into_a_model(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    checkpoint.save(model, tmp_path / "one.safetensors")
+    again = load(llama)
+    checkpoint.load_(again, tmp_path / "one.safetensors")
+    assert state_bytes(reload(again, tmp_path / "folder")) == state_bytes(model)
+
+
+def test_a_layer_that_the_user_took_out(llama: Path, tmp_path: Path) -> None:
+    """config.json describes the model as it is when it is saved."""
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    model.set_submodule("lm_head", torch.nn.Linear(256, 512, bias=False, dtype=torch.bfloat16))
+    reload(model, tmp_path)
+    assert "lm_head" not in stored_config(tmp_path)["layers"]
+
+
+def test_copies_are_independent(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q4k"))
+    other = copy.deepcopy(model)
+    isqtorch.dequantize_(other)
+    reload(model, tmp_path)
+
+
+# ---- what config.json may not say ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(llama: Path, tmp_path: Path) -> Path:
+    load(llama, quantization_config=IsqConfig("q4k")).save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), "format_version 2, newer than 1, .* Upgrade isqtorch"),
+        (lambda c: c.update(format_version="1"), "format_version is '1', must be a positive number"),
+        (lambda c: c.update(format_version=True), "format_version is True"),
+        (lambda c: c.pop("layers"), "has no 'layers'"),
+        (lambda c: c.update(layers=[1]), "'layers' must map paths of layers to formats, got list"),
+        (lambda c: c["layers"].update({"lm_head": 4}), "'layers' must map strings to strings, got 'lm_head': 4"),
+        (lambda c: c["layers"].update({"lm_head": "q9z"}), "layer 'lm_head': .*q9z"),
+        (
+            lambda c: c["layers"].update({"model.nothing": "q4k"}),
+            "'model.nothing', which LlamaForCausalLM does not have",
+        ),
+        (lambda c: c["layers"].update({"model.norm": "q4k"}), "model.norm is packed as q4k, but it is a LlamaRMSNorm"),
+        (lambda c: c["layers"].update({"model": "q4k"}), "model is packed as q4k, but it is a LlamaModel"),
+        (lambda c: c["layers"].update({"model.layers.0.mlp.up_proj": "q8_0"}), "no weight of that shape"),
+        (lambda c: c["layers"].pop("lm_head"), "lm_head.weight is U8 in the file, and not packed according to config"),
+    ],
+)
+def test_lies_of_config_json(packed: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rewrite(packed, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(packed, ignore_mismatched_sizes=True)
+
+
+def test_a_format_that_does_not_fit(tmp_path: Path) -> None:
+    from models import tiny_llama
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_llama(hidden=192)
+    isqtorch.quantize_(model, "q8_0")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: c["layers"].update({"lm_head": "q4k"}))
+    with pytest.raises(ValueError, match="lm_head is packed as q4k, but its 192 columns are not a multiple of 256"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_tied_layers_with_two_formats(checkpoints: Folders, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    load(checkpoints("tied"), quantization_config=IsqConfig("q4k")).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda c: c["layers"].update({"lm_head": "q4k"}))
+    with pytest.raises(ValueError, match=r"lm_head \(q4k\) and model.embed_tokens \(q6k\) share one weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_float_weights_behind_a_packed_config(packed: Path, llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (packed / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"weight is BF16 in the file, and packed according to config.json"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_a_shard_that_is_missing_weights(packed: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    state = load_file(packed / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file({name: tensor.clone() for name, tensor in state.items()}, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match="model.layers.1.mlp.up_proj is packed as q4k, and the checkpoint has no weight"
+    ):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_another_config_for_a_packed_model(packed: Path) -> None:
+    with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
+        model = load(packed, quantization_config=IsqConfig("q8_0"))
+    assert model.model.layers[0].mlp.up_proj.format == "q4k"
+
+
+def test_layers_are_not_an_option(llama: Path) -> None:
+    with pytest.raises(ValueError, match="'layers' describes a saved model"):
+        load(llama, quantization_config=IsqConfig("q4k", layers={"lm_head": "q4k"}))
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+READ = "m = AutoModelForCausalLM.from_pretrained({folder!r}); assert m.lm_head.format == 'q6k'"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import isqtorch, importlib; importlib.reload(isqtorch)\nfrom transformers import AutoModelForCausalLM",
+        "import transformers.modeling_utils, isqtorch\nfrom transformers import AutoModelForCausalLM",
+    ],
+)
+def test_a_saved_model_loads_after_importing_isqtorch(packed: Path, imports: str) -> None:
+    script = f"{imports}\n{READ.format(folder=str(packed))}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_isqtorch_loading_fails_loudly(packed: Path) -> None:
+    script = f"from transformers import AutoModelForCausalLM\n{READ.format(folder=str(packed))}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "Unknown quantization type, got isq" in done.stdout + done.stderr
+
+
+def test_an_old_transformers_is_named(tmp_path: Path) -> None:
+    """Everything but IsqConfig works with it."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers/__init__.py").write_text("__version__ = '5.22.2'\n")
+    (tmp_path / "transformers/modeling_utils.py").write_text("")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import isqtorch, transformers.modeling_utils\n"
+        "try: isqtorch.IsqConfig\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("isqtorch.IsqConfig needs transformers >= 5.23, this is 5.22.2. Upgrade it")
