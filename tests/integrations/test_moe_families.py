@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from moe_models import FAMILIES, build
+from torch import Tensor, nn
 
 import isqtorch
 from isqtorch import get_format, quantize_
@@ -22,17 +17,6 @@ from isqtorch.modules.convert import experts_to_float
 
 IDS = torch.arange(12)[None]
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(before)
 
 
 def output(model: Any) -> Tensor:

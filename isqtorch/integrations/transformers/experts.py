@@ -109,7 +109,10 @@ def pack_matrices(
             if out is None:
                 out = torch.empty(shape, dtype=torch.uint8, device=matrix.device)
             vector = importance[number] if importance is not None and importance.dim() == 2 else importance
-            out[here, start : start + height] = torch.ops.isqtorch.quantize(matrix, fmt.name, vector, rule)
+            try:
+                out[here, start : start + height] = torch.ops.isqtorch.quantize(matrix, fmt.name, vector, rule)
+            except ValueError as error:
+                raise ValueError(f"expert {number}: {error}") from None
             done(matrix)
             here += 1
         if here != experts:
