@@ -100,6 +100,16 @@ _EMBEDDING = re.compile(_PREFIX + r"(?:embed_tokens|wte|word_embeddings|tok_embe
 _HEAD = re.compile(_PREFIX + r"(?:lm_head|embed_out|output_layer|output)")
 
 
+def names_to_write(layer: str) -> tuple[list[str], int | None]:
+    """GGUF names under which to store a layer's importance, with `gguf_names`'s number of an expert.
+
+    The name of the layer itself, and for fused gate and up experts, which most GGUF files keep apart, those of both too.
+    """
+    names, expert = gguf_names(layer)
+    fused = layer.removesuffix(".weight").endswith(".gate_up_proj") and names[:1] != [] and "_exps" in names[0]
+    return (names if fused else names[:1]), expert
+
+
 def gguf_names(layer: str) -> tuple[list[str], int | None]:
     """GGUF names under which a layer's importance may be found.
 

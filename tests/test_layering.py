@@ -25,6 +25,8 @@ LAYERS = [
         "topology",
         "policy",
         "imatrix",
+        "imatrix_files",
+        "calibration",
         "prepare",
         "quantize",
         "report",
