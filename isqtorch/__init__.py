@@ -5,6 +5,7 @@ holds them (`plan`, `quantize`, `formats`), and a module imported later would ta
 """
 
 from ._version import __version__
+from .calibration import Calibration, calibrate, collect_imatrix
 from .evaluation import kl_divergence, perplexity, reference_logits
 from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
@@ -18,6 +19,7 @@ from .tensor import QuantizedTensor, quantize
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 
 __all__ = [
+    "Calibration",
     "Explanation",
     "Imatrix",
     "LayerReport",
@@ -27,7 +29,9 @@ __all__ = [
     "QuantReport",
     "QuantizedTensor",
     "__version__",
+    "calibrate",
     "checkpoint",
+    "collect_imatrix",
     "dequantize_",
     "explain",
     "formats",

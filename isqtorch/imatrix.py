@@ -115,6 +115,15 @@ class Imatrix(Mapping[str, Tensor]):
         found = {name: int((counts == 0).sum()) for name, counts in self.counts.items()}
         return {name: count for name, count in found.items() if count}
 
+    def summary(self) -> str:
+        """Where the numbers are from, in one line."""
+        about = [f"{len(self)} entries"]
+        if self.datasets:
+            about.append("from " + ", ".join(self.datasets))
+        if self.chunk_count:
+            about.append(f"{self.chunk_count} chunks" + (f" of {self.chunk_size} tokens" if self.chunk_size else ""))
+        return f"importance matrix {self.source}: {', '.join(about)}"
+
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,9 +136,7 @@ class Imatrix(Mapping[str, Tensor]):
             ValueError: another extension, or a layer whose name the format cannot hold.
             OSError: the file cannot be written; what was there before is still there.
         """
-        kind = _KIND_OF.get(Path(path).suffix.lower())
-        if kind is None:
-            raise ValueError(f"{os.fspath(path)}: the name of an importance matrix must end in {', '.join(_KIND_OF)}")
+        kind = check_extension(path)
         if not self.sums:
             raise ValueError(f"{os.fspath(path)}: nothing to save, {self!r}")
         sums, counts = (self.sums, self.counts) if kind == "cimatrix" else self._for_llama_cpp()
@@ -224,31 +231,6 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         ValueError: not an importance matrix, or a damaged one; says where and what.
     """
     with open_binary(path) as reader:
-        head = reader.take(min(8, reader.size), "start of the file")
-        reader.seek(0)
-        if head[:4] == MAGIC:
-            kind, read = "a GGUF importance matrix", _read_gguf
-        elif head[4:] == bytes(4):
-            kind, read = "a mistral.rs .cimatrix", _read_cimatrix
-        else:
-            kind, read = "a legacy llama.cpp importance matrix", _read_legacy
-        try:
-            return read(reader)
-        except ValueError as error:
-            raise ValueError(f"{error} (reading it as {kind})") from None
-
-
-def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
-    """Read an importance matrix written by llama.cpp (GGUF or legacy) or mistral.rs (.cimatrix).
-
-    The kind is found from the content, never from the name. The whole file is checked before a value is used, and memory
-    stays within a small multiple of the size of the file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an importance matrix, or a damaged one; says where and what.
-    """
-    with open_binary(path) as reader:
         kind = imatrix_files.detect(reader)
         try:
             content = imatrix_files.read(reader, kind)
@@ -263,3 +245,11 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
             )
         except ValueError as error:
             raise ValueError(f"{error} (reading it as {imatrix_files.KINDS[kind]})") from None
+
+
+def check_extension(path: str | os.PathLike[str]) -> str:
+    """The kind of file that `Imatrix.save` writes at this path; ValueError if its extension is not one of them."""
+    kind = _KIND_OF.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{os.fspath(path)}: the name of an importance matrix must end in {', '.join(_KIND_OF)}")
+    return kind

@@ -48,7 +48,7 @@ def test_python_snippets_run(page: str, tmp_path: Path) -> None:
 
 def commands() -> list[str]:
     found = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
-    for command in ("demo", "perplexity", "quantize", "plan", "formats", "doctor"):
+    for command in ("demo", "perplexity", "quantize", "imatrix", "plan", "formats", "doctor"):
         module = __import__(f"isqtorch.cli.{command}", fromlist=["x"])
         found += [line.strip() for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
     return [line for line in found if re.match(r"(\S+=\S+ )*(isqtorch|python -m isqtorch) ", line)]

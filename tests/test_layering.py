@@ -27,6 +27,7 @@ LAYERS = [
         "imatrix",
         "imatrix_files",
         "calibration",
+        "routed",
         "prepare",
         "quantize",
         "report",

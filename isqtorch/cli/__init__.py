@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import demo, doctor, formats, perplexity, plan, quantize
+from . import demo, doctor, formats, imatrix, perplexity, plan, quantize
 
 __all__ = ["build_parser", "main"]
 
@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": demo,
     "perplexity": perplexity,
     "quantize": quantize,
+    "imatrix": imatrix,
     "plan": plan,
     "formats": formats,
     "doctor": doctor,

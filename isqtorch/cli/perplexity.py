@@ -15,7 +15,8 @@ import json
 import sys
 from typing import Any
 
-from ._common import add_imatrix, add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
+from ._common import add_isq, add_json, add_policy, is_checkpoint, load_model, read_text
+from ._importance import add_importance, importance_options
 
 HELP = "perplexity and KL divergence on a text"
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     add_isq(parser, required=False)
     add_policy(parser)
-    add_imatrix(parser)
+    add_importance(parser)
     parser.add_argument("--kl", action="store_true", help="with --isq: also the divergence from the unquantized model")
     parser.add_argument("--context", type=int, default=512, help="tokens per window (%(default)s)")
     parser.add_argument(
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
             args.isq,
             topology=args.topology,
             organization=args.organization,
-            imatrix=args.imatrix,
             fallback=args.fallback,
+            **importance_options(args, tokenizer),
         )
     score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=sys.stderr.isatty())
     result: dict[str, Any] = {
@@ -83,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.isq:
         resolve_format(args.isq)  # before minutes of loading
-    elif args.kl or args.topology or args.imatrix:
-        raise ValueError("--kl, --topology and --imatrix need --isq FORMAT")
+    elif args.kl or args.topology or args.imatrix or args.calibration_file:
+        raise ValueError("--kl, --topology, --imatrix and --calibration-file need --isq FORMAT")
     if args.isq and is_checkpoint(args.model):
         raise ValueError(f"{args.model} is quantized already; leave out --isq, or give the original model")

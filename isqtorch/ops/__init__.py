@@ -1,4 +1,4 @@
-"""The operators: quantize, dequantize, linear, embedding.
+"""The operators: quantize, dequantize, linear, embedding, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
 those operators. `reference` is their definition in plain PyTorch.
@@ -9,7 +9,17 @@ import torch
 from . import schema
 from .native import CpuInfo, LinearKernel, cpu_info, set_cpu_isa
 
-__all__ = ["CpuInfo", "LinearKernel", "cpu_info", "dequantize", "embedding", "linear", "quantize", "set_cpu_isa"]
+__all__ = [
+    "CpuInfo",
+    "LinearKernel",
+    "cpu_info",
+    "dequantize",
+    "embedding",
+    "linear",
+    "quantize",
+    "set_cpu_isa",
+    "square_sums",
+]
 
 del schema  # imported for what it registers
 
@@ -17,3 +27,4 @@ quantize = torch.ops.isqtorch.quantize
 dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding
+square_sums = torch.ops.isqtorch.square_sums

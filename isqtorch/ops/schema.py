@@ -21,7 +21,13 @@ assert LIBRARY  # the operators exist from here on
 _DEVICES_WITHOUT_KERNELS = ("CUDA", "MPS", "XPU")
 
 for _device in _DEVICES_WITHOUT_KERNELS:
-    for _op in (reference.quantize, reference.dequantize, reference.linear, reference.embedding):
+    for _op in (
+        reference.quantize,
+        reference.dequantize,
+        reference.linear,
+        reference.embedding,
+        reference.square_sums,
+    ):
         torch.library.impl(f"isqtorch::{_op.__name__}", _device.lower(), _op)
 
 
@@ -51,6 +57,11 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
 @torch.library.register_fake("isqtorch::embedding")
 def _(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return ids.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])), dtype=dtype)
+
+
+@torch.library.register_fake("isqtorch::square_sums")
+def _(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    return x.new_empty((count, x.shape[-1]), dtype=torch.float32)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
