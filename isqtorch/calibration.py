@@ -142,7 +142,8 @@ class _Watch:
         version = None if x.is_inference() else x._version  # changes made in place to the first cannot be seen
         last = getattr(self._thread, "last", None)
         if last is not None and version is not None and last[0]() is x and last[1] == version:
-            return last[2]
+            shared: Tensor = last[2]
+            return shared
         with ordinary_tensors():
             sums: Tensor = torch.ops.isqtorch.square_sums(x.detach())[0]
         self._thread.last = weakref.ref(x), version, sums

@@ -28,6 +28,7 @@ _ATTENTION = _table(
         "q_b_proj wq_b": "attn_q_b",
         "kv_a_proj_with_mqa wkv_a_with_mqa": "attn_kv_a_mqa",
         "kv_b_proj": "attn_kv_b",
+        "gate_proj": "attn_gate",
     }
 )
 _MLP = _table(

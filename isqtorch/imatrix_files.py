@@ -93,7 +93,7 @@ def _read_legacy(reader: BinaryReader) -> Content:
 
 
 def _encode_legacy(content: Content) -> Iterator[bytes]:
-    names = [name for name in _sorted(content.sums) if content.counts[name].any()]
+    names = _with_data(content)
     yield struct.pack("<i", len(names))
     for name in names:
         calls, values = _legacy_values(content, name)
@@ -125,11 +125,12 @@ def _read_cimatrix(reader: BinaryReader) -> Content:
 
 
 def _encode_cimatrix(content: Content) -> Iterator[bytes]:
-    names = [name for name in _sorted(content.sums) if content.counts[name].any()]
+    names = _with_data(content)
     yield struct.pack("<Q", len(names))
     for name in names:
         sums, counts = _matrices(content, name)
-        means = sums / np.maximum(counts, 1).astype(np.float32)[:, None]  # zeros stay for experts without data
+        means = sums / np.maximum(counts, 1).astype(np.float32)[:, None]
+        means = np.where(counts[:, None] > 0, means, np.float32(0))  # as mistral.rs marks experts without data
         yield _string("<Q", name) + struct.pack("<Q", means.size) + means.tobytes()
 
 
@@ -211,7 +212,7 @@ def _token_counts(reader: BinaryReader, info: GgufTensor, values: NDArray[np.flo
 
 def _encode_gguf(content: Content) -> Iterator[bytes]:
     """As llama.cpp writes it. What the matrix does not know about its making becomes 0 chunks of 1 token."""
-    metadata = {
+    metadata: dict[str, str | int | list[str]] = {
         "general.type": "imatrix",
         "imatrix.datasets": list(content.datasets),
         "imatrix.chunk_count": content.chunk_count or 0,
@@ -238,6 +239,14 @@ def _matrices(content: Content, name: str) -> tuple[NDArray[np.float32], NDArray
     """Sums `[E, K]` and counts `[E]` of an entry, E = 1 where experts are not told apart."""
     counts = content.counts[name].numpy()
     return content.sums[name].contiguous().numpy().astype("<f4", copy=False).reshape(len(counts), -1), counts
+
+
+def _with_data(content: Content) -> list[str]:
+    """The entries that saw a token: the others are left out, as llama.cpp does."""
+    names = [name for name in _sorted(content.sums) if content.counts[name].any()]
+    if not names:
+        raise ValueError("no entry of the importance matrix has data: there is nothing to save")
+    return names
 
 
 def _sorted(names: Mapping[str, object]) -> list[str]:
