@@ -7,6 +7,7 @@ two of the three file formats (`imatrix_files.py`) store them so; the weights th
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from math import inf, prod
 from pathlib import Path
@@ -143,7 +144,10 @@ class Imatrix(Mapping[str, Tensor]):
         content = imatrix_files.Content(
             sums, counts, self.format, self.chunk_count, self.chunk_size, tuple(self.datasets)
         )
-        pieces = list(imatrix_files.encode(content, kind))  # all errors before a file is touched
+        try:
+            pieces = list(imatrix_files.encode(content, kind))  # all errors before a file is touched
+        except struct.error as error:  # of a file that was strange already
+            raise ValueError(f"{os.fspath(path)}: a number of tokens or chunks is too large: {error}") from None
         write_atomically(path, pieces)
 
     def _for_llama_cpp(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

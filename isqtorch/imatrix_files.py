@@ -110,9 +110,13 @@ def _legacy_values(content: Content, name: str) -> tuple[int, NDArray[np.float32
     chunk = content.chunk_size or DEFAULT_CHUNK
     calls = ceil(int(counts.max()) / chunk)
     divisor = np.maximum(counts, 1).astype(np.float32)[:, None]
-    scaled = sums / divisor * np.float32(calls)
+    with np.errstate(over="ignore"):
+        scaled = sums / divisor * np.float32(calls)
     scaled = np.where(counts[:, None] == calls, sums, scaled)  # the same, without rounding twice
-    return calls, np.where(counts[:, None] > 0, scaled, np.float32(calls)).reshape(-1)
+    scaled = np.where(counts[:, None] > 0, scaled, np.float32(calls))
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"the values of {name!r} are too large for this kind of file")
+    return calls, scaled.reshape(-1)
 
 
 def _read_cimatrix(reader: BinaryReader) -> Content:
