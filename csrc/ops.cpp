@@ -1,5 +1,5 @@
 // Every operator of the library, on one screen. Device kernels register themselves beside their code (cpu/ops_cpu.cpp,
-// ...); shapes for tracing and the gradient of `linear` are in isqtorch/ops/schema.py.
+// ...); shapes for tracing and gradients are in isqtorch/ops/schema.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(isqtorch, m) {
@@ -11,6 +11,13 @@ STABLE_TORCH_LIBRARY(isqtorch, m) {
 
   // x [..., K] -> [..., N] = x @ dequantize(weight)^T + bias, in x's dtype; weight uint8 [N, row_bytes], bias [N]
   m.def("linear(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+
+  // x [T, K], or [T, S, K] with a row per slot -> [T, S, N]: row (t, s) = x @ dequantize(weight[e])^T + bias[e] with
+  // e = ids[t, s], or zeros where e = E, an expert that is not here; weight uint8 [E, N, row_bytes], bias [E, N], ids
+  // int32 or int64 [T, S]
+  m.def("experts_linear(Tensor x, Tensor weight, str format, Tensor ids, Tensor? bias=None) -> Tensor");
+  // dy [T, S, N] -> [T, S, K]: the gradient of experts_linear for a row of x per slot
+  m.def("experts_linear_dx(Tensor dy, Tensor weight, str format, Tensor ids) -> Tensor");
 
   // ids int32 or int64 [...] -> [..., K]: rows of dequantize(weight)
   m.def("embedding(Tensor ids, Tensor weight, str format, ScalarType dtype) -> Tensor");

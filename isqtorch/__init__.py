@@ -4,6 +4,10 @@ The public names, nothing else. They are imported here, in one go, on purpose: s
 holds them (`plan`, `quantize`, `formats`), and a module imported later would take the function's place.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .calibration import Calibration, calibrate, collect_imatrix
 from .evaluation import kl_divergence, perplexity, reference_logits
@@ -17,6 +21,10 @@ from .report import LayerReport, QuantReport
 from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
+from .integrations.activate import activate as _activate
+
+if TYPE_CHECKING:
+    from .integrations.transformers import IsqConfig as IsqConfig
 
 __all__ = [
     "Calibration",
@@ -46,3 +54,14 @@ __all__ = [
     "requantize_",
     "resolve_format",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "IsqConfig":  # not imported above, and not in __all__: it needs transformers
+        from .integrations.transformers import IsqConfig
+
+        return IsqConfig
+    raise AttributeError(f"module 'isqtorch' has no attribute {name!r}")
+
+
+_activate()

@@ -86,7 +86,8 @@ class Imatrix(Mapping[str, Tensor]):
             experts: E for a stack of experts, None for a matrix.
 
         Returns:
-            f32 `[K]`, or `[E, K]` with `experts`; None if nothing is known about the layer.
+            f32 `[K]`; with `experts` `[E, K]`, or `[K]` where the entry does not tell them apart; None if nothing is known
+            about the layer.
 
         Raises:
             ValueError: there is an entry, but its length is wrong.
@@ -99,6 +100,8 @@ class Imatrix(Mapping[str, Tensor]):
         if expert is not None and experts is None:  # one of a list of experts: the entry holds all of them
             if in_features and weights.shape[-1] % in_features == 0 and expert * in_features < weights.numel():
                 weights = weights.reshape(-1, in_features)[expert]
+        if experts is not None and weights.shape == (in_features,):
+            shape = (in_features,)  # one vector for all experts
         if weights.numel() != prod(shape) or (weights.ndim == 2 and weights.shape[1] != in_features):
             raise self._misfit(layer, name, shape)
         weights = weights.reshape(shape)

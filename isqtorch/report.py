@@ -23,9 +23,9 @@ class LayerReport:
     """One weight. Sizes are those of the weight alone, without a bias."""
 
     name: str
-    kind: str  # linear, embedding or other
+    kind: str  # linear, embedding, experts or other
     role: str  # "", embedding or head
-    shape: tuple[int, ...]  # [N, K] for layers
+    shape: tuple[int, ...]  # [N, K] for layers, [E, N, K] for experts
     dtype: str  # what it was: bf16, f16, ..., or a format
     requested: str | None  # the format that was asked for; None: none was
     stored: str | None  # the format it has now; None: left as it was
@@ -81,6 +81,12 @@ class QuantReport:
         rows = [_row(layer, decision) for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)]
         name = None if requested is None else str(getattr(requested, "name", requested))
         return cls(rows, inventory.rest_bytes, inventory.rest_numel, name, planned, notes=list(verdict.notes))
+
+    @classmethod
+    def of_packed(cls, inventory: Inventory) -> QuantReport:
+        """The report of a model that is as it was loaded."""
+        decisions = [Decision(layer.name, None, None, layer.keep or "") for layer in inventory.layers]
+        return cls.build(inventory, Verdict(decisions, []), None)
 
     def __getitem__(self, name: str) -> LayerReport:
         """The entry of one layer."""
@@ -222,7 +228,7 @@ def _row(layer: LayerInfo, decision: Decision) -> LayerReport:
     stored = decision.format.name if decision.format is not None else layer.packed_as
     after = layer.nbytes
     if decision.format is not None and layer.tied_to is None:
-        after = layer.shape[0] * decision.format.row_bytes(layer.shape[1])
+        after = layer.packed_bytes(decision.format)
     reason = decision.reason
     if layer.packed_as is not None and stored == layer.packed_as:
         reason = "; ".join(

@@ -1,31 +1,73 @@
-"""Fused experts of transformers models: what each of their two matrices gets as input, per expert.
+"""Fused experts: what each of their stacks of matrices gets as input, per expert.
 
-transformers 5 keeps the experts of a layer in one module with weights `[E, N, K]`, whose forward is one of several
-implementations. "grouped_mm" sorts the rows by expert; between its two products it calls `_apply_gate` (or `act_fn`), whose
-result is the input of the second. That is where this looks.
+Packed ones send everything through `QuantExperts._multiply`. Those of a transformers model are less direct: transformers 5
+keeps the experts of a layer in one module with weights `[E, N, K]`, whose forward is one of several implementations.
+"grouped_mm" sorts the rows by expert; between its two products it calls `_apply_gate` (or `act_fn`), whose result is the
+input of the second. That is where this looks.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from isqtorch.formats import get_format
+
+from .modules import PackedModule, QuantExperts
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with the name of a weight, the rows `[S, K]` that go into it, and their experts `[S]` or `[S, top_k]`."""
 
 
-class RoutedExperts:
+class RoutedExperts(Protocol):
     """One such module.
 
     Attributes:
         experts: E.
         columns: K of each of its matrices, by the name of the parameter.
     """
+
+    experts: int
+    columns: dict[str, int]
+
+    def observed(self, observer: Observer) -> AbstractContextManager[None]:
+        """Call `observer` with every input of the matrices, inside this block."""
+        ...
+
+
+class PackedExperts:
+    """Stacks of packed matrices."""
+
+    def __init__(self, module: QuantExperts) -> None:
+        self._module = module
+        stacks = {leaf: cast(Tensor, module._parameters[leaf]) for leaf in module.formats}
+        self.experts = next(iter(stacks.values())).shape[0]
+        self.columns = {
+            leaf: get_format(module.formats[leaf]).in_features(stack.shape[2]) for leaf, stack in stacks.items()
+        }
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        multiply = self._module._multiply
+
+        def watched(name: str, x: Tensor, ids: Tensor) -> Tensor:
+            observer(name, x.reshape(-1, x.shape[-1]), ids if x.ndim == 2 else ids.reshape(-1))
+            return multiply(name, x, ids)
+
+        vars(self._module)["_multiply"] = watched
+        try:
+            yield
+        finally:
+            del vars(self._module)["_multiply"]
+
+
+class FloatExperts:
+    """Experts of a class that transformers' `use_experts_implementation` made."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -37,7 +79,6 @@ class RoutedExperts:
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Call `observer` with every input of the two matrices, inside this block."""
         module, routing = self._module, threading.local()
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,7 +116,11 @@ class RoutedExperts:
 def find_routed_experts(model: nn.Module) -> Iterator[tuple[str, RoutedExperts]]:
     """The fused experts of a model, by path."""
     for name, module in model.named_modules():
+        if isinstance(module, QuantExperts) and module.formats:
+            yield name, PackedExperts(module)
         marks = ("has_gate", "is_transposed", "_apply_gate", "config")  # of transformers' use_experts_implementation
         weight = module._parameters.get("down_proj")
-        if weight is not None and weight.ndim == 3 and all(hasattr(module, mark) for mark in marks):
-            yield name, RoutedExperts(module)
+        if isinstance(module, PackedModule) or weight is None or weight.ndim != 3:
+            continue
+        if all(hasattr(module, mark) for mark in marks):
+            yield name, FloatExperts(module)

@@ -229,7 +229,7 @@ def tiny_moe(family: str = "Qwen3Moe") -> Any:
     elif family == "Mixtral":
         config = transformers.MixtralConfig(**sizes, num_local_experts=6)
     else:
-        config = transformers.Qwen3MoeConfig(**sizes, num_experts=6, moe_intermediate_size=48)
+        config = transformers.Qwen3MoeConfig(**sizes, num_experts=6, moe_intermediate_size=96)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -263,6 +263,27 @@ def test_fused_experts(family: str, implementation: str) -> None:
         assert down.shape[0 if family == "GptOss" else 1] == inner.shape[1]
         for leaf in ("gate_up_proj", "down_proj"):
             assert im.counts[f"{name}.{leaf}"][expert] == len(token)
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_packed_experts(family: str) -> None:
+    """8-bit experts see nearly what the float ones see, and what they see is used: importance reaches each expert's matrix."""
+    model = tiny_moe(family)
+    ids = torch.randint(0, 64, (2, 30))
+    with isqtorch.calibrate(model) as im:
+        model(ids)
+    first = isqtorch.quantize_(model, "q8_0", include="experts")
+    with isqtorch.calibrate(model) as again:
+        model(ids)
+    names = [layer.name for layer in first.quantized]
+    assert len(names) == 2 and set(names) < set(again) and sorted(again) == sorted(im)
+    for name in names:
+        assert torch.equal(again.counts[name], im.counts[name])
+        torch.testing.assert_close(again[name], im[name], rtol=0.1, atol=0.02)
+        module = model.get_submodule(name.rpartition(".")[0])
+        assert "_multiply" not in vars(module)
+    report = isqtorch.requantize_(model, "q4_0", include="experts", imatrix=again)
+    assert not any("no entry" in note for note in report.notes), report.notes
 
 
 def test_experts_without_data_count_all_columns_alike() -> None:
@@ -424,7 +445,7 @@ def test_overhead_of_watching() -> None:
     watched: list[float] = []
     with torch.no_grad():
         fastest([], 2)
-        for _ in range(12):
+        for _ in range(25):
             fastest(plain)
             with isqtorch.calibrate(model) as im:
                 fastest(watched)

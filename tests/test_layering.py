@@ -21,6 +21,7 @@ LAYERS = [
     ["modules"],
     [
         "inventory",
+        "listeners",
         "weight_reads",
         "topology",
         "policy",

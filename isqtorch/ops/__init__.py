@@ -1,4 +1,4 @@
-"""The operators: quantize, dequantize, linear, embedding, square_sums.
+"""The operators: quantize, dequantize, linear, embedding, experts_linear, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
 those operators. `reference` is their definition in plain PyTorch.
@@ -15,6 +15,7 @@ __all__ = [
     "cpu_info",
     "dequantize",
     "embedding",
+    "experts_linear",
     "linear",
     "quantize",
     "set_cpu_isa",
@@ -27,4 +28,5 @@ quantize = torch.ops.isqtorch.quantize
 dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding
+experts_linear = torch.ops.isqtorch.experts_linear
 square_sums = torch.ops.isqtorch.square_sums

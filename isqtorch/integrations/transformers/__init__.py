@@ -1,0 +1,29 @@
+"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))`, and `save_pretrained` of what came out.
+
+Importing this registers the quantization method "isq". `import isqtorch` does so by itself once transformers is imported.
+"""
+
+from __future__ import annotations
+
+import re
+
+import transformers
+
+MINIMUM = (5, 23)  # earlier loaders cast weights to the type of the packed placeholder before they are packed
+
+_found = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+if _found < MINIMUM:
+    raise ImportError(
+        f"isqtorch.IsqConfig needs transformers >= {'.'.join(map(str, MINIMUM))}, this is {transformers.__version__}. "
+        "Upgrade it, or load the model as it is and use isqtorch.quantize_."
+    )
+
+from isqtorch.listeners import listen  # noqa: E402
+
+from .config import IsqConfig  # noqa: E402
+from .live import follow  # noqa: E402
+from .quantizer import IsqHfQuantizer  # noqa: E402
+
+listen(follow)
+
+__all__ = ["IsqConfig", "IsqHfQuantizer"]

@@ -1,0 +1,196 @@
+"""IsqConfig: what `from_pretrained` is asked for, and what config.json says about a model that was saved."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from isqtorch._version import __version__
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.policy import Request
+from isqtorch.prepare import ImatrixLike, load_imatrix
+from isqtorch.topology import Spec, Topology, TopologyLike
+
+METHOD = "isq"
+FORMAT_VERSION = 1
+_OP = "IsqConfig"
+
+
+@register_quantization_config(METHOD)
+class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """Quantize a transformers model while it is loaded.
+
+        model = AutoModelForCausalLM.from_pretrained(name, quantization_config=isqtorch.IsqConfig(4))
+
+    Each weight is packed as it is read, so memory peaks at the packed model plus one weight. The result is the same, bit for
+    bit, as that of `isqtorch.quantize_` on the loaded model. The options are those of `quantize_`, where they are explained.
+
+    Args:
+        isq: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits. None quantizes only what the topology
+            names.
+        topology, organization, imatrix, include, exclude, fallback, rule: see `isqtorch.quantize_`. A topology places no
+            layer on a device; `device_map` does.
+        modules_to_not_convert: modules to leave, with all that is in them: full paths, or any run of components of one
+            ("lm_head", "self_attn.q_proj").
+        format_version, layers, isqtorch_version: written by `save_pretrained`, not for users. `layers` maps the path of every
+            packed layer to its format; in a saved model it alone decides.
+
+    Raises:
+        ValueError: an option that is unknown or has a bad value.
+        OSError: a topology or imatrix file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        isq: Spec | None = None,
+        *,
+        topology: TopologyLike | None = None,
+        organization: str = "default",
+        imatrix: ImatrixLike | None = None,
+        include: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str | None = None,
+        modules_to_not_convert: Sequence[str] | str | None = None,
+        fallback: str = "up",
+        rule: str | None = None,
+        format_version: int = FORMAT_VERSION,
+        layers: Mapping[str, str] | None = None,
+        isqtorch_version: str | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format_version = _checked_version(format_version)
+        self.isqtorch_version = isqtorch_version or __version__
+        self.isq = isq
+        self.topology = topology
+        self.organization = organization
+        self.imatrix = imatrix
+        self.include = include
+        self.exclude = exclude
+        self.modules_to_not_convert = modules_to_not_convert
+        self.fallback = fallback
+        self.rule = rule
+        self.layers = None if layers is None else _checked_layers(layers)
+        if self.layers is None:  # else the options are a record of what was asked for; they act no more
+            if unknown:
+                raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
+            if topology is not None:
+                self.topology = Topology.load(topology)  # a file need not be there any more when the model is saved
+            self.request()
+            self.imatrix = load_imatrix(imatrix)
+
+    def request(self) -> Request:
+        """The options as the policy takes them."""
+        if self.isq == "auto":
+            raise ValueError(
+                f"{_OP}: isq='auto', precision chosen by measurement, is not in this version. Give a format or a number of "
+                "bits, e.g. IsqConfig(4)."
+            )
+        excluded = [*_listed(self.exclude), *_exact_patterns(self.modules_to_not_convert)]
+        request = Request(
+            self.isq, self.topology, self.organization, self.include, excluded or None, self.fallback, _OP
+        )
+        for entry in request.entries.entries:
+            if entry.device is not None:
+                raise ValueError(
+                    f"{_OP}: topology entry {entry.key!r} names a device; from_pretrained places layers by its device_map"
+                )
+        return request
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: everything that is not at its default, as JSON."""
+        content: dict[str, Any] = {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "isqtorch_version": self.isqtorch_version,
+            "isq": self.isq.name if isinstance(self.isq, QuantFormat) else self.isq,
+            "topology": self._topology(),
+            "organization": None if self.organization == "default" else self.organization,
+            "imatrix": None if self.imatrix is None else _name_of(self.imatrix),
+            "include": _listed(self.include) or None,
+            "exclude": _listed(self.exclude) or None,
+            "modules_to_not_convert": _listed(self.modules_to_not_convert) or None,
+            "fallback": None if self.fallback == "up" else self.fallback,
+            "rule": self.rule,
+            "layers": self.layers,
+        }
+        return {key: value for key, value in content.items() if value is not None}
+
+    def recorded(self, layers: dict[str, str]) -> IsqConfig:
+        """A copy that says what the layers of a model are, without the importance, which may be large."""
+        config = copy.copy(self)
+        config.layers = layers
+        config.imatrix = None if self.imatrix is None else _name_of(self.imatrix)
+        return config
+
+    def _topology(self) -> Any:
+        """The topology as a dict. One that was read from a config.json is a record, which need not parse."""
+        if not isinstance(self.topology, Topology):
+            return self.topology
+        return {entry.key: _jsonable(entry.spec) for entry in self.topology.entries}
+
+
+_OPTIONS = (
+    "isq",
+    "topology",
+    "organization",
+    "imatrix",
+    "include",
+    "exclude",
+    "modules_to_not_convert",
+    "fallback",
+    "rule",
+)
+
+
+def _checked_version(version: object) -> int:
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{_OP}: format_version is {version!r:.80}, must be a positive number")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{_OP}: this model has format_version {version}, newer than {FORMAT_VERSION}, the newest known here. Upgrade isqtorch."
+        )
+    return version
+
+
+def _checked_layers(layers: object) -> dict[str, str]:
+    """{path: format} with canonical names; from a file that anybody may have written."""
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"{_OP}: 'layers' must map paths of layers to formats, got {type(layers).__name__}")
+    checked = {}
+    for path, name in layers.items():
+        if not isinstance(path, str) or not isinstance(name, str):
+            raise ValueError(f"{_OP}: 'layers' must map strings to strings, got {path!r:.80}: {name!r:.80}")
+        try:
+            checked[path] = get_format(name).name
+        except ValueError as error:
+            raise ValueError(f"{_OP}: layer {path[:200]!r}: {error}") from None
+    return checked
+
+
+def _listed(names: Iterable[str] | str | None) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
+
+
+def _exact_patterns(names: Sequence[str] | str | None) -> list[str]:
+    """Regexes that find these runs of components in a path, and nothing that merely begins like them."""
+    return [rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in _listed(names)]
+
+
+def _name_of(imatrix: ImatrixLike) -> str:
+    """A word about where importance came from; not the path, which is nobody else's business."""
+    if isinstance(imatrix, (str, os.PathLike)):
+        return Path(imatrix).name
+    source = getattr(imatrix, "source", None)
+    return Path(str(source)).name if source else "given in memory"
+
+
+def _jsonable(spec: Spec | None) -> str | int | None:
+    return spec.name if isinstance(spec, QuantFormat) else spec

@@ -1,0 +1,262 @@
+"""The quantizer that transformers calls while it loads a model, in the order of the methods here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from isqtorch.inventory import inspect_model, storage_key
+from isqtorch.modules import PackedModule, QuantExperts
+from isqtorch.modules.convert import locate, name_of
+from isqtorch.modules.experts import pack_stack
+from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.ops.native import NATIVE_DEVICES
+from isqtorch.prepare import Job, Prepared
+from isqtorch.quantize import dequantize_
+from isqtorch.report import QuantReport
+from isqtorch.topology import Spec
+
+from .config import METHOD, IsqConfig
+from .experts import Matrix, pack_matrices, replaced
+from .loading import MappedFiles, Pack
+from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
+
+
+@dataclass
+class _Load:
+    """What is known while a float checkpoint is loaded."""
+
+    prepared: Prepared
+    requested: Spec | None
+    rule: str | None
+    files: MappedFiles
+    jobs: dict[str, Job]  # name of the parameter -> what becomes of it
+    started: float = field(default_factory=time.perf_counter)
+    misfits: set[str] = field(default_factory=set)  # parameters whose shape in the checkpoint is another
+    failure: ValueError | None = None  # the first; the loader would turn it into a log entry
+
+
+@register_quantizer(METHOD)
+class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Packs weights as they are read, or shapes a model for weights that are packed in the file."""
+
+    quantization_config: IsqConfig
+
+    def __init__(self, quantization_config: IsqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._load: _Load | None = None
+
+    # ---- before the weights ------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *_: Any, device_map: object = None, **__: Any) -> None:
+        if self.pre_quantized and self.quantization_config.layers is None:
+            raise ValueError(
+                f"{METHOD}: the quantization_config in config.json has no 'layers', so it does not say what is packed. Save the model "
+                "again with save_pretrained, or remove the entry if the weights are not packed."
+            )
+        if not self.pre_quantized and self.quantization_config.layers is not None:
+            raise ValueError(
+                "IsqConfig: 'layers' describes a saved model; to quantize one, give a format: IsqConfig(4)"
+            )
+        if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise _offload_error()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            assert config.layers is not None, "checked by validate_environment"
+            restore(model, config.layers)
+            return
+        prepared = decide(model, config, device_map)
+        for message in prepared.warnings:
+            warnings.warn(message, stacklevel=2)
+        jobs = {}
+        for job in prepared.jobs:
+            for name in job.names:
+                pack_on_meta(model, name, job.fmt)
+                jobs[".".join(locate(model, name))] = job
+        self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
+
+    # ---- weight by weight --------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return self._load is not None and param_name in self._load.jobs and param_name not in self._load.misfits
+
+    def get_quantize_ops(self) -> Pack:
+        return Pack(self._pack)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The type to read a tensor of a packed checkpoint as. Nothing is cast to packed bytes, and they are not cast."""
+        stored = str(param.get_dtype()) if hasattr(param, "get_dtype") else str(param.dtype)
+        is_bytes = stored in ("U8", "torch.uint8")
+        if (dtype == torch.uint8 and not is_bytes) or (is_bytes and dtype is not None and dtype.is_floating_point):
+            raise ValueError(
+                f"{METHOD}: {converter.target_patterns[0]} is {stored} in the file, and {'not packed' if is_bytes else 'packed'} "
+                "according to config.json. The checkpoint is damaged, or its files are of different models."
+            )
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions if self._load is None else replaced(conversions)
+
+    def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor:
+        """The packed stack `name` from the matrices of its experts, which are read one at a time."""
+
+        def packed(load: _Load) -> Tensor:
+            job = load.jobs[name]
+            shape = tuple(local(model.get_parameter(name)).shape)
+            with ordinary_tensors():
+                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+
+        return self._attempt(name, packed)
+
+    def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor:
+        """The packed stack `name` from float experts that the checkpoint may store transposed."""
+
+        def packed(load: _Load) -> Tensor:
+            weight = read()
+            assert weight is not None, "a stack is never wholly on another rank"
+            experts, rows, row_bytes = local(model.get_parameter(name)).shape
+            as_it_is = (experts, rows, load.jobs[name].fmt.in_features(row_bytes))
+            return _packed(load, model, name, weight if weight.shape == as_it_is else weight.transpose(1, 2))
+
+        return self._attempt(name, packed)
+
+    def _pack(self, model: Any, name: str, weight: Tensor) -> Tensor:
+        """The packed form of one weight, as the checkpoint has it; the loader calls this in a loop."""
+        return self._attempt(name, lambda load: _packed(load, model, name, weight))
+
+    def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
+        load = self._load
+        assert load is not None, "packing outside of a load"
+        if load.failure is None:
+            try:
+                return pack(load)
+            except ValueError as error:
+                load.failure = ValueError(f"IsqConfig: {name}: {error} Or exclude the layer.")
+        return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
+
+    # ---- after the weights -------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        load, self._load = self._load, None
+        if load is None:
+            _check_complete(model)
+            model.isq_report = QuantReport.of_packed(inspect_model(model))
+            return model
+        if load.failure is not None:
+            raise load.failure
+        if "disk" in getattr(model, "hf_device_map", {}).values():
+            raise _offload_error()
+        missing = unpack_missing(model)
+        load.files.release(model)
+        model.isq_report = _report(model, load, missing)
+        record(model, self)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; the packed weights stay as they are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained` before it writes config.json, which thereby describes the model as it is now."""
+        record(model, self)
+        return None, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return model
+
+
+def record(model: Any, quantizer: IsqHfQuantizer) -> None:
+    """Note in the model's configuration which layers are packed, and how."""
+    quantizer.quantization_config = quantizer.quantization_config.recorded(packed_formats(model))
+    quantizer.pre_quantized = True
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    job, module = load.jobs[name], model.get_submodule(path)
+    if isinstance(module, QuantExperts):
+        matrix = weight.transpose(1, 2) if module.transposed and weight.dim() == 3 else weight
+    else:
+        matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
+    target = local(module._parameters[leaf])
+    if matrix.dim() != target.dim() or (*matrix.shape[:-1], job.fmt.row_bytes(matrix.shape[-1])) != target.shape:
+        load.misfits.add(name)
+        return weight  # the loader reports it, or initializes the layer anew
+    with ordinary_tensors():
+        source = (
+            matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
+        )  # the reference is slower than both copies
+        if matrix.dim() == 3:
+            packed = pack_stack(source, job.fmt, job.importance, load.rule)
+        else:
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, job.importance, load.rule)
+    load.files.drop(weight)
+    return packed.to(weight.device)
+
+
+def local(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, where the layer is sharded."""
+    part: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return part
+
+
+def _check_complete(model: Any) -> None:
+    """A packed layer without weights in the file cannot be made up."""
+    for name, module in model.named_modules():
+        for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
+            if not getattr(module._parameters[leaf], "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{METHOD}: config.json says that {name_of(name, leaf)} is packed as {format}, and the checkpoint has no weight of "
+                    "that shape. It is damaged, or its files are of different models."
+                )
+
+
+def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
+    """The report of the decisions, corrected by what the checkpoint turned out to hold."""
+    inventory, verdict = load.prepared.inventory, load.prepared.verdict
+    layers, decisions = [], []
+    for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
+        if layer.name in missing:
+            decision = replace(decision, format=None, reason="not in the checkpoint: newly initialized, not quantized")
+        if layer.tied_to is not None and layer.kind != "other":
+            own, other = (model.get_parameter(".".join(locate(model, name))) for name in (layer.name, layer.tied_to))
+            if storage_key(own) != storage_key(other):
+                layer = replace(layer, tied_to=None)  # the checkpoint has two different weights
+                decision = replace(decision, reason="")
+        layers.append(layer)
+        decisions.append(decision)
+    inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)
+    report = QuantReport.build(inventory, verdict, load.requested)
+    report.notes += load.prepared.notes
+    report.seconds = time.perf_counter() - load.started
+    return report
+
+
+def _offload_error() -> ValueError:
+    return ValueError(
+        "IsqConfig: the device_map puts layers on the disk, from where transformers would read the float weights again. Quantize "
+        "without offloading, save_pretrained, and load the saved model with this device_map."
+    )

@@ -1,0 +1,191 @@
+"""The model before its weights are there: which layers are packed, and packed layers on the meta device in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.inventory import Inventory, inspect_model
+from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
+from isqtorch.prepare import Prepared, prepare_inventory
+
+from .config import METHOD, IsqConfig
+
+
+def decide(model: Any, config: IsqConfig, device_map: object) -> Prepared:
+    """What `quantize_` would do to the model once it is loaded.
+
+    Raises:
+        ValueError: see `quantize_`.
+    """
+    inventory = inspect_model(model, model.all_tied_weights_keys)
+    layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
+    inventory = Inventory(layers, inventory.rest_bytes, inventory.rest_numel)
+    return prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+
+
+def _device_type(name: str, device_map: object) -> str:
+    """Where a layer goes, as far as it is known before the layers are placed."""
+    if isinstance(device_map, Mapping):
+        path = name
+        while path and path not in device_map:
+            path = path.rpartition(".")[0]
+        device = device_map.get(path, "cpu")
+        return torch.device(device).type if device != "disk" else "cpu"
+    if isinstance(device_map, str):  # "auto", "balanced", ...: on the accelerator if there is one
+        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    return "cpu"
+
+
+def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
+    """Put a packed layer without weights in the place of the ordinary one."""
+    path, leaf = locate(model, name)
+    old = model.get_submodule(path)
+    if isinstance(old, PackedModule) and leaf in old.packed:
+        return  # the same module under another name
+    *rows, columns = weight_matrix(old, leaf).shape
+    packed = torch.empty(*rows, fmt.row_bytes(columns), dtype=torch.uint8, device="meta")
+    new = to_packed(old, nn.Parameter(packed, requires_grad=False), fmt, leaf)
+    # transformers fills whatever the checkpoint lacks with random numbers, which packed bytes are not: see `unpack_missing`
+    cast(Any, new)._is_hf_initialized = True
+    _replace_everywhere(model, old, new)
+
+
+def restore(model: Any, layers: Mapping[str, str]) -> None:
+    """Shape the model as the layers that config.json lists.
+
+    Raises:
+        ValueError: a layer that the model does not have, that cannot be packed, or that the format does not fit.
+    """
+    for stored, name in layers.items():
+        path = _find(model, stored)
+        if path is None:
+            continue
+        owner, leaf = locate(model, path)
+        fmt, module = get_format(name), model.get_submodule(owner)
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            if module.packed[leaf] != fmt.name:
+                raise ValueError(
+                    f"{METHOD}: config.json gives {stored} both {module.packed[leaf]} and {fmt.name}, under two of its names"
+                )
+            continue
+        if leaf not in matrices(module):
+            raise ValueError(
+                f"{METHOD}: config.json says that {stored} is packed as {fmt.name}, but it is a {type(module).__name__}, which has "
+                "no packed form. The checkpoint was made from another model, or is damaged."
+            )
+        columns = weight_matrix(module, leaf).shape[-1]
+        if columns % fmt.block:
+            raise ValueError(
+                f"{METHOD}: config.json says that {stored} is packed as {fmt.name}, but its {columns} columns are not a multiple of "
+                f"{fmt.block}. The checkpoint was made from another model, or is damaged."
+            )
+        pack_on_meta(model, path, fmt)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExperts) and len(module.packed) < len(matrices(module)):
+            raise ValueError(
+                f"{METHOD}: config.json says that {', '.join(module.packed)} of {name} are packed and its other experts are not. The "
+                "checkpoint was made from another model, or is damaged."
+            )
+
+
+def _find(model: Any, stored: str) -> str | None:
+    """The path of a stored layer in this model, which may be the saved one's base or the saved one with a head on top.
+
+    None: the layer belongs to a head that this model does not have.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    candidates = [stored]
+    if prefix:
+        candidates += [stored[len(prefix) :]] if stored.startswith(prefix) else [prefix + stored]
+    for path in candidates:
+        owner, leaf = locate(model, path)
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if path and (leaf == "weight" or leaf in module._parameters):
+            return path
+    is_base = not (prefix and hasattr(model, model.base_model_prefix))
+    if is_base and not stored.startswith(prefix or stored):
+        return None
+    raise ValueError(
+        f"{METHOD}: config.json lists the packed layer {stored!r:.200}, which {type(model).__name__} does not have. The checkpoint "
+        "was made from another model, or is damaged."
+    )
+
+
+def packed_formats(model: nn.Module) -> dict[str, str]:
+    """{path: format} of all packed layers, a layer with several paths under each."""
+    return {
+        name_of(name, leaf): format
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedModule)
+        for leaf, format in module.packed.items()
+    }
+
+
+def unpack_missing(model: Any) -> list[str]:
+    """Give layers whose weights were not in the checkpoint an ordinary, newly initialized weight; returns their paths."""
+    missing = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, QuantExperts):
+            missing += _unpack_missing_experts(model, name, module)
+        if not isinstance(module, (QuantLinear, QuantEmbedding)):
+            continue
+        if getattr(module.weight, "_is_hf_initialized", False):
+            bias = getattr(module, "bias", None)
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):
+                nn.init.zeros_(bias)
+            continue
+        missing.append(name)
+        if model.get_submodule(name) is not module:
+            continue  # the same module under another name
+        columns = get_format(module.format).in_features(module.weight.shape[1])
+        shape = (module.weight.shape[0], columns)
+        if module.origin not in (nn.Linear, nn.Embedding):
+            shape = shape[::-1]
+        weight = torch.empty(shape, dtype=module.dtype, device=module.weight.device)
+        new = to_float(module, nn.Parameter(weight))
+        _replace_everywhere(model, module, new)
+        _owner(model, name)._init_weights(new)
+    return missing
+
+
+def _unpack_missing_experts(model: Any, name: str, module: QuantExperts) -> list[str]:
+    """As `unpack_missing`, for all experts of a module if one of their stacks is missing; the others are decoded."""
+    missing = [leaf for leaf in module.packed if not getattr(module._parameters[leaf], "_is_hf_initialized", False)]
+    if missing and model.get_submodule(name) is module:
+        weights = {}
+        for leaf in module.packed:
+            weight = module.dequantize(leaf) if leaf not in missing else torch.empty_like(module.dequantize(leaf))
+            weights[leaf] = nn.Parameter(weight.transpose(1, 2).contiguous() if module.transposed else weight)
+            cast(Any, weights[leaf])._is_hf_initialized = leaf not in missing
+        new = module.to_float(weights)
+        _replace_everywhere(model, module, new)
+        _owner(model, name)._init_weights(new)
+    return [name_of(name, leaf) for leaf in module.packed] if missing else []
+
+
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            if child is old:
+                parent._modules[leaf] = new
+
+
+def _owner(model: Any, name: str) -> Any:
+    """The innermost PreTrainedModel around a module: the one that knows how its layers are initialized."""
+    owner = model
+    path = ""
+    for part in name.split(".")[:-1]:
+        path = f"{path}.{part}".lstrip(".")
+        module = model.get_submodule(path)
+        owner = module if hasattr(module, "_init_weights") else owner
+    return owner

@@ -1,0 +1,38 @@
+"""A Llama checkpoint of a real layer's shape and any number of layers, written with little memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+def write_llama(folder: Path | str, layers: int, shard_size: str = "600MB") -> int:
+    """bf16, hidden 2048, 67 M weights per layer, 8192 words; returns its bytes. 15 layers are 2.1 GB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data = (
+            torch.ones_like(parameter) if parameter.dim() == 1 else torch.empty_like(parameter).uniform_(-0.03, 0.03)
+        )
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+if __name__ == "__main__":
+    print(write_llama(sys.argv[1], int(sys.argv[2])))
