@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
 from isqtorch import imatrix_files
 from isqtorch.binary import MAX_NAME_BYTES, open_binary, write_atomically
 from isqtorch.gguf_names import gguf_names, names_to_write
+
+from .inventory import inspect_model
 
 _KIND_OF = {".gguf": "gguf", ".imatrix": "legacy", ".dat": "legacy", ".cimatrix": "cimatrix"}  # to write; see `save`
 
@@ -127,6 +129,40 @@ class Imatrix(Mapping[str, Tensor]):
         if self.chunk_count:
             about.append(f"{self.chunk_count} chunks" + (f" of {self.chunk_size} tokens" if self.chunk_size else ""))
         return f"importance matrix {self.source}: {', '.join(about)}"
+
+    def for_model(self, model: nn.Module) -> Imatrix:
+        """The entries that belong to the layers of a model, under the paths of its modules, quantized or not.
+
+        What a matrix from llama.cpp needs before it is saved for mistral.rs, which knows no names of GGUF.
+
+        Raises:
+            ValueError: an entry has the wrong length for its layer, or there is none for any.
+        """
+        sums, counts = {}, {}
+        for layer in inspect_model(model).layers:
+            if layer.kind not in ("linear", "experts"):
+                continue
+            number = layer.shape[0] if layer.kind == "experts" else None
+            name, expert = self._find(layer.name)
+            if name is None or self.vector(layer.name, layer.shape[-1], number) is None:  # checks the length
+                continue
+            matrices, tokens = self.sums[name].reshape(-1, layer.shape[-1]), self.counts[name]
+            tokens = tokens.expand(len(matrices)) if len(tokens) == 1 else tokens
+            if expert is not None and number is None:
+                matrices, tokens = matrices[expert : expert + 1], tokens[expert : expert + 1]
+            sums[layer.name] = matrices[0] if number is None else matrices
+            counts[layer.name] = tokens
+        if not sums:
+            raise ValueError(f"{self!r} has no entry for any layer of this model. It was made for another one.")
+        return Imatrix(
+            sums,
+            counts,
+            source=self.source,
+            format=self.format,
+            chunk_count=self.chunk_count,
+            chunk_size=self.chunk_size,
+            datasets=self.datasets,
+        )
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 

@@ -286,6 +286,26 @@ def test_packed_experts(family: str) -> None:
     assert not any("no entry" in note for note in report.notes), report.notes
 
 
+@pytest.mark.parametrize("suffix", [".gguf", ".cimatrix", ".imatrix"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_moe], ids=["llama", "gpt2", "moe"])
+def test_there_and_back_for_a_model(make: Callable[[], Any], suffix: str, tmp_path: Path) -> None:
+    """Under GGUF's names in the file, under the model's again after; a GGUF file loses nothing at all."""
+    model = make()
+    with isqtorch.calibrate(model) as im:
+        model(torch.randint(0, 64, (1, 6)))
+    im.save(tmp_path / f"x{suffix}")
+    again = read_imatrix(tmp_path / f"x{suffix}").for_model(model)
+    assert sorted(again) == sorted(im)
+    for name in im:
+        if suffix == ".gguf":
+            assert torch.equal(again.sums[name], im.sums[name]) and torch.equal(again.counts[name], im.counts[name])
+        want, experts = im[name], len(im[name]) if im[name].ndim == 2 else None
+        got = again.vector(name, want.shape[-1], experts)  # knows what a .cimatrix means by zeros
+        torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
+    with pytest.raises(ValueError, match="no entry for any layer"):
+        again.for_model(ConvNet())
+
+
 def test_experts_without_data_count_all_columns_alike() -> None:
     model = tiny_moe()
     name = "model.layers.0.mlp.experts.down_proj"
