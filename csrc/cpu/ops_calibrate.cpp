@@ -11,6 +11,8 @@
 namespace isqtorch {
 namespace {
 
+constexpr int64_t kSquaresPerWeight = 8;  // that take the time of decoding one: small inputs are not worth a thread
+
 // The groups of each row, [rows, slots], as int64; a row without a tensor of groups is in group 0.
 struct Groups {
   Tensor keep_alive;
@@ -46,7 +48,8 @@ Tensor square_sums(const Tensor& x, std::optional<Tensor> groups, int64_t count)
   // A thread has columns of its own, so that each sum is made in one order, whatever the number of threads.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   const int64_t width = std::min(((columns + threads - 1) / threads + 63) / 64 * 64, kChunk);
-  parallel_tiles((columns + width - 1) / width, rows * width, [&](int64_t begin, int64_t end) {
+  const int64_t work = rows * width * group_of.slots / kSquaresPerWeight;
+  parallel_tiles((columns + width - 1) / width, work, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * width; first < std::min(end * width, columns); first += width) {
       const int64_t n = std::min(width, columns - first);
       if (!group_of.ids) {
