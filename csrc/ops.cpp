@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(isqtorch, m) {
   // ids int32 or int64 [...] -> [..., K]: rows of dequantize(weight)
   m.def("embedding(Tensor ids, Tensor weight, str format, ScalarType dtype) -> Tensor");
 
+  // x [..., K] -> f32 [count, K]: sums of x * x over the rows of each group; groups int32 or int64 [rows, slots], other
+  // numbers than 0 to count - 1 for no group, or all rows in group 0
+  m.def("square_sums(Tensor x, Tensor? groups=None, int count=1) -> Tensor");
+
   // What the CPU part was compiled for, what this machine can run and what is selected, as JSON.
   m.def("cpu_info() -> str");
   // Select an instruction-set level by name, for tests and measurements; "" selects the best one again.

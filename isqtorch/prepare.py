@@ -158,7 +158,10 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
             f"{op}: no entry of {imatrix!r} belongs to a layer of this model; {without[0]}, for example, has none. "
             "It was made for another model."
         )
-    notes = []
+    notes = [imatrix.summary()] if imatrix.datasets else []
+    unseen = sum(imatrix.unseen.values())
+    if unseen:
+        notes.append(f"{unseen} expert matrices saw no token in calibration: all their columns count alike")
     if without:
         notes.append(
             f"{len(without)} layers have no entry in the importance matrix and were quantized without: {_some(without)}"

@@ -7,18 +7,21 @@ scratch of its largest layer.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
 
+from .calibration import collect_imatrix
 from .inventory import packed_names, storage_key
 from .listeners import announce
 from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
@@ -43,6 +46,8 @@ def quantize_(
     topology: TopologyLike | None = None,
     organization: str = "default",
     imatrix: ImatrixLike | None = None,
+    calibration_file: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     fallback: str = "up",
@@ -65,6 +70,9 @@ def quantize_(
         organization: "default", or "moqe" for the routed experts only.
         imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
             file, or an Imatrix.
+        calibration_file: a text to collect an importance matrix from before anything is quantized (`collect_imatrix`), instead
+            of `imatrix`. The model must be a causal language model that can run where it is.
+        tokenizer: the model's, for `calibration_file`.
         include: regexes searched in the module path; only layers that match one are quantized.
         exclude: regexes searched in the module path; layers that match one are left as they are.
         fallback: where K is not a multiple of the format's block: "up" takes the next larger format that fits, "skip" leaves
@@ -80,7 +88,7 @@ def quantize_(
     Raises:
         ValueError: anything wrong with the request, the importance or the weights (NaN, infinity, meta device). The model is
             as it was.
-        OSError: a topology or imatrix file that cannot be read.
+        OSError: a topology, imatrix or calibration file that cannot be read.
     """
     request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_")
     check_model(model, request.op)
@@ -90,7 +98,8 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    return _run(model, request, imatrix, device, rule, progress, measure_error)
+    calibrate = _Calibrate(calibration_file, tokenizer)
+    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
 
 
 def requantize_(
@@ -100,6 +109,8 @@ def requantize_(
     topology: TopologyLike | None = None,
     organization: str = "default",
     imatrix: ImatrixLike | None = None,
+    calibration_file: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     fallback: str = "up",
@@ -123,7 +134,8 @@ def requantize_(
     check_model(model, request.op)
     if not packed_names(model):
         raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
-    return _run(model, request, imatrix, device, rule, progress, measure_error)
+    calibrate = _Calibrate(calibration_file, tokenizer)
+    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -173,10 +185,18 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
+class _Calibrate(NamedTuple):
+    """A text to calibrate with, if there is one, and what reads it."""
+
+    file: str | os.PathLike[str] | None
+    tokenizer: Any
+
+
 def _run(
     model: nn.Module,
     request: Request,
     imatrix: ImatrixLike | None,
+    calibrate: _Calibrate,
     device: torch.device | str | None,
     rule: str | None,
     progress: bool | None,
@@ -184,6 +204,8 @@ def _run(
 ) -> QuantReport:
     """Check, then replace layer by layer."""
     started = time.perf_counter()
+    if calibrate.file is not None:
+        imatrix = _collect(model, request, imatrix, calibrate, device, rule, progress)
     prepared = prepare(model, request, imatrix, device, rule)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
@@ -206,6 +228,24 @@ def _run(
     report.seconds = time.perf_counter() - started
     announce(model, report)
     return report
+
+
+def _collect(
+    model: nn.Module,
+    request: Request,
+    imatrix: ImatrixLike | None,
+    calibrate: _Calibrate,
+    device: torch.device | str | None,
+    rule: str | None,
+    progress: bool | None,
+) -> ImatrixLike:
+    """The importance matrix of the model as it is, from a text file."""
+    if imatrix is not None:
+        raise ValueError(f"{request.op}: give either imatrix or calibration_file, not both")
+    if calibrate.tokenizer is None:
+        raise ValueError(f"{request.op}: calibration_file needs tokenizer=..., the model's tokenizer")
+    prepare(model, request, None, device, rule)  # what is wrong shows before the minutes that this takes
+    return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
 
 
 def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed: set[int]) -> float | None:

@@ -1,4 +1,4 @@
-"""The operators: quantize, dequantize, linear, embedding, experts_linear.
+"""The operators: quantize, dequantize, linear, embedding, experts_linear, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
 those operators. `reference` is their definition in plain PyTorch.
@@ -19,6 +19,7 @@ __all__ = [
     "linear",
     "quantize",
     "set_cpu_isa",
+    "square_sums",
 ]
 
 del schema  # imported for what it registers
@@ -28,3 +29,4 @@ dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding
 experts_linear = torch.ops.isqtorch.experts_linear
+square_sums = torch.ops.isqtorch.square_sums

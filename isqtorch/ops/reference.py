@@ -22,6 +22,8 @@ from .checks import (
     check_weight,
 )
 
+_SQUARED_AT_ONCE = 1 << 24  # values of which square_sums holds an f32 copy
+
 
 @torch.no_grad()
 def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
@@ -144,3 +146,30 @@ def experts_linear_dx(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> T
         if bool(chosen.any()):
             dx[chosen] = dy[chosen] @ torch.ops.isqtorch.dequantize(weight[expert], format, dy.dtype)
     return dx
+
+
+@torch.no_grad()
+def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    """Sums of squares per column, what an importance matrix is made of.
+
+    Args:
+        x: float `[..., K]`.
+        groups: integers `[rows, slots]`, the groups of each row of x (the experts that it goes to); numbers that are no
+            group's count for nobody. None: all rows are in group 0.
+        count: number of groups.
+
+    Returns:
+        f32 `[count, K]`.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if groups is None:
+        member = torch.ones(1, len(rows), device=x.device)
+        member = torch.cat([member, member.new_zeros(count - 1, len(rows))])
+    else:
+        ids = torch.arange(count, device=x.device)
+        member = (groups.to(x.device)[..., None] == ids).sum(1).t().to(torch.float32)  # [count, rows]
+    sums = torch.zeros(count, x.shape[-1], device=x.device)
+    step = max(1, _SQUARED_AT_ONCE // x.shape[-1])
+    for start in range(0, len(rows), step):
+        sums.addmm_(member[:, start : start + step], rows[start : start + step].float().square())
+    return sums

@@ -28,6 +28,7 @@ for _device in _DEVICES_WITHOUT_KERNELS:
         reference.linear,
         reference.embedding,
         reference.experts_linear,
+        reference.square_sums,
     ):
         torch.library.impl(f"isqtorch::{_op.__name__}", _device.lower(), _op)
 for _device in ("CPU", *_DEVICES_WITHOUT_KERNELS):  # dequantizes with whatever the device has
@@ -79,6 +80,11 @@ def _(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None =
 @torch.library.register_fake("isqtorch::experts_linear_dx")
 def _(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
     return dy.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])))
+
+
+@torch.library.register_fake("isqtorch::square_sums")
+def _(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    return x.new_empty((count, x.shape[-1]), dtype=torch.float32)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
