@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .calibration import Calibration, calibrate, collect_imatrix
 from .evaluation import kl_divergence, perplexity, reference_logits
 from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import IsqConfig as IsqConfig
 
 __all__ = [
+    "Calibration",
     "Explanation",
     "Imatrix",
     "LayerReport",
@@ -35,7 +37,9 @@ __all__ = [
     "QuantReport",
     "QuantizedTensor",
     "__version__",
+    "calibrate",
     "checkpoint",
+    "collect_imatrix",
     "dequantize_",
     "explain",
     "formats",

@@ -1,5 +1,7 @@
 """Reading binary files that strangers wrote: every length is checked against what the file still holds before it is used.
 
+And writing them: a file appears under its name when it is complete, or not at all.
+
 Plain reads instead of mmap: a mapped file that somebody truncates kills the process with SIGBUS, a read just ends early.
 """
 
@@ -8,9 +10,10 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,3 +140,21 @@ def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
         raise ValueError(f"{name}: not a regular file")
     with open(name, "rb") as file:
         yield BinaryReader(name, file, os.fstat(file.fileno()).st_size)
+
+
+def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
+    """Write a file beside `path` and move it there when it is complete; a failure leaves what was there before.
+
+    Raises:
+        OSError: as `open` and writing do.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

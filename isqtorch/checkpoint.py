@@ -1,7 +1,8 @@
 """save and load_: a quantized model in one safetensors file, bit for bit.
 
-The file holds the state dict: packed weights as uint8 `[N, row_bytes]` under their ordinary names, shared tensors once. The
-metadata entry "isqtorch" says in JSON which layers are packed in which format, and which names share a tensor:
+The file holds the state dict: packed weights as uint8 `[N, row_bytes]` (experts `[E, N, row_bytes]`) under their ordinary
+names, shared tensors once. The metadata entry "isqtorch" says in JSON which layers are packed in which format, and which
+names share a tensor:
 
     {"format_version": 1,
      "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256, "out_features": 768,
@@ -28,8 +29,8 @@ from isqtorch.formats import QuantFormat, get_format
 
 from .inventory import storage_key
 from .listeners import announce
-from .modules import QuantEmbedding, QuantLinear
-from .modules.convert import layer_kind, to_packed, weight_matrix
+from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from .modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,15 +40,24 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class LayerEntry:
     """What the file says about one packed layer."""
 
-    kind: str  # linear, conv1d or embedding
+    kind: str  # linear, conv1d, embedding or experts
     format: str
     in_features: int
     out_features: int
     dtype: str  # of the layer, as torch spells it
+    experts: int | None = None  # matrices in the stack, where it is one
 
     @property
-    def packed_shape(self) -> tuple[int, int]:
-        return self.out_features, get_format(self.format).row_bytes(self.in_features)
+    def shape(self) -> tuple[int, ...]:
+        """[N, K], or [E, N, K]."""
+        return (*(() if self.experts is None else (self.experts,)), self.out_features, self.in_features)
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        return *self.shape[:-1], get_format(self.format).row_bytes(self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         else:
             shared[name] = first
     layers = {
-        name: asdict(_entry_of(module))
+        name_of(name, leaf): _entry_of(module, leaf).to_dict()
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (QuantLinear, QuantEmbedding))
+        if isinstance(module, PackedModule)
+        for leaf in module.packed
     }
     header = {"format_version": FORMAT_VERSION, "layers": layers, "shared": shared}
     metadata = {"format": "pt", "isqtorch": json.dumps(header, separators=(",", ":"))}
@@ -111,11 +122,12 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         shapes = {name: (tuple(piece.get_shape()), str(piece.get_dtype())) for name, piece in stored.items()}
         _check_fit(model, header, shapes, path)
         parameters: dict[str, nn.Parameter] = {}  # stored name -> the one parameter made of it
-        done: dict[int, nn.Module] = {}
+        done: dict[tuple[int, str], nn.Module] = {}
         for name, entry in header.layers.items():
             _load_layer(model, name, entry, header, file, parameters, done)
+        packed = {_parameter(model, name) for name in header.layers}
         for name in model.state_dict():
-            if name.removesuffix(".weight") not in header.layers or not name.endswith(".weight"):
+            if name not in packed:
                 _load_tensor(model, name, header.shared.get(name, name), file, parameters)
     announce(model, None)
 
@@ -151,12 +163,16 @@ def read_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _entry_of(module: QuantLinear | QuantEmbedding) -> LayerEntry:
-    rows, row_bytes = module.weight.shape
-    dtype = str(module.dtype).removeprefix("torch.")
-    return LayerEntry(
-        _kind(module) or "linear", module.format, get_format(module.format).in_features(row_bytes), rows, dtype
-    )
+def _entry_of(module: PackedModule, leaf: str) -> LayerEntry:
+    *experts, rows, row_bytes = getattr(module, leaf).shape
+    fmt, dtype = get_format(module.packed[leaf]), str(module.dtype).removeprefix("torch.")
+    kind = _kind(module) or "linear"
+    return LayerEntry(kind, fmt.name, fmt.in_features(row_bytes), rows, dtype, *experts)
+
+
+def _parameter(model: nn.Module, name: str) -> str:
+    """The name in the state dict of a packed weight."""
+    return ".".join(filter(None, locate(model, name)))
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -165,7 +181,7 @@ def _kind(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, QuantLinear):
         return "linear" if module.origin is nn.Linear else "conv1d"
-    return layer_kind(module)
+    return "experts" if isinstance(module, QuantExperts) else layer_kind(module)
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,17 +233,19 @@ def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: is not an object")
     kind, dtype = entry.get("kind"), entry.get("dtype")
-    if kind not in ("linear", "conv1d", "embedding"):
+    if kind not in ("linear", "conv1d", "embedding", "experts"):
         raise ValueError(f"{where}: unknown kind {kind!r}")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{where}: unknown dtype {dtype!r}")
-    columns, rows = entry.get("in_features"), entry.get("out_features")
+    columns, rows, experts = entry.get("in_features"), entry.get("out_features"), entry.get("experts")
+    if (kind == "experts") != (type(experts) is int) or not 0 < (experts or 1) < 1 << 32:
+        raise ValueError(f"{where}: experts is {experts!r}, must be a positive number for experts and nothing else")
     if type(columns) is not int or type(rows) is not int or not (0 < columns < 1 << 48 and 0 < rows < 1 << 48):
         raise ValueError(
             f"{where}: in_features and out_features are {columns!r} and {rows!r}, must be positive numbers"
         )
     try:
-        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype)
+        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype, experts)
         parsed.packed_shape  # noqa: B018  (checks that blocks divide in_features)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -245,20 +263,27 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(f"{path}: the file {what} {', '.join(names[:5])}{more}. It was made from another model.")
+    entries = {}  # name in the state dict -> entry
     for name, entry in header.layers.items():
-        module = modules.get(name)
-        if module is None or _kind(module) != entry.kind:
-            found = "nothing" if module is None else f"a {type(module).__name__}"
+        owner, leaf = locate(model, name)
+        module = modules.get(owner)
+        if module is None or _kind(module) != entry.kind or leaf not in matrices(module):
+            nothing = module is None or (leaf != "weight" and leaf not in module._parameters)
+            found = "nothing" if nothing else f"a {type(module).__name__}"
             raise ValueError(f"{path}: {name} is a packed {entry.kind} layer, the model has {found} there")
-        size = _size(module)
-        if size != (entry.out_features, entry.in_features):
-            raise ValueError(
-                f"{path}: {name} is [{entry.out_features}, {entry.in_features}], in the model it is {list(size)}"
-            )
+        size = _size(module, leaf)
+        if size != entry.shape:
+            raise ValueError(f"{path}: {name} is {list(entry.shape)}, in the model it is {list(size)}")
+        entries[_parameter(model, name)] = entry
+    for name in entries:
+        owner, _, _ = name.rpartition(".")
+        absent = [leaf for leaf in matrices(modules[owner]) if f"{owner}.{leaf}".lstrip(".") not in entries]
+        if absent:
+            raise ValueError(f"{path}: {name} is packed, {absent[0]} of the same experts is not. The file is damaged.")
     for name, tensor in state.items():
         shape, dtype = shapes[header.shared.get(name, name)]
         owner, _, leaf = name.rpartition(".")
-        packed = header.layers.get(owner) if leaf == "weight" else None
+        packed = entries.get(name)
         want = tuple(tensor.shape) if packed is None else packed.packed_shape
         integer = not tensor.dtype.is_floating_point if packed is None else True
         if (
@@ -281,13 +306,16 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
             )
 
 
-def _size(module: nn.Module) -> tuple[int, ...]:
-    """(N, K) of a layer, packed or not."""
+def _size(module: nn.Module, leaf: str) -> tuple[int, ...]:
+    """(N, K) or (E, N, K) of a weight, packed or not."""
     if isinstance(module, QuantEmbedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, QuantLinear):
         return module.out_features, module.in_features
-    return tuple(weight_matrix(module).shape)
+    if isinstance(module, QuantExperts):
+        *rows, row_bytes = getattr(module, leaf).shape
+        return *rows, get_format(module.packed[leaf]).in_features(row_bytes)
+    return tuple(weight_matrix(module, leaf).shape)
 
 
 def _load_layer(
@@ -297,22 +325,24 @@ def _load_layer(
     header: Header,
     file: Any,
     parameters: dict[str, nn.Parameter],
-    done: dict[int, nn.Module],
+    done: dict[tuple[int, str], nn.Module],
 ) -> None:
     """Put a packed layer in the place of the one at `name`."""
     fmt: QuantFormat = get_format(entry.format)
-    old = model.get_submodule(name)
-    if any(old is new for new in done.values()):
+    path, leaf = locate(model, name)
+    old = model.get_submodule(path)
+    name = f"{path}.{leaf}"
+    key = header.shared.get(name, name)
+    if key in parameters and old._parameters[leaf] is parameters[key]:
         return  # the same parent under another name
-    if id(old) not in done:
-        key = header.shared.get(f"{name}.weight", f"{name}.weight")
+    if (id(old), leaf) not in done:
         if key not in parameters:
-            parameters[key] = nn.Parameter(_read(file, key, old.weight), requires_grad=False)
-        new = to_packed(old, parameters[key], fmt)
+            parameters[key] = nn.Parameter(_read(file, key, old._parameters[leaf]), requires_grad=False)
+        new = to_packed(old, parameters[key], fmt, leaf)
         new.dtype = _DTYPES[entry.dtype]
-        done[id(old)] = new
-    path, _, leaf = name.rpartition(".")
-    model.get_submodule(path)._modules[leaf] = done[id(old)]
+        done[id(old), leaf] = new
+    parent, _, child = path.rpartition(".")
+    model.get_submodule(parent)._modules[child] = done[id(old), leaf]
 
 
 def _load_tensor(model: nn.Module, name: str, key: str, file: Any, parameters: dict[str, nn.Parameter]) -> None:

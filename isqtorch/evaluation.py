@@ -101,12 +101,12 @@ def perplexity(
     if mode not in ("global", "llamacpp"):
         raise ValueError(f"perplexity: mode must be 'global' or 'llamacpp', got {mode!r}")
     llamacpp = mode == "llamacpp"
-    ids = _token_ids(ids_or_text, tokenizer, "perplexity")
+    ids = token_ids(ids_or_text, tokenizer, "perplexity")
     run = _Windows("perplexity", ids, context, batch, first=context // 2 if llamacpp else 0, whole_only=llamacpp)
-    bos = _bos_token(tokenizer) if llamacpp else None
+    bos = bos_token(tokenizer) if llamacpp else None
     nll = torch.empty(run.tokens, dtype=torch.float64)
     done = 0
-    with _evaluating(model):
+    with evaluating(model):
         for window in run.each(progress, model):
             inputs = window.clone()
             if bos is not None:
@@ -138,10 +138,10 @@ def reference_logits(
         vocabulary of 128,000 make 8 GB in bf16); where both models fit in memory, give the model itself to
         `kl_divergence` instead.
     """
-    run = _Windows("reference_logits", _token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
+    run = _Windows("reference_logits", token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
     stored = torch.empty(0)
     done = 0
-    with _evaluating(model):
+    with evaluating(model):
         for window in run.each(progress, model):
             logits = _scored_logits(model, window)
             if not done:
@@ -173,7 +173,7 @@ def kl_divergence(
     Raises:
         ValueError: a bad argument, too few tokens, or a reference with another number of positions or another vocabulary.
     """
-    run = _Windows("kl_divergence", _token_ids(ids_or_text, tokenizer, "kl_divergence"), context, batch)
+    run = _Windows("kl_divergence", token_ids(ids_or_text, tokenizer, "kl_divergence"), context, batch)
     if isinstance(reference, Tensor) and (reference.ndim != 2 or len(reference) != run.tokens):
         raise ValueError(
             f"kl_divergence: the reference has shape {list(reference.shape)}, but these ids in windows of {context} have "
@@ -181,7 +181,7 @@ def kl_divergence(
         )
     divergence = torch.empty(run.tokens, dtype=torch.float64)
     same_top = done = 0
-    with _evaluating(model), _evaluating(reference):
+    with evaluating(model), evaluating(reference):
         for window in run.each(progress, model):
             logits = _scored_logits(model, window)
             if isinstance(reference, Tensor):
@@ -257,15 +257,13 @@ class _Windows:
         yield from tqdm(batches, desc=self.op, unit="batch", leave=False)
 
     def _check_model(self, model: Model) -> None:
-        config = getattr(model, "config", None)
-        config = getattr(config, "text_config", None) or config
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < self.context:
+        longest = context_length(model)
+        if longest is not None and longest < self.context:
             raise ValueError(
                 f"{self.op}: context is {self.context}, but the model has max_position_embeddings = {longest}. "
                 f"Use context={longest} or less."
             )
-        vocabulary = getattr(config, "vocab_size", None)
+        vocabulary = getattr(_text_config(model), "vocab_size", None)
         low, high = (int(value) for value in torch.aminmax(self.ids))
         if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
             raise ValueError(
@@ -274,7 +272,7 @@ class _Windows:
             )
 
 
-def _token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
+def token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
     """int64 `[T]` on the CPU."""
     if isinstance(ids_or_text, str):
         if tokenizer is None:
@@ -297,7 +295,7 @@ def _tokenize(tokenizer: Any, text: str) -> list[int]:
     return list(getattr(encoded, "ids", encoded))
 
 
-def _bos_token(tokenizer: Any) -> int | None:
+def bos_token(tokenizer: Any) -> int | None:
     """The BOS token, if the tokenizer puts one before a text."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and _tokenize(tokenizer, "a")[:1] == [bos] else None
@@ -306,8 +304,19 @@ def _bos_token(tokenizer: Any) -> int | None:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+def context_length(model: Model) -> int | None:
+    """The most tokens a transformers model takes at once; None where it does not say."""
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _text_config(model: Model) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, "text_config", None) or config
+
+
 @contextmanager
-def _evaluating(model: Tensor | Model) -> Iterator[None]:
+def evaluating(model: Tensor | Model) -> Iterator[None]:
     """No gradients and eval mode; every submodule gets its own training flag back.
 
     Not inference_mode: what a model caches during a forward must stay usable in training.
@@ -327,8 +336,8 @@ def _evaluating(model: Tensor | Model) -> Iterator[None]:
             module.training = training
 
 
-def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
-    """Logits of positions first .. T - 2, those with a target in the window: ids `[B, T]` -> `[B * (T - 1 - first), vocab]`."""
+def run_model(model: Model, ids: Tensor) -> Any:
+    """What a model returns for ids `[B, T]`, from an empty cache that is not kept."""
     extra: dict[str, Any] = {}
     if isinstance(model, nn.Module):
         parameter = next(model.parameters(), None)
@@ -336,7 +345,12 @@ def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
             ids = ids.to(parameter.device)
         if "use_cache" in inspect.signature(model.forward).parameters:
             extra["use_cache"] = False  # transformers would keep keys and values that nobody reads
-    output = model(ids, **extra)
+    return model(ids, **extra)
+
+
+def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
+    """Logits of positions first .. T - 2, those with a target in the window: ids `[B, T]` -> `[B * (T - 1 - first), vocab]`."""
+    output = run_model(model, ids)
     if isinstance(output, (tuple, list)):
         output = output[0]
     elif not isinstance(output, Tensor):

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from .formats import get_format
-from .modules import PackedModule, QuantEmbedding
+from .modules import PackedModule, QuantEmbedding, QuantExperts
+from .modules.convert import name_of
 from .ops import CpuInfo, cpu_info
 
 JSON_VERSION = 1
@@ -22,7 +23,7 @@ _ANY = "any"
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What runs for some numbers of rows of x (for an embedding: of ids)."""
+    """What runs for some numbers of rows of x (for an embedding: of ids, for experts: of rows that meet one expert)."""
 
     rows: str  # "1-8", "9+", "any"
     kernel: str
@@ -39,9 +40,9 @@ class LayerExplanation:
 
     name: str  # path in the model; "" for the module itself
     module: str  # class
-    op: str  # linear or embedding
+    op: str  # linear, embedding or experts_linear
     format: str
-    shape: tuple[int, int]  # [N, K]
+    shape: tuple[int, ...]  # [N, K], [E, N, K] for experts
     bits_per_weight: float
     device: str
     kernels: tuple[KernelUse, ...]
@@ -135,7 +136,7 @@ def explain(module: nn.Module) -> Explanation:
     """
     info = cpu_info()
     found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, PackedModule)]
-    layers = [_explain_layer(name, layer, info) for name, layer in found]
+    layers = [_explain_layer(name, layer, leaf, info) for name, layer in found for leaf in layer.packed]
     if not layers:
         note = f"{type(module).__name__} has no quantized layers: quantize it with isqtorch.quantize_ first."
         return Explanation([], [note])
@@ -147,15 +148,20 @@ def explain(module: nn.Module) -> Explanation:
     return Explanation(layers, notes)
 
 
-def _explain_layer(name: str, layer: PackedModule, info: CpuInfo) -> LayerExplanation:
-    fmt, weight = get_format(layer.format), layer.weight
+def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> LayerExplanation:
+    fmt, weight = get_format(layer.packed[leaf]), getattr(layer, leaf)
     op = "embedding" if isinstance(layer, QuantEmbedding) else "linear"
+    if isinstance(layer, QuantExperts):
+        op = "experts_linear"
     return LayerExplanation(
-        name=name,
+        name=name_of(name, leaf),
         module=type(layer).__name__,
         op=op,
         format=fmt.name,
-        shape=(weight.shape[0], fmt.in_features(weight.shape[1])),  # of the bytes: a shard has fewer than in_features
+        shape=(
+            *weight.shape[:-1],
+            fmt.in_features(weight.shape[-1]),
+        ),  # of the bytes: a shard has fewer than in_features
         bits_per_weight=fmt.bits_per_weight,
         device=str(weight.device),
         kernels=_kernels(op, fmt.name, weight.device.type, info),
@@ -170,6 +176,9 @@ def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUs
         return (KernelUse(_ANY, "plain PyTorch reference", "", why),)
     if op == "embedding":
         return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
+    if op == "experts_linear" and info.linear[format][-1].kernel.startswith("decoded"):
+        few = info.linear[format][0]  # eight rows at a time: no expert is decoded into memory
+        return (KernelUse(_ANY, few.kernel, few.level, few.why),)
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])
 
 

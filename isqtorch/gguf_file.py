@@ -1,4 +1,4 @@
-"""The container of GGUF files: metadata and the directory of tensors, read without trusting a single number in it.
+"""The container of GGUF files: metadata and the directory of tensors, written, and read without trusting a number in it.
 
 "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
 metadata entry:   key string | type u32 | value                      string: length u64 | bytes
@@ -8,7 +8,8 @@ padding to `general.alignment`, then the tensors; offsets count from here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -37,6 +38,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 17  # tensors, metadata entries: far above any real file, quick to loop over
 _MAX_STRINGS = 1 << 20  # of one array: the vocabulary of a model
 _MAX_ALIGNMENT = 1 << 20
+_ALIGNMENT = 32  # where a file does not say; what is written here
+_U32 = 4
 
 Value = int | float | str | list[str] | bytes
 """A metadata value. An array of numbers stays the raw bytes of the file: nothing here needs one."""
@@ -160,9 +163,41 @@ class GgufFile:
         return tensors
 
     def _read_alignment(self) -> int:
-        value = self.metadata.get("general.alignment", 32)
+        value = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(value, int) or not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
             raise self._reader.error(
                 f"metadata 'general.alignment' is {value!r}, must be a power of two up to {_MAX_ALIGNMENT}"
             )
         return value
+
+
+def encode_header(metadata: Mapping[str, str | int | list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """Everything up to the first tensor, of a file whose tensors are all f32 and follow in this order, each padded to 32 bytes.
+
+    Args:
+        metadata: strings, lists of strings, and integers, which become u32.
+        shapes: dims by name, the contiguous one first; trailing ones are dropped, as ggml does.
+    """
+    out = [MAGIC, struct.pack("<IQQ", 3, len(shapes), len(metadata))]
+    for key, value in metadata.items():
+        out.append(_string(key))
+        if isinstance(value, str):
+            out += [struct.pack("<I", _STRING), _string(value)]
+        elif isinstance(value, int):
+            out.append(struct.pack("<II", _U32, value))
+        else:
+            out += [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_string, value)]
+    offset = 0
+    for name, shape in shapes.items():
+        dims = list(shape)
+        while len(dims) > 1 and dims[-1] == 1:
+            dims.pop()
+        out += [_string(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, F32, offset)]
+        offset += -(-4 * prod(dims) // _ALIGNMENT) * _ALIGNMENT
+    header = b"".join(out)
+    return header + bytes(-len(header) % _ALIGNMENT)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -28,6 +28,7 @@ _ATTENTION = _table(
         "q_b_proj wq_b": "attn_q_b",
         "kv_a_proj_with_mqa wkv_a_with_mqa": "attn_kv_a_mqa",
         "kv_b_proj": "attn_kv_b",
+        "gate_proj": "attn_gate",
     }
 )
 _MLP = _table(
@@ -98,6 +99,16 @@ _PREFIX = (
 _BLOCK = re.compile(_PREFIX + r"(?:layers|layer|h|blocks)\.(\d+)\.(?:(.+)\.)?(\w+)")
 _EMBEDDING = re.compile(_PREFIX + r"(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)")
 _HEAD = re.compile(_PREFIX + r"(?:lm_head|embed_out|output_layer|output)")
+
+
+def names_to_write(layer: str) -> tuple[list[str], int | None]:
+    """GGUF names under which to store a layer's importance, with `gguf_names`'s number of an expert.
+
+    The name of the layer itself, and for fused gate and up experts, which most GGUF files keep apart, those of both too.
+    """
+    names, expert = gguf_names(layer)
+    fused = layer.removesuffix(".weight").endswith(".gate_up_proj") and names[:1] != [] and "_exps" in names[0]
+    return (names if fused else names[:1]), expert
 
 
 def gguf_names(layer: str) -> tuple[list[str], int | None]:

@@ -1,35 +1,28 @@
 """Importance matrices: how much each input column of a layer matters when its weights are rounded.
 
 The statistic is llama.cpp's: the mean over tokens of the squared input of a column. It is kept as sums and counts, because
-two of the three file formats store them so; the weights that quantizers use are sums / counts.
-
-    llama.cpp, GGUF       f32 tensors "<name>.in_sum2" [K] or [E, K] (sums) and "<name>.counts" [1] or [E] (tokens)
-    llama.cpp, legacy     i32 n | n x (i32 length, name | i32 ncall | i32 nval | f32 sums[nval]) | optional trailer:
-                          i32 last_chunk | i32 length, dataset        weights = sums / ncall, experts one after another
-    mistral.rs .cimatrix  u64 n | n x (u64 length, name | u64 nval | f32 weights[nval])
-
-A file is recognised by its content. The last two have no magic, but never look alike: bytes 4 to 7 are the length of the
-first name in a legacy file, so not 0, and the upper half of the number of entries in the other, so 0.
+two of the three file formats (`imatrix_files.py`) store them so; the weights that quantizers use are sums / counts.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from math import inf, prod
+from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 
-from isqtorch.binary import MAX_NAME_BYTES, BinaryReader, open_binary
-from isqtorch.gguf_file import MAGIC, GgufFile, GgufTensor
-from isqtorch.gguf_names import gguf_names
+from isqtorch import imatrix_files
+from isqtorch.binary import MAX_NAME_BYTES, open_binary, write_atomically
+from isqtorch.gguf_names import gguf_names, names_to_write
 
-_MAX_ENTRIES = 1 << 17  # far above any real file, quick to loop over
-_SUMS, _COUNTS = ".in_sum2", ".counts"
-_GGUF_KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+from .inventory import inspect_model
+
+_KIND_OF = {".gguf": "gguf", ".imatrix": "legacy", ".dat": "legacy", ".cimatrix": "cimatrix"}  # to write; see `save`
 
 
 class Imatrix(Mapping[str, Tensor]):
@@ -95,7 +88,8 @@ class Imatrix(Mapping[str, Tensor]):
             experts: E for a stack of experts, None for a matrix.
 
         Returns:
-            f32 `[K]`, or `[E, K]` with `experts`; None if nothing is known about the layer.
+            f32 `[K]`; with `experts` `[E, K]`, or `[K]` where the entry does not tell them apart; None if nothing is known
+            about the layer.
 
         Raises:
             ValueError: there is an entry, but its length is wrong.
@@ -108,6 +102,8 @@ class Imatrix(Mapping[str, Tensor]):
         if expert is not None and experts is None:  # one of a list of experts: the entry holds all of them
             if in_features and weights.shape[-1] % in_features == 0 and expert * in_features < weights.numel():
                 weights = weights.reshape(-1, in_features)[expert]
+        if experts is not None and weights.shape == (in_features,):
+            shape = (in_features,)  # one vector for all experts
         if weights.numel() != prod(shape) or (weights.ndim == 2 and weights.shape[1] != in_features):
             raise self._misfit(layer, name, shape)
         weights = weights.reshape(shape)
@@ -115,6 +111,111 @@ class Imatrix(Mapping[str, Tensor]):
             unused = (weights == 0).all(dim=-1, keepdim=True)  # mistral.rs stores zeros for experts without data
             weights = torch.where(unused, 1.0, weights)
         return weights
+
+    @property
+    def unseen(self) -> dict[str, int]:
+        """By entry, how many of its experts (1 where it is a single matrix) saw no token; only entries that have such.
+
+        All columns count alike there. A legacy file does not tell.
+        """
+        found = {name: int((counts == 0).sum()) for name, counts in self.counts.items()}
+        return {name: count for name, count in found.items() if count}
+
+    def summary(self) -> str:
+        """Where the numbers are from, in one line."""
+        about = [f"{len(self)} entries"]
+        if self.datasets:
+            about.append("from " + ", ".join(self.datasets))
+        if self.chunk_count:
+            about.append(f"{self.chunk_count} chunks" + (f" of {self.chunk_size} tokens" if self.chunk_size else ""))
+        return f"importance matrix {self.source}: {', '.join(about)}"
+
+    def for_model(self, model: nn.Module) -> Imatrix:
+        """The entries that belong to the layers of a model, under the paths of its modules, quantized or not.
+
+        What a matrix from llama.cpp needs before it is saved for mistral.rs, which knows no names of GGUF.
+
+        Raises:
+            ValueError: an entry has the wrong length for its layer, or there is none for any.
+        """
+        sums, counts = {}, {}
+        for layer in inspect_model(model).layers:
+            if layer.kind not in ("linear", "experts"):
+                continue
+            number = layer.shape[0] if layer.kind == "experts" else None
+            name, expert = self._find(layer.name)
+            if name is None or self.vector(layer.name, layer.shape[-1], number) is None:  # checks the length
+                continue
+            matrices, tokens = self.sums[name].reshape(-1, layer.shape[-1]), self.counts[name]
+            tokens = tokens.expand(len(matrices)) if len(tokens) == 1 else tokens
+            if expert is not None and number is None:
+                matrices, tokens = matrices[expert : expert + 1], tokens[expert : expert + 1]
+            sums[layer.name] = matrices[0] if number is None else matrices
+            counts[layer.name] = tokens
+        if not sums:
+            raise ValueError(f"{self!r} has no entry for any layer of this model. It was made for another one.")
+        return Imatrix(
+            sums,
+            counts,
+            source=self.source,
+            format=self.format,
+            chunk_count=self.chunk_count,
+            chunk_size=self.chunk_size,
+            datasets=self.datasets,
+        )
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file: `.gguf` or `.imatrix` (or `.dat`) for llama.cpp, `.cimatrix` for mistral.rs.
+
+        The two for llama.cpp get GGUF's names for the layers of the families that it knows, experts that are single layers
+        become one entry, and fused ones an entry for each matrix GGUF may have. Only `.gguf` holds the tokens per expert.
+
+        Raises:
+            ValueError: another extension, or a layer whose name the format cannot hold.
+            OSError: the file cannot be written; what was there before is still there.
+        """
+        kind = check_extension(path)
+        if not self.sums:
+            raise ValueError(f"{os.fspath(path)}: nothing to save, {self!r}")
+        sums, counts = (self.sums, self.counts) if kind == "cimatrix" else self._for_llama_cpp()
+        content = imatrix_files.Content(
+            sums, counts, self.format, self.chunk_count, self.chunk_size, tuple(self.datasets)
+        )
+        try:
+            pieces = list(imatrix_files.encode(content, kind))  # all errors before a file is touched
+        except struct.error as error:  # of a file that was strange already
+            raise ValueError(f"{os.fspath(path)}: a number of tokens or chunks is too large: {error}") from None
+        write_atomically(path, pieces)
+
+    def _for_llama_cpp(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums and counts under GGUF's names, where a layer has one and no other layer wants the same."""
+        owners: dict[str, dict[int | None, str]] = {}  # GGUF name -> number of the expert -> our name
+        clashes: set[str] = set()
+        for name in self.sums:
+            targets, expert = names_to_write(name)
+            for target in targets:
+                others = owners.setdefault(target, {})
+                if expert in others or (others and (expert is None) != (None in others)):
+                    clashes |= {name, *others.values()}  # encoder and decoder: both keep their names
+                others[expert] = name
+        sums, counts, moved = {}, {}, set()
+        for target, parts in owners.items():
+            stack = [parts.get(expert) for expert in range(len(parts))] if None not in parts else [parts[None]]
+            if None in stack or clashes & set(parts.values()) or len({self.sums[p].shape for p in parts.values()}) > 1:
+                continue  # experts are missing, or do not fit each other
+            names = [part for part in stack if part is not None]
+            pieces = [self.sums[name] for name in names]
+            sums[target] = pieces[0] if None in parts else torch.stack(pieces)
+            counts[target] = torch.cat([self.counts[name] for name in names])
+            moved |= set(names)
+        kept = self.sums.keys() - moved
+        sums |= {name: self.sums[name] for name in kept}
+        counts |= {name: self.counts[name] for name in kept}
+        return sums, counts
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
 
     def _find(self, layer: str) -> tuple[str | None, int | None]:
         """The entry that applies to a layer, and which expert in it."""
@@ -173,124 +274,25 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         ValueError: not an importance matrix, or a damaged one; says where and what.
     """
     with open_binary(path) as reader:
-        head = reader.take(min(8, reader.size), "start of the file")
-        reader.seek(0)
-        if head[:4] == MAGIC:
-            kind, read = "a GGUF importance matrix", _read_gguf
-        elif head[4:] == bytes(4):
-            kind, read = "a mistral.rs .cimatrix", _read_cimatrix
-        else:
-            kind, read = "a legacy llama.cpp importance matrix", _read_legacy
+        kind = imatrix_files.detect(reader)
         try:
-            return read(reader)
-        except ValueError as error:
-            raise ValueError(f"{error} (reading it as {kind})") from None
-
-
-def _read_legacy(reader: BinaryReader) -> Imatrix:
-    sums: dict[str, NDArray[np.float32]] = {}
-    counts: dict[str, Tensor] = {}
-    for _ in range(reader.count("i32", "number of entries", 17, _MAX_ENTRIES, least=1)):
-        name = _new_name(reader, "i32", sums)
-        calls = reader.integer("i32", f"number of calls of {name!r}")
-        if calls < 0:
-            raise reader.error(f"number of calls of {name!r} is {calls}, must not be negative", reader.position - 4)
-        counts[name] = torch.tensor([max(calls, 1)])  # llama.cpp takes the values as they are where it is 0
-        sums[name] = _values(reader, "i32", name)
-    chunk_count, dataset = None, ""
-    if reader.remaining:
-        chunk_count = reader.integer("i32", "number of the last chunk")
-        dataset = reader.text("i32", "name of the dataset")
-    _expect_end(reader)
-    datasets = (dataset,) if dataset else ()
-    return Imatrix(sums, counts, source=reader.path, format="legacy", chunk_count=chunk_count, datasets=datasets)
-
-
-def _read_cimatrix(reader: BinaryReader) -> Imatrix:
-    sums: dict[str, NDArray[np.float32]] = {}
-    for _ in range(reader.count("u64", "number of entries", 21, _MAX_ENTRIES, least=1)):
-        name = _new_name(reader, "u64", sums)
-        sums[name] = _values(reader, "u64", name)
-    _expect_end(reader)
-    return Imatrix(sums, source=reader.path, format="cimatrix")
-
-
-def _new_name(reader: BinaryReader, kind: str, seen: Mapping[str, object]) -> str:
-    at = reader.position
-    name = reader.name(kind, f"name of entry {len(seen)}")
-    if name in seen:
-        raise reader.error(f"entry {name!r} appears twice", at)
-    return name
-
-
-def _values(reader: BinaryReader, kind: str, name: str) -> NDArray[np.float32]:
-    what = f"values of entry {name!r}"
-    return reader.floats(reader.count(kind, f"number of {what}", item_bytes=4, least=1), what)
-
-
-def _expect_end(reader: BinaryReader) -> None:
-    if reader.remaining:
-        raise reader.error(f"{reader.remaining} bytes follow the last entry")
-
-
-def _read_gguf(reader: BinaryReader) -> Imatrix:
-    file = GgufFile(reader)
-    content = file.metadata.get("general.type")
-    if content != "imatrix":
-        raise reader.error(f"metadata 'general.type' is {content!r:.80}, must be 'imatrix'")
-    datasets, chunk_count, chunk_size = (file.metadata.get(key) for key in _GGUF_KEYS)
-    if not isinstance(datasets, list):
-        raise reader.error(f"metadata {_GGUF_KEYS[0]!r} must be a list of strings, is {datasets!r:.80}")
-    if not isinstance(chunk_count, int) or chunk_count < 0:
-        raise reader.error(f"metadata {_GGUF_KEYS[1]!r} must be a number of chunks, is {chunk_count!r:.80}")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise reader.error(f"metadata {_GGUF_KEYS[2]!r} must be a number of tokens, is {chunk_size!r:.80}")
-
-    pairs = _gguf_pairs(reader, file)
-    values = file.read_f32(tensor for pair in pairs.values() for tensor in pair)
-    sums, counts = {}, {}
-    for name, (sum_info, count_info) in pairs.items():
-        columns, experts = sum_info.dims[0], values[count_info.name].size
-        shape = (experts, columns) if experts > 1 else (columns,)
-        sums[name] = values.pop(sum_info.name).reshape(shape)
-        counts[name] = _token_counts(reader, count_info, values.pop(count_info.name))
-    return Imatrix(
-        sums,
-        counts,
-        source=reader.path,
-        format="gguf",
-        chunk_count=chunk_count,
-        chunk_size=chunk_size,
-        datasets=tuple(datasets),
-    )
-
-
-def _gguf_pairs(reader: BinaryReader, file: GgufFile) -> dict[str, tuple[GgufTensor, GgufTensor]]:
-    """The directory lines of sums and counts, by the name of the weight; other tensors are ignored, as llama.cpp does."""
-    tensors = file.tensors
-    pairs = {}
-    for name in dict.fromkeys(full.rpartition(".")[0] for full in tensors if full.endswith((_SUMS, _COUNTS))):
-        sums, counts = tensors.get(name + _SUMS), tensors.get(name + _COUNTS)
-        if sums is None or counts is None:
-            raise reader.error(f"tensor {name + (_SUMS if sums is None else _COUNTS)!r} is missing")
-        # Trailing dims of 1 are not stored: [K, 1] is [K].
-        rows = (sums.dims[1:] + (1, 1, 1))[:3]
-        if counts.dims[0] != 1 or (counts.dims[1:] + (1, 1, 1))[:3] != rows or rows[1:] != (1, 1):
-            raise reader.error(
-                f"tensors {sums.name!r} {list(sums.dims)} and {counts.name!r} {list(counts.dims)} must have shapes "
-                "[columns, experts] and [1, experts]",
-                sums.at,
+            content = imatrix_files.read(reader, kind)
+            return Imatrix(
+                content.sums,
+                content.counts,
+                source=reader.path,
+                format=kind,
+                chunk_count=content.chunk_count,
+                chunk_size=content.chunk_size,
+                datasets=content.datasets,
             )
-        pairs[name] = sums, counts
-    if not pairs:
-        raise reader.error("there are no entries")
-    return pairs
+        except ValueError as error:
+            raise ValueError(f"{error} (reading it as {imatrix_files.KINDS[kind]})") from None
 
 
-def _token_counts(reader: BinaryReader, info: GgufTensor, values: NDArray[np.float32]) -> Tensor:
-    """Token counts, stored as f32 `[E]`, as int64."""
-    bad = ~((values >= 0) & (values < 2.0**62))  # NaN too
-    if bad.any():
-        position = int(bad.argmax())
-        raise reader.error(f"tensor {info.name!r}: count {position} is {values[position]:g}", info.at)
-    return torch.from_numpy(np.rint(values).astype(np.int64))
+def check_extension(path: str | os.PathLike[str]) -> str:
+    """The kind of file that `Imatrix.save` writes at this path; ValueError if its extension is not one of them."""
+    kind = _KIND_OF.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{os.fspath(path)}: the name of an importance matrix must end in {', '.join(_KIND_OF)}")
+    return kind

@@ -12,8 +12,10 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from .modules import PackedModule
-from .modules.convert import layer_kind, obstacle, weight_matrix
+from isqtorch.formats import get_format
+
+from .modules import PackedModule, QuantExperts
+from .modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
 from .policy import LayerInfo, Role, head_by_name
 from .weight_reads import layers_read_directly
 
@@ -101,7 +103,10 @@ def _describe(
     readers: dict[int, str],
 ) -> LayerInfo:
     device = weight.device.type
-    if isinstance(module, PackedModule) and leaf == "weight":
+    if isinstance(module, QuantExperts) or layer_kind(module) == "experts":
+        if leaf in matrices(module):
+            return _describe_experts(name, module, leaf, weight, kept, readers)
+    elif isinstance(module, PackedModule) and leaf == "weight":
         packed = cast(Any, module)
         is_table = isinstance(module, nn.Embedding)
         shape = (weight.shape[0], packed.embedding_dim if is_table else packed.in_features)
@@ -116,7 +121,7 @@ def _describe(
             packed_as=packed.format,
         )
     known = layer_kind(module)
-    if known is None or leaf != "weight":
+    if known is None or known == "experts" or leaf != "weight":
         path = name if leaf == "weight" and name else f"{name}.{leaf}".lstrip(".")
         return LayerInfo(
             path, "other", tuple(weight.shape), weight.dtype, device_type=device, keep=_why_other(module, leaf, weight)
@@ -127,6 +132,35 @@ def _describe(
     shape_2d = cast("tuple[int, int]", tuple(weight_matrix(module).shape))
     return LayerInfo(
         name, kind, shape_2d, weight.dtype, _role(name, module, kind, roles), device_type=device, keep=keep
+    )
+
+
+def _describe_experts(
+    name: str,
+    module: nn.Module,
+    leaf: str,
+    weight: nn.Parameter,
+    kept: list[tuple[str, re.Pattern[str]]],
+    readers: dict[int, str],
+) -> LayerInfo:
+    """A stack of matrices of fused experts, under the name of the parameter."""
+    device = weight.device.type
+    path = name_of(name, leaf)
+    if isinstance(module, QuantExperts) and leaf in module.formats:
+        fmt = get_format(module.formats[leaf])
+        shape = (*weight.shape[:2], fmt.in_features(weight.shape[2]))
+        return LayerInfo(path, "experts", shape, module.dtype, device_type=device, packed_as=fmt.name, block=name)
+    reader = readers.get(id(module))
+    keep = obstacle(module, leaf) or (f"{reader} reads its weight directly" if reader else None)
+    shape = tuple(weight_matrix(module, leaf).shape)
+    return LayerInfo(
+        path,
+        "experts",
+        shape,
+        weight.dtype,
+        device_type=device,
+        keep=keep or _kept_reason(name, kept),
+        block=name,
     )
 
 
@@ -147,11 +181,13 @@ def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
         return f"{cls} is a subclass of nn.Linear with code of its own: not quantized"
     if isinstance(module, nn.Embedding):
         return f"{cls} is a subclass of nn.Embedding with code of its own: not quantized"
+    if leaf.endswith("_bias"):
+        return "biases, also those of experts, are never quantized"
     if re.search("router|gate$", cls, re.IGNORECASE):
         return "routers are small and sensitive, never quantized"
     if weight.dim() == 3 and "expert" in cls.lower():
-        return "fused expert weights [E, N, K]: not quantized by this version"
-    return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding and Conv1D are quantized"
+        return f"{cls} are fused experts with code of their own: not quantized"
+    return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding, Conv1D and fused experts are quantized"
 
 
 def _kept_in_float(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:

@@ -52,7 +52,10 @@ _EMBEDDING = re.compile(
 )
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # these store c_* transposed
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
-_NUMBERED_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+_NUMBERED_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
+_EXPERT_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # as transformers calls fused experts
+_STACKED_LAYERS = ("input_linear", "output_linear")  # as JetMoe and the files of Granite call them
 
 
 def plan(
@@ -110,6 +113,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str
 def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inventory, list[str]]:
     """The inventory of a checkpoint, by names and shapes, and notes for the report."""
     layers, rest_bytes, rest_numel = [], 0, 0
+    if "model_type" in config:
+        headers = _fused(headers)
     for name, (dtype_name, shape) in headers.items():
         if dtype_name not in _DTYPES:
             raise ValueError(f"plan: tensor {name} has the unknown type {dtype_name}")
@@ -127,22 +132,62 @@ def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inven
 
 def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...], config: Mapping[str, Any]) -> LayerInfo:
     path = name.removesuffix(".weight")
-    leaf = path.rpartition(".")[2]
+    parent, _, leaf = path.rpartition(".")
+    if len(shape) == 3 and ((leaf in _STACKS and "experts" in parent.split(".")) or leaf in _STACKED_LAYERS):
+        return LayerInfo(path, "experts", _upright(leaf, shape, config), dtype, block=parent)
     if len(shape) != 2 or path == name:
         reason = "not the weight of a linear layer or embedding"
-        if "experts" in name.split(".") and len(shape) == 3:
-            reason = "fused expert weights [E, N, K]: not quantized by this version"
-        elif path != name:
+        if path != name:
             reason = "convolutions are never quantized"
         return LayerInfo(path, "other", shape, dtype, keep=reason)
     if _EMBEDDING.search(leaf):
         return LayerInfo(path, "embedding", shape, dtype, "embedding")
-    keep = None
-    if "model_type" in config and _NUMBERED_EXPERT.search(path):
-        keep = "transformers 5 joins the experts of a layer into one tensor, which this version does not quantize"
     if config.get("model_type") in _CONV1D_MODELS and leaf in _CONV1D_LAYERS:
         shape = shape[::-1]
-    return LayerInfo(path, "linear", shape, dtype, "head" if head_by_name(path) else "", keep=keep)
+    return LayerInfo(path, "linear", shape, dtype, "head" if head_by_name(path) else "")
+
+
+def _fused(headers: Headers) -> Headers:
+    """The tensors as transformers holds them: it joins the matrices of numbered experts when it loads a model."""
+    experts: dict[str, dict[str, list[tuple[str, tuple[int, ...]]]]] = {}  # path of the list -> part -> its matrices
+    for name, header in headers.items():
+        match = _NUMBERED_EXPERT.match(name)
+        if match and match[3] in _EXPERT_PARTS and len(header[1]) == 2:
+            experts.setdefault(match[1], {}).setdefault(_EXPERT_PARTS[match[3]], []).append(header)
+    stacks = {path: _stacks(parts) for path, parts in experts.items()}
+    out: Headers = {}
+    for name, header in headers.items():
+        match = _NUMBERED_EXPERT.match(name)
+        if match and stacks.get(match[1]) and match[3] in _EXPERT_PARTS:
+            out.update({f"{match[1]}.{leaf}": stack for leaf, stack in stacks[match[1]].items()})
+        else:
+            out[name] = header
+    return out
+
+
+def _stacks(parts: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> Headers:
+    """{name of a stack: header} of a list of experts; empty where they are not alike."""
+    if not {"up", "down"} <= set(parts) or len({len(matrices) for matrices in parts.values()}) != 1:
+        return {}
+    if any(len(set(matrices)) != 1 for matrices in parts.values()):
+        return {}
+    count = len(parts["up"])
+    (dtype, (rows, columns)), (down_dtype, down) = parts["up"][0], parts["down"][0]
+    if "gate" in parts:
+        if parts["gate"][0] != parts["up"][0]:
+            return {}
+        rows *= 2
+    up_name = "gate_up_proj" if "gate" in parts else "up_proj"
+    return {up_name: (dtype, (count, rows, columns)), "down_proj": (down_dtype, (count, *down))}
+
+
+def _upright(leaf: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """[E, N, K] of experts that may be stored as [E, K, N]: what goes in is as wide as the model, or what comes out."""
+    text = config.get("text_config")
+    hidden = config.get("hidden_size", text.get("hidden_size") if isinstance(text, Mapping) else None)
+    experts, rows, columns = shape
+    wide, other = (rows, columns) if leaf in ("down_proj", "output_linear") else (columns, rows)
+    return (experts, columns, rows) if wide != hidden and other == hidden else shape
 
 
 def _tie_head(layers: list[LayerInfo], config: Mapping[str, Any]) -> tuple[list[LayerInfo], list[str]]:

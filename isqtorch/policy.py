@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -39,21 +40,19 @@ class LayerInfo:
     """
 
     name: str  # module path; with the parameter's name where that is not "weight"
-    kind: Literal["linear", "embedding", "other"]
-    shape: tuple[int, ...]  # [N, K] for layers, whatever the layout in memory
+    kind: Literal["linear", "embedding", "experts", "other"]
+    shape: tuple[int, ...]  # [N, K] for layers, [E, N, K] for experts, whatever the layout in memory
     dtype: torch.dtype  # of the weight; of the layer where the weight is packed
     role: Role = ""
     tied_to: str | None = None  # the first layer with the same weight
     device_type: str = "cpu"
     keep: str | None = None
     packed_as: str | None = None  # its format, where the weight is packed already
+    block: str | None = None  # experts: the path of their module
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +60,12 @@ class LayerInfo:
         if self.tied_to is not None:
             return 0
         if self.packed_as is not None:
-            return self.shape[0] * get_format(self.packed_as).row_bytes(self.shape[1])
+            return self.packed_bytes(get_format(self.packed_as))
         return self.numel * self.dtype.itemsize
+
+    def packed_bytes(self, fmt: QuantFormat) -> int:
+        """Bytes of the weight in a format."""
+        return prod(self.shape[:-1]) * fmt.row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
     """
     if request.organization == "moqe" and not any(_is_expert(layer) and not layer.keep for layer in layers):
         raise ValueError(
-            f"{request.op}: organization='moqe' quantizes routed experts only, and no linear layer of this model has a path "
-            "with a component 'experts' (fused expert parameters are not quantized by this version). Use organization='default'."
+            f"{request.op}: organization='moqe' quantizes routed experts only, and this model has no fused experts that can be "
+            "quantized, nor a linear layer with a component 'experts' in its path. Use organization='default'."
         )
     siblings = {layer.name for layer in layers}
-    decisions = [_decide_one(layer, request, siblings) for layer in layers]
+    decisions = _keep_experts_together(layers, [_decide_one(layer, request, siblings) for layer in layers])
     if request.fallback == "error":
         bad = [d for d in decisions if d.fell_back]
         if bad:
@@ -186,7 +189,7 @@ def _decide_one(layer: LayerInfo, request: Request, siblings: set[str]) -> Decis
         if suited.name != wanted.name:
             reasons.append(f"{suited.name}: its scales have the weights' type")
         wanted = suited
-    fmt, misfit = _fit(wanted, layer.shape[1], request.fallback)
+    fmt, misfit = _fit(wanted, layer.shape[-1], request.fallback)
     if misfit:
         reasons.append(misfit)
     return replace(
@@ -248,7 +251,7 @@ def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
 
 
 def _is_expert(layer: LayerInfo) -> bool:
-    return layer.kind == "linear" and "experts" in layer.name.split(".")
+    return layer.kind == "experts" or (layer.kind == "linear" and "experts" in layer.name.split("."))
 
 
 def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | None, str]:
@@ -267,6 +270,26 @@ def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | N
 
 
 # ---- all layers together ---------------------------------------------------------------------------------------------
+
+
+def _keep_experts_together(layers: Sequence[LayerInfo], decisions: list[Decision]) -> list[Decision]:
+    """The stacks of one module are packed all, each in a format of its own, or none: no code runs half of them."""
+    stays: dict[str, Decision] = {}
+    for layer, decision in zip(layers, decisions, strict=True):
+        if layer.block is not None and decision.format is None and layer.packed_as is None:
+            stays.setdefault(layer.block, decision)
+    return [
+        decision
+        if layer.block not in stays or decision.format is None
+        else replace(
+            decision,
+            format=None,
+            reason=f"{stays[layer.block].name} of the same experts stays as it is ({stays[layer.block].reason})",
+            promoted=False,
+            firm=True,
+        )
+        for layer, decision in zip(layers, decisions, strict=True)
+    ]
 
 
 def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: str) -> list[Decision]:

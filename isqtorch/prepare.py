@@ -15,7 +15,7 @@ from isqtorch.formats import QuantFormat
 from .imatrix import Imatrix, read_imatrix
 from .inventory import Inventory, inspect_model
 from .modules import PackedModule
-from .modules.convert import layer_kind, weight_matrix
+from .modules.convert import layer_kind, locate, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
 from .policy import LayerInfo, Request, Verdict, decide
@@ -31,7 +31,7 @@ class Job:
     """One weight to pack, under all the names that share it."""
 
     names: tuple[str, ...]
-    has_input: bool  # one of them is a linear layer, so that columns can matter
+    has_input: bool  # one of them is not an embedding, so that columns can matter
     fmt: QuantFormat
     importance: Tensor | None
     device: torch.device | None  # None: where it is
@@ -123,11 +123,11 @@ def _jobs(inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, targe
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
-        importance = None if imatrix is None else _importance(imatrix, layers, first.shape[1])
+        importance = None if imatrix is None else _importance(imatrix, layers, first.shape)
         jobs.append(
             Job(
                 tuple(layer.name for layer in layers),
-                any(layer.kind == "linear" for layer in layers),
+                any(layer.kind != "embedding" for layer in layers),
                 fmt,
                 importance if fmt.takes_importance else None,
                 device or target,
@@ -158,7 +158,10 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
             f"{op}: no entry of {imatrix!r} belongs to a layer of this model; {without[0]}, for example, has none. "
             "It was made for another model."
         )
-    notes = []
+    notes = [imatrix.summary()] if imatrix.datasets else []
+    unseen = sum(imatrix.unseen.values())
+    if unseen:
+        notes.append(f"{unseen} expert matrices saw no token in calibration: all their columns count alike")
     if without:
         notes.append(
             f"{len(without)} layers have no entry in the importance matrix and were quantized without: {_some(without)}"
@@ -174,17 +177,21 @@ def _dead_columns(jobs: list[Job]) -> list[str]:
     for job in jobs:
         start = None if job.importance is None else _zero_run(job.importance)
         if start is not None:
+            assert job.importance is not None
+            expert, start = divmod(start, job.importance.shape[-1])
+            whose = f"{job.names[0]}[{expert}]" if job.importance.dim() == 2 else job.names[0]
             warnings.append(
-                f"importance of {job.names[0]} is zero for columns {start} to {start + _ZERO_RUN - 1}: as in llama.cpp, a "
+                f"importance of {whose} is zero for columns {start} to {start + _ZERO_RUN - 1}: as in llama.cpp, a "
                 f"sub-block of {job.fmt.name} without any importance is stored as zeros or coarsely. Calibrate with more text."
             )
     return warnings
 
 
-def _importance(imatrix: Imatrix, layers: list[LayerInfo], columns: int) -> Tensor | None:
+def _importance(imatrix: Imatrix, layers: list[LayerInfo], shape: tuple[int, ...]) -> Tensor | None:
     """The vector of the first layer that has one; a head before the embedding it is tied to, which has no input."""
+    experts = shape[0] if len(shape) == 3 else None
     for layer in sorted(layers, key=lambda layer: layer.kind == "embedding"):
-        vector = imatrix.vector(layer.name, columns)
+        vector = imatrix.vector(layer.name, shape[-1], experts)
         if vector is not None:
             return vector
     return None
@@ -198,31 +205,33 @@ def _zero_run(importance: Tensor) -> int | None:
 
 def _check_weight(model: nn.Module, job: Job, rule: str | None, op: str) -> None:
     """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
-    name = job.names[0]
-    module = model.get_submodule(name)
-    weight = cast(Tensor, module.weight)
+    path, leaf = locate(model, job.names[0])
+    module = model.get_submodule(path)
+    name = f"{path}.{leaf}"
+    weight = cast(Tensor, getattr(module, leaf))
     if weight.device.type == "meta":
         raise ValueError(
-            f"{op}: {name}.weight is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
+            f"{op}: {name} is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
         )
     with ordinary_tensors():
-        if isinstance(module, PackedModule):
-            weight = torch.ops.isqtorch.dequantize(module.weight, module.format, torch.float32)
-        low, high = weight.aminmax()  # NaN comes through; allocates nothing of the weight's size
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            matrix = decoded = torch.ops.isqtorch.dequantize(weight, module.packed[leaf], torch.float32)
+        else:
+            matrix, decoded = weight_matrix(module, leaf).detach(), weight
+        low, high = decoded.aminmax()  # NaN comes through; allocates nothing of the weight's size
         if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
             if max(-float(low), float(high)) > _F16_SCALES_HOLD:
-                _check_scales(weight, module, job, rule, op)
+                _check_scales(matrix, job, rule, op)
             return
-        row, column = _first_bad(weight)
+        position = _first_bad(decoded)
         raise ValueError(
-            f"{op}: {name}.weight[{row}, {column}] is {weight[row, column].item()}; weights must be finite. Repair the checkpoint, "
-            "or leave the layer out with exclude. Nothing was changed."
+            f"{op}: {name}[{', '.join(map(str, position))}] is {decoded[position].item()}; weights must be finite. Repair the "
+            "checkpoint, or leave the layer out with exclude. Nothing was changed."
         )
 
 
-def _check_scales(weight: Tensor, module: nn.Module, job: Job, rule: str | None, op: str) -> None:
+def _check_scales(matrix: Tensor, job: Job, rule: str | None, op: str) -> None:
     """Pack a weight with enormous values once for nothing: only the quantizer knows whether a scale overflows."""
-    matrix = weight if isinstance(module, PackedModule) else weight_matrix(module).detach()
     importance = None if job.importance is None else job.importance.to(matrix.device)
     try:
         torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, rule)
@@ -230,12 +239,12 @@ def _check_scales(weight: Tensor, module: nn.Module, job: Job, rule: str | None,
         raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 
 
-def _first_bad(weight: Tensor) -> tuple[int, int]:
+def _first_bad(weight: Tensor) -> tuple[int, ...]:
     """Position of the first weight that is NaN or infinite; there is one."""
     for row in range(weight.shape[0]):
         bad = (~torch.isfinite(weight[row])).nonzero()
         if len(bad):
-            return row, int(bad[0])
+            return row, *bad[0].tolist()
     raise AssertionError("all weights are finite")
 
 

@@ -7,22 +7,26 @@ scratch of its largest layer.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
 
+from .calibration import collect_imatrix
 from .inventory import packed_names, storage_key
 from .listeners import announce
-from .modules import PackedModule, QuantEmbedding, QuantLinear
-from .modules.convert import float_weight, to_float, to_packed, weight_matrix
+from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from .modules.convert import experts_to_float, float_weight, locate, to_float, to_packed, weight_matrix
+from .modules.experts import pack_stack
 from .modules.packed import ordinary_tensors
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
@@ -42,6 +46,8 @@ def quantize_(
     topology: TopologyLike | None = None,
     organization: str = "default",
     imatrix: ImatrixLike | None = None,
+    calibration_file: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     fallback: str = "up",
@@ -50,11 +56,11 @@ def quantize_(
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
-    """Quantize the linear layers and embeddings of a model in place.
+    """Quantize the linear layers, embeddings and experts of a model in place.
 
-    Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D. What is left as it is
-    (norms, biases, routers, convolutions, position embeddings, layers whose weight other code reads directly, ...) is in the
-    report with the reason.
+    Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D; fused experts by what
+    they hold. What is left as it is (norms, biases, routers, convolutions, position embeddings, layers whose weight other
+    code reads directly, ...) is in the report with the reason.
 
     Args:
         model: the model; must not be itself a layer to quantize.
@@ -64,6 +70,9 @@ def quantize_(
         organization: "default", or "moqe" for the routed experts only.
         imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
             file, or an Imatrix.
+        calibration_file: a text to collect an importance matrix from before anything is quantized (`collect_imatrix`), instead
+            of `imatrix`. The model must be a causal language model that can run where it is.
+        tokenizer: the model's, for `calibration_file`.
         include: regexes searched in the module path; only layers that match one are quantized.
         exclude: regexes searched in the module path; layers that match one are left as they are.
         fallback: where K is not a multiple of the format's block: "up" takes the next larger format that fits, "skip" leaves
@@ -79,7 +88,7 @@ def quantize_(
     Raises:
         ValueError: anything wrong with the request, the importance or the weights (NaN, infinity, meta device). The model is
             as it was.
-        OSError: a topology or imatrix file that cannot be read.
+        OSError: a topology, imatrix or calibration file that cannot be read.
     """
     request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_")
     check_model(model, request.op)
@@ -89,7 +98,8 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    return _run(model, request, imatrix, device, rule, progress, measure_error)
+    calibrate = _Calibrate(calibration_file, tokenizer)
+    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
 
 
 def requantize_(
@@ -99,6 +109,8 @@ def requantize_(
     topology: TopologyLike | None = None,
     organization: str = "default",
     imatrix: ImatrixLike | None = None,
+    calibration_file: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     fallback: str = "up",
@@ -122,7 +134,8 @@ def requantize_(
     check_model(model, request.op)
     if not packed_names(model):
         raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
-    return _run(model, request, imatrix, device, rule, progress, measure_error)
+    calibrate = _Calibrate(calibration_file, tokenizer)
+    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -145,15 +158,21 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         raise ValueError("dequantize_: the model holds no quantized layer.")
     groups: dict[object, list[str]] = {}
     for name in names:
-        groups.setdefault(storage_key(_weight(model, name)), []).append(name)
+        module = model.get_submodule(name)
+        key = id(module) if isinstance(module, QuantExperts) else storage_key(_weight(model, name))
+        groups.setdefault(key, []).append(name)
     for group in groups.values():
         weights: dict[bool, nn.Parameter] = {}  # by orientation
         done: dict[int, nn.Module] = {}
         for name in group:
             old = model.get_submodule(name)
-            if not isinstance(old, (QuantLinear, QuantEmbedding)):
+            if not isinstance(old, PackedModule):
                 continue  # the same parent under another name: replaced already
-            if id(old) not in done:
+            if id(old) not in done and isinstance(old, QuantExperts):
+                new = experts_to_float(old, dtype)
+                done[id(old)] = new if dtype is None else new.to(dtype)
+            elif id(old) not in done:
+                assert isinstance(old, (QuantLinear, QuantEmbedding))
                 transposed = old.origin not in (nn.Linear, nn.Embedding)
                 if transposed not in weights:
                     weights[transposed] = float_weight(old, dtype)
@@ -166,10 +185,18 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
+class _Calibrate(NamedTuple):
+    """A text to calibrate with, if there is one, and what reads it."""
+
+    file: str | os.PathLike[str] | None
+    tokenizer: Any
+
+
 def _run(
     model: nn.Module,
     request: Request,
     imatrix: ImatrixLike | None,
+    calibrate: _Calibrate,
     device: torch.device | str | None,
     rule: str | None,
     progress: bool | None,
@@ -177,6 +204,8 @@ def _run(
 ) -> QuantReport:
     """Check, then replace layer by layer."""
     started = time.perf_counter()
+    if calibrate.file is not None:
+        imatrix = _collect(model, request, imatrix, calibrate, device, rule, progress)
     prepared = prepare(model, request, imatrix, device, rule)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
@@ -201,46 +230,73 @@ def _run(
     return report
 
 
+def _collect(
+    model: nn.Module,
+    request: Request,
+    imatrix: ImatrixLike | None,
+    calibrate: _Calibrate,
+    device: torch.device | str | None,
+    rule: str | None,
+    progress: bool | None,
+) -> ImatrixLike:
+    """The importance matrix of the model as it is, from a text file."""
+    if imatrix is not None:
+        raise ValueError(f"{request.op}: give either imatrix or calibration_file, not both")
+    if calibrate.tokenizer is None:
+        raise ValueError(f"{request.op}: calibration_file needs tokenizer=..., the model's tokenizer")
+    prepare(model, request, None, device, rule)  # what is wrong shows before the minutes that this takes
+    return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
+
+
 def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed: set[int]) -> float | None:
     """Pack one weight and put the packed layers in place; the originals are free when this returns."""
-    packed, error = _pack(model.get_submodule(job.names[0]), job, rule, measure)
+    path, leaf = locate(model, job.names[0])
+    packed, error = _pack(model.get_submodule(path), leaf, job, rule, measure)
     parameter = nn.Parameter(packed, requires_grad=False)
     done: dict[int, nn.Module] = {}
     for name in job.names:
-        old = model.get_submodule(name)
-        if old.weight is parameter:
+        path, leaf = locate(model, name)
+        old = model.get_submodule(path)
+        if old._parameters[leaf] is parameter:
             continue  # the same parent under another name: replaced already
         if id(old) not in done:
-            new = to_packed(old, parameter, job.fmt)
+            new = to_packed(old, parameter, job.fmt, leaf)
             done[id(old)] = new if job.device is None else new.to(job.device)
             placed.add(id(new))
-        _put(model, name, done[id(old)])
+        _put(model, path, done[id(old)])
     return error
 
 
-def _pack(module: nn.Module, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
+def _pack(module: nn.Module, leaf: str, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
     with ordinary_tensors():
-        if isinstance(module, PackedModule):
-            weight = torch.ops.isqtorch.dequantize(module.weight, module.format, torch.float32)
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            weight = torch.ops.isqtorch.dequantize(getattr(module, leaf), module.packed[leaf], torch.float32)
         else:
-            weight = weight_matrix(module).detach()
+            weight = weight_matrix(module, leaf).detach()
         if job.device is not None:
             weight = weight.to(job.device)
         importance = None if job.importance is None else job.importance.to(weight.device)
-        packed = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, rule)
+        pack = pack_stack if weight.dim() == 3 else _quantize
+        packed = pack(weight, job.fmt, importance, rule)
         return packed, relative_error(weight, packed, job.fmt) if measure else None
 
 
 def relative_error(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
-    """RMS of (decoded - weight) over RMS of weight, `[N, K]` against `[N, row_bytes]`; a few rows at a time."""
+    """RMS of (decoded - weight) over RMS of weight, `[.., N, K]` against `[.., N, row_bytes]`; a few rows at a time."""
     difference = total = 0.0
-    step = max(1, _ERROR_CHUNK // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = weight[start : start + step].float()
-        decoded = torch.ops.isqtorch.dequantize(packed[start : start + step], fmt.name, torch.float32)
-        difference += (decoded - rows).double().square().sum().item()
-        total += rows.double().square().sum().item()
+    step = max(1, _ERROR_CHUNK // weight.shape[-1])
+    for matrix, bytes_ in zip(weight, packed, strict=True) if weight.dim() == 3 else [(weight, packed)]:
+        for start in range(0, matrix.shape[0], step):
+            rows = matrix[start : start + step].float()
+            decoded = torch.ops.isqtorch.dequantize(bytes_[start : start + step], fmt.name, torch.float32)
+            difference += (decoded - rows).double().square().sum().item()
+            total += rows.double().square().sum().item()
     return float((difference / total) ** 0.5) if total else 0.0
+
+
+def _quantize(weight: Tensor, fmt: QuantFormat, importance: Tensor | None, rule: str | None) -> Tensor:
+    packed: Tensor = torch.ops.isqtorch.quantize(weight, fmt.name, importance, rule)
+    return packed
 
 
 def _put(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -23,9 +23,9 @@ class LayerReport:
     """One weight. Sizes are those of the weight alone, without a bias."""
 
     name: str
-    kind: str  # linear, embedding or other
+    kind: str  # linear, embedding, experts or other
     role: str  # "", embedding or head
-    shape: tuple[int, ...]  # [N, K] for layers
+    shape: tuple[int, ...]  # [N, K] for layers, [E, N, K] for experts
     dtype: str  # what it was: bf16, f16, ..., or a format
     requested: str | None  # the format that was asked for; None: none was
     stored: str | None  # the format it has now; None: left as it was
@@ -228,7 +228,7 @@ def _row(layer: LayerInfo, decision: Decision) -> LayerReport:
     stored = decision.format.name if decision.format is not None else layer.packed_as
     after = layer.nbytes
     if decision.format is not None and layer.tied_to is None:
-        after = layer.shape[0] * decision.format.row_bytes(layer.shape[1])
+        after = layer.packed_bytes(decision.format)
     reason = decision.reason
     if layer.packed_as is not None and stored == layer.packed_as:
         reason = "; ".join(

@@ -34,7 +34,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 def implementation(name: str) -> Any:
-    """The four ops, in plain torch ("reference") or compiled ("native")."""
+    """The ops, in plain torch ("reference") or compiled ("native")."""
     return ops.reference if name == "reference" else ops
 
 

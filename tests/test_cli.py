@@ -328,3 +328,30 @@ def test_demo_formats_resolve() -> None:
     names = demo._check(args)
     assert len(names) == len(set(names)) == 1 + len(demo.FORMATS)
     assert {get_format(name).solver for name in names[1:]} == {get_format(name).solver for name in formats()}
+
+
+# ---- imatrix ---------------------------------------------------------------------------------------------------------
+
+CALIBRATION = str(ROOT / "examples/demo_model/calibration.txt")
+
+
+def test_imatrix_collects_saves_and_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo.gguf"
+    facts = run_json(capsys, "imatrix", MODEL, CALIBRATION, "-o", str(out), "--max-tokens", "1024", "--chunk", "256")
+    assert facts["tokens"] == 1024 and facts["chunk_count"] == 4 and facts["experts_without_data"] == 0
+    assert facts["entries"] == 57  # 7 in each of 8 blocks, and the head
+    common = ["perplexity", MODEL, "--text", TEXT, "--tokens", "512", "--isq", "q2k"]
+    scores = [run_json(capsys, *common, *more)["perplexity"] for more in ([], ["--imatrix", str(out)])]
+    assert scores[0] != scores[1]
+
+
+def test_imatrix_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, message in (
+        (("imatrix", MODEL, CALIBRATION, "-o", str(tmp_path / "x.txt")), "must end in .gguf"),
+        (("imatrix", MODEL, CALIBRATION, "-o", str(tmp_path / "no/x.gguf")), "no folder"),
+        (("imatrix", MODEL, str(tmp_path / "no.txt"), "-o", str(tmp_path / "x.gguf")), "no.txt"),
+        (("perplexity", MODEL, "--text", TEXT, "--calibration-file", TEXT), "need --isq"),
+    ):
+        assert run(*argv) == 1
+        assert message in capsys.readouterr().err
+    assert run("perplexity", MODEL, "--text", TEXT, "--isq", "4", "--imatrix", "a", "--calibration-file", "b") == 2

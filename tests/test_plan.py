@@ -92,20 +92,66 @@ def test_a_model_of_a_live_moe() -> None:
     assert facts(plan(MoEModel(), 4, organization="moqe")) == facts(quantize_(MoEModel(), 4, organization="moqe"))
 
 
-def test_numbered_experts_of_a_transformers_model_are_honest(tmp_path: Path) -> None:
-    """transformers 5 fuses them when it loads, and fused experts stay as they are."""
-    tensors = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(64, 256) for e in range(4)}
+def numbered_experts(gate: str, up: str, down: str, experts: int = 4) -> dict[str, torch.Tensor]:
+    parts = {gate: (64, 256), up: (64, 256), down: (256, 64)}
+    return {
+        f"model.layers.0.mlp.experts.{e}.{part}.weight": torch.zeros(shape, dtype=torch.bfloat16)
+        for e in range(experts)
+        for part, shape in parts.items()
+        if part
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("", "up_proj", "down_proj")]
+)
+def test_numbered_experts_of_a_transformers_model_are_joined(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    """As transformers 5 does when it loads them."""
+    tensors = numbered_experts(*names)
     tensors |= {
         "model.layers.0.mlp.gate.weight": torch.zeros(4, 256),
         "model.layers.0.attn.q.weight": torch.zeros(64, 256),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    assert len(plan(tmp_path, 4).quantized) == 5  # not known to be a transformers model
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    report = plan(tmp_path, 4)
-    assert [layer.name for layer in report.quantized] == ["model.layers.0.attn.q"]
-    assert "joins the experts" in report["model.layers.0.mlp.experts.1.up_proj"].reason
+    apart = plan(tmp_path, "q8_0")  # not known to be a transformers model
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "hidden_size": 256}')
+    report = plan(tmp_path, "q8_0")
+    assert (report.bytes_before, report.bytes_after) == (apart.bytes_before, apart.bytes_after)
+    up = "gate_up_proj" if names[0] else "up_proj"
+    rows = 128 if names[0] else 64
+    assert report[f"model.layers.0.mlp.experts.{up}"].shape == (4, rows, 256)
+    assert report["model.layers.0.mlp.experts.down_proj"].shape == (4, 256, 64)
+    assert {layer.kind for layer in report.quantized} == {"experts", "linear"} and len(report.quantized) == 3
     assert "router" in report["model.layers.0.mlp.gate"].reason
+    assert len(plan(tmp_path, "q8_0", organization="moqe").quantized) == 2
+
+
+def test_experts_that_differ_are_not_joined(tmp_path: Path) -> None:
+    tensors = numbered_experts("gate_proj", "up_proj", "down_proj")
+    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    assert {layer.kind for layer in plan(tmp_path, 4).layers} == {"linear"}
+
+
+def test_stacks_of_experts_in_a_file(tmp_path: Path) -> None:
+    """Upright or transposed; which one, the width of the model tells."""
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 288, 128),
+        "model.layers.0.mlp.experts.gate_up_proj_bias": torch.zeros(4, 128),
+        "model.layers.0.mlp.experts.down_proj": torch.zeros(4, 64, 288),
+        "model.layers.1.block_sparse_moe.input_linear.weight": torch.zeros(4, 128, 288),
+        "model.layers.1.block_sparse_moe.output_linear.weight": torch.zeros(4, 288, 64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "x", "text_config": {"hidden_size": 288}}')
+    report = plan(tmp_path, "q4k")
+    for layer in report.quantized:
+        assert layer.kind == "experts" and layer.shape == (
+            (4, 288, 64) if "down" in layer.name or "output" in layer.name else (4, 128, 288)
+        )
+    assert len(report.quantized) == 4
+    assert {layer.stored for layer in report.quantized} == {"q5_0"}  # no K is a multiple of 256
 
 
 def test_one_file_and_shards(tmp_path: Path) -> None:

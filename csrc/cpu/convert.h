@@ -119,4 +119,38 @@ void store_floats(const float* from, int64_t count, Dtype dtype, void* to) {
   }
 }
 
+// Sums over rows of v * v per column; four rows at a time, so that the sums are read and written once for all four.
+template <class At>
+ISQ_INLINE void add_squares_of(const uint8_t* from, int64_t stride, int64_t rows, int64_t count, float* sums, At at) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    const uint8_t* p = from + row * stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const float a = at(p, i), b = at(p + stride, i), c = at(p + 2 * stride, i), d = at(p + 3 * stride, i);
+      sums[i] += (a * a + b * b) + (c * c + d * d);
+    }
+  }
+  for (; row < rows; ++row) {
+    const uint8_t* p = from + row * stride;
+    for (int64_t i = 0; i < count; ++i) sums[i] += at(p, i) * at(p, i);
+  }
+}
+
+void add_squares(const void* from, Dtype dtype, int64_t stride, int64_t rows, int64_t count, float* sums) {
+  const uint8_t* p = static_cast<const uint8_t*>(from);
+  switch (dtype) {
+    case Dtype::kF32:
+      add_squares_of(p, stride, rows, count, sums, [](const uint8_t* q, int64_t i) { return load_f32(q + 4 * i); });
+      break;
+    case Dtype::kF16:
+      add_squares_of(p, stride, rows, count, sums,
+                     [](const uint8_t* q, int64_t i) { return f16_to_f32(load_u16(q + 2 * i)); });
+      break;
+    case Dtype::kBf16:
+      add_squares_of(p, stride, rows, count, sums,
+                     [](const uint8_t* q, int64_t i) { return bf16_to_f32(load_u16(q + 2 * i)); });
+      break;
+  }
+}
+
 }  // namespace isqtorch::ISQ_ISA

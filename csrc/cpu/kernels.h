@@ -148,6 +148,8 @@ struct FormatTable {
   int count;
   void (*load)(const void* from, Dtype dtype, int64_t count, float* to);   // convert to f32
   void (*store)(const float* from, int64_t count, Dtype dtype, void* to);  // convert from f32, to nearest even
+  // sums[i] += v * v over `rows` rows of `count` values, `stride` bytes apart
+  void (*add_squares)(const void* from, Dtype dtype, int64_t stride, int64_t rows, int64_t count, float* sums);
 };
 
 struct KernelTable {

@@ -7,7 +7,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/ops_tensors.h"
+#include "cpu/ops_products.h"
 
 namespace isqtorch {
 namespace {
@@ -15,166 +15,87 @@ namespace {
 constexpr int64_t kPanelWeights =
     1 << 21;  // decoded for one of torch's matrix products: the second-level caches hold it
 
-struct LinearArguments {
-  Tensor x;  // contiguous [m, k]
-  Dtype dtype;
-  int64_t m, n, k;
-  std::vector<float> bias;  // [n], or empty
-  uint8_t* y;               // [m, n] of dtype
-
-  const uint8_t* row_of_x(int64_t row) const {
-    return static_cast<const uint8_t*>(x.const_data_ptr()) + row * k * item_bytes(dtype);
+// Few rows of x: they are packed once.
+void linear_rows(const Product& p) {
+  const RowKernels& kernels = *p.linear.rows;
+  const int64_t slots = 1 << step_for(p.m), packed_bytes = kernels.packed_bytes(p.k);
+  const Scratch packed_x(slots * packed_bytes), x(p.k * sizeof(float));
+  for (int64_t i = 0; i < p.m; ++i) {
+    p.load(i, 1, x.floats());
+    kernels.pack(x.floats(), p.k, packed_x.bytes() + i * packed_bytes);
   }
-};
-
-// Writes values [begin, begin + count) of row m, adding the bias.
-void store_outputs(const LinearArguments& a, const KernelTable& kernels, int64_t m, int64_t begin, int64_t count,
-                   float* values) {
-  if (!a.bias.empty()) {
-    for (int64_t i = 0; i < count; ++i) values[i] += a.bias[begin + i];
-  }
-  kernels.formats.store(values, count, a.dtype, a.y + (m * a.n + begin) * item_bytes(a.dtype));
-}
-
-// Few rows of x: they are packed once, in the order of the format's code vectors, and every weight is decoded once, in
-// registers, and used for all of them.
-void linear_rows(const LinearArguments& a, const PackedMatrix& packed) {
-  constexpr int64_t kTile = 32;  // outputs computed, converted and stored at a time
-  const RowKernels& kernels = *packed.linear.rows;
-  const int step = a.m > 4 ? 3 : a.m > 2 ? 2 : a.m > 1 ? 1 : 0;  // kernels exist for 2^step rows; rows of zeros fill up
-  const int64_t tokens = 1 << step, row_bytes = kernels.packed_bytes(a.k);
-  const Scratch packed_x(tokens * row_bytes), x(a.k * sizeof(float));
-  for (int64_t m = 0; m < a.m; ++m) {
-    packed.kernels->formats.load(a.row_of_x(m), a.dtype, a.k, x.floats());
-    kernels.pack(x.floats(), a.k, packed_x.bytes() + m * row_bytes);
-  }
-  std::memset(packed_x.bytes() + a.m * row_bytes, 0, (tokens - a.m) * row_bytes);
-  const int64_t tiles = (a.n + kTile - 1) / kTile;
-  parallel_tiles(tiles, kTile * a.k, [&](int64_t tile_begin, int64_t tile_end) {
-    alignas(64) float y[kMaxTokens * kTile];
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      const int64_t first = tile * kTile, count = std::min(kTile, a.n - first);
-      RowsJob job;
-      job.w = packed.bytes + first * packed.row_bytes;
-      job.row_bytes = packed.row_bytes;
-      job.rows = count;
-      job.k = a.k;
-      job.w_ends = first + count == a.n;
-      job.x = packed_x.bytes();
-      job.y = y;
-      job.ldy = kTile;
-      job.layout = kernels.layout;
-      kernels.multiply[step](job);
-      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y + m * kTile);
-    }
+  std::memset(packed_x.bytes() + p.m * packed_bytes, 0, (slots - p.m) * packed_bytes);
+  parallel_tiles(p.row_tiles(), kRowsTile * p.k, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) multiply_row_tile(p, packed_x.bytes(), tile);
   });
 }
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-using PackTokens = void (*)(const float* x, int tokens, int64_t k, void* packed);
-
-// Packs `count` rows of x from row `first` on, in groups of `group` rows.
-void pack_tokens(const LinearArguments& a, const PackedMatrix& packed, PackTokens pack, int64_t group,
-                 int64_t group_bytes, int64_t first, int64_t count, uint8_t* out) {
-  parallel_tiles((count + group - 1) / group, group * a.k, [&](int64_t begin, int64_t end) {
-    const Scratch x(group * a.k * sizeof(float));
+// A handful of rows of x.
+void linear_tiles(const Product& p) {
+  const TileKernels& kernels = *p.linear.tiles;
+  const bool many = p.m > kPairedTokens;
+  const int64_t groups = (p.m + kTileTokens - 1) / kTileTokens, group_bytes = kernels.packed_bytes(p.k);
+  const Scratch packed_x(groups * group_bytes);
+  parallel_tiles(groups, kTileTokens * p.k, [&](int64_t begin, int64_t end) {
+    const Scratch x(kTileTokens * p.k * sizeof(float));
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t rows = std::min(group, count - g * group);
-      packed.kernels->formats.load(a.row_of_x(first + g * group), a.dtype, rows * a.k, x.floats());
-      pack(x.floats(), static_cast<int>(rows), a.k, out + g * group_bytes);
+      const int64_t first = g * kTileTokens, count = std::min<int64_t>(kTileTokens, p.m - first);
+      pack_tile_group(p, many, first, count, x, packed_x.bytes() + g * group_bytes);
     }
   });
-}
-
-// A handful of rows of x: sixteen weight rows at a time are decoded, a unit of each, and multiplied.
-void linear_tiles(const LinearArguments& a, const PackedMatrix& packed) {
-  constexpr int64_t kRows = 2 * kTileTokens;  // outputs computed, converted and stored at a time
-  const TileKernels& kernels = *packed.linear.tiles;
-  const int many = a.m > kPairedTokens;
-  const int64_t groups = (a.m + kTileTokens - 1) / kTileTokens, group_bytes = kernels.packed_bytes(a.k);
-  const Scratch x(groups * group_bytes);
-  pack_tokens(a, packed, kernels.pack[many], kTileTokens, group_bytes, 0, a.m, x.bytes());
-  parallel_tiles((a.n + kRows - 1) / kRows, kRows * a.k, [&](int64_t begin, int64_t end) {
-    alignas(64) float y[kMaxTileTokens * kRows];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kRows, count = std::min(kRows, a.n - first);
-      kernels.multiply[many]({packed.bytes + first * packed.row_bytes, packed.row_bytes, count, a.k,
-                              first + count == a.n, x.bytes(), a.m, y, kRows, kernels.layout});
-      for (int64_t m = 0; m < a.m; ++m) store_outputs(a, *packed.kernels, m, first, count, y + m * kRows);
-    }
-  });
-}
-
-// y of some rows of x, which are packed: panel by panel weights are decoded, a stretch of k at a time so that panel, x
-// and sums stay in the second-level cache, and multiplied.
-void multiply_panels(const LinearArguments& a, const PackedMatrix& packed, int64_t first_token, int64_t tokens,
-                     const uint8_t* x) {
-  constexpr int64_t kStretch = 1024;
-  const PanelKernels& kernels = *packed.linear.panels;
-  const int64_t fair = a.n / (2 * torch::stable::get_num_threads());  // rows, if every thread gets two panels
-  const int64_t rows = std::clamp<int64_t>(round_up(fair, kernels.row_block), kernels.row_block, kernels.panel_rows);
-  const int64_t floats = rows * round_up(tokens, kernels.token_block);
-  parallel_tiles((a.n + rows - 1) / rows, rows * a.k * tokens / kMaxTokens, [&](int64_t begin, int64_t end) {
-    thread_local Scratch panel, sums, y;
-    panel.grow(kernels.panel_bytes(rows, std::min(kStretch, round_up(a.k, kPanelStep))));
-    sums.grow(floats * sizeof(float));
-    y.grow(floats * sizeof(float));
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * rows, count = std::min(rows, a.n - first);
-      const int64_t padded = round_up(count, kernels.row_block);
-      const uint8_t* w = packed.bytes + first * packed.row_bytes;
-      for (int64_t k = 0; k < a.k; k += kStretch) {
-        const int64_t k_end = std::min(k + kStretch, a.k);
-        kernels.decode(
-            {w, packed.row_bytes, count, a.k, first + count == a.n, k, k_end, panel.bytes(), kernels.layout});
-        kernels.multiply({panel.bytes(), padded, a.k, k, k_end, x, tokens, sums.floats(), k == 0});
-      }
-      kernels.unpack(sums.floats(), padded, tokens, y.floats(), padded);
-      for (int64_t t = 0; t < tokens; ++t) {
-        store_outputs(a, *packed.kernels, first_token + t, first, count, y.floats() + t * padded);
-      }
-    }
+  parallel_tiles(p.row_tiles(), kRowsTile * p.k, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) multiply_tile(p, tile, 0, p.m, packed_x.bytes());
   });
 }
 
 // Many rows of x, as many at a time as the caches hold.
-void linear_panels(const LinearArguments& a, const PackedMatrix& packed) {
-  const PanelKernels& kernels = *packed.linear.panels;
-  const int64_t portion = std::min(round_up(512, kernels.token_block), a.m);
-  const Scratch x(round_up(portion, kernels.token_block) / kernels.token_block * kernels.packed_bytes(a.k));
-  for (int64_t first = 0; first < a.m; first += portion) {
-    const int64_t count = std::min(portion, a.m - first);
-    pack_tokens(a, packed, kernels.pack, kernels.token_block, kernels.packed_bytes(a.k), first, count, x.bytes());
-    multiply_panels(a, packed, first, count, x.bytes());
+void linear_panels(const Product& p) {
+  const PanelKernels& kernels = *p.linear.panels;
+  const int64_t group = kernels.token_block, group_bytes = kernels.packed_bytes(p.k);
+  const int64_t portion = std::min(round_up(kPortion, group), p.m), rows = rows_of_panel(p, 1);
+  const Scratch packed_x(round_up(portion, group) / group * group_bytes);
+  for (int64_t first = 0; first < p.m; first += portion) {
+    const int64_t count = std::min(portion, p.m - first);
+    parallel_tiles((count + group - 1) / group, group * p.k, [&](int64_t begin, int64_t end) {
+      const Scratch x(group * p.k * sizeof(float));
+      for (int64_t g = begin; g < end; ++g) {
+        pack_token_group(p, first + g * group, std::min(group, count - g * group), x,
+                         packed_x.bytes() + g * group_bytes);
+      }
+    });
+    parallel_tiles((p.n + rows - 1) / rows, rows * p.k * count / kMaxTokens, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        multiply_panel(p, tile * rows, rows, first, count, packed_x.bytes());
+      }
+    });
   }
 }
 
 // Where a level has no product of its own for a format: decode a panel of weight rows, multiply with torch's own matrix
 // product, next panel. f16 goes through f32, because few processors multiply f16 matrices at speed.
-void linear_decoded(const LinearArguments& a, const PackedMatrix& packed) {
-  const Dtype dtype = a.dtype == Dtype::kF16 ? Dtype::kF32 : a.dtype;
+void linear_decoded(const Product& p, const PackedMatrix& packed, const Tensor& dense_x) {
+  const Dtype dtype = p.dtype == Dtype::kF16 ? Dtype::kF32 : p.dtype;
   const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;
-  const Tensor x = a.dtype == Dtype::kF16 ? torch::stable::to(a.x, scalar) : a.x;
-  const int64_t panel_rows = std::min(a.n, std::max<int64_t>(64, kPanelWeights / a.k));
-  Tensor panel = empty({panel_rows, a.k}, scalar);
+  const Tensor x = p.dtype == Dtype::kF16 ? torch::stable::to(dense_x, scalar) : dense_x;
+  const int64_t panel_rows = std::min(p.n, std::max<int64_t>(64, kPanelWeights / p.k));
+  Tensor panel = empty({panel_rows, p.k}, scalar);
   uint8_t* panel_bytes = static_cast<uint8_t*>(panel.mutable_data_ptr());
-  for (int64_t first = 0; first < a.n; first += panel_rows) {
-    const int64_t rows = std::min(panel_rows, a.n - first);
-    parallel_rows(rows, a.k, [&](int64_t begin, int64_t end) {
+  for (int64_t first = 0; first < p.n; first += panel_rows) {
+    const int64_t rows = std::min(panel_rows, p.n - first);
+    parallel_rows(rows, p.k, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        packed.decode_row(first + i, dtype, panel_bytes + i * a.k * item_bytes(dtype));
+        packed.decode_row(first + i, dtype, panel_bytes + i * p.k * item_bytes(dtype));
     });
     Tensor cut = torch::stable::narrow(panel, 0, 0, rows);
     const Tensor y = dense(torch::stable::matmul(x, torch::stable::transpose(cut, 0, 1)));  // [m, rows]
     const uint8_t* from = static_cast<const uint8_t*>(y.const_data_ptr());
-    parallel_rows(a.m, rows, [&](int64_t begin, int64_t end) {
+    parallel_rows(p.m, rows, [&](int64_t begin, int64_t end) {
       alignas(64) float values[kChunk];
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t i = 0; i < rows; i += kChunk) {
           const int64_t count = std::min(kChunk, rows - i);
           packed.kernels->formats.load(from + (m * rows + i) * item_bytes(dtype), dtype, count, values);
-          store_outputs(a, *packed.kernels, m, first + i, count, values);
+          p.store(m, first + i, count, values);
         }
       }
     });
@@ -183,38 +104,31 @@ void linear_decoded(const LinearArguments& a, const PackedMatrix& packed) {
 
 Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
   const PackedMatrix packed("linear", weight, format_name, true);
-  LinearArguments a;
-  a.dtype = checked_dtype("linear", "x", x.scalar_type());
-  a.n = packed.rows;
-  a.k = packed.k;
+  Product p(packed, checked_dtype("linear", "x", x.scalar_type()));
   std::vector<int64_t> shape = shape_of(x);
-  check(!shape.empty() && shape.back() == a.k, "linear: the last dimension of x must be ", a.k,
+  check(!shape.empty() && shape.back() == p.k, "linear: the last dimension of x must be ", p.k,
         ", the in_features of this ", format_name, " weight, got shape ", shape_text(shape), ".");
-  if (bias) {
-    check(bias->dim() == 1 && bias->size(0) == a.n, "linear: bias must have shape [", a.n, "], got ",
-          shape_text(shape_of(*bias)), ".");
-    const Dtype bias_dtype = checked_dtype("linear", "bias", bias->scalar_type());
-    a.bias.resize(a.n);
-    packed.kernels->formats.load(dense(*bias).const_data_ptr(), bias_dtype, a.n, a.bias.data());
-  }
-  a.m = x.numel() / a.k;
-  shape.back() = a.n;
+  const std::vector<float> bias_values = loaded_bias("linear", packed, bias, {p.n});
+  p.bias = bias ? bias_values.data() : nullptr;
+  p.m = x.numel() / p.k;
+  shape.back() = p.n;
   Tensor y = empty(shape, x.scalar_type());
-  if (a.m == 0 || a.n == 0) return y;
-  a.x = torch::stable::view(dense(x), {a.m, a.k});
-  a.y = static_cast<uint8_t*>(y.mutable_data_ptr());
-  switch (linear_way(packed.linear, a.m)) {
+  if (p.m == 0 || p.n == 0) return y;
+  const Tensor dense_x = torch::stable::view(dense(x), {p.m, p.k});
+  p.x = static_cast<const uint8_t*>(dense_x.const_data_ptr());
+  p.y = static_cast<uint8_t*>(y.mutable_data_ptr());
+  switch (linear_way(packed.linear, p.m)) {
     case LinearWay::kRows:
-      linear_rows(a, packed);
+      linear_rows(p);
       break;
     case LinearWay::kTiles:
-      linear_tiles(a, packed);
+      linear_tiles(p);
       break;
     case LinearWay::kPanels:
-      linear_panels(a, packed);
+      linear_panels(p);
       break;
     case LinearWay::kDecoded:
-      linear_decoded(a, packed);
+      linear_decoded(p, packed, dense_x);
       break;
   }
   return y;

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import bench, demo, doctor, formats, perplexity, plan, quantize, run, serve
+from . import bench, demo, doctor, formats, imatrix, perplexity, plan, quantize, run, serve
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": demo,
     "perplexity": perplexity,
     "quantize": quantize,
+    "imatrix": imatrix,
     "plan": plan,
     "formats": formats,
     "doctor": doctor,

@@ -37,13 +37,25 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_imatrix(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix")
+def add_importance(parser: argparse.ArgumentParser) -> None:
+    """`--imatrix FILE` or `--calibration-file FILE`."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix")
+    either.add_argument(
+        "--calibration-file",
+        metavar="FILE",
+        help="UTF-8 text to collect an importance matrix from before quantizing (`isqtorch imatrix` also saves it)",
+    )
 
 
-def policy_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_policy` and `add_imatrix` read, as arguments of `quantize_`."""
-    return {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix")}
+def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
+    """What `add_policy` and `add_importance` read, as arguments of `quantize_` (with the tokenizer) or of `LoadedModel`."""
+    options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix")}
+    if args.calibration_file:
+        options["calibration_file"] = Path(args.calibration_file)
+        if tokenizer is not None:
+            options["tokenizer"] = tokenizer
+    return options
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
-from ._common import add_device, add_imatrix, add_json, add_model, add_policy, policy_options
+from ._common import add_device, add_importance, add_json, add_model, add_policy, policy_options
 from .doctor import machine_facts
 
 HELP = "speed and memory of a model in several formats"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-baseline", action="store_true", help="not the model as it is")
     parser.add_argument("--in-process", action="store_true", help="one measurement, in this process")
     add_policy(parser)
-    add_imatrix(parser)
+    add_importance(parser)
     add_device(parser)
     add_json(parser)
 

@@ -15,7 +15,7 @@ import json
 import sys
 from typing import Any
 
-from ._common import add_imatrix, add_isq, add_json, add_policy, load_model, policy_options, read_text
+from ._common import add_importance, add_isq, add_json, add_policy, load_model, policy_options, read_text
 
 HELP = "perplexity and KL divergence on a text"
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     add_isq(parser, required=False)
     add_policy(parser)
-    add_imatrix(parser)
+    add_importance(parser)
     parser.add_argument("--kl", action="store_true", help="with --isq: also the divergence from the unquantized model")
     parser.add_argument("--context", type=int, default=512, help="tokens per window (%(default)s)")
     parser.add_argument(
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer(text, verbose=False)["input_ids"][: args.tokens]
     reference = copy.deepcopy(model) if args.kl else None
     if args.isq:
-        quantize_(model, args.isq, **policy_options(args))
+        quantize_(model, args.isq, **policy_options(args, tokenizer))
     score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=sys.stderr.isatty())
     result: dict[str, Any] = {
         "model": args.model,

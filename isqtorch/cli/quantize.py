@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ._common import add_device, add_imatrix, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
 
 HELP = "quantize a model and write it as a checkpoint"
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument("--force", action="store_true", help="replace a model folder that is there already")
     add_policy(parser)
-    add_imatrix(parser)
+    add_importance(parser)
     add_device(parser)
     add_json(parser)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from isqtorch import checkpoint
 from isqtorch.formats import resolve_format
 from isqtorch.prepare import checked_device
-from isqtorch.quantize import requantize_
+from isqtorch.quantize import quantize_, requantize_
 from isqtorch.report import QuantReport
 
 
@@ -50,7 +50,8 @@ class LoadedModel:
             source: a folder with config.json and safetensors, or a model id on the Hub.
             isq: quantize to this format or number of bits; None: leave the weights as they are.
             device: where the model runs; None: the CPU.
-            options: more arguments of `quantize_` (topology, organization, imatrix, fallback), kept for `requantize`.
+            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback), kept for
+                `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
 
         Raises:
             ValueError: an unknown format, options without a format, or a checkpoint that is quantized already and a format.
@@ -82,7 +83,8 @@ class LoadedModel:
         """
         check_format(isq, self.device)
         if self.packed:
-            self.report = requantize_(self.model, isq, progress=False, **self.options)
+            calibration = {"tokenizer": self.tokenizer} if "calibration_file" in self.options else {}
+            self.report = requantize_(self.model, isq, progress=False, **self.options, **calibration)
             self.report.notes.append(
                 f"made from the quantized weights of {self.source}: their errors stay, and more bits gain nothing"
             )
@@ -122,6 +124,8 @@ def load_causal_lm(
             method = _quantized_by(config)
             if method is not None:
                 raise _already(source, method)
+            if "calibration_file" in (options or {}):
+                return _calibrated(source, isq, settings, options or {})
             from .transformers import IsqConfig
 
             settings["quantization_config"] = IsqConfig(isq, **(options or {}))
@@ -133,6 +137,15 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_config(config)
         checkpoint.load_(model, Path(source))
         return model.eval() if device is None else model.eval().to(device)
+
+
+def _calibrated(source: str, isq: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """The float model, run on a text and then quantized with what that showed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
+    quantize_(model, isq, tokenizer=load_tokenizer(source), **options)
+    return model
 
 
 def load_tokenizer(source: str) -> Any:
@@ -161,13 +174,16 @@ def check_request(
     check_folder(source)
     if device is not None:
         checked_device(device, "device")
+    text = (options or {}).get("calibration_file")
+    if text is not None and not Path(text).is_file():
+        raise FileNotFoundError(f"no calibration text {text}")
     method = packed_by(source)
     if isq is not None:
         check_format(isq, device)
         if method is not None:
             raise _already(source, method)
-    elif any((options or {}).get(name) for name in ("topology", "imatrix")):
-        raise ValueError("--topology and --imatrix need --isq FORMAT")
+    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file")):
+        raise ValueError("--topology, --imatrix and --calibration-file need --isq FORMAT")
     return method is not None
 
 

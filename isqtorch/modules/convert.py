@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from isqtorch.formats import QuantFormat
 
 from .embedding import QuantEmbedding
+from .experts import QuantExperts, experts_class, stacks
 from .linear import QuantLinear
 from .packed import PackedModule, ordinary_tensors
 from .subclasses import attributes_of, base_of, is_understood, meaning_of, rebuilt, scale_of
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "experts"]
 
 # Carried over as the same objects, so that handles to remove a hook keep working.
 _HOOKS = (
@@ -42,13 +43,40 @@ def layer_kind(module: nn.Module) -> Kind | None:
         return "embedding"
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return "conv1d"
+    if experts_class(module) is not None:
+        return "experts"
     meaning = meaning_of(type(module))
     return meaning.kind if meaning is not None and is_understood(module) else None
 
 
-def obstacle(module: nn.Module) -> str | None:
+def matrices(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that have, or could have, a packed form."""
+    if isinstance(module, QuantExperts):
+        return tuple(stacks(module))
+    if isinstance(module, PackedModule):
+        return tuple(module.packed)
+    kind = layer_kind(module)
+    return () if kind is None else tuple(stacks(module)) if kind == "experts" else ("weight",)
+
+
+def locate(model: nn.Module, name: str) -> tuple[str, str]:
+    """(path of the module, name of the parameter) of a weight, which goes by its module's path where it is called "weight"."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        path, _, leaf = name.rpartition(".")
+        return path, leaf
+    return name, "weight"
+
+
+def name_of(path: str, leaf: str) -> str:
+    """The inverse of `locate`."""
+    return path if leaf == "weight" else f"{path}.{leaf}"
+
+
+def obstacle(module: nn.Module, leaf: str = "weight") -> str | None:
     """Why a module of a known kind cannot be quantized all the same, or None if it can."""
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(leaf)
     if weight is None:
         return "its weight is computed from other parameters (weight norm or a parametrization): remove that first"
     if type(weight) is not nn.Parameter:
@@ -62,15 +90,26 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight of a layer as `[N, K]`, a view, whatever the layer stores."""
-    weight = cast(Tensor, module.weight)
-    return weight.t() if layer_kind(module) == "conv1d" else weight
+def weight_matrix(module: nn.Module, leaf: str = "weight") -> Tensor:
+    """A float weight of a layer as `[N, K]`, or `[E, N, K]`: a view, whatever the layer stores."""
+    weight = cast(Tensor, getattr(module, leaf))
+    if isinstance(module, QuantExperts):  # one of its stacks is not packed yet
+        return weight.transpose(1, 2) if module.transposed else weight
+    kind, experts = layer_kind(module), experts_class(module)
+    if experts is not None:
+        return weight.transpose(1, 2) if experts._is_transposed(module) else weight
+    return weight.t() if kind == "conv1d" else weight
 
 
-def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> QuantLinear | QuantEmbedding:
+def to_packed(
+    module: nn.Module, packed: nn.Parameter, fmt: QuantFormat, leaf: str = "weight"
+) -> QuantLinear | QuantEmbedding | QuantExperts:
     """The packed form of an ordinary layer or of another packed one. Bias, hooks and training mode move over; the weight
-    is not touched."""
+    is not touched. Experts that have another packed stack stay the same object, and get this one, too."""
+    if isinstance(module, QuantExperts) or layer_kind(module) == "experts":
+        experts = module if isinstance(module, QuantExperts) else QuantExperts.from_float(module)
+        experts.put(leaf, packed, fmt)
+        return experts
     if isinstance(module, PackedModule):
         dtype, origin, trainable = module.dtype, module.origin, module.origin_requires_grad
         subclass, attributes = module.subclass, module.subclass_attributes
@@ -94,6 +133,18 @@ def to_packed(module: nn.Module, packed: nn.Parameter, fmt: QuantFormat) -> Quan
     new.subclass, new.subclass_attributes = subclass, attributes
     _carry_over(module, new)
     return new
+
+
+def experts_to_float(module: QuantExperts, dtype: torch.dtype | None = None) -> nn.Module:
+    """The experts that `module` once were, with the decoded weights."""
+    weights = {}
+    for name, format in module.packed.items():
+        with ordinary_tensors():
+            weight = torch.ops.isqtorch.dequantize(getattr(module, name), format, dtype or module.dtype)
+            if module.transposed:
+                weight = weight.transpose(1, 2).contiguous()
+        weights[name] = nn.Parameter(weight, requires_grad=module.origin_requires_grad)
+    return module.to_float(weights)
 
 
 def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What QuantLinear and QuantEmbedding share: a packed weight that nothing may cast, and the memory of what it replaced."""
+"""What the quantized layers share: packed weights that nothing may cast, and the memory of what they replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isqtorch.formats import QuantFormat, get_format
 
 
 class PackedModule(nn.Module):
-    """Base of the modules that hold one packed weight.
+    """Base of the modules that hold a packed weight (QuantExperts: several, with other names).
 
     Attributes:
         weight: uint8 `[N, row_bytes]`, a parameter that never asks for a gradient.
@@ -50,12 +50,23 @@ class PackedModule(nn.Module):
         return fmt
 
     @property
-    def bits_per_weight(self) -> float:
-        return get_format(self.format).bits_per_weight
+    def packed(self) -> dict[str, str]:
+        """{name of a packed parameter: its format}"""
+        return {"weight": self.format}
 
-    def dequantize(self) -> Tensor:
-        """The weights as they are computed with: `[N, K]` in `self.dtype`."""
-        weight: Tensor = torch.ops.isqtorch.dequantize(self.weight, self.format, self.dtype)
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all packed parameters."""
+        bits = numel = 0
+        for name, format in self.packed.items():
+            fmt, packed = get_format(format), getattr(self, name)
+            bits += 8 * packed.numel()
+            numel += packed.numel() // fmt.block_bytes * fmt.block
+        return bits / numel if numel else get_format(next(iter(self.packed.values()))).bits_per_weight
+
+    def dequantize(self, name: str = "weight") -> Tensor:
+        """The weights as they are computed with: `[N, K]`, for experts `[E, N, K]`, in `self.dtype`."""
+        weight: Tensor = torch.ops.isqtorch.dequantize(getattr(self, name), self.packed[name], self.dtype)
         return weight
 
     # ---- nothing casts packed bytes ----------------------------------------------------------------------------------
@@ -69,7 +80,7 @@ class PackedModule(nn.Module):
                 return tensor.to(out.device)
             return out
 
-        probe = fn(torch.empty(1, dtype=self.dtype, device=self.weight.device))
+        probe = fn(torch.empty(1, dtype=self.dtype, device=next(self.parameters(recurse=False)).device))
         super()._apply(keep_bytes, recurse)  # type: ignore[no-untyped-call]
         if probe.dtype.is_floating_point:
             self.dtype = probe.dtype
@@ -82,7 +93,7 @@ class PackedModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            metadata.setdefault(prefix[:-1], {})["format"] = self.format
+            metadata.setdefault(prefix[:-1], {})["formats"] = dict(self.packed)
 
     def _load_from_state_dict(
         self,
@@ -95,17 +106,22 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """As nn.Module, but weights of another type or format are an error, never a cast."""
-        key = f"{prefix}weight"
-        incoming, stored = state_dict.get(key), local_metadata.get("format", self.format)
-        if isinstance(incoming, Tensor) and incoming.dtype != torch.uint8:
-            error_msgs.append(
-                f"{key}: this layer holds {self.format} bytes and cannot load {incoming.dtype} weights. "
-                "Load them before quantize_, or call dequantize_ first."
-            )
-        elif stored != self.format:
-            error_msgs.append(
-                f"{key}: this layer is {self.format}, the state dict holds {stored}. Quantize with that format first."
-            )
+        faults = []
+        stored = local_metadata.get("formats", {})
+        for name, format in self.packed.items():
+            key = f"{prefix}{name}"
+            incoming = state_dict.get(key)
+            if isinstance(incoming, Tensor) and incoming.dtype != torch.uint8:
+                faults.append(
+                    f"{key}: this layer holds {format} bytes and cannot load {incoming.dtype} weights. "
+                    "Load them before quantize_, or call dequantize_ first."
+                )
+            elif stored.get(name, format) != format:
+                faults.append(
+                    f"{key}: this layer is {format}, the state dict holds {stored[name]}. Quantize with that format first."
+                )
+        if faults:
+            error_msgs.extend(faults)
         else:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -1,4 +1,4 @@
-"""The operators: quantize, dequantize, linear, embedding.
+"""The operators: quantize, dequantize, linear, embedding, experts_linear, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
 those operators. `reference` is their definition in plain PyTorch.
@@ -9,7 +9,18 @@ import torch
 from . import schema
 from .native import CpuInfo, LinearKernel, cpu_info, set_cpu_isa
 
-__all__ = ["CpuInfo", "LinearKernel", "cpu_info", "dequantize", "embedding", "linear", "quantize", "set_cpu_isa"]
+__all__ = [
+    "CpuInfo",
+    "LinearKernel",
+    "cpu_info",
+    "dequantize",
+    "embedding",
+    "experts_linear",
+    "linear",
+    "quantize",
+    "set_cpu_isa",
+    "square_sums",
+]
 
 del schema  # imported for what it registers
 
@@ -17,3 +28,5 @@ quantize = torch.ops.isqtorch.quantize
 dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding
+experts_linear = torch.ops.isqtorch.experts_linear
+square_sums = torch.ops.isqtorch.square_sums

@@ -191,3 +191,50 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
             f"embedding: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, "
             f"but the table has {weight.shape[0]} rows."
         )
+
+
+def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
+    """The arguments of `experts_linear` must fit each other, and ids name experts, or E for one that is not here.
+
+    Raises:
+        ValueError: wrong types, shapes or devices.
+        IndexError: an id out of range.
+    """
+    op = "experts_linear"
+    columns = check_packed(op, weight, fmt)
+    if weight.ndim != 3:
+        raise ValueError(f"{op}: the weight must have 3 dimensions [E, N, row_bytes], got shape {list(weight.shape)}.")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"{op}: x must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(x.dtype)}.")
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
+        raise ValueError(f"{op}: ids must be int64 or int32 [T, S], got {_spelled(ids.dtype)} {list(ids.shape)}.")
+    check_expert_rows(x, ids, columns, fmt.name)
+    for name, other in (("x is", x), ("ids are", ids)):
+        if other.device != weight.device:
+            raise ValueError(f"{op}: {name} on {other.device}, the weight on {weight.device}. Move one of them.")
+    if bias is not None:
+        if bias.shape != weight.shape[:2]:
+            raise ValueError(f"{op}: bias must have shape {list(weight.shape[:2])}, got {list(bias.shape)}.")
+        if bias.dtype not in ACTIVATION_DTYPES:
+            raise ValueError(f"{op}: bias must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(bias.dtype)}.")
+        if bias.device != weight.device:
+            raise ValueError(f"{op}: bias is on {bias.device}, the weight on {weight.device}. Move one of them.")
+    experts = weight.shape[0]
+    first = _first((ids < 0) | (ids > experts))
+    if first is not None:
+        raise IndexError(
+            f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
+            f"{experts} itself is allowed and stands for one that is not here."
+        )
+
+
+def check_expert_rows(x: Tensor, ids: Tensor, columns: int, format: str) -> None:
+    """x of `experts_linear` has one row of K values per token, or one per slot."""
+    shared, own = [ids.shape[0], columns], [*ids.shape, columns]
+    torch._check_value(
+        list(x.shape) in (shared, own),
+        lambda: (
+            f"experts_linear: x must be {shared}, one row per token, or {own}, one per slot, for this {format} weight and these "
+            f"ids; got shape {list(x.shape)}."
+        ),
+    )

@@ -11,6 +11,7 @@ from ..formats import get_format
 from ..quantizers import check_rule, solve
 from ..quantizers.denormals import blocks_per_chunk, denormals_kept
 from .checks import (
+    check_experts,
     check_finite,
     check_ids,
     check_importance,
@@ -20,6 +21,8 @@ from .checks import (
     check_scales,
     check_weight,
 )
+
+_SQUARED_AT_ONCE = 1 << 24  # values of which square_sums holds an f32 copy
 
 
 @torch.no_grad()
@@ -105,3 +108,68 @@ def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> T
     check_ids(ids, weight)
     rows = weight[ids.reshape(-1).long()]  # [M, row_bytes]
     return dequantize(rows, format, dtype).view(*ids.shape, columns)
+
+
+def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Every slot of a token times the matrix of its expert: `linear` with a weight for each row.
+
+    Args:
+        x: f32, f16 or bf16 `[T, K]`, one row for all slots of a token, or `[T, S, K]`.
+        weight: uint8 `[E, N, row_bytes]`.
+        format: name of the weight's format.
+        ids: int64 or int32 `[T, S]`, the expert of each slot. E stands for an expert that is not here (on another rank).
+        bias: float `[E, N]`.
+
+    Returns:
+        `[T, S, N]`, same dtype as x; zeros, without a bias, where the expert is not here.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+        IndexError: an id below 0 or above E.
+    """
+    check_experts(x, weight, get_format(format), ids, bias)
+    rows = x if x.ndim == 3 else x[:, None, :].expand(*ids.shape, x.shape[-1])
+    y = x.new_zeros(*ids.shape, weight.shape[1])
+    for expert in range(weight.shape[0]):
+        chosen = ids == expert  # [T, S]
+        if bool(chosen.any()):
+            y[chosen] = linear(rows[chosen], weight[expert], format, None if bias is None else bias[expert])
+    return y
+
+
+@torch.no_grad()
+def experts_linear_dx(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
+    """`dy[t, s] @ dequantize(weight[ids[t, s]])`, with the float weights of one expert at a time: `[T, S, N]` -> `[T, S, K]`."""
+    dx = dy.new_zeros(*ids.shape, get_format(format).in_features(weight.shape[-1]))
+    for expert in range(weight.shape[0]):
+        chosen = ids == expert
+        if bool(chosen.any()):
+            dx[chosen] = dy[chosen] @ torch.ops.isqtorch.dequantize(weight[expert], format, dy.dtype)
+    return dx
+
+
+@torch.no_grad()
+def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    """Sums of squares per column, what an importance matrix is made of.
+
+    Args:
+        x: float `[..., K]`.
+        groups: integers `[rows, slots]`, the groups of each row of x (the experts that it goes to); numbers that are no
+            group's count for nobody. None: all rows are in group 0.
+        count: number of groups.
+
+    Returns:
+        f32 `[count, K]`.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if groups is None:
+        member = torch.ones(1, len(rows), device=x.device)
+        member = torch.cat([member, member.new_zeros(count - 1, len(rows))])
+    else:
+        ids = torch.arange(count, device=x.device)
+        member = (groups.to(x.device)[..., None] == ids).sum(1).t().to(torch.float32)  # [count, rows]
+    sums = torch.zeros(count, x.shape[-1], device=x.device)
+    step = max(1, _SQUARED_AT_ONCE // x.shape[-1])
+    for start in range(0, len(rows), step):
+        sums.addmm_(member[:, start : start + step], rows[start : start + step].float().square())
+    return sums

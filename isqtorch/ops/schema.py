@@ -1,8 +1,8 @@
 """What torch needs to know of the operators besides their kernels: shapes without data, the gradient, and where no native
 kernel exists the plain PyTorch reference.
 
-Schemas are defined in C++ (csrc/ops.cpp). The weight is frozen: `linear` has a gradient for x and for the bias, none for
-the packed weight.
+Schemas are defined in C++ (csrc/ops.cpp). The weight is frozen: `linear` and `experts_linear` have gradients for x and for
+the bias, none for the packed weight.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..formats import get_format
 from . import reference
+from .checks import check_expert_rows
 from .native import LIBRARY
 
 assert LIBRARY  # the operators exist from here on
@@ -21,8 +22,17 @@ assert LIBRARY  # the operators exist from here on
 _DEVICES_WITHOUT_KERNELS = ("CUDA", "MPS", "XPU")
 
 for _device in _DEVICES_WITHOUT_KERNELS:
-    for _op in (reference.quantize, reference.dequantize, reference.linear, reference.embedding):
+    for _op in (
+        reference.quantize,
+        reference.dequantize,
+        reference.linear,
+        reference.embedding,
+        reference.experts_linear,
+        reference.square_sums,
+    ):
         torch.library.impl(f"isqtorch::{_op.__name__}", _device.lower(), _op)
+for _device in ("CPU", *_DEVICES_WITHOUT_KERNELS):  # dequantizes with whatever the device has
+    torch.library.impl("isqtorch::experts_linear_dx", _device.lower(), reference.experts_linear_dx)
 
 
 # On a device whose kernels do not include it, it is `linear`.
@@ -61,6 +71,22 @@ def _(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return ids.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])), dtype=dtype)
 
 
+@torch.library.register_fake("isqtorch::experts_linear")
+def _(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_expert_rows(x, ids, get_format(format).in_features(weight.shape[-1]), format)
+    return x.new_empty((*ids.shape, weight.shape[1]))
+
+
+@torch.library.register_fake("isqtorch::experts_linear_dx")
+def _(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
+    return dy.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])))
+
+
+@torch.library.register_fake("isqtorch::square_sums")
+def _(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    return x.new_empty((count, x.shape[-1]), dtype=torch.float32)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, format, bias = inputs
     ctx.save_for_backward(weight)
@@ -80,3 +106,28 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None,
 
 
 torch.library.register_autograd("isqtorch::linear", _linear_backward, setup_context=_linear_setup)
+
+
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, format, ids, bias = inputs
+    ctx.save_for_backward(weight, ids)
+    ctx.format = format
+    ctx.shared = x.ndim == 2
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+    """As for `linear`; a row that several slots share collects the gradients of all of them."""
+    weight, ids = ctx.saved_tensors
+    dx = db = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.isqtorch.experts_linear_dx(grad, weight, ctx.format, ids)
+        dx = dx.sum(1) if ctx.shared else dx
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        experts, rows, _ = weight.shape
+        sums = grad.new_zeros((experts + 1, rows), dtype=torch.float32)  # the last for experts that are not here
+        db = sums.index_add(0, ids.reshape(-1), grad.reshape(-1, rows).float())[:experts].to(ctx.bias_dtype)
+    return dx, None, None, None, db
+
+
+torch.library.register_autograd("isqtorch::experts_linear", _experts_backward, setup_context=_experts_setup)

@@ -34,5 +34,27 @@ def write_llama(folder: Path | str, layers: int, shard_size: str = "600MB") -> i
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def write_moe(folder: Path | str, layers: int, experts: int = 24) -> int:
+    """A Qwen3-MoE in bf16 with experts of 1.6 M weights in three matrices; returns its bytes. Two layers are 160 MB."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        moe_intermediate_size=512,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        dtype="bfloat16",
+    )
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 if __name__ == "__main__":
     print(write_llama(sys.argv[1], int(sys.argv[2])))

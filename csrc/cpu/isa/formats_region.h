@@ -11,7 +11,7 @@ namespace isqtorch::ISQ_ISA {
 template <class... Format>
 FormatTable format_table_of(Formats<Format...>) {
   static const FormatKernels formats[] = {KernelsOf<Format>::get()...};
-  return {formats, sizeof...(Format), load_floats, store_floats};
+  return {formats, sizeof...(Format), load_floats, store_floats, add_squares};
 }
 
 FormatTable format_table() { return format_table_of(AllFormats{}); }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
-from isqtorch.modules import PackedModule
+from isqtorch.modules import PackedModule, QuantExperts
+from isqtorch.modules.convert import locate, name_of
+from isqtorch.modules.experts import pack_stack
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.prepare import Job, Prepared
@@ -24,6 +26,7 @@ from isqtorch.report import QuantReport
 from isqtorch.topology import Spec
 
 from .config import IsqConfig
+from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
 from .shards import check_shards, local_columns, mark_rows
 from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
@@ -87,7 +90,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         for job in prepared.jobs:
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
-                jobs[f"{name}.weight"] = job
+                jobs[".".join(locate(model, name))] = job
         self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
@@ -117,13 +120,43 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             )
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return conversions if self._load is None else replaced(conversions)
+
+    def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor:
+        """The packed stack `name` from the matrices of its experts, which are read one at a time."""
+
+        def packed(load: _Load) -> Tensor:
+            job = load.jobs[name]
+            shape = tuple(local(model.get_parameter(name)).shape)
+            with ordinary_tensors():
+                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+
+        return self._attempt(name, packed)
+
+    def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor:
+        """The packed stack `name` from float experts that the checkpoint may store transposed."""
+
+        def packed(load: _Load) -> Tensor:
+            weight = read()
+            assert weight is not None, "a stack is never wholly on another rank"
+            experts, rows, row_bytes = local(model.get_parameter(name)).shape
+            as_it_is = (experts, rows, load.jobs[name].fmt.in_features(row_bytes))
+            return _packed(load, model, name, weight if weight.shape == as_it_is else weight.transpose(1, 2))
+
+        return self._attempt(name, packed)
+
     def _pack(self, model: Any, name: str, weight: Tensor) -> Tensor:
         """The packed form of one weight, as the checkpoint has it; the loader calls this in a loop."""
+        return self._attempt(name, lambda load: _packed(load, model, name, weight))
+
+    def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
             try:
-                return _packed(load, model, name, weight)
+                return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error}")
         return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
@@ -178,10 +211,14 @@ def record(model: Any, quantizer: IsqHfQuantizer) -> None:
 
 
 def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
-    job, module = load.jobs[name], model.get_submodule(name.rpartition(".")[0])
-    matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
-    target = getattr(module.weight, "_local_tensor", module.weight)  # this rank's part, where the layer is sharded
-    if matrix.dim() != 2 or (matrix.shape[0], job.fmt.row_bytes(matrix.shape[1])) != target.shape:
+    path, _, leaf = name.rpartition(".")
+    job, module = load.jobs[name], model.get_submodule(path)
+    if isinstance(module, QuantExperts):
+        matrix = weight.transpose(1, 2) if module.transposed and weight.dim() == 3 else weight
+    else:
+        matrix = weight if module.origin in (nn.Linear, nn.Embedding) else weight.t()
+    target = local(module._parameters[leaf])
+    if matrix.dim() != target.dim() or (*matrix.shape[:-1], job.fmt.row_bytes(matrix.shape[-1])) != target.shape:
         load.misfits.add(name)
         return weight  # the loader reports it, or initializes the layer anew
     with ordinary_tensors():
@@ -190,29 +227,41 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         )  # the reference is slower than both copies
         importance = None
         if job.importance is not None:
-            importance = job.importance[..., local_columns(module.weight, job.fmt)].to(source.device)
-        packed: Tensor = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
+            columns = local_columns(module._parameters[leaf], job.fmt)
+            importance = job.importance[..., columns].to(source.device)
+        if matrix.dim() == 3:
+            packed = pack_stack(source, job.fmt, importance, load.rule)
+        else:
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
+
+
+def local(parameter: Any) -> Tensor:
+    """This rank's part of a parameter, where the layer is sharded."""
+    part: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return part
 
 
 def _check_loaded(model: Any) -> None:
     """Packed layers have the weights of a checkpoint, and those that share one read it the same way."""
     first: dict[int, tuple[str, str]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, PackedModule) or module.weight.device.type == "meta":  # meta: offloaded
-            continue
-        if not getattr(module.weight, "_is_hf_initialized", False):
-            raise ValueError(
-                f"{METHOD}: config.json says that {name} is packed as {module.format}, and the checkpoint has no weight of that shape. "
-                "It is damaged, or its files are of different models."
-            )
-        other, fmt = first.setdefault(id(module.weight), (name, module.format))
-        if fmt != module.format:
-            raise ValueError(
-                f"{METHOD}: {name} ({module.format}) and {other} ({fmt}) share one weight. config.json is damaged: one weight has one "
-                "format."
-            )
+    for path, module in model.named_modules():
+        for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
+            name, weight = name_of(path, leaf), module._parameters[leaf]
+            if weight.device.type == "meta":  # offloaded
+                continue
+            if not getattr(weight, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{METHOD}: config.json says that {name} is packed as {format}, and the checkpoint has no weight of that shape. "
+                    "It is damaged, or its files are of different models."
+                )
+            other, fmt = first.setdefault(id(weight), (name, format))
+            if fmt != format:
+                raise ValueError(
+                    f"{METHOD}: {name} ({format}) and {other} ({fmt}) share one weight. config.json is damaged: one weight has one "
+                    "format."
+                )
 
 
 def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
@@ -223,7 +272,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
         if layer.name in missing:
             decision = replace(decision, format=None, reason=_NEW)
         if layer.tied_to is not None and layer.kind != "other":
-            own, other = (model.get_submodule(name).weight for name in (layer.name, layer.tied_to))
+            own, other = (model.get_parameter(".".join(locate(model, name))) for name in (layer.name, layer.tied_to))
             if storage_key(own) != storage_key(other):
                 decision = replace(decision, reason=f"the checkpoint has another weight than that of {layer.tied_to}")
                 layer = replace(layer, tied_to=None)

@@ -7,10 +7,10 @@ block: a cut elsewhere would separate codes from their scale.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.integrations.record import METHOD
@@ -35,11 +35,12 @@ def check_shards(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue
-        for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter.dtype != torch.uint8 or not is_sharded(parameter):
+        for leaf, fmt_name in module.packed.items():
+            parameter = module._parameters[leaf]
+            if not is_sharded(parameter):
                 continue
             pieces = _column_pieces(parameter)
-            fmt, row_bytes = get_format(module.format), parameter.shape[-1]
+            fmt, row_bytes = get_format(fmt_name), cast(Tensor, parameter).shape[-1]
             if row_bytes % (pieces * fmt.block_bytes) == 0:
                 continue
             columns = fmt.in_features(row_bytes)

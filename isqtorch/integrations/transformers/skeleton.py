@@ -12,8 +12,8 @@ from torch import nn
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import Inventory, inspect_model
-from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
-from isqtorch.modules.convert import layer_kind, to_float, to_packed, weight_matrix
+from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
 from isqtorch.prepare import Prepared, prepare_inventory
 
 from .config import IsqConfig
@@ -49,12 +49,13 @@ def _device_type(name: str, device_map: object) -> str:
 
 def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
     """Put a packed layer without weights in the place of the ordinary one."""
-    old = model.get_submodule(name)
-    if isinstance(old, PackedModule):
+    path, leaf = locate(model, name)
+    old = model.get_submodule(path)
+    if isinstance(old, PackedModule) and leaf in old.packed:
         return  # the same module under another name
-    rows, columns = weight_matrix(old).shape
-    packed = torch.empty(rows, fmt.row_bytes(columns), dtype=torch.uint8, device="meta")
-    new = to_packed(old, nn.Parameter(packed, requires_grad=False), fmt)
+    *rows, columns = weight_matrix(old, leaf).shape
+    packed = torch.empty(*rows, fmt.row_bytes(columns), dtype=torch.uint8, device="meta")
+    new = to_packed(old, nn.Parameter(packed, requires_grad=False), fmt, leaf)
     # transformers fills whatever the checkpoint lacks with random numbers, which packed bytes are not: see `unpack_missing`
     cast(Any, new)._is_hf_initialized = True
     _replace_everywhere(model, old, new)
@@ -70,25 +71,32 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
         path = _find(model, stored)
         if path is None:
             continue
-        fmt, module = get_format(name), model.get_submodule(path)
-        if isinstance(module, PackedModule):
-            if module.format != fmt.name:
+        owner, leaf = locate(model, path)
+        fmt, module = get_format(name), model.get_submodule(owner)
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            if module.packed[leaf] != fmt.name:
                 raise ValueError(
-                    f"{METHOD}: config.json gives {stored} both {module.format} and {fmt.name}, under two of its names"
+                    f"{METHOD}: config.json gives {stored} both {module.packed[leaf]} and {fmt.name}, under two of its names"
                 )
             continue
-        if layer_kind(module) is None:
+        if leaf not in matrices(module):
             raise ValueError(
                 f"{METHOD}: config.json says that {stored} is packed as {fmt.name}, but it is a {type(module).__name__}, which has "
                 "no packed form. The checkpoint was made from another model, or is damaged."
             )
-        columns = weight_matrix(module).shape[1]
+        columns = weight_matrix(module, leaf).shape[-1]
         if columns % fmt.block:
             raise ValueError(
                 f"{METHOD}: config.json says that {stored} is packed as {fmt.name}, but its {columns} columns are not a multiple of "
                 f"{fmt.block}. The checkpoint was made from another model, or is damaged."
             )
         pack_on_meta(model, path, fmt)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExperts) and len(module.packed) < len(matrices(module)):
+            raise ValueError(
+                f"{METHOD}: config.json says that {', '.join(module.packed)} of {name} are packed and its other experts are not. The "
+                "checkpoint was made from another model, or is damaged."
+            )
 
 
 def _find(model: Any, stored: str) -> str | None:
@@ -101,11 +109,12 @@ def _find(model: Any, stored: str) -> str | None:
     if prefix:
         candidates += [stored[len(prefix) :]] if stored.startswith(prefix) else [prefix + stored]
     for path in candidates:
+        owner, leaf = locate(model, path)
         try:
-            module = model.get_submodule(path)
+            module = model.get_submodule(owner)
         except AttributeError:
             continue
-        if path and isinstance(module, nn.Module):
+        if path and (leaf == "weight" or leaf in module._parameters):
             return path
     if prefix and not stored.startswith(prefix):
         return None
@@ -118,9 +127,10 @@ def _find(model: Any, stored: str) -> str | None:
 def packed_formats(model: nn.Module) -> dict[str, str]:
     """{path: format} of all packed layers, a layer with several paths under each."""
     return {
-        name: module.format
+        name_of(name, leaf): format
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PackedModule)
+        for leaf, format in module.packed.items()
     }
 
 
@@ -128,6 +138,8 @@ def unpack_missing(model: Any) -> list[str]:
     """Give layers whose weights were not in the checkpoint an ordinary, newly initialized weight; returns their paths."""
     missing = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, QuantExperts):
+            missing += _unpack_missing_experts(model, name, module)
         if not isinstance(module, (QuantLinear, QuantEmbedding)) or module.weight.device.type == "meta":
             continue  # on the meta device are weights that accelerate has offloaded
         if getattr(module.weight, "_is_hf_initialized", False):
@@ -147,6 +159,28 @@ def unpack_missing(model: Any) -> list[str]:
         _replace_everywhere(model, module, new)
         _owner(model, name)._init_weights(new)
     return missing
+
+
+def _unpack_missing_experts(model: Any, name: str, module: QuantExperts) -> list[str]:
+    """As `unpack_missing`, for all experts of a module if one of their stacks is missing; the others are decoded."""
+    missing = [
+        leaf
+        for leaf, stack in module._parameters.items()
+        if leaf in module.packed
+        and stack is not None
+        and stack.device.type != "meta"  # offloaded
+        and not getattr(stack, "_is_hf_initialized", False)
+    ]
+    if missing and model.get_submodule(name) is module:
+        weights = {}
+        for leaf in module.packed:
+            weight = module.dequantize(leaf) if leaf not in missing else torch.empty_like(module.dequantize(leaf))
+            weights[leaf] = nn.Parameter(weight.transpose(1, 2).contiguous() if module.transposed else weight)
+            cast(Any, weights[leaf])._is_hf_initialized = leaf not in missing
+        new = module.to_float(weights)
+        _replace_everywhere(model, module, new)
+        _owner(model, name)._init_weights(new)
+    return [name_of(name, leaf) for leaf in module.packed] if missing else []
 
 
 def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,0 +1,272 @@
+// The operator `experts_linear` on CPU tensors: which rows of x meet which expert, and which kernel multiplies them.
+//
+//   ids [T, S]     3 0 | 3 7 | 0 3         (token, slot) pairs, here T = 3, S = 2
+//   pairs          1 4 | 0 2 5 | 3         sorted by expert: 0 has the pairs 1 and 4, 3 has 0, 2 and 5, 7 has 3
+//
+// The pairs of an expert are one Product: they gather rows of x and scatter rows of y. They go to the kernels that
+// `linear` has for as many rows; no weight is ever decoded into memory beyond a panel.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops_products.h"
+
+namespace isqtorch {
+namespace {
+
+constexpr int64_t kPackedAtOnce = 1 << 24;  // bytes of x packed for the panel kernels at a time
+
+// Some of an expert's pairs, as many as a kernel takes at once.
+struct Unit {
+  int64_t expert, first, count;  // rows of the expert's Product
+};
+
+struct ExpertsCall {
+  std::vector<int64_t> pairs, x_rows;  // by expert; a pair is its row of y
+  std::vector<int64_t> begins;         // [E + 2], into these; the last range is what is not here
+  std::vector<float> bias;             // [E, n], or empty
+  std::vector<Product> products;       // [E]
+};
+
+// Sorts the pairs by expert, in the order of the tokens. IndexError for an id that names no expert.
+template <class Id>
+void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, bool own_rows, ExpertsCall& call) {
+  call.begins.assign(experts + 2, 0);
+  const int64_t count = tokens * slots;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = ids[i];
+    if (id < 0 || id > experts) {
+      throw std::out_of_range(text("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but there are ",
+                                   experts, " experts; ", experts,
+                                   " itself is allowed and stands for one that is not here."));
+    }
+    ++call.begins[id + 1];
+  }
+  for (int64_t e = 0; e <= experts; ++e) call.begins[e + 1] += call.begins[e];
+  std::vector<int64_t> at(call.begins.begin(), call.begins.end() - 1);
+  call.pairs.resize(count);
+  call.x_rows.resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t to = at[ids[i]]++;
+    call.pairs[to] = i;
+    call.x_rows[to] = own_rows ? i : i / slots;
+  }
+}
+
+// Units of the row kernels. Rows of x are packed once each; a unit of one row takes it where it is, larger ones copy
+// theirs together.
+void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
+  if (units.empty()) return;
+  const Product& any = call.products.front();
+  const RowKernels& kernels = *any.linear.rows;
+  const int64_t bytes = kernels.packed_bytes(any.k), size = static_cast<int64_t>(units.size());
+
+  std::vector<int64_t> places(*std::max_element(call.x_rows.begin(), call.x_rows.end()) + 1, -1), rows;  // rows of x
+  std::vector<int64_t> starts(size, -1);  // of the units that need a copy
+  int64_t copied = 0;
+  for (int64_t u = 0; u < size; ++u) {
+    const int64_t* x_rows = call.products[units[u].expert].x_rows + units[u].first;
+    for (int64_t i = 0; i < units[u].count; ++i) {
+      int64_t& place = places[x_rows[i]];
+      if (place < 0) {
+        place = static_cast<int64_t>(rows.size());
+        rows.push_back(x_rows[i]);
+      }
+    }
+    if (units[u].count == 1) continue;
+    starts[u] = copied;
+    copied += int64_t{1} << step_for(units[u].count);
+  }
+  const Scratch packed(rows.size() * bytes), together(copied * bytes);
+  Product all = any;  // all rows of x, as they lie
+  all.x_rows = rows.data();
+  parallel_tiles(rows.size(), any.k * kMaxTokens, [&](int64_t begin, int64_t end) {
+    const Scratch x(any.k * sizeof(float));
+    for (int64_t i = begin; i < end; ++i) {
+      all.load(i, 1, x.floats());
+      kernels.pack(x.floats(), any.k, packed.bytes() + i * bytes);
+    }
+  });
+  for (int64_t u = 0; u < size; ++u) {
+    if (starts[u] < 0) continue;
+    uint8_t* to = together.bytes() + starts[u] * bytes;
+    const int64_t* x_rows = call.products[units[u].expert].x_rows + units[u].first;
+    for (int64_t i = 0; i < units[u].count; ++i) {
+      std::memcpy(to + i * bytes, packed.bytes() + places[x_rows[i]] * bytes, bytes);
+    }
+    const int64_t slots = int64_t{1} << step_for(units[u].count);
+    std::memset(to + units[u].count * bytes, 0, (slots - units[u].count) * bytes);
+  }
+
+  const int64_t tiles = any.row_tiles();
+  parallel_tiles(size * tiles, kRowsTile * any.k, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t u = tile / tiles;
+      Product p = call.products[units[u].expert];
+      p.x_rows += units[u].first;
+      p.y_rows += units[u].first;
+      p.m = units[u].count;
+      const uint8_t* x =
+          starts[u] < 0 ? packed.bytes() + places[*p.x_rows] * bytes : together.bytes() + starts[u] * bytes;
+      multiply_row_tile(p, x, tile % tiles);
+    }
+  });
+}
+
+// Units whose rows of x are packed group by group, as many units at a time as their packed rows have room for.
+//
+//   pack(product, unit, first row, count, floats, out) packs a group; multiply(product, unit, part, packed) does part
+//   0 .. parts - 1 of the outputs of a unit.
+template <class Pack, class Multiply>
+void multiply_grouped(const ExpertsCall& call, const std::vector<Unit>& units, int64_t group, int64_t group_bytes,
+                      int64_t parts, const Pack& pack, const Multiply& multiply) {
+  struct Group {
+    const Unit* unit;
+    int64_t first, count;
+  };
+  const Product& any = call.products.front();
+  const int64_t room = std::max<int64_t>(kPackedAtOnce / group_bytes, kPortion / group);
+  Scratch packed_x;
+  for (size_t done = 0; done < units.size();) {
+    std::vector<Group> groups;
+    std::vector<int64_t> starts;  // of the units, in packed_x, in groups
+    int64_t tokens = 0;
+    size_t end = done;
+    for (; end < units.size(); ++end) {
+      const Unit& unit = units[end];
+      const int64_t used = static_cast<int64_t>(groups.size());
+      if (used && used + (unit.count + group - 1) / group > room) break;
+      starts.push_back(used);
+      for (int64_t first = 0; first < unit.count; first += group) {
+        groups.push_back({&unit, unit.first + first, std::min(group, unit.count - first)});
+      }
+      tokens += unit.count;
+    }
+    const int64_t used = static_cast<int64_t>(groups.size()), count = static_cast<int64_t>(end - done);
+    packed_x.grow(used * group_bytes);
+    uint8_t* packed = packed_x.bytes();
+    parallel_tiles(used, group * any.k, [&](int64_t begin, int64_t stop) {
+      const Scratch x(group * any.k * sizeof(float));
+      for (int64_t g = begin; g < stop; ++g) {
+        const Unit& unit = *groups[g].unit;
+        pack(call.products[unit.expert], unit, groups[g].first, groups[g].count, x, packed + g * group_bytes);
+      }
+    });
+    const int64_t weights = any.n * any.k / parts * std::max<int64_t>(tokens / count / kMaxTokens, 1);
+    parallel_tiles(count * parts, weights, [&](int64_t begin, int64_t stop) {
+      for (int64_t tile = begin; tile < stop; ++tile) {
+        const Unit& unit = units[done + tile / parts];
+        multiply(call.products[unit.expert], unit, tile % parts, packed + starts[tile / parts] * group_bytes);
+      }
+    });
+    done = end;
+  }
+}
+
+// Units of the tile kernels.
+void multiply_handful(const ExpertsCall& call, const std::vector<Unit>& units) {
+  if (units.empty()) return;
+  const Product& any = call.products.front();
+  multiply_grouped(
+      call, units, kTileTokens, any.linear.tiles->packed_bytes(any.k), any.row_tiles(),
+      [](const Product& p, const Unit& unit, int64_t first, int64_t count, const Scratch& x, uint8_t* out) {
+        pack_tile_group(p, unit.count > kPairedTokens, first, count, x, out);
+      },
+      [](const Product& p, const Unit& unit, int64_t tile, const uint8_t* packed) {
+        multiply_tile(p, tile, unit.first, unit.count, packed);
+      });
+}
+
+// Units of the panel kernels.
+void multiply_many(const ExpertsCall& call, const std::vector<Unit>& units) {
+  if (units.empty()) return;
+  const Product& any = call.products.front();
+  const PanelKernels& kernels = *any.linear.panels;
+  const int64_t rows = rows_of_panel(any, static_cast<int64_t>(units.size()));
+  multiply_grouped(
+      call, units, kernels.token_block, kernels.packed_bytes(any.k), (any.n + rows - 1) / rows,
+      [](const Product& p, const Unit&, int64_t first, int64_t count, const Scratch& x, uint8_t* out) {
+        pack_token_group(p, first, count, x, out);
+      },
+      [rows](const Product& p, const Unit& unit, int64_t panel, const uint8_t* packed) {
+        multiply_panel(p, panel * rows, rows, unit.first, unit.count, packed);
+      });
+}
+
+// The way of `linear` for as many rows, except that nothing is decoded for torch's product: the row kernels do that.
+void multiply(const ExpertsCall& call) {
+  std::vector<Unit> few, handful, many;
+  for (size_t e = 0; e < call.products.size(); ++e) {
+    const Product& p = call.products[e];
+    if (!p.m) continue;
+    const LinearWay way = linear_way(p.linear, p.m);
+    std::vector<Unit>& units = way == LinearWay::kPanels ? many : way == LinearWay::kTiles ? handful : few;
+    const int64_t most = way == LinearWay::kPanels  ? round_up(kPortion, p.linear.panels->token_block)
+                         : way == LinearWay::kTiles ? kMaxTileTokens
+                                                    : kMaxTokens;
+    for (int64_t first = 0; first < p.m; first += most) {
+      units.push_back({static_cast<int64_t>(e), first, std::min(most, p.m - first)});
+    }
+  }
+  multiply_few(call, few);
+  multiply_handful(call, handful);
+  multiply_many(call, many);
+}
+
+Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_name, const Tensor& ids,
+                      std::optional<Tensor> bias) {
+  const PackedMatrix packed("experts_linear", weight, format_name, false);
+  check(weight.dim() == 3, "experts_linear: the weight must have 3 dimensions [E, N, row_bytes], got shape ",
+        shape_text(shape_of(weight)), ".");
+  const Dtype dtype = checked_dtype("experts_linear", "x", x.scalar_type());
+  const ScalarType id_type = ids.scalar_type();
+  check((id_type == ScalarType::Long || id_type == ScalarType::Int) && ids.dim() == 2,
+        "experts_linear: ids must be int64 or int32 [T, S], got ", name_of(id_type), " ", shape_text(shape_of(ids)),
+        ".");
+  const int64_t experts = weight.size(0), n = weight.size(1), k = packed.k;
+  const int64_t tokens = ids.size(0), slots = ids.size(1);
+  const std::vector<int64_t> shape = shape_of(x), shared = {tokens, k}, own = {tokens, slots, k};
+  check(shape == shared || shape == own, "experts_linear: x must be ", shape_text(shared), ", one row per token, or ",
+        shape_text(own), ", one per slot, for this ", format_name, " weight and these ids; got shape ",
+        shape_text(shape), ".");
+  ExpertsCall call;
+  call.bias = loaded_bias("experts_linear", packed, bias, {experts, n});
+
+  const Tensor dense_ids = dense(ids), dense_x = dense(x);
+  if (id_type == ScalarType::Long) {
+    sort_pairs(static_cast<const int64_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, shape == own, call);
+  } else {
+    sort_pairs(static_cast<const int32_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, shape == own, call);
+  }
+  Tensor y = empty({tokens, slots, n}, x.scalar_type());
+  if (y.numel() == 0) return y;
+  Product product(packed, dtype);
+  product.n = n;
+  product.x = static_cast<const uint8_t*>(dense_x.const_data_ptr());
+  product.y = static_cast<uint8_t*>(y.mutable_data_ptr());
+  for (int64_t e = 0; e < experts; ++e) {
+    Product p = product;
+    p.w += e * n * packed.row_bytes;
+    p.w_ends = e == experts - 1;
+    p.bias = bias ? call.bias.data() + e * n : nullptr;
+    p.x_rows = call.x_rows.data() + call.begins[e];
+    p.y_rows = call.pairs.data() + call.begins[e];
+    p.m = call.begins[e + 1] - call.begins[e];
+    call.products.push_back(p);
+  }
+  const int64_t row_bytes = n * item_bytes(dtype);
+  for (int64_t i = call.begins[experts]; i < tokens * slots; ++i) {
+    std::memset(product.y + call.pairs[i] * row_bytes, 0, row_bytes);
+  }
+  if (experts) multiply(call);
+  return y;
+}
+
+}  // namespace
+}  // namespace isqtorch
+
+STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) { m.impl("experts_linear", TORCH_BOX(&isqtorch::experts_linear)); }

@@ -1,0 +1,58 @@
+"""Collect an importance matrix: run a text through a model and sum up what flows into each layer.
+
+    isqtorch imatrix examples/demo_model/model examples/demo_model/calibration.txt -o demo.gguf
+    isqtorch imatrix ./my-model my.txt -o my.imatrix --max-tokens 30000
+
+The extension of OUT chooses the kind: .gguf and .imatrix (or .dat) are llama.cpp's, .cimatrix is mistral.rs's; every command with
+--imatrix reads all three. A text of 10,000 to 50,000 tokens like those the model will see is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ._common import add_json, load_model, read_text
+
+HELP = "collect an importance matrix from a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or id, or a folder written by `isqtorch quantize`")
+    parser.add_argument("text", metavar="TEXT", help="UTF-8 text file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".gguf, .imatrix or .cimatrix")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens per chunk (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="use only the first so many tokens of the text")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..calibration import collect_imatrix
+    from ..imatrix import check_extension
+
+    check_extension(args.output)  # before minutes of work
+    if not args.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
+    read_text(args.text)
+    model, tokenizer = load_model(args.model)
+    im = collect_imatrix(model, tokenizer, Path(args.text), chunk=args.chunk, max_tokens=args.max_tokens)
+    im.save(args.output)
+    unseen = sum(im.unseen.values())
+    if args.json:
+        facts = {
+            "output": str(args.output),
+            "entries": len(im),
+            "tokens": im.tokens,
+            "chunk_count": im.chunk_count,
+            "chunk_size": im.chunk_size,
+            "experts_without_data": unseen,
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(im.summary())
+    if unseen:
+        print(f"{unseen} expert matrices saw no token; a longer text may reach them")
+    print(f"wrote {args.output}", file=sys.stderr)
+    return 0
