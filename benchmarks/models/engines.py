@@ -16,6 +16,7 @@ from ..peers import Array, Unavailable, bitsandbytes, torchao
 
 ISQTORCH, TRANSFORMERS, LLAMA_CPP = "isqtorch", "transformers", "llama.cpp"
 BF16 = "bf16"  # the model as its checkpoint has it, by transformers alone
+_TRY = 256  # rows and columns of a matrix to try a library with
 _LEFT = 0.05  # of a model may stay in float: routers
 
 
@@ -23,7 +24,10 @@ class Engine(Protocol):
     """A library, loaded."""
 
     version: str
-    size: int  # bytes of the weights of the loaded model
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights of the loaded model."""
 
     def prepare(self, folder: Path, fmt: str) -> Path:
         """Whatever has to be done once before a checkpoint can be loaded; returns what to load."""
@@ -131,19 +135,17 @@ class TorchAO(Transformers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.version = torchao.open().version
+        self._library = torchao.open()
+        self.version = self._library.version
 
     def _load(self, source: str, fmt: str) -> Any:
-        from torchao import quantization
         from transformers import TorchAoConfig
 
-        if fmt == "int8":
-            config = quantization.Int8WeightOnlyConfig()
-        else:
-            config = quantization.Int4WeightOnlyConfig(
-                group_size=64, int4_packing_format="opaque", set_inductor_config=False
-            )  # the layout for CPUs
-        return self._quantized_by(source, TorchAoConfig(config))
+        few = np.ones(
+            (_TRY, _TRY), np.float32
+        )  # says clearly what it cannot do; of a whole model transformers does not
+        self._library.linear(fmt, "eager", few, few, copies=1, threads=self._torch.get_num_threads())
+        return self._quantized_by(source, TorchAoConfig(torchao.configuration(fmt)))
 
 
 FORMATS: dict[str, tuple[str, ...]] = {"bitsandbytes": bitsandbytes.FORMATS, "torchao": torchao.FORMATS}

@@ -48,8 +48,13 @@ class LlamaCpp:
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.version: str = llama_cpp.__version__
-        self.size = 0
-        self._model = self._context = None
+        self._model: Any = None
+        self._context: Any = None
+        self._vocabulary = 0
+
+    @property
+    def size(self) -> int:
+        return int(self._api.llama_model_size(self._model))
 
     def prepare(self, folder: Path, fmt: str) -> Path:
         path = folder / "model.gguf"
@@ -71,7 +76,6 @@ class LlamaCpp:
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise Unavailable("makes no context for the model")
-        self.size = int(api.llama_model_size(self._model))
         self._vocabulary = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model)))
 
     def generate(self, prompt: int, new: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ turns: what else happens on the machine hits all alike.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,8 +84,10 @@ class Session:
         return {**FORMATS, LLAMA_CPP: tuple(fmt for fmt in formats if fmt in TYPES)}
 
     def _start(self, who: str) -> Process:
-        python = sys.executable if who in (ISQTORCH, TRANSFORMERS) else self.python
-        return Process(who, [python, "-m", f"{__package__}.worker", who])
+        """A fresh process. What other libraries have to say besides their answers is not shown."""
+        ours = who in (ISQTORCH, TRANSFORMERS)
+        command = [sys.executable if ours else self.python, "-m", f"{__package__}.worker", who]
+        return Process(who, command, errors=None if ours else subprocess.DEVNULL)
 
     def _enter(self, contenders: list[Contender], run: Run, source: Path, name: str, work: Path) -> None:
         """Load one contender and measure that; what it cannot do is noted, and costs its own row only."""

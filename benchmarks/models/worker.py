@@ -84,13 +84,14 @@ class Worker:
         found: dict[int, tuple[str, tuple[int, ...]]] = {}
         for module in self._engine.model.modules():  # type: ignore[attr-defined]  # asked of our own engine only
             if isinstance(module, PackedModule):
-                for name, fmt in (getattr(module, "packed", None) or {"weight": module.format}).items():
+                for name, fmt in module.packed.items():
                     weight = getattr(module, name)
                     found[weight.data_ptr()] = (fmt, tuple(weight.shape))
         return Counter(found.values())
 
     def save(self, folder: str) -> dict[str, Any]:
-        self._engine.model.save_pretrained(folder)  # type: ignore[attr-defined]
+        # Stacks of experts stay stacks: that is the layout that can be mapped.
+        self._engine.model.save_pretrained(folder, save_original_format=False)  # type: ignore[attr-defined]
         return {}
 
     def digest(self) -> dict[str, Any]:
