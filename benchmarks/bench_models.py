@@ -28,14 +28,16 @@ CACHE = ROOT / "build" / "models"
 MODELS = ("llama", "moe")
 FORMATS = ("q8_0", "q4k", "afq4")
 
-HOW = """`llama` has the shapes of Llama-3.2-1B, `moe` three layers of Qwen3-30B-A3B with 64 experts and fewer words; the weights
-are made up. Every library and format has a process of its own. Memory is in MB of 10^6 bytes over that process after its imports: the
-most while loading, of everything and of what is not a page of a file, and what stays. Times are wall seconds with all cores; files are in
-the page cache. Loading, reading the files and quantizing matrices of the same shapes that are in memory run in turns, and the best of
-each counts; memory is that of the first load. What was saved (`save_original_format=False`) is loaded once, by a fresh process. Then all
-processes of a model generate in turns, with a cache, one sequence, greedy: prefill is the tokens of the prompt over the time until the
-first new token, decode is new tokens per second after it, medians of all rounds. Logits are compared with the bf16 model's before
-anything is timed; llama.cpp computes with the very bytes that we saved. The overhead of a layer is CPU time on one thread."""
+HOW = """`llama` has the shapes of Llama-3.2-1B, `moe` three layers of Qwen3-30B-A3B with 64 experts and fewer words; the weights are made
+up. Every library and format has a process of its own. Memory is in MB of 10^6 bytes over that process after its imports: the most
+while loading, of everything and of what is not a page of a file, and what stays. Times are wall seconds with all cores; files are
+in the page cache. Loading, reading the files and quantizing matrices of the same shapes that are in memory run in turns, and the
+best of each counts; memory is that of the first load. What was saved (`save_original_format=False`) is loaded once, by a fresh
+process. Then all processes of a model generate in turns, with a cache, one sequence, greedy: prefill is the tokens of the prompt
+over the time until the first new token, decode is new tokens per second after it, medians of all rounds; who takes long has one
+round, and speeds are not judged where other programs took more than a tenth of the machine. Logits are compared with the bf16
+model's before anything is timed; llama.cpp computes with the very bytes that we saved. The overhead of a layer is CPU time on one
+thread."""
 
 
 def measure(models: list[str], formats: list[str], *, quick: bool, peers: bool, cache: Path = CACHE) -> ModelResults:

@@ -63,9 +63,22 @@ class Transformers:
 
     @property
     def size(self) -> int:
-        from isqtorch.integrations.benchmark import model_bytes
+        found = {}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            for part in self._parts(tensor):
+                found[part.data_ptr()] = part.nbytes
+        return sum(found.values())
 
-        return model_bytes(self.model)
+    @classmethod
+    def _parts(cls, tensor: Any) -> list[Any]:
+        """The tensors with data that a parameter consists of, whichever way its library keeps them."""
+        state = getattr(tensor, "quant_state", None)  # of bitsandbytes
+        if state is not None:
+            return [tensor, state.absmax]
+        if hasattr(tensor, "__tensor_flatten__"):  # of torchao, and any other subclass that wraps tensors
+            names, _ = tensor.__tensor_flatten__()
+            return [part for name in names for part in cls._parts(getattr(tensor, name))]
+        return [tensor]
 
     def prepare(self, folder: Path, fmt: str) -> Path:
         return folder

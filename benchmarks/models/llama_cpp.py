@@ -6,7 +6,6 @@ Its C API is called through llama-cpp-python's declarations; the `gguf` package 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import time
 from pathlib import Path
@@ -15,23 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..peers import Array, Unavailable
-from ..peers.ggml import TYPES
 from .engines import tokens
+from .gguf_writer import write_gguf
 
 INSTALL = "pip install llama-cpp-python gguf"
 _CONTEXT = 1024
-_LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 class LlamaCpp:
@@ -107,62 +94,3 @@ class LlamaCpp:
         if self._model:
             self._api.llama_model_free(self._model)
         self._model = self._context = None
-
-
-def write_gguf(folder: Path, path: Path) -> None:
-    """The packed Llama that `save_pretrained` wrote to `folder`, as a GGUF file without a vocabulary.
-
-    Raises:
-        Unavailable: another architecture, or a format that ggml does not have.
-    """
-    import gguf
-    import torch
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] != "llama":
-        raise Unavailable(f"no GGUF of a {config['model_type']} is written here, only of a Llama")
-    formats: dict[str, str] = config["quantization_config"]["layers"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            module = name.removesuffix(".weight")
-            if tensor.dtype != torch.uint8:  # a norm
-                writer.add_tensor(f"{gguf_name(module)}.weight", tensor.float().numpy())
-                continue
-            fmt, rows = formats[module], tensor.numpy()
-            if fmt not in TYPES:
-                raise Unavailable(f"{module} is {fmt}, which ggml does not have")
-            if module.endswith((".q_proj", ".k_proj")):
-                rows = interleaved(rows, len(rows) // config["head_dim"])
-            kind = gguf.GGMLQuantizationType(TYPES[fmt])
-            writer.add_tensor(f"{gguf_name(module)}.weight", rows, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_name(module: str) -> str:
-    """ "model.layers.3.mlp.up_proj" -> "blk.3.ffn_up"; the names of a Llama."""
-    if module in _MODEL:
-        return _MODEL[module]
-    layer, _, rest = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_LAYER[rest]}"
-
-
-def interleaved(rows: Array, heads: int) -> Array:
-    """llama.cpp rotates neighbours of a head where transformers rotates its halves: the rows in that order."""
-    halves = rows.reshape(heads, 2, -1, rows.shape[-1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

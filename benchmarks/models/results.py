@@ -8,6 +8,8 @@ from typing import Any
 
 from .engines import ISQTORCH
 
+OTHERS = 0.1  # of all cores' time; where other programs took more, speeds say nothing
+
 
 @dataclass
 class Run:
@@ -22,7 +24,8 @@ class Run:
         reload: the same as `load` and `peak` for the saved packed checkpoint; `identical` whether its weights are the same bits.
         error: distance of the logits from those of the bf16 model.
         prefill: by tokens of the prompt, seconds until the first new token.
-        decode: by tokens of the prompt, seconds per token after it.
+        others: by round, the share of the machine that other programs took while this one generated.
+        decode: seconds per token after the shortest of these prompts.
     """
 
     model: str
@@ -39,7 +42,8 @@ class Run:
     identical: bool | None = None
     error: float | None = None
     prefill: dict[str, list[float]] = field(default_factory=dict)
-    decode: dict[str, list[float]] = field(default_factory=dict)
+    decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -51,10 +55,15 @@ class Run:
         times = self.prefill.get(str(prompt))
         return prompt / statistics.median(times) if times else None
 
-    def decode_rate(self, prompt: int) -> float | None:
-        """Tokens per second after a prompt of that many, the median."""
-        times = self.decode.get(str(prompt))
-        return 1 / statistics.median(times) if times else None
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second, the median."""
+        return 1 / statistics.median(self.decode) if self.decode else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether other programs left the machine to it in most rounds."""
+        return not self.others or statistics.median(self.others) <= OTHERS
 
     def load_ratio(self) -> float | None:
         """Loading over the longer of its two parts, the best of each."""

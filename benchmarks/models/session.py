@@ -20,12 +20,15 @@ from ..peers.ggml import TYPES
 from ..peers.process import Process
 from .checkpoints import checkpoint, config
 from .engines import BF16, FORMATS, ISQTORCH, LLAMA_CPP, TRANSFORMERS
+from .neighbours import Neighbours
 from .results import ModelResults, Run
 from .targets import PROMPTS
 
 _UNRELATED = 0.9  # logits this far from those of the bf16 model are not those of the same model
 _SLOW = 3.0  # seconds for the new tokens of one turn: slower libraries get fewer
 _FEWEST = 3
+_LONG = 6.0  # seconds of generating in a round: who takes longer has one round
+_LOADING = 8.0  # seconds of loading and quantizing: slower formats do it twice, others more often
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Contender:
     run: Run
     process: Process
     new: int  # tokens of one turn
+    long: bool = False  # it had a round, and that took long
 
 
 class Session:
@@ -114,7 +118,9 @@ class Session:
         run.load.append(loaded["seconds"])
         if run.who != ISQTORCH:
             return
-        for _ in range(2):  # in turns with loading, whose bound they are
+        began = time.perf_counter()
+        while len(run.load) < 2 or (len(run.load) < 4 and time.perf_counter() - began < _LOADING):
+            # in turns with loading, whose bound they are
             run.read.append(process.ask("read", folder=prepared)["seconds"])
             run.quantize.append(process.ask("quantize")["seconds"])
             run.load.append(process.ask("load", source=prepared, fmt=run.format)["seconds"])
@@ -155,12 +161,19 @@ class Session:
 
     def _turns(self, contenders: list[Contender]) -> None:
         for _ in range(self.rounds):
-            for prompt in PROMPTS:
-                for contender in contenders:
-                    spent = contender.process.ask("generate", prompt=prompt, new=contender.new)
-                    run, key = contender.run, str(prompt)
-                    run.prefill.setdefault(key, []).append(spent["first"])
-                    run.decode.setdefault(key, []).append(spent["rest"] / (contender.new - 1))
+            for contender in contenders:
+                run, began = contender.run, time.perf_counter()
+                with Neighbours(contender.process.pid) as others:
+                    for prompt in PROMPTS:
+                        new = contender.new if prompt == PROMPTS[0] else 1
+                        spent = contender.process.ask("generate", prompt=prompt, new=new)
+                        run.prefill.setdefault(str(prompt), []).append(spent["first"])
+                        if new > 1:
+                            run.decode.append(spent["rest"] / (new - 1))
+                if others.share is not None:
+                    run.others.append(others.share)
+                contender.long = time.perf_counter() - began > _LONG
+            contenders = [contender for contender in contenders if not contender.long]
 
     def _skip(self, what: str, why: str) -> None:
         if self.results.skipped.setdefault(what, why) == why:

@@ -41,14 +41,14 @@ def reload_table(results: ModelResults) -> str:
 def speed_table(results: ModelResults) -> str:
     """Tokens per second of `generate`."""
     headers = ["model", "library", "format"]
-    headers += [f"{what} {prompt}" for prompt in PROMPTS for what in ("prefill", "decode after")]
-    headers += ["decode over bf16", "logits off by"]
+    headers += [f"prefill {prompt}" for prompt in PROMPTS]
+    headers += [f"decode after {PROMPTS[0]}", "over bf16", "rounds", "others took", "logits off by"]
     rows = []
     for run in results.runs:
-        row = [run.model, run.who, run.format]
-        for prompt in PROMPTS:
-            row += [_rate(run.prefill_rate(prompt)), _rate(run.decode_rate(prompt))]
-        rows.append([*row, _ratio(_over_bf16(results, run)), f"{run.error:.3f}" if run.error is not None else "-"])
+        row = [run.model, run.who, run.format, *(_rate(run.prefill_rate(prompt)) for prompt in PROMPTS)]
+        row += [_rate(run.decode_rate), _ratio(_over_bf16(results, run)), str(len(run.decode))]
+        row.append(f"{100 * statistics.median(run.others):.0f} %" if run.others else "-")
+        rows.append([*row, f"{run.error:.3f}" if run.error is not None else "-"])
     return markdown_table(headers, rows, right=range(3, len(headers)))
 
 
@@ -59,8 +59,8 @@ def overhead_table(results: ModelResults) -> str:
 
 
 def _over_bf16(results: ModelResults, run: Run) -> float | None:
-    plain, rate = results.find(run.model, BF16, TRANSFORMERS), run.decode_rate(PROMPTS[0])
-    base = plain.decode_rate(PROMPTS[0]) if plain else None
+    plain, rate = results.find(run.model, BF16, TRANSFORMERS), run.decode_rate
+    base = plain.decode_rate if plain else None
     return rate / base if rate and base else None
 
 

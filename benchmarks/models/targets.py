@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ..targets import Target
 from .engines import BF16, LLAMA_CPP, TRANSFORMERS
-from .results import ModelResults
+from .results import ModelResults, Run
 
-PROMPTS = (128, 512)
-DECODE_AFTER = PROMPTS[0]  # tokens of the prompt before the reply whose speed is a target
+PROMPTS = (128, 512)  # tokens; a reply follows the first
 JUDGED = "q4k"  # the format of which most is asked
 
 
@@ -39,20 +38,23 @@ def judge(results: ModelResults) -> list[Target]:
         ratio = run.load_ratio()
         if ratio is not None:
             load.ratios[run.name] = ratio
-        rate = run.decode_rate(DECODE_AFTER)
-        plain, theirs = (
-            found.decode_rate(DECODE_AFTER) if found else None
-            for found in (results.find(run.model, BF16, TRANSFORMERS), results.find(run.model, run.format, LLAMA_CPP))
-        )
-        if rate and plain and (run.model, run.format) == ("llama", JUDGED):
-            bf16.ratios[run.name] = rate / plain
-        if rate and theirs:
-            other.ratios[run.name] = rate / theirs
+        if (run.model, run.format) == ("llama", JUDGED):
+            _compare(bf16, run, results.find(run.model, BF16, TRANSFORMERS))
+        _compare(other, run, results.find(run.model, run.format, LLAMA_CPP))
     overhead.ratios = {fmt: found["microseconds"] for fmt, found in results.overhead.items()}
 
     for what, why in results.skipped.items():
-        if what.startswith("moe"):
+        if what == f"moe isqtorch {JUDGED}":
             peaks["moe"].missing.append(why)
         if what == LLAMA_CPP:
             other.missing.append(why)
     return [*peaks.values(), reload, anonymous, load, overhead, bf16, other]
+
+
+def _compare(target: Target, run: Run, other: Run | None) -> None:
+    """How many times as fast we decode, where both had the machine."""
+    if other and run.decode_rate and other.decode_rate:
+        if run.alone and other.alone:
+            target.ratios[run.name] = run.decode_rate / other.decode_rate
+        else:
+            target.left_out.append(run.name)

@@ -68,6 +68,10 @@ class Process:
         self.hello = self._answer()
         self.version: str = self.hello["version"]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.
 
