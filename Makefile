@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: help demo bench bench-models test test-integrations test-all test-neon sanitize lint format tables build clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
 	@mkdir -p build

@@ -5,7 +5,8 @@
     python -m benchmarks.bench_models --models llama --formats q4k --no-peers
     python -m benchmarks.bench_models --from FILE.json     the tables of a run again, nothing measured
 
-Writes models-<cpu>-<date>.json and .md to benchmarks/results, the checkpoints to build/models. README.md says how to get the peers.
+Writes models-<cpu>-<date>.json and .md to benchmarks/results (of small models to build), the checkpoints to build/models.
+README.md says how to get the peers.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--formats", nargs="+", metavar="FORMAT", default=list(FORMATS))
     parser.add_argument("--no-peers", action="store_true", help="no other libraries")
-    parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results; with --quick build")
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args()
     if args.source:
@@ -130,7 +131,8 @@ def main() -> int:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
         results = measure(args.models, formats, quick=args.quick, peers=not args.no_peers)
-        stem = args.output / f"models-{host.slug()}-{time.strftime('%Y-%m-%d')}.json"
+        folder = args.output or (ROOT / "build" if args.quick else FOLDER)
+        stem = folder / f"models-{host.slug()}-{time.strftime('%Y-%m-%d')}.json"
     paths = write(results, stem)
     print(targets_table(judge(results)))
     print("\nwritten: " + ", ".join(map(str, paths)))

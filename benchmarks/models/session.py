@@ -130,11 +130,13 @@ class Session:
         """Save what is loaded, and load that in a fresh process."""
         process.ask("save", folder=str(folder))
         fresh = self._start(ISQTORCH)
-        loaded = fresh.ask("load", source=str(folder), fmt="")
-        run.reload.append(loaded["seconds"])
-        run.reload_peak = loaded["peak"]
-        run.identical = fresh.ask("digest") == process.ask("digest")
-        fresh.close()
+        try:
+            loaded = fresh.ask("load", source=str(folder), fmt="")
+            run.reload.append(loaded["seconds"])
+            run.reload_peak = loaded["peak"]
+            run.identical = fresh.ask("digest") == process.ask("digest")
+        finally:
+            fresh.close()
 
     def _check(self, run: Run, process: Process, name: str, work: Path) -> float | None:
         """The distance of the logits from the bf16 model's.
