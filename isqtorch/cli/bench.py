@@ -106,7 +106,7 @@ def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] |
     given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
     given["--device"] = args.device
     if fmt is not None:
-        given |= {f"--{name}": value for name, value in policy_options(args).items()}
+        given |= {"--" + name.replace("_", "-"): value for name, value in policy_options(args).items()}
     for option, value in given.items():
         if value is not None:
             command += [option, str(value)]

@@ -151,8 +151,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "cut blocks": cut_blocks,
     "fully sharded": fully_sharded,
     "fully sharded, training": fully_sharded_training,
-    # "experts, tensor parallel": lambda: experts({"tp_size": 2}),
-    # "experts, expert parallel": lambda: experts({"tp_size": 2, "ep_size": 2}),
+    "experts, tensor parallel": lambda: experts({"tp_size": 2}),
+    "experts, expert parallel": lambda: experts({"tp_size": 2, "ep_size": 2}),
 }
 
 
