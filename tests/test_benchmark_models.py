@@ -168,7 +168,6 @@ def test_rows_of_a_rotated_matrix() -> None:
 
 
 def test_a_model_that_has_no_gguf_says_so(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(Unavailable, match="no GGUF of a bert"):
         write_gguf(tmp_path, tmp_path / "model.gguf")

@@ -41,9 +41,6 @@ def write_gguf(folder: Path, path: Path) -> None:
     Raises:
         Unavailable: another architecture, or a format that ggml does not have.
     """
-    import gguf
-    from safetensors.torch import load_file
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family = config["model_type"]
     if family not in _ARCHITECTURES:
@@ -52,6 +49,9 @@ def write_gguf(folder: Path, path: Path) -> None:
     foreign = sorted({fmt for fmt in formats.values() if fmt not in TYPES})
     if foreign:
         raise Unavailable(f"ggml does not have {', '.join(foreign)}")
+    import gguf
+    from safetensors.torch import load_file
+
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[family])
     _facts(writer, config)
     for file in sorted(folder.glob("*.safetensors")):
