@@ -18,10 +18,10 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-integrations test-all test-neon sanitize lint format tables build clean
+.PHONY: help demo bench bench-models test test-integrations test-all test-neon sanitize lint format tables build clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
 	@mkdir -p build
@@ -29,6 +29,9 @@ demo: build  ## quantize the demo model to every kind of format; a table, and a 
 
 bench: build  ## speed against its targets and other libraries, in benchmarks/results; QUICK=1 for a short look
 	$(PYTHON) -m benchmarks.report $(if $(QUICK),--quick)
+
+bench-models: build  ## loading and speed of whole models, in benchmarks/results; 10 GB of memory; QUICK=1 for a short look
+	$(PYTHON) -m benchmarks.bench_models $(if $(QUICK),--quick)
 
 test: build  ## the test suite, but for tests/integrations
 	$(PYTHON) -m pytest --ignore tests/integrations

@@ -40,11 +40,13 @@ class Target:
     need: float
     at_most: bool = False
     percent: bool = False
+    unit: str = "x"
     ratios: dict[str, float] = field(default_factory=dict)
     needs: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)  # what else is not as it should be
     left_out: list[str] = field(default_factory=list)  # measured, but in circumstances that make it worthless
+    missing: list[str] = field(default_factory=list)  # why something was not measured
 
     def meets(self, name: str) -> bool:
         need, ratio = self.needs.get(name, self.need), self.ratios[name]
@@ -74,7 +76,7 @@ class Target:
         return f" ({100 * self.ratios[name] / self.limits[name]:.0f} % of what the bandwidth allows, {self.limits[name]:.2f}x)"
 
     def show(self, ratio: float) -> str:
-        return f"{100 * ratio:.0f} %" if self.percent else f"{ratio:.2f}x"
+        return f"{100 * ratio:.0f} %" if self.percent else f"{ratio:.2f}{self.unit}"
 
     @property
     def target(self) -> str:
@@ -92,7 +94,7 @@ class Target:
             good = sum(map(self.meets, self.ratios))
             text = f"{good} of {len(self.ratios)}; worst {self.worst}: {self.show(self.ratios[self.worst])}"
         left_out = [f"{len(self.left_out)} left out: other work took a core"] if self.left_out else []
-        return "; ".join([text, *self.failed, *left_out])
+        return "; ".join([text, *self.failed, *left_out, *self.missing])
 
 
 def judge(results: Results, pace: dict[str, str]) -> list[Target]:

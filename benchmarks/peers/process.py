@@ -36,25 +36,22 @@ class Remote:
         return Spent(**self._process.ask("run", key=self._key, calls=calls))
 
 
-class PeerProcess:
-    """A peer, started.
+class Process:
+    """A process that answers requests, each one JSON object on a line; `worker.serve` is its other end.
 
-    Args:
-        name: its module in this package.
-        environment: variables for it alone, such as ISQTORCH_GGML_LIB of another build.
-        python: which one runs it; default ISQTORCH_PEERS_PYTHON, which may have the peers installed, or this one.
+    Attributes:
+        name: for messages.
+        hello, version: what it said of itself when it started.
 
     Raises:
-        Unavailable: it is not installed, or does not start.
+        Unavailable: it does not start, and why.
     """
 
-    def __init__(self, name: str, environment: dict[str, str] | None = None, python: str = "") -> None:
-        self.name = module(name).NAME
-        python = python or os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
-        self._command = [python, "-m", f"{__package__}.worker", name]
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str] | None = None, errors: int | None = None
+    ) -> None:
+        self.name, self._command, self._errors = name, command, errors
         self._environment = {**os.environ, **(environment or {})}
-        self._keys = itertools.count()
-        self._broken: set[str] = set()  # paths that the process dies of
         self._start()
 
     def _start(self) -> None:
@@ -62,28 +59,18 @@ class PeerProcess:
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             bufsize=1,
             cwd=ROOT,
             env=self._environment,
         )
-        hello = self._answer()
-        self.version, self.formats = hello["version"], hello["formats"]
+        self.hello = self._answer()
+        self.version: str = self.hello["version"]
 
-    def probe(self, fmt: str) -> list[str]:
-        """Try every path on a small product. Paths that kill the process are not used again; returns what happened to them."""
-        found = []
-        for path in self.paths(fmt):
-            try:
-                self.linear(fmt, path, (512, 512), 32)
-                self.drop()
-            except Unavailable as reason:
-                if self._process.poll() is not None:
-                    self._broken.add(path)
-                    found.append(f"{reason}, on its path {path}")
-                    self._start()
-        return found
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One request and its answer.
@@ -108,6 +95,49 @@ class PeerProcess:
             raise Unavailable(answer["unavailable"])
         return answer
 
+    def close(self) -> None:
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait()
+
+
+class PeerProcess(Process):
+    """A peer, started.
+
+    Args:
+        name: its module in this package.
+        environment: variables for it alone, such as ISQTORCH_GGML_LIB of another build.
+        python: which one runs it; default ISQTORCH_PEERS_PYTHON, which may have the peers installed, or this one.
+
+    Raises:
+        Unavailable: it is not installed, or does not start.
+    """
+
+    def __init__(self, name: str, environment: dict[str, str] | None = None, python: str = "") -> None:
+        python = python or os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
+        self._keys = itertools.count()
+        self._broken: set[str] = set()  # paths that the process dies of
+        command = [python, "-m", f"{__package__}.worker", name]
+        super().__init__(module(name).NAME, command, environment, subprocess.DEVNULL)
+
+    def _start(self) -> None:
+        super()._start()
+        self.formats: list[str] = self.hello["formats"]
+
+    def probe(self, fmt: str) -> list[str]:
+        """Try every path on a small product. Paths that kill the process are not used again; returns what happened to them."""
+        found = []
+        for path in self.paths(fmt):
+            try:
+                self.linear(fmt, path, (512, 512), 32)
+                self.drop()
+            except Unavailable as reason:
+                if self._process.poll() is not None:
+                    self._broken.add(path)
+                    found.append(f"{reason}, on its path {path}")
+                    self._start()
+        return found
+
     def paths(self, fmt: str) -> list[str]:
         return [path for path in self.ask("paths", fmt=fmt)["paths"] if path not in self._broken]
 
@@ -130,8 +160,3 @@ class PeerProcess:
     def drop(self) -> None:
         """Free what was prepared."""
         self.ask("drop")
-
-    def close(self) -> None:
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from . import Array, Unavailable
 from ._torch import LayerProduct
 
 NAME = "torchao"
 INSTALL = "pip install torchao"
 FORMATS = ("int8", "int4")
+
+
+def configuration(fmt: str) -> object:
+    """torchao's description of one of `FORMATS`."""
+    from torchao import quantization
+
+    if fmt == "int8":
+        return quantization.Int8WeightOnlyConfig()
+    return quantization.Int4WeightOnlyConfig(
+        group_size=64, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
 
 
 class TorchAO:
@@ -27,18 +36,11 @@ class TorchAO:
         import torch
         from torchao import quantization
 
-        configs: dict[str, Callable[[], object]] = {
-            "int8": quantization.Int8WeightOnlyConfig,
-            "int4": lambda: quantization.Int4WeightOnlyConfig(
-                group_size=64, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-            ),
-        }
-
         def build() -> torch.nn.Module:
             layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
             layer.weight.data.copy_(torch.from_numpy(weight))
             try:
-                quantization.quantize_(layer, configs[fmt]())
+                quantization.quantize_(layer, configuration(fmt))
             except Exception as error:  # the library's word on what it has no kernel for
                 raise Unavailable(f"torchao: {' '.join(str(error).split())[:100]}") from error
             layer.requires_grad_(False)

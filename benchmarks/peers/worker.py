@@ -78,11 +78,12 @@ class Worker:
         return self._exact[n, k, m]
 
 
-def main() -> int:
+def serve(open: Callable[[], Any]) -> int:
+    """Answer requests with the methods of what `open` gives; the first answer is that of `hello`."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print what they like to standard output
     try:
-        worker = Worker(sys.argv[1])
+        worker = open()
         answers.write(json.dumps(worker.hello()) + "\n")
         for line in sys.stdin:
             request = json.loads(line)
@@ -97,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(lambda: Worker(sys.argv[1])))

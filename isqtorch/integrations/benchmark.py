@@ -71,8 +71,8 @@ def measure(
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt_len), generator=generator).to(model.device)
 
-    _timed(model, ids, 2)  # the first run is slower: threads start, memory is touched
-    runs = [_timed(model, ids, gen_len) for _ in range(repeat)]
+    timed_generate(model, ids, 2)  # the first run is slower: threads start, memory is touched
+    runs = [timed_generate(model, ids, gen_len) for _ in range(repeat)]
     prefill = [prompt_len / first for first, _ in runs]
     decode = [(gen_len - 1) / rest for _, rest in runs]
     return Measured(
@@ -92,7 +92,7 @@ def measure(
     )
 
 
-def _timed(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
+def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
     """Seconds until the first of `new` tokens, and from there to the last."""
     stamps: list[float] = []
 

@@ -1,18 +1,16 @@
-"""A Llama checkpoint of a real layer's shape and any number of layers, written with little memory."""
+"""Checkpoints of a real layer's shape and any number of layers, written with little memory."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import torch
+from benchmarks.models.checkpoints import write
 
 
 def write_llama(folder: Path | str, layers: int, shard_size: str = "600MB") -> int:
     """bf16, hidden 2048, 67 M weights per layer, 8192 words; returns its bytes. 15 layers are 2.1 GB."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=2048,
@@ -23,22 +21,13 @@ def write_llama(folder: Path | str, layers: int, shard_size: str = "600MB") -> i
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data = (
-            torch.ones_like(parameter) if parameter.dim() == 1 else torch.empty_like(parameter).uniform_(-0.03, 0.03)
-        )
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return write(config, folder, shard_size)
 
 
 def write_moe(folder: Path | str, layers: int, experts: int = 24) -> int:
     """A Qwen3-MoE in bf16 with experts of 1.6 M weights in three matrices; returns its bytes. Two layers are 160 MB."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig
 
-    torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=1024,
         hidden_size=1024,
@@ -51,10 +40,4 @@ def write_moe(folder: Path | str, layers: int, experts: int = 24) -> int:
         head_dim=64,
         dtype="bfloat16",
     )
-    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-if __name__ == "__main__":
-    print(write_llama(sys.argv[1], int(sys.argv[2])))
+    return write(config, folder)

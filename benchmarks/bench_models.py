@@ -1,0 +1,143 @@
+"""Whole models of real shapes with made-up weights: what loading takes, how fast they generate, against the targets and other libraries.
+
+    python -m benchmarks.bench_models                      bf16, q8_0, q4k, afq4 and peers: some minutes on two cores, 10 GB of memory
+    python -m benchmarks.bench_models --quick              small models: to see that it runs
+    python -m benchmarks.bench_models --models llama --formats q4k --no-peers
+    python -m benchmarks.bench_models --from FILE.json     the tables of a run again, nothing measured
+
+Writes models-<cpu>-<date>.json and .md to benchmarks/results (of small models to build), the checkpoints to build/models.
+README.md says how to get the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from .models import tables
+from .models.results import ModelResults
+from .models.targets import judge
+from .tables import misses, targets_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+CACHE = ROOT / "build" / "models"
+MODELS = ("llama", "moe")
+FORMATS = ("q8_0", "q4k", "afq4")
+
+HOW = """`llama` has the shapes of Llama-3.2-1B, `moe` three layers of Qwen3-30B-A3B with 64 experts and fewer words; the weights are made
+up. Every library and format has a process of its own. Memory is in MB of 10^6 bytes over that process after its imports: the most
+while loading, of everything and of what is not a page of a file, and what stays. Times are wall seconds with all cores; files are
+in the page cache. Loading, reading the files and quantizing matrices of the same shapes that are in memory run in turns, and the
+best of each counts; memory is that of the first load. What was saved (`save_original_format=False`) is loaded once, by a fresh
+process. Then all processes of a model generate in turns, with a cache, one sequence, greedy: prefill is the tokens of the prompt
+over the time until the first new token, decode is new tokens per second after it, medians of all rounds; who takes long has one
+round, and speeds are not judged where other programs took more than a tenth of the machine. Logits are compared with the bf16
+model's before anything is timed; llama.cpp computes with the very bytes that we saved. The overhead of a layer is CPU time on one
+thread."""
+
+
+def measure(models: list[str], formats: list[str], *, quick: bool, peers: bool, cache: Path = CACHE) -> ModelResults:
+    """Run everything for these models and formats."""
+    from . import host
+    from .models.session import Session
+
+    began = time.perf_counter()
+    cache.mkdir(parents=True, exist_ok=True)
+    python = os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
+    session = Session(cache, rounds=2 if quick else 3, new=6 if quick else 20, python=python)
+    session.overhead(formats)
+    for model in models:
+        session.model(f"{model}-small" if quick else model, formats, peers=peers)
+    results = session.results
+    results.facts |= {"host": host.facts([]), "quick": quick, "command": command(models, formats, quick, peers)}
+    results.facts["seconds"] = round(time.perf_counter() - began)
+    return results
+
+
+def command(models: list[str], formats: list[str], quick: bool, peers: bool) -> str:
+    """What measures the same again."""
+    options = ["--quick"] * quick + ["--no-peers"] * (not peers)
+    return " ".join(["python -m benchmarks.bench_models --models", *models, "--formats", *formats, *options])
+
+
+def markdown(results: ModelResults) -> str:
+    """The whole report."""
+    facts, targets = results.facts, judge(results)
+    lines = [*facts["host"], tables.noise(results), f"{facts['seconds']} s in all"]
+    skipped = [f"{what}: {why}" for what, why in results.skipped.items()] or ["nothing was left out"]
+    small = ["**Small models: this shows that it runs; the targets are for the large ones.**"] if facts["quick"] else []
+    parts = [
+        "# Models",
+        *small,
+        HOW,
+        f"    OMP_WAIT_POLICY=passive {facts['command']}",
+        "## Targets",
+        targets_table(targets),
+        "### Below target",
+        misses(targets),
+        "## Machine",
+        _bullets(lines),
+        "## Loading",
+        tables.loading_table(results),
+        "## Loading what was saved",
+        tables.reload_table(results),
+        "## Tokens per second",
+        tables.speed_table(results),
+        "## Overhead of a layer",
+        tables.overhead_table(results),
+        "## Not measured",
+        _bullets(skipped),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def write(results: ModelResults, stem: Path) -> list[Path]:
+    """JSON and Markdown; returns what was written."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
+    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(markdown(results), encoding="utf-8")
+    return paths
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", default=list(FORMATS))
+    parser.add_argument("--no-peers", action="store_true", help="no other libraries")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results; with --quick build")
+    parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
+    args = parser.parse_args()
+    if args.source:
+        results, stem = ModelResults.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+    else:
+        from isqtorch import get_format
+
+        from . import host
+
+        try:
+            formats = [get_format(name).name for name in args.formats]
+        except ValueError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 1
+        results = measure(args.models, formats, quick=args.quick, peers=not args.no_peers)
+        folder = args.output or (ROOT / "build" if args.quick else FOLDER)
+        stem = folder / f"models-{host.slug()}-{time.strftime('%Y-%m-%d')}.json"
+    paths = write(results, stem)
+    print(targets_table(judge(results)))
+    print("\nwritten: " + ", ".join(map(str, paths)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

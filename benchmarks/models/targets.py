@@ -1,0 +1,60 @@
+"""The targets for whole models, and whether the measurements meet them."""
+
+from __future__ import annotations
+
+from ..targets import Target
+from .engines import BF16, LLAMA_CPP, TRANSFORMERS
+from .results import ModelResults, Run
+
+PROMPTS = (128, 512)  # tokens; a reply follows the first
+JUDGED = "q4k"  # the format of which most is asked
+
+
+def judge(results: ModelResults) -> list[Target]:
+    """All targets. A model that was not measured says why in its row."""
+    peaks = {
+        model: Target(
+            f"peak memory while loading, {model} at {JUDGED}", "packed size", 1.10, at_most=True, percent=True
+        )
+        for model in ("llama", "moe")
+    }
+    reload = Target("loading a packed checkpoint", "wall time", 1.0, at_most=True, unit=" s")
+    anonymous = Target("anonymous memory of a packed checkpoint", "its size", 0.05, at_most=True, percent=True)
+    load = Target("load and quantize", "the longer of reading and quantizing alone", 1.3, at_most=True)
+    overhead = Target("QuantLinear", "its operator alone", 3.0, at_most=True, unit=" us")
+    bf16 = Target(f"decoding, llama at {JUDGED}", "bf16, same run", 2.5)
+    other = Target("decoding", "llama.cpp, same weights, same run", 1.0)
+
+    for run in results.ours():
+        peak = peaks.get(run.model)
+        if peak and run.format == JUDGED and run.peak:
+            peak.ratios[run.name] = run.peak["total"] / run.size
+        if run.reload:
+            reload.ratios[run.name] = min(run.reload)
+            if run.reload_peak:
+                anonymous.ratios[run.name] = run.reload_peak["anonymous"] / run.size
+            if run.identical is False:
+                reload.failed.append(f"{run.name}: other weights than were saved")
+        ratio = run.load_ratio()
+        if ratio is not None:
+            load.ratios[run.name] = ratio
+        if (run.model, run.format) == ("llama", JUDGED):
+            _compare(bf16, run, results.find(run.model, BF16, TRANSFORMERS))
+        _compare(other, run, results.find(run.model, run.format, LLAMA_CPP))
+    overhead.ratios = {fmt: found["microseconds"] for fmt, found in results.overhead.items()}
+
+    for what, why in results.skipped.items():
+        if what == f"moe isqtorch {JUDGED}":
+            peaks["moe"].missing.append(why)
+        if what == LLAMA_CPP:
+            other.missing.append(why)
+    return [*peaks.values(), reload, anonymous, load, overhead, bf16, other]
+
+
+def _compare(target: Target, run: Run, other: Run | None) -> None:
+    """How many times as fast we decode, where both had the machine."""
+    if other and run.decode_rate and other.decode_rate:
+        if run.alone and other.alone:
+            target.ratios[run.name] = run.decode_rate / other.decode_rate
+        else:
+            target.left_out.append(run.name)
