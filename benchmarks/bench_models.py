@@ -68,7 +68,13 @@ def command(models: list[str], formats: list[str], quick: bool, peers: bool) -> 
 def markdown(results: ModelResults) -> str:
     """The whole report."""
     facts, targets = results.facts, judge(results)
-    lines = [*facts["host"], tables.noise(results), f"{facts['seconds']} s in all"]
+    versions = [f"{who} {version}" for who, version in facts.get("versions", {}).items() if who != "isqtorch"]
+    lines = [
+        *facts["host"],
+        f"libraries: {', '.join(versions) or 'none'}",
+        tables.noise(results),
+        f"{facts['seconds']} s in all",
+    ]
     skipped = [f"{what}: {why}" for what, why in results.skipped.items()] or ["nothing was left out"]
     small = ["**Small models: this shows that it runs; the targets are for the large ones.**"] if facts["quick"] else []
     parts = [

@@ -25,10 +25,10 @@ from .results import ModelResults, Run
 from .targets import PROMPTS
 
 _UNRELATED = 0.9  # logits this far from those of the bf16 model are not those of the same model
-_SLOW = 3.0  # seconds for the new tokens of one turn: slower libraries get fewer
+_SLOW = 2.0  # seconds for the new tokens of one turn: slower libraries get fewer
 _FEWEST = 3
-_LONG = 6.0  # seconds of generating in a round: who takes longer has one round
-_LOADING = 8.0  # seconds of loading and quantizing: slower formats do it twice, others more often
+_LONG = 5.0  # seconds of generating in a round: who takes longer has one round
+_LOADING = 4.0  # seconds of loading and quantizing: slower formats do it twice, others more often
 
 
 @dataclass
@@ -101,6 +101,7 @@ class Session:
         except Unavailable as reason:
             self._skip(run.who, str(reason))
             return
+        self.results.facts.setdefault("versions", {})[run.who] = process.version
         try:
             self._load(run, process, source, work)
             run.error = self._check(run, process, name, work)
