@@ -1,0 +1,192 @@
+// What a GPU does and C++ cannot say, as functions: for nvcc with the hardware's instructions, and for the emulator of
+// the tests (tests/emulator) in plain C++. Kernels include this file and nothing of CUDA's own.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define ISQ_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+#define ISQ_DYNAMIC_SHARED(type, name)          \
+  extern __shared__ uint4 isq_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(isq_dynamic_shared)
+#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#else
+#include "cuda.h"
+#include "tensor_core.h"
+#endif
+
+#define ISQ_DEVICE __device__ __forceinline__
+
+namespace isqtorch::gpu {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// ---- bits
+// ------------------------------------------------------------------------------------------------------------
+
+// Any function of three bits, bit by bit: `table` bit (4a + 2b + c) is its value.
+template <int table>
+ISQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(table));
+  return d;
+#else
+  uint32_t d = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return d;
+#endif
+}
+
+// Four bytes out of the eight of a (0 .. 3) and b (4 .. 7): nibble i of `choice` names byte i.
+ISQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t choice) {
+#if defined(__CUDACC__)
+  return __byte_perm(a, b, choice);
+#else
+  const uint64_t bytes = a | (uint64_t)b << 32;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) d |= (uint32_t)(bytes >> 8 * (choice >> 4 * i & 7) & 255) << 8 * i;
+  return d;
+#endif
+}
+
+// ---- 16-bit floats
+// -----------------------------------------------------------------------------------------------------
+
+ISQ_DEVICE float f16_to_f32(uint16_t h) {
+#if defined(__CUDACC__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#else
+  return simt::f16_to_f32(h);
+#endif
+}
+ISQ_DEVICE uint16_t f32_to_f16(float f) {
+#if defined(__CUDACC__)
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#else
+  return simt::f32_to_f16(f);
+#endif
+}
+ISQ_DEVICE float bf16_to_f32(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+ISQ_DEVICE uint16_t f32_to_bf16(float f) {
+#if defined(__CUDACC__)
+  uint16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#else
+  return simt::f32_to_bf16(f);
+#endif
+}
+
+// Two floats as two 16-bit ones, the first in the low half.
+ISQ_DEVICE uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return simt::f32_to_bf16(low) | (uint32_t)simt::f32_to_bf16(high) << 16;
+#endif
+}
+ISQ_DEVICE uint32_t pack_f16(float low, float high) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return simt::f32_to_f16(low) | (uint32_t)simt::f32_to_f16(high) << 16;
+#endif
+}
+
+// ---- matrix units
+// ------------------------------------------------------------------------------------------------------
+
+enum class Element : int { kF16, kBf16 };
+
+// d[16][8] += a[16][16] b[16][8], spread over the warp as the m16n8k16 instruction has it: with g = lane / 4 and
+// t = lane % 4, a[i] holds rows g + 8 (i % 2) and columns 2 t, 2 t + 1 (+ 8 for i >= 2); b[i] rows 2 t, 2 t + 1 (+ 8 i)
+// of column g; d[i] row g + 8 (i / 2) and column 2 t + i % 2.
+template <Element element>
+ISQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  if constexpr (element == Element::kF16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#else
+  simt::multiply_add(d, a, b, element == Element::kBf16);
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of matrix l / 8, 16
+// bytes and aligned so, and gets columns 2 (l % 4), + 1 of row l / 4 of each. `transposed`: of each matrix transposed.
+template <bool transposed = false>
+ISQ_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+#if defined(__CUDACC__)
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+  if constexpr (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  }
+#else
+  simt::load_matrices(r, row, transposed);
+#endif
+}
+
+// ---- asynchronous copies
+// -----------------------------------------------------------------------------------------------
+
+// 16 bytes from global to shared memory, both aligned so; zeros if !keep.
+ISQ_DEVICE void copy_async(void* to, const void* from, bool keep = true) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
+               "r"(keep ? 16 : 0)
+               : "memory");
+#else
+  simt::copy_async(to, from, keep);
+#endif
+}
+// Ends a group of copies.
+ISQ_DEVICE void end_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  simt::end_copies();
+#endif
+}
+// Waits for this thread's copies, but not for its newest `newest` groups. A block barrier must follow before other
+// threads may read what was copied.
+template <int newest>
+ISQ_DEVICE void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+#else
+  simt::wait_for_copies(newest);
+#endif
+}
+
+}  // namespace isqtorch::gpu

@@ -1,0 +1,331 @@
+#include "simt.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "buffers.h"
+#include "fiber.h"
+
+namespace simt {
+
+Options options;
+Counts counts;
+thread_local Thread* self = nullptr;
+
+namespace {
+
+enum class State : uint8_t { kReady, kWaiting, kDone };
+
+struct GpuThread {
+  Fiber fiber;
+  Thread view;
+  std::vector<Copy> copies;
+  State state = State::kDone;
+  Meeting at = Meeting::kNone;
+  int turn = 0;  // place in the order
+};
+
+struct Warp {
+  uint32_t alive = 0, arrived = 0, mask = 0;
+  Meeting kind = Meeting::kNone;
+  int parity = 0;  // the next meeting uses the other words: slow lanes still read these
+  Words words[2][kWarp];
+  char barrier[2] = {};  // tokens for happens_before, by parity: nobody is two meetings behind
+};
+
+// One block at a time, on one OS thread.
+struct Block {
+  std::vector<std::unique_ptr<GpuThread>> threads;  // kept from block to block, with their stacks
+  std::vector<Warp> warps;
+  std::vector<int> order;  // thread by turn
+  std::vector<std::max_align_t> shared;
+  std::vector<void*> poisoned;
+  Fiber main;
+  GpuThread* running = nullptr;
+  const std::function<void()>* body = nullptr;
+  int size = 0, alive = 0, at_barrier = 0;
+  uint64_t switches = 0;
+  std::string error;
+  int parity = 0;                                // of the next block barrier
+  char started = 0, ended = 0, barrier[2] = {};  // tokens for happens_before
+};
+thread_local Block* current = nullptr;
+thread_local std::string last_error;
+
+void go_to(GpuThread& from, GpuThread& to) {
+  current->running = &to;
+  ++current->switches;
+  self = &to.view;
+  Fiber::switch_to(from.fiber, to.fiber);
+}
+
+// The next thread after this turn that can go on, or null.
+GpuThread* next_ready(int turn) {
+  for (int i = 1; i <= current->size; ++i) {
+    GpuThread& candidate = *current->threads[current->order[(turn + i) % current->size]];
+    if (candidate.state == State::kReady) return &candidate;
+  }
+  return nullptr;
+}
+
+[[noreturn]] void leave(GpuThread& from) {
+  Fiber::switch_to(from.fiber, current->main, true);
+  std::abort();
+}
+
+[[noreturn]] void fail_stuck() {
+  static const char* const kPlaces[] = {"nothing",          "a shuffle",     "a vote",         "a warp barrier",
+                                        "a matrix product", "a matrix load", "a block barrier"};
+  int waiting[7] = {};
+  for (int i = 0; i < current->size; ++i) {
+    const GpuThread& thread = *current->threads[i];
+    if (thread.state == State::kWaiting) ++waiting[(int)thread.at];
+  }
+  std::string text = "deadlock:";
+  for (int i = 0; i < 7; ++i) {
+    if (waiting[i]) text += " " + std::to_string(waiting[i]) + " threads wait at " + kPlaces[i] + ",";
+  }
+  fail(text + " and " + std::to_string(current->size - current->alive) + " have ended");
+}
+
+void wait_here() {
+  GpuThread& me = *current->running;
+  me.state = State::kWaiting;
+  GpuThread* const next = next_ready(me.turn);
+  if (!next) fail_stuck();
+  go_to(me, *next);
+}
+
+void open_block_barrier() {
+  current->at_barrier = 0;
+  current->parity ^= 1;
+  for (int i = 0; i < current->size; ++i) {
+    GpuThread& thread = *current->threads[i];
+    if (thread.state == State::kWaiting && thread.at == Meeting::kBlockBarrier) thread.state = State::kReady;
+  }
+}
+
+void thread_main() {
+  GpuThread& me = *current->running;
+  Fiber::arrived(me.fiber, current->main);
+  happens_after(&current->started);
+  (*current->body)();
+  happens_before(&current->ended);
+  me.copies.clear();
+  me.state = State::kDone;
+  --current->alive;
+  Warp& warp = current->warps[me.view.warp];
+  warp.alive &= ~(1u << me.view.lane);
+  if (current->alive && current->at_barrier) {
+    fail("a thread ends while " + std::to_string(current->at_barrier) +
+         " threads of its block wait at a block barrier");
+  }
+  GpuThread* const next = next_ready(me.turn);
+  if (!next && current->alive) fail_stuck();
+  if (!next) leave(me);
+  current->running = next;
+  ++current->switches;
+  self = &next->view;
+  Fiber::switch_to(me.fiber, next->fiber, true);
+  std::abort();
+}
+
+// An order of n things.
+std::vector<int> ordered(int n) {
+  std::vector<int> order(n);
+  for (int i = 0; i < n; ++i) order[i] = options.order == Order::kReverse ? n - 1 - i : i;
+  if (options.order == Order::kShuffled) {
+    uint32_t state = options.seed;
+    for (int i = n - 1; i > 0; --i) {
+      state = state * 1664525u + 1013904223u;
+      std::swap(order[i], order[(state >> 8) % (i + 1)]);
+    }
+  }
+  return order;
+}
+
+void prepare(Block& block, Dim threads, size_t shared_bytes, const std::function<void()>& body) {
+  block.size = threads.count();
+  block.body = &body;
+  while ((int)block.threads.size() < block.size) block.threads.push_back(std::make_unique<GpuThread>());
+  block.warps.resize((block.size + kWarp - 1) / kWarp);
+  block.shared.resize((shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+  block.order = ordered(block.size);
+  for (int i = 0; i < block.size; ++i) block.threads[block.order[i]]->turn = i;
+}
+
+void run_block(Block& block, Dim index, Dim grid, Dim threads) {
+  block.alive = block.size;
+  block.at_barrier = 0;
+  block.poisoned.clear();
+  char* const shared = reinterpret_cast<char*>(block.shared.data());
+  std::fill(shared, shared + block.shared.size() * sizeof(std::max_align_t), (char)0xff);
+  for (Warp& warp : block.warps) warp = Warp();
+  for (int i = 0; i < block.size; ++i) {
+    GpuThread& thread = *block.threads[i];
+    const unsigned u = i;
+    thread.state = State::kReady;
+    thread.at = Meeting::kNone;
+    thread.copies.clear();
+    thread.view = {{u % threads.x, u / threads.x % threads.y, u / (threads.x * threads.y)},
+                   index,
+                   grid,
+                   threads,
+                   i % kWarp,
+                   i / kWarp,
+                   shared,
+                   &thread.copies};
+    block.warps[i / kWarp].alive |= 1u << i % kWarp;
+    thread.fiber.start(thread_main);
+  }
+  block.main.adopt_thread();
+  happens_before(&block.started);
+  GpuThread* const first = next_ready(block.size - 1);
+  block.running = first;
+  self = &first->view;
+  Fiber::switch_to(block.main, first->fiber);
+  self = nullptr;
+  happens_after(&block.ended);
+}
+
+}  // namespace
+
+bool stack_overflowed(const void* address) { return current && current->running->fiber.overflowed(address); }
+
+void fail(const std::string& what) {
+  const Dim &block = self->block, &thread = self->index;
+  const auto place = [](const Dim& d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  happens_before(&current->ended);
+  current->error = what + ": block " + place(block) + ", thread " + place(thread);
+  leave(*current->running);
+}
+
+void meet_block() {
+  GpuThread& me = *current->running;
+  if (current->alive != current->size) {
+    fail("a block barrier after " + std::to_string(current->size - current->alive) +
+         " threads of the block have ended");
+  }
+  me.at = Meeting::kBlockBarrier;
+  char* const token = &current->barrier[current->parity];
+  happens_before(token);
+  if (++current->at_barrier == current->alive) {
+    open_block_barrier();
+  } else {
+    wait_here();
+  }
+  happens_after(token);
+  me.at = Meeting::kNone;
+}
+
+Words* meet(Meeting kind, uint32_t mask, const uint64_t* words, int count, bool orders, void (*complete)(Words*)) {
+  GpuThread& me = *current->running;
+  Warp& warp = current->warps[me.view.warp];
+  const int lane = me.view.lane;
+  if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " calls a warp function whose mask leaves it out");
+  if (mask & ~warp.alive) fail("the mask of a warp function names lanes that have ended or do not exist");
+  if (warp.arrived && (warp.kind != kind || warp.mask != mask))
+    fail("warp divergence: two different functions, or masks, meet");
+  warp.kind = kind;
+  warp.mask = mask;
+  warp.arrived |= 1u << lane;
+  me.at = kind;
+  Words* const meeting = warp.words[warp.parity];
+  char* const token = &warp.barrier[warp.parity];
+  if (orders) happens_before(token);
+  for (int i = 0; i < count; ++i) meeting[lane][i] = words[i];
+  if (warp.arrived == mask) {
+    if (complete) complete(meeting);
+    warp.arrived = 0;
+    warp.parity ^= 1;
+    for (int l = 0; l < kWarp; ++l) {
+      if (!(mask >> l & 1)) continue;
+      GpuThread& other = *current->threads[me.view.warp * kWarp + l];
+      if (other.state == State::kWaiting) other.state = State::kReady;
+    }
+  } else {
+    wait_here();
+  }
+  me.at = Meeting::kNone;
+  if (orders) happens_after(token);
+  return meeting;
+}
+
+uint64_t shuffle_word(uint32_t mask, uint64_t word, int from, bool valid) {
+  const Words* all = meet(Meeting::kShuffle, mask, &word, 1, false);
+  if (!valid) return word;
+  if (!(mask >> from & 1)) fail("a shuffle reads lane " + std::to_string(from) + ", which its mask leaves out");
+  return all[from][0];
+}
+
+uint32_t ballot(uint32_t mask, bool vote) {
+  const uint64_t word = vote;
+  const Words* all = meet(Meeting::kVote, mask, &word, 1, false);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1) votes |= (uint32_t)all[lane][0] << lane;
+  }
+  return votes;
+}
+
+void poison(void* memory, size_t bytes) {
+  if (std::find(current->poisoned.begin(), current->poisoned.end(), memory) != current->poisoned.end()) return;
+  current->poisoned.push_back(memory);
+  volatile char* const at = static_cast<char*>(memory);  // an ordinary memset would be a race to ThreadSanitizer
+  for (size_t i = 0; i < bytes; ++i) at[i] = (char)0xff;
+}
+
+std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (grid.count() == 0) return "a launch of no blocks";
+  if (threads.count() == 0 || threads.count() > 1024)
+    return "a launch with " + std::to_string(threads.count()) + " threads per block";
+  const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+  std::atomic<uint64_t> next{0}, switches{0};
+  std::mutex mutex;
+  std::string error;
+  const auto work = [&] {
+    static thread_local Block block;
+    use_signal_stack();
+    prepare(block, threads, shared_bytes, body);
+    block.switches = 0;
+    block.error.clear();
+    current = &block;
+    for (uint64_t turn; (turn = next++) < blocks;) {
+      const uint64_t i = options.order == Order::kReverse ? blocks - 1 - turn : turn;
+      const Dim index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
+                         (unsigned)(i / ((uint64_t)grid.x * grid.y))};
+      run_block(block, index, grid, threads);
+      if (!block.error.empty()) next = blocks;  // nobody starts another one
+    }
+    current = nullptr;
+    switches += block.switches;
+    const std::lock_guard lock(mutex);
+    if (error.empty()) error = block.error;
+  };
+  const CatchFaults catch_faults;
+  const uint64_t processors = options.workers ? options.workers : std::max(1u, std::thread::hardware_concurrency());
+  const uint64_t workers = std::min(processors, blocks);
+  if (workers == 1) {
+    work();
+  } else {
+    std::vector<std::thread> threads_of_os;
+    for (uint64_t i = 0; i < workers; ++i) threads_of_os.emplace_back(work);
+    for (std::thread& thread : threads_of_os) thread.join();
+  }
+  counts.switches += switches;
+  return error;
+}
+
+void remember_error(const std::string& error) {
+  if (last_error.empty()) last_error = error;
+}
+
+std::string take_error() { return std::exchange(last_error, {}); }
+
+}  // namespace simt
