@@ -8,6 +8,7 @@ VENV    ?= .venv
 
 PYTHON  := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Stamps: empty files that remember what was done. A changed prerequisite makes make do that step again, and no other.
 TORCH_STAMP   := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(TORCH)))
 INSTALL_STAMP := $(VENV)/.stamp-install
@@ -59,13 +60,13 @@ lint: build  ## ruff, mypy --strict, clang-format, generated tables
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) tests/neon/driver.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 	$(PYTHON) docs/tables.py --check
 
 format: build  ## rewrite sources in the house format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES) tests/neon/driver.cpp
+	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py
