@@ -63,7 +63,15 @@ def routing(tokens: int, slots: int, kind: str = "random") -> Tensor:
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 def test_agrees_with_the_reference_on_every_level(fmt: QuantFormat, level: str) -> None:
     packed = packed_experts(fmt)
-    for tokens, slots, kind in ((1, 4, "random"), (6, 2, "random"), (40, 3, "skewed")):
+    cases = (
+        (1, 4, "random"),
+        (6, 2, "random"),
+        (40, 3, "skewed"),
+        (7, 1, "one expert"),
+        (5, 3, "one expert"),
+        (29, 1, "one expert"),
+    )
+    for tokens, slots, kind in cases:
         ids = routing(tokens, slots, kind)
         generator = torch.Generator().manual_seed(tokens)
         for shape in ((tokens, packed.shape[-1]), (tokens, slots, packed.shape[-1])):

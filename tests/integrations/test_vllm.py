@@ -163,6 +163,16 @@ def test_packed_experts_are_refused() -> None:
         config.get_quant_method(fake_vllm.FusedMoE(), "model.layers.0.mlp.experts")
 
 
+def test_experts_that_stay_float_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"the experts of model\.layers\.0\.mlp\.experts stay float"):
+        assert config_of({"isq": 4}).get_quant_method(fake_vllm.FusedMoE(), "model.layers.0.mlp.experts") is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_layers_are_none_of_its_business() -> None:
+    assert config_of({"isq": 4}).get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

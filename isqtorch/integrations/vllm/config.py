@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from isqtorch.policy import FLOAT_DTYPES, LayerInfo, Request, decide, head_by_na
 from .methods import IsqEmbeddingMethod, IsqLinearMethod, IsqOnlineMethod
 
 _OP = "isq in vLLM"
+_EXPERTS = {"FusedMoE", "RoutedExperts"}  # vLLM's layers of experts, by version
 _OPTIONS = ("isq", "topology", "organization", "include", "exclude", "fallback")
 
 
@@ -80,6 +82,11 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
             raise NotImplementedError(
                 f"{_OP}: {experts[0]} holds packed experts, which are not supported in vLLM yet. Save the model with "
                 "IsqConfig(..., exclude='experts')."
+            )
+        if self.layers is None and _EXPERTS & {cls.__name__ for cls in type(layer).__mro__}:
+            warnings.warn(
+                f"{_OP}: the experts of {prefix} stay float, which is most of such a model: they are not packed in vLLM yet.",
+                stacklevel=2,
             )
         return None
 
