@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace isqtorch {
+#include "dtype.h"
 
-enum class Dtype : uint8_t { kF32, kF16, kBf16 };
+namespace isqtorch {
 
 // Which of several ways to choose the codes; only the affine family has more than one.
 enum class Rule : uint8_t { kDefault, kMlx };

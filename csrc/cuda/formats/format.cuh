@@ -1,0 +1,97 @@
+// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place that
+// knows its bytes.
+//
+// Two faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
+// floats. `codes` and `affine` give a product its operands without ever making a weight: integer codes as bf16 or f16
+// numbers, which a matrix unit multiplies with the activations, and what scales the sum afterwards:
+//
+//   sum of w x  =  scale * sum of (zero + code) x  +  (offset - zero * scale) * sum of x     over a group of weights
+//
+// A product takes a row in chunks of 256 weights, which every block size divides, so a chunk is whole blocks (the last
+// chunk of a row may have fewer). A chunk's bytes are copied to shared memory as they are and unpacked from there: the
+// blocks of most formats align to two bytes only, but rows of them are read in whole, aligned pieces.
+// A chunk is eight slices of 32 weights, a slice two matrix steps of 16.
+#pragma once
+
+#include "cuda/gpu.h"
+#include "dtype.h"
+
+namespace isqtorch::cuda {
+
+using namespace isqtorch::gpu;
+
+constexpr int kChunk = 256, kSlice = 32;
+
+// What one struct for a whole family has to be told at run time. Formats with a struct of their own ignore it.
+enum class Header : int { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
+struct Shape {
+  int block = 0, block_bytes = 0;  // weights and bytes of a block
+  Header header = Header::kScaleBiasBf16;
+};
+
+// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in memory,
+// in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t of a
+// quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
+enum class Order : int {
+  kQuads,  // pairs of 4t + {(0, 2), (1, 3)}, then of 16 + 4t + {(0, 2), (1, 3)}: a step is 16 weights in a row
+  kOcts,   // pairs of 8t + {(0, 4), (1, 5), (2, 6), (3, 7)}
+};
+
+// The numbers of a group: w = scale * code + offset.
+struct Affine {
+  float scale, offset;
+};
+
+// The rules for a format's struct, called F below:
+//
+//   using Block                        its bytes, or uint8_t where Shape has the size
+//   static constexpr int kBlock        weights in a block; 0 where Shape says so
+//   static constexpr int kAlign        of every block's address: 2 or 4
+//   static constexpr int kGroup        16 or 32: weights that share scale and offset (32 also where more do)
+//   static constexpr Order kOrder      kQuads if kGroup is 16
+//   static constexpr int kMaxChunkBytes
+//   kPieces<element>                   1, or 2 where a code needs two numbers that add up to zero + code
+//   kZero<element>                     what the pieces of a code add to it
+//   kSums<element>                     whether the sum of x is needed at all (false: zero and offset are always 0)
+//
+//   struct Row                         what a lane keeps in registers of one row's chunk
+//   static Row open(const uint8_t* chunk, const Shape&)
+//   static void codes<element>(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+//                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
+//   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
+//
+//   static void decode(const uint8_t* block, int first, const Shape&, float (&w)[8])
+//                                      weights first .. first + 7 (a multiple of 8) of a block, each rounding as in the
+//                                      reference; the compiler contracts nothing (-fmad=false)
+//
+// `chunk` and `block` align to kAlign and lie in shared or in global memory. `slice` and `group` are constants once the
+// loop around the call is unrolled.
+
+// ---- bytes
+// -----------------------------------------------------------------------------------------------------------
+
+ISQ_DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+
+// Four bytes whose address aligns to kAlign.
+template <int kAlign>
+ISQ_DEVICE uint32_t load_u32(const uint8_t* p) {
+  if constexpr (kAlign >= 4) return *reinterpret_cast<const uint32_t*>(p);
+  return load_u16(p) | load_u16(p + 2) << 16;
+}
+
+// ---- codes as 16-bit floats
+// ------------------------------------------------------------------------------------------
+
+// Integers below 128 (bf16) or 1024 (f16) in the low bits of a float whose unit in the last place is 1.
+template <Element element>
+constexpr uint32_t kMagic = element == Element::kBf16 ? 0x43004300u : 0x64006400u;
+template <Element element>
+constexpr float kMagicZero = element == Element::kBf16 ? 128.0f : 1024.0f;
+
+// The pair (zero + low code, zero + high code): the bits of both halves that `mask` leaves, for each half alike.
+template <Element element>
+ISQ_DEVICE uint32_t magic_pair(uint32_t bits, uint32_t mask) {
+  return lop3<0xea>(bits, mask, kMagic<element>);  // (bits & mask) | magic
+}
+
+}  // namespace isqtorch::cuda

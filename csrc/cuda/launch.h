@@ -1,0 +1,80 @@
+// The border between the operators and the kernels: plain structs and functions, no torch and no CUDA syntax, so that
+// nvcc never sees torch's headers and the tests' emulator compiles both sides.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace isqtorch::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Rows of a packed weight as floats: all of them, or those that ids name.
+struct DecodeJob {
+  const uint8_t* weight;  // [rows, k / block * block_bytes]
+  int64_t rows, k;
+  Dtype dtype;      // of out
+  void* out;        // [rows, k], or [count, k]
+  const void* ids;  // int32 or int64 [count], each below rows; null: every row
+  bool wide_ids;    // int64
+  int64_t count;    // of ids
+};
+
+// y = x w^T + bias for a few or many rows of x.
+struct LinearJob {
+  const void* x;  // [m, k] of dtype, 16-byte aligned
+  const uint8_t* weight;
+  const void* bias;  // [n] of dtype, or null
+  void* y;           // [m, n] of dtype
+  Dtype dtype;
+  int64_t m, n, k;
+};
+
+// Row (t, s) of y = x[t] (or x[t, s]) w[ids[t, s]]^T + bias[ids[t, s]]; zeros where ids[t, s] == experts.
+struct ExpertsJob {
+  const void* x;  // [tokens, k], or [tokens, slots, k] if rows_per_slot
+  bool rows_per_slot;
+  const uint8_t* weight;  // [experts, n, row_bytes]
+  const void* bias;       // [experts, n], or null
+  const void* ids;        // int32 or int64 [tokens, slots]
+  bool wide_ids;
+  void* y;  // [tokens, slots, n]
+  Dtype dtype;
+  int64_t tokens, slots, experts, n, k;
+  void* workspace;  // experts_workspace_bytes(job)
+};
+
+// One matrix to quantize. Faults come back in device memory: [0] the first weight that is NaN or infinite, [1] the
+// first weight of the first block whose 16-bit scale overflows; untouched where there is none.
+struct QuantizeJob {
+  const void* w;  // [rows, k] of dtype
+  Dtype dtype;
+  int64_t rows, k;
+  const float* importance;  // [k], or null
+  bool mlx_rule;
+  uint8_t* out;
+  int64_t* faults;  // [2], preset to INT64_MAX
+  void* workspace;  // quantize_workspace bytes
+};
+
+// A format as the operators see it.
+struct FormatKernels {
+  const char* name;
+  int block, block_bytes, align;
+  bool has_rules;
+  void (*decode)(const DecodeJob&, Stream);
+  int64_t max_rows;  // of x that `linear` is meant for; more are faster decoded and multiplied by torch
+  void (*linear)(const LinearJob&, Stream);
+  int64_t (*experts_workspace)(const ExpertsJob&);
+  void (*experts)(const ExpertsJob&, Stream);
+  int64_t (*quantize_workspace)(const QuantizeJob&);
+  void (*quantize)(const QuantizeJob&, Stream);
+};
+
+// By canonical name; null if there is none.
+const FormatKernels* find_format(const char* name);
+int format_count();
+const FormatKernels& format_at(int index);
+
+}  // namespace isqtorch::cuda
