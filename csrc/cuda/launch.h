@@ -10,6 +10,13 @@ namespace isqtorch::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// The bytes of a format, for kernels that serve a whole family and are told at run time.
+enum class Header : int { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
+struct Shape {
+  int block, block_bytes;  // weights and bytes of a block
+  Header header = Header::kScaleBiasBf16;
+};
+
 // Rows of a packed weight as floats: all of them, or those that ids name.
 struct DecodeJob {
   const uint8_t* weight;  // [rows, k / block * block_bytes]
@@ -61,15 +68,16 @@ struct QuantizeJob {
 // A format as the operators see it.
 struct FormatKernels {
   const char* name;
-  int block, block_bytes, align;
+  Shape shape;
+  int align;  // of every block's address
   bool has_rules;
-  void (*decode)(const DecodeJob&, Stream);
+  void (*decode)(const DecodeJob&, const Shape&, Stream);
   int64_t max_rows;  // of x that `linear` is meant for; more are faster decoded and multiplied by torch
-  void (*linear)(const LinearJob&, Stream);
-  int64_t (*experts_workspace)(const ExpertsJob&);
-  void (*experts)(const ExpertsJob&, Stream);
-  int64_t (*quantize_workspace)(const QuantizeJob&);
-  void (*quantize)(const QuantizeJob&, Stream);
+  void (*linear)(const LinearJob&, const Shape&, Stream);
+  int64_t (*experts_workspace)(const ExpertsJob&, const Shape&);
+  void (*experts)(const ExpertsJob&, const Shape&, Stream);
+  int64_t (*quantize_workspace)(const QuantizeJob&, const Shape&);
+  void (*quantize)(const QuantizeJob&, const Shape&, Stream);
 };
 
 // By canonical name; null if there is none.

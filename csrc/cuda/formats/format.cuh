@@ -14,20 +14,13 @@
 #pragma once
 
 #include "cuda/gpu.h"
-#include "dtype.h"
+#include "cuda/launch.h"
 
 namespace isqtorch::cuda {
 
 using namespace isqtorch::gpu;
 
 constexpr int kChunk = 256, kSlice = 32;
-
-// What one struct for a whole family has to be told at run time. Formats with a struct of their own ignore it.
-enum class Header : int { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
-struct Shape {
-  int block = 0, block_bytes = 0;  // weights and bytes of a block
-  Header header = Header::kScaleBiasBf16;
-};
 
 // A dot product does not care about the order of its terms, so every lane takes the weights that lie together in memory,
 // in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t of a
@@ -42,7 +35,7 @@ struct Affine {
   float scale, offset;
 };
 
-// The rules for a format's struct, called F below:
+// The rules for a format's struct. A family may be one struct; what its members differ in is in the Shape (launch.h).
 //
 //   using Block                        its bytes, or uint8_t where Shape has the size
 //   static constexpr int kBlock        weights in a block; 0 where Shape says so
