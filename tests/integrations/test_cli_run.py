@@ -181,7 +181,7 @@ def test_conversation_remembers_and_forgets(chat_model: str) -> None:
 
     old = talk.loaded.model
     report = talk.loaded.requantize("q8_0")
-    assert report.bits_per_weight > 8 and talk.loaded.model is not old
+    assert report.bits_per_weight > 8 and talk.loaded.model is old
     talk.messages = [{"role": "tool", "content": "x"}]
     with pytest.raises(ValueError, match="template refuses: no tools"):
         talk.say("hello")
