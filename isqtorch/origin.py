@@ -55,7 +55,7 @@ class Origin:
             trouble = (
                 None if changed is None else f"{changed} was not what the checkpoint has when the model was quantized"
             )
-        except (ValueError, OSError) as error:
+        except Exception as error:  # also of a loader's conversions: quantize_ does not need the checkpoint
             trouble = f"the checkpoint could not be read when the model was quantized ({error})"
         return cls.made(files, trouble, request)
 

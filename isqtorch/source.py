@@ -73,9 +73,14 @@ class Source:
         """
         return self.tensor(name) if name in self.tensors else None
 
-    def first_row(self, name: str) -> Tensor | None:
-        """The first row of a parameter, the whole of a vector; None where that takes more than to look."""
-        return self.tensor(name, row=True) if name in self.tensors else None
+    def first_row(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The first row of a parameter, the whole of a vector; None where it has another shape or is put together of others."""
+        key = self._plain(name)
+        return self.tensor(key, row=True) if key is not None and self.tensors[key].shape == shape else None
+
+    def _plain(self, name: str) -> str | None:
+        """The tensor that a parameter is without any conversion."""
+        return name if name in self.tensors else None
 
     def tensor(self, key: str, row: bool = False) -> Tensor:
         """A tensor, or its first row, by its name in the files."""
@@ -151,8 +156,8 @@ def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True)
 def difference(model: nn.Module, source: Source) -> str | None:
     """The first float parameter of the model that is not what the checkpoint has: trained, merged or replaced since.
 
-    Vectors are compared whole and matrices by their first rows, as far as the checkpoint has them as they are: seconds for any
-    model, and it finds what training and merged adapters leave behind, which is a little everywhere.
+    Vectors are compared whole and matrices by their first rows, as far as the checkpoint has them in the same shape: seconds for
+    any model, and it finds what training and merged adapters leave behind, which is a little everywhere.
     """
     shared: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -162,7 +167,7 @@ def difference(model: nn.Module, source: Source) -> str | None:
     try:
         for names in shared.values():
             own = parameters[names[0]].detach()
-            rows = (source.first_row(name) for name in names)
+            rows = (source.first_row(name, tuple(own.shape)) for name in names)
             found = [_same(own[:1] if own.dim() > 1 else own, row) for row in rows if row is not None]
             if found and not any(found):
                 return names[0]
@@ -173,8 +178,6 @@ def difference(model: nn.Module, source: Source) -> str | None:
 
 def _same(own: Tensor, other: Tensor) -> bool:
     """Whether the checkpoint's values are the model's, in the model's type, bit for bit."""
-    if own.shape != other.shape:
-        return False
     bits = [tensor.to("cpu", own.dtype).reshape(-1).contiguous().view(torch.uint8) for tensor in (own, other)]
     return bool(torch.equal(*bits))
 

@@ -113,11 +113,9 @@ class ConvertedSource(Source):
         tensor: Tensor | None = found[0] if isinstance(found, list) else found
         return tensor
 
-    def first_row(self, name: str) -> Tensor | None:
+    def _plain(self, name: str) -> str | None:
         group = self._groups.get(name)
-        if group is None or group.converter is not None:
-            return None
-        return self.tensor(group.collected[-1][1], row=True)
+        return None if group is None or group.converter is not None else group.collected[-1][1]
 
 
 class _AsFloat:
