@@ -94,7 +94,7 @@ def requantize_(
     before = Origin.of(model)
     origin = before or Origin()
     request = origin.request(fmt, topology, organization, include, exclude, fallback)
-    files, weights, notes = _weights(model, source, origin)
+    files, weights, notes, alarm = _weights(model, source, origin)
     if before is None:
         notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"
@@ -105,8 +105,8 @@ def requantize_(
             model, "requantize_", imatrix, calibrate, progress, lambda: _prepare(model, request, None, rule, weights)
         )
     prepared = _prepare(model, request, imatrix, rule, weights)
-    for message in [*prepared.warnings, *(note for note in notes if note.startswith("warning: "))]:
-        warnings.warn(message.removeprefix("warning: "), stacklevel=2)
+    for message in [*alarm, *prepared.warnings]:
+        warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, rule, weights, progress, measure_error)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
@@ -115,8 +115,9 @@ def requantize_(
         layer.error = errors.get(layer.name)
         if layer.name in made:
             layer.reason = layer.reason.replace(f"is {layer.stored} already", "made anew")
-    report.notes += [*prepared.notes, *(note.removeprefix("warning: ") for note in notes)]
-    _commit(model, swaps, Origin.made(files, origin.trouble if files == origin.files else None, request), report, began)
+    report.notes += [*prepared.notes, *notes, *alarm]
+    trouble = origin.trouble if source == STORED else None
+    _commit(model, swaps, Origin.made(files, trouble, request), report, began)
     return report
 
 
@@ -174,11 +175,11 @@ class Weights:
 
 def _weights(
     model: nn.Module, source: str | os.PathLike[str] | None, origin: Origin
-) -> tuple[tuple[str, ...], Weights, list[str]]:
-    """(the files to remember, where to read weights, notes for the report)"""
+) -> tuple[tuple[str, ...], Weights, list[str], list[str]]:
+    """(the files to remember, where to read weights, notes for the report, what the user should be warned of)"""
     if source == STORED:
         note = "made from the quantized weights: their errors stay, and more bits gain nothing"
-        return origin.files, Weights(model, None), [note]
+        return origin.files, Weights(model, None), [note], []
     if source is None:
         if not origin.files:
             raise ValueError(f"requantize_: it is not known where the model's weights came from. {_WAYS_OUT}.")
@@ -189,15 +190,15 @@ def _weights(
     files = origin.files if source is None else files_in(source)
     opened = open_source(model, files, files == origin.files)
     changed = difference(model, opened)
-    notes = [f"made from the weights in {opened.where}"]
+    alarm = []
     if changed is not None:
         finding = (
             f"{changed} is not what {opened.where} has: the model was changed since, or it is another one's checkpoint"
         )
         if source is None:
             raise ValueError(f"requantize_: {finding}. {_WAYS_OUT}.")
-        notes.append(f"warning: {finding}; the parameters that are not quantized stay as they are")
-    return files, Weights(model, opened), notes
+        alarm.append(f"requantize_: {finding}; the parameters that are not quantized stay as they are")
+    return files, Weights(model, opened), [f"made from the weights in {opened.where}"], alarm
 
 
 def _folder(files: Sequence[str]) -> str:

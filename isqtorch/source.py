@@ -69,7 +69,7 @@ class Source:
         The result may be a view of the mapped file: nobody may write to it.
 
         Raises:
-            ValueError: it is not of a float type, or the file was changed since it was opened.
+            ValueError: it is not of a type that weights are quantized from, or the file was changed since it was opened.
         """
         return self.tensor(name) if name in self.tensors else None
 
@@ -86,7 +86,7 @@ class Source:
         """A tensor, or its first row, by its name in the files."""
         stored = self.tensors[key]
         if stored.dtype not in _FLOATS:
-            raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be a float type. {_ELSE}.")
+            raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
         with _readable(stored.file):
             piece = self._file(stored.file).get_slice(key)
             if (str(piece.get_dtype()), tuple(piece.get_shape())) != (stored.dtype, stored.shape):

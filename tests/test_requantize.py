@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,19 @@ def test_a_model_from_a_file_says_that_its_request_is_not_known(tmp_path: Path) 
         requantize_(model, "q4k", source=tmp_path / "packed.safetensors")
 
 
+def test_the_source_goes_where_the_model_goes(tmp_path: Path) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q2k")
+    requantize_(model, "q4k", source=tmp_path)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        requantize_(again, "q8_0")
+        assert again[0].format == "q8_0" and model[0].format == "q4k"
+    checkpoint.save(model, tmp_path / "packed.safetensors")
+    checkpoint.load_(model, tmp_path / "packed.safetensors")  # it could have been any file
+    with pytest.raises(ValueError, match="not known where"):
+        requantize_(model, "q8_0")
+
+
 # ---- a source that does not fit --------------------------------------------------------------------------------------
 
 
@@ -163,7 +179,7 @@ def poison(tensors: dict[str, Tensor]) -> None:
     [
         (drop, r"has no 1\.weight\. Give source=.* source='stored'.* or exclude the layer"),
         (reshape, r"1\.weight is \[128, 256\] in .*, \[256, 256\] in the model\. Give source"),
-        (pack, r"1\.weight is I8, must be a float type\. Give source"),
+        (pack, r"1\.weight is I8, must be one of F64, F32, F16, BF16\. Give source"),
         (poison, r"requantize_: 2: .*finite.* Nothing was changed"),
     ],
 )
@@ -448,6 +464,7 @@ def test_hooks_and_gradients_go_on(tmp_path: Path) -> None:
     model, seen = quantized(mlp(), "q4k").train(), []
     handle = model[1].register_forward_hook(lambda module, *_: seen.append(module.format))
     x = torch.randn(2, 256, requires_grad=True)
+    old = weakref.ref(model[0])
     y = model(x)
     (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     requantize_(model, "q8_0", source=tmp_path)
@@ -457,4 +474,13 @@ def test_hooks_and_gradients_go_on(tmp_path: Path) -> None:
     assert seen == ["q4k", "q8_0"] and model[1].training
     handle.remove()
     model(x)
-    assert len(seen) == 2
+    assert len(seen) == 2 and old() is None
+
+
+def test_a_compiled_model_is_compiled_anew(tmp_path: Path) -> None:
+    stored(mlp(), tmp_path)
+    model, x = quantized(mlp(), "q4k"), torch.randn(2, 256)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    old = compiled(x)
+    requantize_(model, "q8_0", source=tmp_path)
+    assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), old)

@@ -74,7 +74,7 @@ class LoadedModel:
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
-    def requantize(self, isq: str) -> QuantReport:
+    def requantize(self, isq: str, source: str | None = None) -> QuantReport:
         """Change the format of the model.
 
         The weights are read from the checkpoint again, so that going to more bits gains what it should; the old and the new
@@ -82,12 +82,17 @@ class LoadedModel:
         the report says so. Topology, importance and the other options stay in force. A model that was not quantized before is
         another object afterwards.
 
+        Args:
+            isq: the format or number of bits.
+            source: where else the float weights are, or "stored"; see `isqtorch.requantize_`.
+
         Raises:
             ValueError, OSError: as for loading. The model is as it was.
         """
         check_format(isq, self.device)
         if self.packed or self.report is not None:
-            source = STORED if self.packed else None
+            if source is None and self.packed:
+                source = STORED
             self.report = requantize_(self.model, isq, source=source, progress=False, **self.options)
         else:
             self.model, self.report = self._load(isq)

@@ -127,7 +127,8 @@ def test_merged_before_quantizing(llama: Path) -> None:
     requantize_(model, "q3k", source="stored")
     with pytest.raises(ValueError, match="was not what the checkpoint has"):
         requantize_(model, "q8_0")
-    requantize_(model, "q8_0", source=llama)  # the user knows better
+    requantize_(model, "q5k", source=llama)  # the user knows better, and is asked once
+    requantize_(model, "q8_0")
     assert state_bytes(model) == state_bytes(load(llama, quantization_config=IsqConfig("q8_0")))
 
 
