@@ -211,6 +211,17 @@ def test_a_model_that_was_trained_since(tmp_path: Path) -> None:
     assert model[1].format == "q4k"
 
 
+def test_layers_without_values_here(tmp_path: Path) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q4k")
+    model[1].to("meta")
+    with pytest.raises(
+        ValueError, match="1 is on the meta device: it is offloaded or spread over processes. Exclude it"
+    ):
+        requantize_(model, "q8_0", source=tmp_path)
+    assert requantize_(model, "q8_0", source=tmp_path, exclude="1")["1"].stored == "q4k"
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x10" + b"\0" * 7 + b'{"a":1}' + b" " * 9])
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)

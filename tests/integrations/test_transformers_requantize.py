@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from hf import MODELS, load
 from models import state_bytes
 from moe_models import FAMILIES, build
+from safetensors.torch import load_file, save_file
 from synthetic import write_llama
 
 from isqtorch import IsqConfig, quantize_, requantize_
@@ -184,6 +186,67 @@ def test_adapters_are_not_lost(llama: Path) -> None:
         requantize_(wrapped, "q4_0")
     requantize_(wrapped, "q4_0", source="stored")
     assert model.model.layers[0].self_attn.q_proj.base_layer.format == "q4_0"
+
+
+def lose(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+def narrow(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        if ".1.mlp.experts." in name:
+            tensors[name] = tensors[name][:32].clone()
+
+
+@pytest.mark.parametrize("change", [lose, widen, narrow])
+def test_damaged_experts_are_named(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    built = build("qwen3_moe")
+    built.save_pretrained(tmp_path)
+    model = type(built).from_pretrained(tmp_path, quantization_config=IsqConfig("q4_0"))
+    before = state_bytes(model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"requantize_: .*layers\.1\.mlp\.experts\.(gate_up|down)_proj"):
+        requantize_(model, "q8_0")
+    assert state_bytes(model) == before
+
+
+# ---- while it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_generating_threads_see_one_model_or_the_other(llama: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q2k")).eval()
+    ids, stop = torch.arange(24)[None], threading.Event()
+    results: list[torch.Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                results.append(model(ids).logits)
+
+    want = []
+    for fmt in ("q8_0", "q2k"):
+        requantize_(model, fmt)
+        with torch.no_grad():
+            want.append(model(ids).logits)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for fmt in ("q8_0", "q2k", "q8_0"):
+            requantize_(model, fmt)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    which = {next((i for i, y in enumerate(want) if torch.equal(y, result)), None) for result in results}
+    assert which == {0, 1}, "a mixture" if None in which else "the model did not change"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
