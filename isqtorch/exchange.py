@@ -95,8 +95,10 @@ def _alone(model: nn.Module) -> Iterator[None]:
     def runs(frame: FrameType) -> bool:
         return _calls(frame, inside) > 0 and not waits(frame)
 
+    opened.set()  # an interrupt before `try` must not leave a closed gate behind
     hook = register_module_forward_pre_hook(gate)
     try:
+        opened.clear()
         deadline = time.monotonic() + PATIENCE
         while any(runs(frame) for thread, frame in sys._current_frames().items() if thread != own):
             if time.monotonic() > deadline:
@@ -106,8 +108,8 @@ def _alone(model: nn.Module) -> Iterator[None]:
             time.sleep(_POLL)
         yield
     finally:
-        hook.remove()
         opened.set()
+        hook.remove()
 
 
 def _calls(frame: FrameType | None, inside: set[int]) -> int:

@@ -62,8 +62,9 @@ def requantize_(
 
     Other threads may run the model meanwhile: each call computes with all of the old layers or all of the new. The exchange waits
     for the calls that have begun, and holds back new ones for as long. Calls mean calling the model or a part of it, not its
-    `forward`; a model that is compiled is compiled anew at its next call and must not run during the exchange, and CUDA graphs
-    must be captured again. Layers are new objects afterwards; hooks on them are kept.
+    `forward`. A model that is compiled is compiled anew at its next call and must not run during the exchange; CUDA graphs must be
+    captured again; a backward that recomputes activations belongs on the same side as its forward. Layers are new objects
+    afterwards; hooks on them are kept.
 
     Args:
         model: a model with quantized layers.

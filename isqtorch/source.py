@@ -49,6 +49,7 @@ class Source:
         self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
         self.tensors: dict[str, Stored] = {}
         self._open: dict[Path, Any] = {}
+        self._seen: dict[Path, tuple[int, int, int]] = {}  # what tells a file from the one that replaces it
         method = _quantized_by(paths[0].parent)
         for path in paths:
             file = self._file(path)
@@ -89,8 +90,6 @@ class Source:
             raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
         with _readable(stored.file):
             piece = self._file(stored.file).get_slice(key)
-            if (str(piece.get_dtype()), tuple(piece.get_shape())) != (stored.dtype, stored.shape):
-                raise ValueError(f"{stored.file}: was changed while it was read")
             tensor: Tensor = piece[:1] if row and len(stored.shape) > 1 else piece[...]
         return tensor
 
@@ -102,6 +101,10 @@ class Source:
         if path not in self._open:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file. {_ELSE}.")
+            state = path.stat()
+            mark = state.st_ino, state.st_size, state.st_mtime_ns
+            if self._seen.setdefault(path, mark) != mark:
+                raise ValueError(f"{path}: was replaced or written to while it was read. Nothing was changed.")
             with _readable(path):
                 self._open[path] = safe_open(path, framework="pt")
         return self._open[path]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import itertools
 import json
 import pickle
+import random
 import threading
 import time
 import weakref
@@ -22,6 +24,7 @@ from test_experts import HIDDEN
 from test_experts import Model as MoE
 from torch import Tensor, nn
 
+import isqtorch
 from isqtorch import checkpoint, dequantize_, exchange, listeners, quantize_, requantize, requantize_
 from isqtorch.report import QuantReport
 
@@ -468,6 +471,50 @@ def test_layers_that_others_replaced_meanwhile(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RuntimeError, match="layer '0' was replaced by other code meanwhile"):
         requantize_(model, "q8_0", source=tmp_path)
     assert model[1].format == "q2k"
+
+
+def test_interrupts_at_any_moment(tmp_path: Path) -> None:
+    """All of one format or all of the other, whenever Ctrl-C comes, and nobody is left waiting at the gate."""
+    stored(Deep(), tmp_path)
+    model, x = quantized(Deep(), "q2k"), torch.randn(1, 256)
+    requantize_(model, "q8_0", source=tmp_path)
+    began = time.perf_counter()
+    requantize_(model, "q2k")
+    took, random_ = time.perf_counter() - began, random.Random(0)
+    interrupted, ended = 0, set()
+    with Callers(lambda: model(x), threads=1) as callers:
+        for number in range(60):
+            timer = threading.Timer(random_.uniform(0, 3 * took), _thread.interrupt_main)
+            try:
+                timer.start()
+                requantize_(model, ("q8_0", "q2k")[number % 2])
+                timer.join()
+            except KeyboardInterrupt:
+                interrupted += 1
+            formats = {module.format for module in model.modules() if isinstance(module, isqtorch.QuantLinear)}
+            assert len(formats) == 1
+            ended |= formats
+            callers.wait_for(len(callers.results) + 2)
+    assert not callers.errors and interrupted > 20 and ended == {"q2k", "q8_0"}
+    with torch.no_grad():
+        want = [(requantize_(model, fmt), model(x))[1] for fmt in ("q2k", "q8_0")]
+    assert all(any(torch.equal(result, y) for y in want) for result in callers.results)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(mlp(), tmp_path)
+    model, original = quantized(mlp(), "q2k"), requantize.pack_weight
+    before = everything(model)
+
+    def meddling(*args: Any) -> Any:
+        stored(mlp(), tmp_path, "other")
+        (tmp_path / "other").replace(tmp_path / "model.safetensors")
+        return original(*args)
+
+    monkeypatch.setattr(requantize, "pack_weight", meddling)
+    with pytest.raises(ValueError, match=r"model\.safetensors: was replaced or written to while it was read"):
+        requantize_(model, "q8_0", source=tmp_path)
+    assert everything(model) == before
 
 
 def test_hooks_and_gradients_go_on(tmp_path: Path) -> None:
