@@ -62,7 +62,8 @@ def quantize_(
 
     Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D; fused experts by what
     they hold. What is left as it is (norms, biases, routers, convolutions, position embeddings, layers whose weight other
-    code reads directly, ...) is in the report with the reason.
+    code reads directly, ...) is in the report with the reason. The model remembers this request and, if transformers loaded it,
+    its checkpoint: `requantize_` starts again from there.
 
     Args:
         model: the model; must not be itself a layer to quantize.

@@ -483,7 +483,7 @@ def test_interrupts_at_any_moment(tmp_path: Path) -> None:
     took, random_ = time.perf_counter() - began, random.Random(0)
     interrupted, ended = 0, set()
     with Callers(lambda: model(x), threads=1) as callers:
-        for number in range(60):
+        for number in range(40):
             timer = threading.Timer(random_.uniform(0, 3 * took), _thread.interrupt_main)
             try:
                 timer.start()
@@ -495,7 +495,7 @@ def test_interrupts_at_any_moment(tmp_path: Path) -> None:
             assert len(formats) == 1
             ended |= formats
             callers.wait_for(len(callers.results) + 2)
-    assert not callers.errors and interrupted > 20 and ended == {"q2k", "q8_0"}
+    assert not callers.errors and interrupted > 10 and ended == {"q2k", "q8_0"}
     with torch.no_grad():
         want = [(requantize_(model, fmt), model(x))[1] for fmt in ("q2k", "q8_0")]
     assert all(any(torch.equal(result, y) for y in want) for result in callers.results)
