@@ -16,8 +16,9 @@ from .formats import QuantFormat, formats, get_format, resolve_format
 from .imatrix import Imatrix, read_imatrix
 from .modules import QuantEmbedding, QuantLinear
 from .plan import plan
-from .quantize import dequantize_, quantize_, requantize_
+from .quantize import dequantize_, quantize_
 from .report import LayerReport, QuantReport
+from .requantize import requantize_
 from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_

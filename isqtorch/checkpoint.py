@@ -31,6 +31,7 @@ from .inventory import storage_key
 from .listeners import announce
 from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from .modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix
+from .origin import forget
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -129,6 +130,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name in model.state_dict():
             if name not in packed:
                 _load_tensor(model, name, header.shared.get(name, name), file, parameters)
+    forget(model)
     announce(model, None)
 
 

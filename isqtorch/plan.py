@@ -216,7 +216,7 @@ def _headers(source: str | os.PathLike[str]) -> tuple[Headers, Mapping[str, Any]
     path = Path(source).expanduser()
     if path.is_dir():
         config_path = path / "config.json"
-        return _folder_headers(path), _json(config_path) if config_path.is_file() else {}
+        return _folder_headers(path), read_json(config_path) if config_path.is_file() else {}
     if path.is_file():
         return _file_headers(path), {}
     text = os.fspath(source)
@@ -230,11 +230,16 @@ def _headers(source: str | os.PathLike[str]) -> tuple[Headers, Mapping[str, Any]
     return _hub_headers(text)
 
 
-def _folder_headers(folder: Path) -> Headers:
-    """All tensors of a folder: the files of its index, else model.safetensors, else every .safetensors file."""
+def checkpoint_files(folder: Path, op: str) -> list[Path]:
+    """The files of a folder with a checkpoint: those of its index, else model.safetensors, else every .safetensors file.
+
+    Raises:
+        ValueError: an index that is none, or names files elsewhere.
+        FileNotFoundError: there are none.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index}: 'weight_map' must map tensor names to file names")
         names = sorted(set(weight_map.values()))
@@ -246,9 +251,14 @@ def _folder_headers(folder: Path) -> Headers:
         single = folder / "model.safetensors"
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"plan: {folder} holds no .safetensors file")
+        raise FileNotFoundError(f"{op}: {folder} holds no .safetensors file")
+    return files
+
+
+def _folder_headers(folder: Path) -> Headers:
+    """All tensors of a folder."""
     headers: Headers = {}
-    for file in files:
+    for file in checkpoint_files(folder, "plan"):
         for name, entry in _file_headers(file).items():
             if name in headers:
                 raise ValueError(f"{file}: tensor {name} is in another file of the folder too")
@@ -276,7 +286,7 @@ def _hub_headers(repo: str) -> tuple[Headers, Mapping[str, Any]]:
 
     try:
         metadata = huggingface_hub.get_safetensors_metadata(repo)
-        config = _json(Path(huggingface_hub.hf_hub_download(repo, "config.json")))
+        config = read_json(Path(huggingface_hub.hf_hub_download(repo, "config.json")))
     except Exception as error:  # the client's own errors, its HTTP library's, and those of the socket
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
@@ -289,7 +299,7 @@ def _hub_headers(repo: str) -> tuple[Headers, Mapping[str, Any]]:
     return headers, config
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object; ValueError if the file is none."""
     with open(path, "rb") as file:
         text = file.read(MAX_JSON_BYTES + 1)

@@ -71,16 +71,24 @@ def prepare(
 
 
 def prepare_inventory(
-    inventory: Inventory, request: Request, imatrix: ImatrixLike | None, target: torch.device | None, rule: str | None
+    inventory: Inventory,
+    request: Request,
+    imatrix: ImatrixLike | None,
+    target: torch.device | None,
+    rule: str | None,
+    again: bool = False,
 ) -> Prepared:
     """The part of `prepare` that needs no weights.
+
+    Args:
+        again: layers that have their format already are packed once more, from other weights than they hold.
 
     Raises:
         ValueError: see `quantize_`.
     """
     verdict = decide(inventory.layers, request)
     importance = load_imatrix(imatrix)
-    jobs = _jobs(inventory, verdict, importance, target)
+    jobs = _jobs(inventory, verdict, importance, target, again)
     notes = _kernel_notes(inventory, verdict)
     if importance is not None:
         notes += _importance_notes(jobs, importance, request.op)
@@ -113,11 +121,13 @@ def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
     raise ValueError(f"imatrix must be a dict of layer names, a path or an Imatrix, got {type(imatrix).__name__}")
 
 
-def _jobs(inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, target: torch.device | None) -> list[Job]:
+def _jobs(
+    inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, target: torch.device | None, again: bool
+) -> list[Job]:
     """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
-        if decision.format is not None and decision.format.name != layer.packed_as:
+        if decision.format is not None and (again or decision.format.name != layer.packed_as):
             groups.setdefault(layer.tied_to or layer.name, []).append((layer, decision.format, decision.device))
     jobs = []
     for members in groups.values():

@@ -1,4 +1,4 @@
-"""quantize_, requantize_ and dequantize_: replace the layers of a live model, one by one, in place.
+"""quantize_ and dequantize_: replace the layers of a live model, one by one, in place.
 
 Two phases. First everything that can fail is checked (`prepare.py`), without touching the model. Then each layer is packed
 and put in its place, and the original is freed before the next one is read, so that memory peaks at the model plus the
@@ -11,8 +11,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,6 +29,7 @@ from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from .modules.convert import experts_to_float, float_weight, locate, to_float, to_packed, weight_matrix
 from .modules.experts import pack_stack
 from .modules.packed import ordinary_tensors
+from .origin import Origin, forget
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
 from .report import QuantReport
@@ -60,7 +62,8 @@ def quantize_(
 
     Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D; fused experts by what
     they hold. What is left as it is (norms, biases, routers, convolutions, position embeddings, layers whose weight other
-    code reads directly, ...) is in the report with the reason.
+    code reads directly, ...) is in the report with the reason. The model remembers this request and, if transformers loaded it,
+    its checkpoint: `requantize_` starts again from there.
 
     Args:
         model: the model; must not be itself a layer to quantize.
@@ -98,43 +101,7 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    calibrate = _Calibrate(calibration_file, tokenizer)
-    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
-
-
-def requantize_(
-    model: nn.Module,
-    fmt: Spec | None,
-    *,
-    topology: TopologyLike | None = None,
-    organization: str = "default",
-    imatrix: ImatrixLike | None = None,
-    calibration_file: str | os.PathLike[str] | None = None,
-    tokenizer: Any = None,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    fallback: str = "up",
-    device: torch.device | str | None = None,
-    rule: str | None = None,
-    progress: bool | None = None,
-    measure_error: bool = False,
-) -> QuantReport:
-    """Change the formats of a quantized model in place.
-
-    The new weights are made from the stored ones, so quality is bounded by what is stored: going from 4 to 8 bits gains
-    nothing, and the errors of both formats add up (`measure_error` compares with the stored weights). Layers that the
-    options leave out keep what they have; layers that were not quantized before are quantized like the others.
-
-    Args and Returns are those of `quantize_`.
-
-    Raises:
-        ValueError: as `quantize_`, and where the model holds no quantized layer.
-    """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "requantize_")
-    check_model(model, request.op)
-    if not packed_names(model):
-        raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
-    calibrate = _Calibrate(calibration_file, tokenizer)
+    calibrate = Calibrate(calibration_file, tokenizer)
     return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
 
 
@@ -179,13 +146,14 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
                 new = to_float(old, weights[transposed])
                 done[id(old)] = new if dtype is None else new.to(dtype)
             _put(model, name, done[id(old)])
+    forget(model)
     announce(model, None)
 
 
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
-class _Calibrate(NamedTuple):
+class Calibrate(NamedTuple):
     """A text to calibrate with, if there is one, and what reads it."""
 
     file: str | os.PathLike[str] | None
@@ -196,7 +164,7 @@ def _run(
     model: nn.Module,
     request: Request,
     imatrix: ImatrixLike | None,
-    calibrate: _Calibrate,
+    calibrate: Calibrate,
     device: torch.device | str | None,
     rule: str | None,
     progress: bool | None,
@@ -205,13 +173,15 @@ def _run(
     """Check, then replace layer by layer."""
     started = time.perf_counter()
     if calibrate.file is not None:
-        imatrix = _collect(model, request, imatrix, calibrate, device, rule, progress)
+        check = partial(prepare, model, request, None, device, rule)
+        imatrix = collect(model, request.op, imatrix, calibrate, progress, check)
     prepared = prepare(model, request, imatrix, device, rule)
+    origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
     errors: dict[str, float] = {}
     placed: set[int] = set()
-    with _progress(len(prepared.jobs), request.op, progress) as bar:
+    with progress_bar(len(prepared.jobs), request.op, progress) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             error = _replace(model, job, rule, measure_error, placed)
@@ -226,25 +196,25 @@ def _run(
         layer.error = errors.get(layer.name)
     report.notes += prepared.notes
     report.seconds = time.perf_counter() - started
+    origin.attach(model)
     announce(model, report)
     return report
 
 
-def _collect(
+def collect(
     model: nn.Module,
-    request: Request,
+    op: str,
     imatrix: ImatrixLike | None,
-    calibrate: _Calibrate,
-    device: torch.device | str | None,
-    rule: str | None,
+    calibrate: Calibrate,
     progress: bool | None,
+    check: Callable[[], object],
 ) -> ImatrixLike:
-    """The importance matrix of the model as it is, from a text file."""
+    """The importance matrix of the model as it is, from a text file; `check` finds what is wrong before the minutes this takes."""
     if imatrix is not None:
-        raise ValueError(f"{request.op}: give either imatrix or calibration_file, not both")
+        raise ValueError(f"{op}: give either imatrix or calibration_file, not both")
     if calibrate.tokenizer is None:
-        raise ValueError(f"{request.op}: calibration_file needs tokenizer=..., the model's tokenizer")
-    prepare(model, request, None, device, rule)  # what is wrong shows before the minutes that this takes
+        raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
+    check()
     return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
 
 
@@ -269,16 +239,16 @@ def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed
 
 def _pack(module: nn.Module, leaf: str, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
     with ordinary_tensors():
-        if isinstance(module, PackedModule) and leaf in module.packed:
-            weight = torch.ops.isqtorch.dequantize(getattr(module, leaf), module.packed[leaf], torch.float32)
-        else:
-            weight = weight_matrix(module, leaf).detach()
-        if job.device is not None:
-            weight = weight.to(job.device)
-        importance = None if job.importance is None else job.importance.to(weight.device)
-        pack = pack_stack if weight.dim() == 3 else _quantize
-        packed = pack(weight, job.fmt, importance, rule)
-        return packed, relative_error(weight, packed, job.fmt) if measure else None
+        weight = weight_matrix(module, leaf).detach()
+        return pack_weight(weight if job.device is None else weight.to(job.device), job, rule, measure)
+
+
+def pack_weight(weight: Tensor, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
+    """The packed form of `[N, K]` or `[E, N, K]`, and its relative error if it is asked for."""
+    importance = None if job.importance is None else job.importance.to(weight.device)
+    pack = pack_stack if weight.dim() == 3 else _quantize
+    packed = pack(weight, job.fmt, importance, rule)
+    return packed, relative_error(weight, packed, job.fmt) if measure else None
 
 
 def relative_error(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
@@ -316,7 +286,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def _progress(total: int, op: str, wanted: bool | None) -> Iterator[tqdm[Any]]:
+def progress_bar(total: int, op: str, wanted: bool | None) -> Iterator[tqdm[Any]]:
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if wanted is None else wanted

@@ -282,7 +282,7 @@ def test_packed_experts(family: str) -> None:
         torch.testing.assert_close(again[name], im[name], rtol=0.1, atol=0.02)
         module = model.get_submodule(name.rpartition(".")[0])
         assert "_multiply" not in vars(module)
-    report = isqtorch.requantize_(model, "q4_0", include="experts", imatrix=again)
+    report = isqtorch.requantize_(model, "q4_0", source="stored", imatrix=again)
     assert not any("no entry" in note for note in report.notes), report.notes
 
 
@@ -415,7 +415,7 @@ def test_calibration_file(tmp_path: Path) -> None:
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert any(str(path) in note and "5 chunks of 127 tokens" in note for note in report.notes), report.notes
-    again = isqtorch.requantize_(one, "q3k", calibration_file=path, tokenizer=Words())
+    again = isqtorch.requantize_(one, "q3k", source="stored", calibration_file=path, tokenizer=Words())
     assert any(str(path) in note for note in again.notes)
 
 

@@ -244,7 +244,7 @@ def test_a_topology_names_stacks() -> None:
     model = Model()
     quantize_(model, "q4_0", topology={"/experts.down_proj/": "q8_0"})
     assert model.experts.formats == {"gate_up_proj": "q4_0", "down_proj": "q8_0"}
-    requantize_(model, "q5_0", include="gate_up_proj")
+    requantize_(model, "q5_0", source="stored", topology={}, include="gate_up_proj")
     assert model.experts.formats == {"gate_up_proj": "q5_0", "down_proj": "q8_0"}
     assert model(torch.randn(3, HIDDEN)).isfinite().all()
 

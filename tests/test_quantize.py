@@ -1,4 +1,4 @@
-"""quantize_, requantize_ and dequantize_ on whole models, and the report."""
+"""quantize_, dequantize_ and requantize_ from stored weights on whole models, and the report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch import nn
 from isqtorch.formats import formats, get_format
 from isqtorch.imatrix import Imatrix
 from isqtorch.modules import QuantEmbedding, QuantLinear
-from isqtorch.quantize import dequantize_, quantize_, requantize_
+from isqtorch.quantize import dequantize_, quantize_
 from isqtorch.report import QuantReport
+from isqtorch.requantize import requantize_
 
 IDS = torch.arange(24).view(2, 12) % 60
 
@@ -484,21 +485,21 @@ def test_requantize_starts_from_what_is_stored() -> None:
     model = mlp()
     quantize_(model, "q8_0", exclude=["2"])
     stored = model[0].dequantize()
-    report = requantize_(model, "q4_0", exclude=["1"], measure_error=True)
+    report = requantize_(model, "q4_0", source="stored", exclude=["1"], measure_error=True)
     assert formats_of(report) == {"0": "q4_0", "1": "q8_0", "2": "q4_0"}
     assert report["1"].reason == "excluded by '1'; stays q8_0" and report["0"].dtype == "q8_0"
     assert torch.equal(model[0].weight, torch.ops.isqtorch.quantize(stored, "q4_0"))
     assert report["0"].bytes_before == 256 * 272 and report["0"].bytes_after == 256 * 144
     assert report["0"].error is not None and report["1"].error is None
     again = state_bytes(model)
-    report = requantize_(model, "q4_0", exclude=["1"])
+    report = requantize_(model, "q4_0", source="stored", exclude=["1"])
     assert report["0"].reason == "is q4_0 already" and state_bytes(model) == again
 
 
 def test_requantize_keeps_ties_and_origins() -> None:
     model = tiny_gpt2()
     quantize_(model, "q8_0")
-    requantize_(model, "q4k")
+    requantize_(model, "q4k", source="stored")
     assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.format == "q6k"
     dequantize_(model)
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"

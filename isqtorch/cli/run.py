@@ -7,8 +7,9 @@
     isqtorch run -m ./my-model --isq 4 --prompt "Why is the sky blue?" --json
 
 Without --prompt, and at a terminal, it is a chat. Ctrl-C ends a reply, Ctrl-D (or /exit) the chat; /clear forgets what was
-said, /re_isq q8_0 changes the format of the model, /help lists this. Otherwise all of standard input is one prompt. The text
-goes to standard output, everything else to standard error.
+said, /re_isq q8_0 changes the format of the model (/re_isq q8_0 stored: made from the quantized weights, not from the
+checkpoint), /help lists this. Otherwise all of standard input is one prompt. The text goes to standard output, everything else
+to standard error.
 
 A base model has no chat template: what you write is continued, and nothing is remembered.
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..integrations.loading import LoadedModel
 
 HELP = "chat with a model, or continue a prompt"
-_HELP = "/exit (or Ctrl-D) ends, /clear forgets what was said, /re_isq FORMAT changes the format, Ctrl-C ends a reply"
+_HELP = "/exit (or Ctrl-D) ends, /clear forgets what was said, /re_isq FORMAT [SOURCE] changes the format, Ctrl-C ends a reply"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +143,8 @@ def _command(conversation: Conversation, line: str) -> None:
         conversation.clear()
         _note("forgotten")
     elif name == "/re_isq" and argument.strip():
-        report = conversation.loaded.requantize(argument.strip())
+        isq, _, source = argument.strip().partition(" ")
+        report = conversation.loaded.requantize(isq, source.strip() or None)
         _note("; ".join(report.summary()))
     elif name == "/help":
         _note(_HELP)

@@ -18,10 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
+from isqtorch.calibration import collect_imatrix
 from isqtorch.formats import resolve_format
+from isqtorch.plan import plan
 from isqtorch.prepare import checked_device
-from isqtorch.quantize import quantize_, requantize_
+from isqtorch.quantize import quantize_
 from isqtorch.report import QuantReport
+from isqtorch.requantize import STORED, requantize_
 
 
 class LoadedModel:
@@ -71,27 +74,28 @@ class LoadedModel:
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
-    def requantize(self, isq: str) -> QuantReport:
+    def requantize(self, isq: str, source: str | None = None) -> QuantReport:
         """Change the format of the model.
 
-        The weights are read from the checkpoint again, so that going to more bits gains what it should; both models are in
-        memory for a moment, and `model` is another object afterwards. If the checkpoint is itself quantized the stored
-        weights are converted in place, and the report says so. Topology, importance and the other options stay in force.
+        The weights are read from the checkpoint again, so that going to more bits gains what it should; the old and the new
+        packed layers are in memory for a moment. If the checkpoint is itself quantized the stored weights are converted, and
+        the report says so. Topology, importance and the other options stay in force. A model that was not quantized before is
+        another object afterwards.
+
+        Args:
+            isq: the format or number of bits.
+            source: where else the float weights are, or "stored"; see `isqtorch.requantize_`.
 
         Raises:
             ValueError, OSError: as for loading. The model is as it was.
         """
         check_format(isq, self.device)
-        if self.packed:
-            calibration = {"tokenizer": self.tokenizer} if "calibration_file" in self.options else {}
-            self.report = requantize_(self.model, isq, progress=False, **self.options, **calibration)
-            self.report.notes.append(
-                f"made from the quantized weights of {self.source}: their errors stay, and more bits gain nothing"
-            )
+        if self.packed or self.report is not None:
+            if source is None and self.packed:
+                source = STORED
+            self.report = requantize_(self.model, isq, source=source, progress=False, **self.options)
         else:
-            model, self.report = self._load(isq)
-            self.model = model
-            del model
+            self.model, self.report = self._load(isq)
             gc.collect()  # the old model: its modules refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -100,8 +104,25 @@ class LoadedModel:
         return self.report
 
     def _load(self, isq: str | None) -> tuple[Any, QuantReport | None]:
+        text = self.options.get("calibration_file")
+        if isq is not None and text is not None:
+            return self._calibrated(isq, Path(text))
         model = load_causal_lm(self.source, isq, device=self.device, options=self.options)
         return model, model.isq_report if isq is not None else None
+
+    def _calibrated(self, isq: str, text: Path) -> tuple[Any, QuantReport]:
+        """The float model, run on a text and quantized with what that showed, which later changes of the format use as well."""
+        options = {name: value for name, value in self.options.items() if name != "calibration_file"}
+        model = load_causal_lm(self.source, device=self.device)
+        if options.get("imatrix") is not None:
+            raise ValueError("give either imatrix or calibration_file, not both")
+        plan(
+            model, isq, **{name: value for name, value in options.items() if name != "imatrix"}
+        )  # faults show before the minutes
+        options["imatrix"] = collect_imatrix(model, self.tokenizer, text)
+        report = quantize_(model, isq, **options)
+        self.options = options
+        return model, report
 
 
 def load_causal_lm(
@@ -124,8 +145,6 @@ def load_causal_lm(
             method = _quantized_by(config)
             if method is not None:
                 raise _already(source, method)
-            if "calibration_file" in (options or {}):
-                return _calibrated(source, isq, settings, options or {})
             from .transformers import IsqConfig
 
             settings["quantization_config"] = IsqConfig(isq, **(options or {}))
@@ -137,15 +156,6 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_config(config)
         checkpoint.load_(model, Path(source))
         return model.eval() if device is None else model.eval().to(device)
-
-
-def _calibrated(source: str, isq: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    """The float model, run on a text and then quantized with what that showed."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
-    quantize_(model, isq, tokenizer=load_tokenizer(source), **options)
-    return model
 
 
 def load_tokenizer(source: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from isqtorch.formats import QuantFormat
+from isqtorch.formats import QuantFormat, get_format
 
 from .embedding import QuantEmbedding
 from .experts import QuantExperts, experts_class, stacks
@@ -101,6 +101,20 @@ def weight_matrix(module: nn.Module, leaf: str = "weight") -> Tensor:
     return weight.t() if kind == "conv1d" else weight
 
 
+def is_turned(module: PackedModule) -> bool:
+    """Whether the layer that `module` replaced stores its weights as `[.., K, N]`."""
+    if isinstance(module, QuantExperts):
+        return module.transposed
+    return module.origin not in (nn.Linear, nn.Embedding)
+
+
+def float_shape(module: PackedModule, leaf: str = "weight") -> tuple[int, ...]:
+    """The shape of a packed weight in the layer that `module` replaced."""
+    *rows, row_bytes = cast(Tensor, module._parameters[leaf]).shape
+    columns = get_format(module.packed[leaf]).in_features(row_bytes)
+    return (*rows[:-1], columns, rows[-1]) if is_turned(module) else (*rows, columns)
+
+
 def to_packed(
     module: nn.Module, packed: nn.Parameter, fmt: QuantFormat, leaf: str = "weight"
 ) -> QuantLinear | QuantEmbedding | QuantExperts:
@@ -170,7 +184,7 @@ def float_weight(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None
     """A new float parameter with the decoded weights, laid out as the layer that `module` replaced stores them."""
     with ordinary_tensors():
         weight = torch.ops.isqtorch.dequantize(module.weight, module.format, dtype or module.dtype)
-        if isinstance(module, QuantLinear) and module.origin is not nn.Linear:
+        if is_turned(module):
             weight = weight.t().contiguous()
     return nn.Parameter(weight, requires_grad=module.origin_requires_grad)
 

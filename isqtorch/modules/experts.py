@@ -72,6 +72,12 @@ class QuantExperts(PackedModule):
         self._parameters[name] = packed
         self.formats[name] = fmt.name
 
+    def twin(self) -> QuantExperts:
+        """Another module over the same tensors, whose stacks `put` may replace without this one noticing."""
+        new = type(self).__new__(type(self))
+        new.__dict__.update(_copied(self))
+        return new
+
     def to_float(self, weights: dict[str, nn.Parameter]) -> nn.Module:
         """The module that this one replaced, around float stacks in its own layout."""
         new = self.origin.__new__(self.origin)

@@ -181,7 +181,7 @@ def test_conversation_remembers_and_forgets(chat_model: str) -> None:
 
     old = talk.loaded.model
     report = talk.loaded.requantize("q8_0")
-    assert report.bits_per_weight > 8 and talk.loaded.model is not old
+    assert report.bits_per_weight > 8 and talk.loaded.model is old
     talk.messages = [{"role": "tool", "content": "x"}]
     with pytest.raises(ValueError, match="template refuses: no tools"):
         talk.say("hello")
@@ -200,6 +200,9 @@ def test_requantize_reads_the_checkpoint_again(packed: str) -> None:
     with pytest.raises(ValueError, match="q9"):
         changed.requantize("q9")
     assert changed.isq == "8"
+
+    changed.requantize("q4_0", "stored")
+    assert any("their errors stay" in note for note in changed.report.notes) and changed.isq == "q4_0"
 
     stored = LoadedModel(packed)
     assert any("their errors stay" in note for note in stored.requantize("q8_0").notes)
@@ -331,6 +334,19 @@ def test_calibrating_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert any(not torch.equal(plain[name], value) for name, value in expected.items())
+
+
+def test_what_calibration_showed_serves_every_format(tmp_path: Path) -> None:
+    from isqtorch.integrations.loading import LoadedModel
+
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "examples/demo_model/calibration.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    changed, fresh = (LoadedModel(MODEL, fmt, options={"calibration_file": text}) for fmt in ("q2k", "q3k"))
+    text.unlink()
+    report = changed.requantize("q3k")
+    assert any("chunks of" in note for note in report.notes)
+    state, want = changed.model.state_dict(), fresh.model.state_dict()
+    assert all(state[name].equal(want[name]) for name in want)
 
 
 @pytest.mark.parametrize(

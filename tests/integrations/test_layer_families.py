@@ -17,7 +17,8 @@ from isqtorch import checkpoint
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
 from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.subclasses import meaning_of
-from isqtorch.quantize import dequantize_, quantize_, requantize_
+from isqtorch.quantize import dequantize_, quantize_
+from isqtorch.requantize import requantize_
 
 transformers = pytest.importorskip("transformers", "5.0")
 
@@ -188,7 +189,7 @@ def check_scaled(name: str) -> None:
     assert packed.embed_scale == torch.tensor(8.1, dtype=torch.bfloat16)
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(IDS), packed(IDS))
-    requantize_(model, "q5_0")
+    requantize_(model, "q5_0", source="stored")
     assert "embed_scale=8.1" in repr(model)
     quantized = model[0](IDS)
     dequantize_(model)

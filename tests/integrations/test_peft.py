@@ -14,7 +14,8 @@ from torch import nn
 
 from isqtorch.formats import formats, get_format
 from isqtorch.modules import QuantLinear
-from isqtorch.quantize import dequantize_, quantize_, requantize_
+from isqtorch.quantize import dequantize_, quantize_
+from isqtorch.requantize import requantize_
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", "0.21")
@@ -313,7 +314,7 @@ def test_requantized_while_merged(enabled: None) -> None:
     model = with_lora(quantized("q4k"))
     shake(model)
     model.merge_adapter()
-    requantize_(model, "q8_0")
+    requantize_(model, "q8_0", source="stored")
     with pytest.raises(ValueError, match="was q4k when adapters were merged and is q8_0 now"):
         model.unmerge_adapter()
 

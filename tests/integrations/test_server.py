@@ -245,6 +245,7 @@ def test_a_reply_ends_at_the_context(server: Server) -> None:
         ("/re_isq", {"isq": "q4z"}, 400, "q4z"),
         ("/re_isq", {"isq": "7"}, 400, "7 bits"),
         ("/re_isq", {"isq": "q4k", "ggml_type": "x"}, 400, "unknown field 'ggml_type'"),
+        ("/re_isq", {"isq": "q4k", "source": "/etc"}, 400, 'source can only be "stored"'),
         ("/v1/nothing", {}, 404, "Not Found"),
         ("/re_isq", None, 405, "Method Not Allowed"),
     ],

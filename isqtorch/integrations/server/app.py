@@ -2,7 +2,8 @@
 
 GET  /health  /v1/models  /v1/models/{id}
 POST /v1/chat/completions  /v1/completions      OpenAI's API, streaming included
-POST /re_isq {"isq": "q8_0"}                    change the format of the running model; answers with the report
+POST /re_isq {"isq": "q8_0"}                    change the format of the running model; answers with the report ("source": "stored"
+                                                makes it from the quantized weights instead of the checkpoint)
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Api:
         }
 
     async def re_isq(self, request: Request) -> Response:
-        isq = requests.check_re_isq(requests.parse(await request.body()))
-        report = await self.served.requantize(isq)
+        isq, source = requests.check_re_isq(requests.parse(await request.body()))
+        report = await self.served.requantize(isq, source)
         return JSONResponse(report.to_dict())
 
     def post(self, handler: Any, check: Callable[[requests.Body], None]) -> Callable[[Request], Any]:

@@ -63,7 +63,7 @@ class Served:
     def get_model_modality(self, model: Any, processor: Any = None) -> Modality:
         return Modality.LLM
 
-    async def requantize(self, isq: str) -> QuantReport:
+    async def requantize(self, isq: str, source: str | None = None) -> QuantReport:
         """Change the format when the requests before this one are answered; those after it wait.
 
         Raises:
@@ -77,7 +77,7 @@ class Served:
             raise ApiError(409, "the model is changing its format already; ask again when that is done")
         self.requantizing = True
         try:
-            report: QuantReport = await self.generations.async_submit(self.loaded.requantize, isq)
+            report: QuantReport = await self.generations.async_submit(self.loaded.requantize, isq, source)
             return report
         except Exception as error:  # whatever it was, the server goes on with the model it has
             raise ApiError(500, f"the format stays {self.loaded.isq}: {type(error).__name__}: {error}") from error

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from isqtorch.requantize import STORED
+
 Body = dict[str, Any]
 
 _HARMLESS = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls"}  # change no answer
@@ -67,17 +69,24 @@ def check_completion(body: Body) -> None:
     _drop_nulls(body)
 
 
-def check_re_isq(body: Body) -> str:
-    """The format in a body of /re_isq."""
-    unknown = sorted(set(body) - {"isq"})
+def check_re_isq(body: Body) -> tuple[str, str | None]:
+    """(format, source) in a body of /re_isq. A client names no path: "stored" is the only source that it may ask for."""
+    unknown = sorted(set(body) - {"isq", "source"})
     if unknown:
-        raise ValueError(f'unknown field {unknown[0]!r}; the body is {{"isq": FORMAT}}')
+        raise ValueError(
+            f'unknown field {unknown[0]!r}; the body is {{"isq": FORMAT}}, with "source": "stored" if need be'
+        )
     isq = body.get("isq")
     if type(isq) is int:
         isq = str(isq)
     if not isinstance(isq, str):
         raise ValueError(f"isq must be a format or a number of bits, got {_kind(isq)}")
-    return isq
+    source = body.get("source")
+    if source not in (None, STORED):
+        raise ValueError(
+            f'source can only be "{STORED}", the quantized weights; leave it out to read the checkpoint again'
+        )
+    return isq, source
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------

@@ -19,11 +19,14 @@ if _found < MINIMUM:
     )
 
 from isqtorch.listeners import listen  # noqa: E402
+from isqtorch.source import register  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
 from .live import follow  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
+from .source import CheckpointReader  # noqa: E402
 
 listen(follow)
+register(CheckpointReader())
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

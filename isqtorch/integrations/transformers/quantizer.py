@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from isqtorch.modules.convert import locate, name_of
 from isqtorch.modules.experts import pack_stack
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
+from isqtorch.origin import Origin
 from isqtorch.prepare import Job, Prepared
 from isqtorch.quantize import dequantize_
 from isqtorch.report import QuantReport
@@ -41,6 +43,7 @@ class _Load:
     prepared: Prepared
     requested: Spec | None
     rule: str | None
+    origin: Origin
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
     started: float = field(default_factory=time.perf_counter)
@@ -91,7 +94,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
                 jobs[".".join(locate(model, name))] = job
-        self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
+        files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        origin = Origin.made(files, None, config.request())
+        self._load = _Load(prepared, config.isq, config.rule, origin, MappedFiles(files), jobs)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -177,6 +182,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
+        load.origin.attach(model)
         record(model, self)
         return model
 

@@ -1,0 +1,148 @@
+"""Reading a transformers checkpoint again, with everything that loading does to names and tensors.
+
+The conversions are those of the loader: renamed keys, prefixes, experts that are joined into stacks, weights that are cut or
+turned. They run for one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import float_shape
+from isqtorch.plan import checkpoint_files, read_json
+from isqtorch.source import Source
+
+from .quantizer import IsqHfQuantizer
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class CheckpointReader:
+    """See `isqtorch.source.Reader`."""
+
+    def files(self, model: nn.Module) -> list[str] | None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not isinstance(model, PreTrainedModel) or not (quantizer is None or isinstance(quantizer, IsqHfQuantizer)):
+            return None
+        name = str(model.config.name_or_path or "")
+        try:
+            if Path(name).is_dir():
+                return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
+            return _cached(name, getattr(model.config, "_commit_hash", None))
+        except (OSError, ValueError):  # ValueError: also of names that no repository can have
+            return None
+
+    def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
+        if not isinstance(model, PreTrainedModel):
+            return None
+        # What loading these very files used may be the user's own mapping; for others it may lack what they need.
+        used = getattr(model, "_weight_conversions", None) if remembered else None
+        return ConvertedSource(model, files, get_model_conversion_mapping(model) if used is None else used)
+
+
+@dataclass
+class _Group:
+    """Tensors of the checkpoint that become one parameter, or several."""
+
+    converter: WeightConverter | None  # None: the tensor only has another name
+    collected: list[tuple[str, str]] = field(default_factory=list)  # (pattern that matched, name in the files)
+
+
+class ConvertedSource(Source):
+    """A checkpoint as transformers would load it into `model`."""
+
+    def __init__(self, model: Any, files: Sequence[str], conversions: Sequence[Any]) -> None:
+        super().__init__(files)
+        self._model = _AsFloat(model)
+        self._groups: dict[str, _Group] = {}  # name of the first parameter that comes out -> what goes in
+        self._first: dict[str, str] = {}  # parameter -> the first of its group
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        state = model.state_dict()
+        for key in sorted(self.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            if name not in state and key in state:  # as the loader: it should not have been renamed
+                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+            converter = None if pattern is None else by_pattern[pattern]
+            group = self._groups.setdefault(name, _Group(converter))
+            group.collected.append((key if pattern is None else pattern, key))
+            targets = [""] if converter is None else converter.target_patterns
+            for target in targets:
+                self._first[name.replace(targets[0], target, 1)] = name
+
+    def read(self, name: str) -> Tensor | None:
+        first = self._first.get(name)
+        if first is None:
+            return None
+        group = self._groups[first]
+        if group.converter is None:
+            return self.tensor(group.collected[-1][1])
+        converter = copy.deepcopy(group.converter)
+        for pattern, key in group.collected:
+            converter.add_tensor(first, key, pattern, partial(self.tensor, key))
+        try:
+            converted = converter.convert(first, model=self._model, config=self._model.config)
+        except (
+            RuntimeError,
+            IndexError,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as error:  # whatever shapes it did not expect
+            raise ValueError(f"requantize_: {self.where}: {name} cannot be converted as it was: {error}") from error
+        found = converted.get(name)
+        tensor: Tensor | None = found[0] if isinstance(found, list) else found
+        return tensor
+
+    def _plain(self, name: str) -> str | None:
+        group = self._groups.get(name)
+        return None if group is None or group.converter is not None else group.collected[-1][1]
+
+
+class _AsFloat:
+    """A model to conversions that ask for the shapes of parameters: those of the float weights."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            return torch.empty(float_shape(module, leaf), device="meta")
+        parameter: Tensor = self._model.get_parameter(name)
+        return parameter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _cached(name: str, revision: str | None) -> list[str] | None:
+    """The files of a model in the Hub's local cache, without asking the network."""
+    index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
+    if not isinstance(index, str):
+        single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
+        return [single] if isinstance(single, str) else None
+    mapping = read_json(Path(index)).get("weight_map")
+    names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
+    found = [try_to_load_from_cache(name, file, revision=revision) for file in names]
+    return [str(file) for file in found] if found and all(isinstance(file, str) for file in found) else None
