@@ -40,7 +40,6 @@ class _Load:
 
     prepared: Prepared
     requested: Spec | None
-    rule: str | None
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
     started: float = field(default_factory=time.perf_counter)
@@ -91,7 +90,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
                 jobs[".".join(locate(model, name))] = job
-        self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
+        self._load = _Load(prepared, config.isq, MappedFiles(checkpoint_files or []), jobs)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -131,7 +130,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             job = load.jobs[name]
             shape = tuple(local(model.get_parameter(name)).shape)
             with ordinary_tensors():
-                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+                return pack_matrices(sources, shape, job.fmt, job.importance, job.rule, load.files.drop)
 
         return self._attempt(name, packed)
 
@@ -230,9 +229,9 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             columns = local_columns(module._parameters[leaf], job.fmt)
             importance = job.importance[..., columns].to(source.device)
         if matrix.dim() == 3:
-            packed = pack_stack(source, job.fmt, importance, load.rule)
+            packed = pack_stack(source, job.fmt, importance, job.rule)
         else:
-            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, job.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -281,6 +280,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)
     report = QuantReport.build(inventory, verdict, load.requested)
     report.notes += load.prepared.notes
+    report.imatrix, report.rule = load.prepared.imatrix, load.prepared.rule
     report.seconds = time.perf_counter() - load.started
     return report
 
