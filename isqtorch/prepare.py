@@ -196,7 +196,10 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
         notes.append(
             f"{len(without)} layers have no entry in the importance matrix and were quantized without: {_some(without)}"
         )
-    for search, told in ((False, "formats that take no importance"), (True, "formats that take it only with rule='search'")):
+    for search, told in (
+        (False, "formats that take no importance"),
+        (True, "formats that take it only with rule='search'"),
+    ):
         names = [job.names[0] for job in useless if has_rule(job.fmt, "search") == search]
         if names:
             notes.append(f"{len(names)} layers have {told}: {_some(names)}")

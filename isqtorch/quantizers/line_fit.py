@@ -58,7 +58,9 @@ def error_weights(blocks: Blocks) -> Tensor:
     return importance_weight(x, blocks.importance.t(), power)
 
 
-def fit_lines(x: Tensor, weight: Tensor, nmax: int, line: Line, codes: Tensor, dtype: torch.dtype) -> tuple[Line, Tensor]:
+def fit_lines(
+    x: Tensor, weight: Tensor, nmax: int, line: Line, codes: Tensor, dtype: torch.dtype
+) -> tuple[Line, Tensor]:
     """Search for better lines than those given.
 
     Args:

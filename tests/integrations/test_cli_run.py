@@ -337,7 +337,7 @@ def test_calibrating_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("argv", "message"),
     [
         (["--isq", "4", "--calibration-file", "no-such.txt"], "no calibration text no-such.txt"),
-        (["--calibration-file", MODEL + "/config.json"], "--calibration-file need --isq"),
+        (["--calibration-file", MODEL + "/config.json"], "--calibration-file and --rule need --isq"),
     ],
 )
 def test_mistakes_with_a_calibration_file(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
