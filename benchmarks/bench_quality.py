@@ -84,15 +84,6 @@ def measure(args: argparse.Namespace) -> Any:
     utils.logging.disable_progress_bar()
     rows = [Row.parse(text) for text in args.rows] if args.rows else default()
     session = Session(Settings(args.model, args.text, args.calibration, args.context, args.tokens, args.dtype))
-    for row in rows:
-        found = session.measure(row)
-        if found:
-            print(
-                f"{row.name:28} {found.bits_per_weight:6.2f} bpw  ppl {found.perplexity:8.3f}  KL {found.kl:.5f}",
-                flush=True,
-            )
-        else:
-            print(f"{row.name:28} skipped: {session.results.skipped[row.name]}", flush=True)
     folder = Path(args.model)
     name = "demo-model" if folder == DEMO / "model" else folder.name
     session.results.facts |= {
@@ -105,6 +96,15 @@ def measure(args: argparse.Namespace) -> Any:
         "torch": torch.__version__,
         "commit": host.commit(),
     }
+    for row in rows:
+        found = session.measure(row)
+        if found:
+            print(
+                f"{row.name:28} {found.bits_per_weight:6.2f} bpw  ppl {found.perplexity:8.3f}  KL {found.kl:.5f}",
+                flush=True,
+            )
+        else:
+            print(f"{row.name:28} skipped: {session.results.skipped[row.name]}", flush=True)
     return session.results
 
 

@@ -179,7 +179,8 @@ def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
 
 def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
     """Which layers go without importance; ValueError if all do that could use it."""
-    useful, useless = [], []
+    useful: list[Job] = []
+    useless: list[Job] = []
     for job in jobs:
         (useful if uses_importance(job.fmt, job.rule) else useless).append(job)
     without = [job.names[0] for job in useful if job.importance is None and job.has_input]
