@@ -93,7 +93,7 @@ def prepare_inventory(
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{request.op} quantized nothing; the report has the reasons")
     _check_kernels(jobs, rule, request.op)
-    source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
+    source = imatrix_name(importance) if any(job.importance is not None for job in jobs) else None
     return Prepared(inventory, verdict, jobs, target, rule, source, [*notes, *alarms], [*verdict.notes, *alarms])
 
 

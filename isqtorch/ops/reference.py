@@ -51,7 +51,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     *matrices, rows, columns = w.shape
     if fmt.solver == "hqq":  # stops by the error of a whole matrix
         apart = w32.reshape(-1, rows, columns) if w32.numel() else w32.reshape(1, 0, columns)
-        own = [None] * len(apart) if vectors is None else vectors.expand(len(apart), columns)
+        own = [None] * len(apart) if vectors is None or not w32.numel() else vectors.expand(len(apart), columns)
         parts = [solve(fmt, matrix, vector, rule) for matrix, vector in zip(apart, own, strict=True)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     else:
