@@ -80,6 +80,7 @@ class Session:
         self.reference = isqtorch.reference_logits(model, self.ids, context=settings.context)
         self.imatrix = self._importance(model)
         base = Recorded(self.reference)
+        tokens = getattr(self.imatrix, "tokens", None)  # a file does not say
         score = isqtorch.perplexity(base, self.ids, context=settings.context)
         name = str(model.dtype).removeprefix("torch.")
         size = model_size(model)[0]
@@ -88,7 +89,7 @@ class Session:
             "tokens": len(self.ids),
             "scored": score.tokens,
             "perplexity_stderr": score.stderr,
-            "calibrated": self.imatrix.summary(),
+            "calibrated": settings.calibration.name + (f", {tokens} tokens" if tokens else ""),
         }
 
     def measure(self, row: Row) -> Quality | None:

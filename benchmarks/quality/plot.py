@@ -9,20 +9,23 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot
 
-from isqtorch.formats import formats, get_format
+from isqtorch.formats import get_format
 
 from .measure import Quality, Results
 
 _STYLES = {"": ("o", ":"), "imatrix": ("o", "-"), "search": ("s", "--"), "search+imatrix": ("s", "-")}
 _OTHER = ("D", "")
+_FAMILIES = {"absmax": "q4_0 to q8_0", "minmax": "q4_1, q5_1", "kquants": "K-quants", "affine": "afq"}
+_RIGHT = ("afq", "hqq", "fp8")
 
 
 def family(spec: str) -> str:
-    """The first letters of a format's name, K-quants apart; other specs are recipes."""
-    name = spec.lower()
-    if name not in formats(variants=True):
+    """Where a format's codes come from; specs that are no format's name are recipes."""
+    try:
+        solver = get_format(spec).solver
+    except ValueError:
         return "mixed"
-    return "q_k" if get_format(name).solver == "kquants" else name.rstrip("0123456789_g.bf")
+    return _FAMILIES.get(solver, solver)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -30,12 +33,13 @@ def draw(results: Results, path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True, sharex=True, layout="constrained")
     families = list(dict.fromkeys(family(row.spec) for row in results.rows[1:]))
     for i, name in enumerate(families):
-        axes = panels[0 if name in ("q", "q_k", "mixed") else 1]
+        axes = panels[int(name in _RIGHT)]
         members = [row for row in results.rows[1:] if family(row.spec) == name]
         for how in dict.fromkeys(row.how for row in members):
             _line(axes, [row for row in members if row.how == how], f"C{i}", f"{name} {how}".replace("+", ", "), how)
     for axes, title in zip(panels, ("ggml's formats", "AFQ, HQQ, FP8"), strict=True):
         axes.set_yscale("log")
+        axes.margins(x=0.08)  # room for the last label
         axes.set_xlabel("bits per weight of the whole model")
         axes.set_title(title)
         axes.grid(True, which="both", alpha=0.25)

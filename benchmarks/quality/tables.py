@@ -27,9 +27,9 @@ def _cells(row: Quality, plain: Quality | None) -> list[str]:
         f"{row.size / 1e6:.2f}",
         f"{row.bits_per_weight:.2f}",
         f"{row.perplexity:.3f}",
-        f"{row.kl:.5f}" if row.kl else "0",
+        f"{row.kl:#.3g}" if row.kl else "0",
         change,
-        f"{row.kl_p99:.4f}" if row.kl else "0",
+        f"{row.kl_p99:#.3g}" if row.kl else "0",
         f"{row.top1:.2f}",
     ]
 
@@ -41,7 +41,7 @@ def conditions(results: Results) -> str:
         f"model {facts['model']}, computing in {results.rows[0].spec}: perplexity {results.rows[0].perplexity:.3f} "
         f"+- {facts['perplexity_stderr']:.3f}",
         f"{facts['scored']} scored tokens of {facts['text']} in windows of {facts['context']}",
-        f"importance: {facts['calibrated']}",
+        f"importance from {facts['calibrated']}",
         f"isqtorch {facts['commit']}, torch {facts['torch']}, {facts['date']}",
     ]
     skipped = [f"not measured: {name}: {why}" for name, why in results.skipped.items()]
