@@ -19,7 +19,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models test test-integrations test-all test-neon sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: build  ## speed against its targets and other libraries, in benchmarks/re
 
 bench-models: build  ## loading and speed of whole models, in benchmarks/results; 10 GB of memory; QUICK=1 for a short look
 	$(PYTHON) -m benchmarks.bench_models $(if $(QUICK),--quick)
+
+quality: build  ## perplexity and divergence of every format on the demo model, in benchmarks/results and docs/quality.md
+	$(PYTHON) -m benchmarks.bench_quality --docs
 
 test: build  ## the test suite, but for tests/integrations
 	$(PYTHON) -m pytest --ignore tests/integrations

@@ -1,4 +1,4 @@
-"""Speed of the quantizers, without and with importance, beside ggml's where it is installed.
+"""Speed of the quantizers, without and with importance, by default and with rule="search", beside ggml's where it is installed.
 
     OMP_WAIT_POLICY=passive python -m pytest benchmarks/bench_quantize.py -k q4k --benchmark-columns=min,median,rounds
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from isqtorch import formats, get_format, ops
+from isqtorch.quantizers import has_rule, uses_importance
 
 from . import workloads
 from .conftest import Rates
@@ -45,24 +46,35 @@ def peer() -> ggml.Ggml:
 
 @pytest.mark.parametrize(("who", "threads"), _cases())
 @pytest.mark.parametrize("important", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("rule", [None, "search"], ids=["default", "search"])
 @pytest.mark.parametrize("fmt", formats())
 def test_quantize(
-    benchmark: Any, fmt: str, important: bool, who: str, threads: int, rates: Rates, request: pytest.FixtureRequest
+    benchmark: Any,
+    fmt: str,
+    rule: str | None,
+    important: bool,
+    who: str,
+    threads: int,
+    rates: Rates,
+    request: pytest.FixtureRequest,
 ) -> None:
-    if important and not get_format(fmt).takes_importance:
+    if not has_rule(get_format(fmt), rule):
+        pytest.skip(f"{fmt} has no rule {rule!r}")
+    if important and not uses_importance(get_format(fmt), rule):
         pytest.skip(f"{fmt} takes no importance")
     weight = workloads.weight(*SHAPE)
     vector = workloads.importance(SHAPE[1]) if important else None
     w, v = torch.from_numpy(weight), None if vector is None else torch.from_numpy(vector)
-    packed = ops.quantize(w, fmt, v)
-    benchmark.group = f"quantize {fmt}{' with importance' * important}"
+    packed = ops.quantize(w, fmt, v, rule)
+    benchmark.group = f"quantize {fmt}{' search' * (rule is not None)}{' with importance' * important}"
     if who == "ggml":
-        if fmt not in ggml.FORMATS:
-            pytest.skip(f"ggml has no {fmt}")
+        if fmt not in ggml.FORMATS or rule is not None:
+            pytest.skip(f"ggml has no {fmt} with this rule")
         other: ggml.Ggml = request.getfixturevalue("peer")
         assert np.array_equal(benchmark(other.quantize, fmt, weight, vector), packed.numpy())
     else:
         if get_format(fmt).solver != "hqq":  # hqq stops by the error of the whole matrix
-            assert torch.equal(ops.quantize(w[:CHECKED], fmt, v), ops.reference.quantize(w[:CHECKED], fmt, v))
-        benchmark(ops.quantize, w, fmt, v)
+            few = w[:CHECKED]
+            assert torch.equal(ops.quantize(few, fmt, v, rule), ops.reference.quantize(few, fmt, v, rule))
+        benchmark(ops.quantize, w, fmt, v, rule)
     rates.record(benchmark, nbytes=packed.nbytes, weights=weight.size)

@@ -76,10 +76,15 @@ def facts(tiers: list[Tier]) -> list[str]:
     """Lines for people: processor, caches, versions."""
     lines = [*machine_facts(), f"caches: {', '.join(_caches()) or 'unknown'}"]
     lines.append(f"CPU features: {' '.join(cpu()['features']) or 'unknown'}")
-    lines.append(f"isqtorch commit: {_output('git', '-C', str(ROOT), 'describe', '--always', '--dirty') or 'unknown'}")
+    lines.append(f"isqtorch commit: {commit()}")
     lines.append(f"compiler here: {(_output(os.environ.get('CXX', 'c++'), '--version') or 'none').splitlines()[0]}")
     lines += [f"ggml for {tier.name}: {tier.ggml.version}" for tier in tiers if tier.ggml]
     return lines
+
+
+def commit() -> str:
+    """The version of this source tree."""
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
 
 
 def slug() -> str:

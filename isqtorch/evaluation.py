@@ -151,6 +151,22 @@ def reference_logits(
     return stored
 
 
+class Recorded:
+    """Logits that `reference_logits` returned, played back once as a model: one forward gives perplexity and divergence.
+
+    For the same ids and context, and windows one at a time.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.done = logits, 0  # [scored positions, vocabulary]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        scored = ids.shape[1] - 1  # the last position of a window has no target, so its logits were not kept
+        window = self.logits[self.done : self.done + scored]
+        self.done += scored
+        return nn.functional.pad(window, (0, 0, 0, 1))[None]  # [1, T, vocabulary]
+
+
 def kl_divergence(
     model: Model,
     reference: Tensor | Model,

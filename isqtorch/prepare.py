@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from .modules.convert import layer_kind, locate, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
 from .policy import LayerInfo, Request, Verdict, decide
+from .quantizers import has_rule, uses_importance
 
 ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -34,6 +36,7 @@ class Job:
     has_input: bool  # one of them is not an embedding, so that columns can matter
     fmt: QuantFormat
     importance: Tensor | None
+    rule: str | None  # the rule that was asked for, if the format has it
     device: torch.device | None  # None: where it is
 
 
@@ -45,6 +48,8 @@ class Prepared:
     verdict: Verdict
     jobs: list[Job]
     target: torch.device | None  # where the whole model goes
+    rule: str | None  # as it was asked for
+    imatrix: str | None  # where the importance that some job uses came from
     notes: list[str]  # for the report, besides the verdict's
     warnings: list[str]  # to be shown at once
 
@@ -66,7 +71,7 @@ def prepare(
         inventory = replace(inventory, layers=[replace(layer, device_type=target.type) for layer in inventory.layers])
     prepared = prepare_inventory(inventory, request, imatrix, target, rule)
     for job in prepared.jobs:
-        _check_weight(model, job, rule, request.op)
+        _check_weight(model, job, request.op)
     return prepared
 
 
@@ -88,15 +93,16 @@ def prepare_inventory(
     """
     verdict = decide(inventory.layers, request)
     importance = load_imatrix(imatrix)
-    jobs = _jobs(inventory, verdict, importance, target, again)
-    notes = _kernel_notes(inventory, verdict)
+    jobs = _jobs(inventory, verdict, importance, target, rule, again)
+    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule)]
     if importance is not None:
         notes += _importance_notes(jobs, importance, request.op)
     alarms = _dead_columns(jobs)
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{request.op} quantized nothing; the report has the reasons")
     _check_kernels(jobs, rule, request.op)
-    return Prepared(inventory, verdict, jobs, target, [*notes, *alarms], [*verdict.notes, *alarms])
+    source = imatrix_name(importance) if any(job.importance is not None for job in jobs) else None
+    return Prepared(inventory, verdict, jobs, target, rule, source, [*notes, *alarms], [*verdict.notes, *alarms])
 
 
 def check_model(model: nn.Module, op: str) -> None:
@@ -121,8 +127,21 @@ def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
     raise ValueError(f"imatrix must be a dict of layer names, a path or an Imatrix, got {type(imatrix).__name__}")
 
 
+def imatrix_name(imatrix: ImatrixLike | None) -> str:
+    """A word about where importance came from; not the path, which is nobody else's business."""
+    if isinstance(imatrix, (str, os.PathLike)):
+        return Path(imatrix).name
+    source = getattr(imatrix, "source", None)
+    return Path(str(source)).name if source else "given in memory"
+
+
 def _jobs(
-    inventory: Inventory, verdict: Verdict, imatrix: Imatrix | None, target: torch.device | None, again: bool
+    inventory: Inventory,
+    verdict: Verdict,
+    imatrix: Imatrix | None,
+    target: torch.device | None,
+    rule: str | None,
+    again: bool,
 ) -> list[Job]:
     """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
@@ -134,12 +153,14 @@ def _jobs(
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
         importance = None if imatrix is None else _importance(imatrix, layers, first.shape)
+        own_rule = rule if has_rule(fmt, rule) else None
         jobs.append(
             Job(
                 tuple(layer.name for layer in layers),
                 any(layer.kind != "embedding" for layer in layers),
                 fmt,
-                importance if fmt.takes_importance else None,
+                importance if uses_importance(fmt, own_rule) else None,
+                own_rule,
                 device or target,
             )
         )
@@ -159,10 +180,19 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
     ]
 
 
+def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
+    """Which layers go without the rule that was asked for; if all do, `_check_kernels` refuses."""
+    without = [job.names[0] for job in jobs if job.rule != rule]
+    return [f"{len(without)} layers have formats without a rule {rule!r}: {_some(without)}"] if without else []
+
+
 def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
     """Which layers go without importance; ValueError if all do that could use it."""
-    useless = [job.names[0] for job in jobs if not job.fmt.takes_importance]
-    without = [job.names[0] for job in jobs if job.fmt.takes_importance and job.importance is None and job.has_input]
+    useful: list[Job] = []
+    useless: list[Job] = []
+    for job in jobs:
+        (useful if uses_importance(job.fmt, job.rule) else useless).append(job)
+    without = [job.names[0] for job in useful if job.importance is None and job.has_input]
     if without and not any(job.importance is not None for job in jobs):
         raise ValueError(
             f"{op}: no entry of {imatrix!r} belongs to a layer of this model; {without[0]}, for example, has none. "
@@ -176,16 +206,21 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
         notes.append(
             f"{len(without)} layers have no entry in the importance matrix and were quantized without: {_some(without)}"
         )
-    if useless:
-        notes.append(f"{len(useless)} layers have formats that take no importance: {_some(useless)}")
+    for search, told in (
+        (False, "formats that take no importance"),
+        (True, "formats that take it only with rule='search'"),
+    ):
+        names = [job.names[0] for job in useless if has_rule(job.fmt, "search") == search]
+        if names:
+            notes.append(f"{len(names)} layers have {told}: {_some(names)}")
     return notes
 
 
 def _dead_columns(jobs: list[Job]) -> list[str]:
-    """Warnings about sub-blocks in which no column matters."""
+    """Warnings about sub-blocks in which no column matters; rules of our own then do as without importance."""
     warnings = []
     for job in jobs:
-        start = None if job.importance is None else _zero_run(job.importance)
+        start = None if job.importance is None or not job.fmt.takes_importance else _zero_run(job.importance)
         if start is not None:
             assert job.importance is not None
             expert, start = divmod(start, job.importance.shape[-1])
@@ -213,7 +248,7 @@ def _zero_run(importance: Tensor) -> int | None:
     return int(dead[0]) * _ZERO_RUN if len(dead) else None
 
 
-def _check_weight(model: nn.Module, job: Job, rule: str | None, op: str) -> None:
+def _check_weight(model: nn.Module, job: Job, op: str) -> None:
     """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
     path, leaf = locate(model, job.names[0])
     module = model.get_submodule(path)
@@ -231,7 +266,7 @@ def _check_weight(model: nn.Module, job: Job, rule: str | None, op: str) -> None
         low, high = decoded.aminmax()  # NaN comes through; allocates nothing of the weight's size
         if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
             if max(-float(low), float(high)) > _F16_SCALES_HOLD:
-                _check_scales(matrix, job, rule, op)
+                _check_scales(matrix, job, op)
             return
         position = _first_bad(decoded)
         raise ValueError(
@@ -240,11 +275,11 @@ def _check_weight(model: nn.Module, job: Job, rule: str | None, op: str) -> None
         )
 
 
-def _check_scales(matrix: Tensor, job: Job, rule: str | None, op: str) -> None:
+def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
     """Pack a weight with enormous values once for nothing: only the quantizer knows whether a scale overflows."""
     importance = None if job.importance is None else job.importance.to(matrix.device)
     try:
-        torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, rule)
+        torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, job.rule)
     except ValueError as error:
         raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 
@@ -260,9 +295,10 @@ def _first_bad(weight: Tensor) -> tuple[int, ...]:
 
 def _check_kernels(jobs: list[Job], rule: str | None, op: str) -> None:
     """Pack one block per format, so that a rule or kernel that is missing shows before the first layer is touched."""
-    for fmt in {job.fmt.name: job.fmt for job in jobs}.values():
+    known = any(job.rule == rule for job in jobs)
+    for job in {job.fmt.name: job for job in jobs}.values():
         try:
-            torch.ops.isqtorch.quantize(torch.zeros(1, fmt.block), fmt.name, None, rule)
+            torch.ops.isqtorch.quantize(torch.zeros(1, job.fmt.block), job.fmt.name, None, job.rule if known else rule)
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
 

@@ -81,7 +81,8 @@ def quantize_(
         fallback: where K is not a multiple of the format's block: "up" takes the next larger format that fits, "skip" leaves
             the layer as it is, "error" refuses before anything is changed.
         device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
-        rule: the rounding rule, for formats that have more than one (afq: "mlx").
+        rule: another way to choose the codes, for formats that have one (the report names the others): "search" for afq and
+            hqq, slower and closer to the weights, and the only one of theirs that uses importance; "mlx" for afq, MLX's bits.
         progress: a progress bar; None shows one if stderr is a terminal.
         measure_error: also report the relative RMS error of every weight (reads each once more).
 
@@ -184,7 +185,7 @@ def _run(
     with progress_bar(len(prepared.jobs), request.op, progress) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            error = _replace(model, job, rule, measure_error, placed)
+            error = _replace(model, job, measure_error, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()
@@ -195,6 +196,7 @@ def _run(
     for layer in report.layers:
         layer.error = errors.get(layer.name)
     report.notes += prepared.notes
+    report.imatrix, report.rule = prepared.imatrix, prepared.rule
     report.seconds = time.perf_counter() - started
     origin.attach(model)
     announce(model, report)
@@ -218,10 +220,10 @@ def collect(
     return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
 
 
-def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed: set[int]) -> float | None:
+def _replace(model: nn.Module, job: Job, measure: bool, placed: set[int]) -> float | None:
     """Pack one weight and put the packed layers in place; the originals are free when this returns."""
     path, leaf = locate(model, job.names[0])
-    packed, error = _pack(model.get_submodule(path), leaf, job, rule, measure)
+    packed, error = _pack(model.get_submodule(path), leaf, job, measure)
     parameter = nn.Parameter(packed, requires_grad=False)
     done: dict[int, nn.Module] = {}
     for name in job.names:
@@ -237,17 +239,17 @@ def _replace(model: nn.Module, job: Job, rule: str | None, measure: bool, placed
     return error
 
 
-def _pack(module: nn.Module, leaf: str, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
+def _pack(module: nn.Module, leaf: str, job: Job, measure: bool) -> tuple[Tensor, float | None]:
     with ordinary_tensors():
         weight = weight_matrix(module, leaf).detach()
-        return pack_weight(weight if job.device is None else weight.to(job.device), job, rule, measure)
+        return pack_weight(weight if job.device is None else weight.to(job.device), job, measure)
 
 
-def pack_weight(weight: Tensor, job: Job, rule: str | None, measure: bool) -> tuple[Tensor, float | None]:
+def pack_weight(weight: Tensor, job: Job, measure: bool) -> tuple[Tensor, float | None]:
     """The packed form of `[N, K]` or `[E, N, K]`, and its relative error if it is asked for."""
     importance = None if job.importance is None else job.importance.to(weight.device)
     pack = pack_stack if weight.dim() == 3 else _quantize
-    packed = pack(weight, job.fmt, importance, rule)
+    packed = pack(weight, job.fmt, importance, job.rule)
     return packed, relative_error(weight, packed, job.fmt) if measure else None
 
 

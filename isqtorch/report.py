@@ -65,6 +65,7 @@ class QuantReport:
         planned: True where nothing was done, only foreseen.
         seconds: wall time.
         notes: everything else that the user should know.
+        imatrix, rule: where importance came from, if any layer used it, and the rule that was asked for.
     """
 
     layers: list[LayerReport]
@@ -74,6 +75,8 @@ class QuantReport:
     planned: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    imatrix: str | None = None
+    rule: str | None = None
 
     @classmethod
     def build(cls, inventory: Inventory, verdict: Verdict, requested: object, *, planned: bool = False) -> QuantReport:
@@ -163,6 +166,8 @@ class QuantReport:
         return {
             "report_version": JSON_VERSION,
             "requested": self.requested,
+            "imatrix": self.imatrix,
+            "rule": self.rule,
             "planned": self.planned,
             "seconds": self.seconds,
             "bytes_before": self.bytes_before,

@@ -108,7 +108,7 @@ def requantize_(
     prepared = _prepare(model, request, imatrix, rule, weights)
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
-    swaps, errors = _packed(model, prepared, rule, weights, progress, measure_error)
+    swaps, errors = _packed(model, prepared, weights, progress, measure_error)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
     made = {name for job in prepared.jobs for name in job.names}
@@ -117,6 +117,7 @@ def requantize_(
         if layer.name in made:
             layer.reason = layer.reason.replace(f"is {layer.stored} already", "made anew")
     report.notes += [*prepared.notes, *notes, *alarm]
+    report.imatrix, report.rule = prepared.imatrix, prepared.rule
     trouble = origin.trouble if source == STORED else None
     _commit(model, swaps, Origin.made(files, trouble, request), report, began)
     return report
@@ -229,7 +230,7 @@ def _prepare(
 
 
 def _packed(
-    model: nn.Module, prepared: Prepared, rule: str | None, weights: Weights, progress: bool | None, measure: bool
+    model: nn.Module, prepared: Prepared, weights: Weights, progress: bool | None, measure: bool
 ) -> tuple[list[Swap], dict[str, float]]:
     """The new layers and where they belong, and the errors that were measured."""
     swaps: dict[tuple[int, str], Swap] = {}
@@ -239,7 +240,7 @@ def _packed(
     with progress_bar(len(prepared.jobs), "requantize_", progress) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            parameter, error = _pack(model, job, rule, weights, measure)
+            parameter, error = _pack(model, job, weights, measure)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             for name in job.names:
@@ -260,15 +261,13 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]
     return model.get_submodule(above), key, model.get_submodule(path), leaf
 
 
-def _pack(
-    model: nn.Module, job: Job, rule: str | None, weights: Weights, measure: bool
-) -> tuple[nn.Parameter, float | None]:
+def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[nn.Parameter, float | None]:
     path, leaf = locate(model, job.names[0])
     device = cast(Tensor, model.get_submodule(path)._parameters[leaf]).device
     with ordinary_tensors():
         weight = weights.of(job)
         try:
-            packed, error = pack_weight(weight, job, rule, measure)
+            packed, error = pack_weight(weight, job, measure)
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
         del weight

@@ -206,8 +206,8 @@ def quantize(
         fmt: name of a format, or a number of bits for the format that suits the weight's device. AFQ formats take the
             16-bit type of their scales from the weight.
         importance: float `[K]`, or `[..., K]` with a vector per matrix: how much the error in each column matters. Formats
-            without such a search ignore it.
-        rule: alternative rule of the format's quantizer, e.g. "mlx" for AFQ.
+            without such a search ignore it, and so do AFQ and HQQ without rule="search".
+        rule: alternative rule of the format's quantizer: "search" for AFQ and HQQ, "mlx" for AFQ.
 
     Returns:
         The packed weight.

@@ -356,6 +356,8 @@ def test_imatrix_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
         (("imatrix", MODEL, CALIBRATION, "-o", str(tmp_path / "no/x.gguf")), "no folder"),
         (("imatrix", MODEL, str(tmp_path / "no.txt"), "-o", str(tmp_path / "x.gguf")), "no.txt"),
         (("perplexity", MODEL, "--text", TEXT, "--calibration-file", TEXT), "need --isq"),
+        (("perplexity", MODEL, "--text", TEXT, "--rule", "search"), "need --isq"),
+        (("perplexity", MODEL, "--text", TEXT, "--isq", "q4k", "--rule", "search"), "has no rule 'search'"),
     ):
         assert run(*argv) == 1
         assert message in capsys.readouterr().err

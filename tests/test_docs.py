@@ -15,7 +15,9 @@ from isqtorch.cli import COMMANDS, build_parser
 from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/formats.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/formats.md", "docs/quality.md")
+]
 DOCS = [*PAGES, ROOT / "examples/demo_model/README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 
 

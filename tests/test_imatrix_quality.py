@@ -1,4 +1,4 @@
-"""What an importance matrix buys on trained weights: the demo model, calibrated on text it was trained on, judged on text it was not."""
+"""What importance and the search rule buy on trained weights: the demo model, calibrated on its training text, judged on other text."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def calibrated() -> isqtorch.Imatrix:
     return isqtorch.collect_imatrix(model, tokenizer, DEMO / "calibration.txt", chunk=CONTEXT, progress=False)
 
 
-def divergence(fmt: str, imatrix: Any) -> float:
+@cache
+def divergence(fmt: str, weighted: bool, rule: str | None = None) -> float:
     model, _, ids, reference = demo()
     model = copy.deepcopy(model)
-    isqtorch.quantize_(model, fmt, imatrix=imatrix, progress=False)
+    isqtorch.quantize_(model, fmt, imatrix=calibrated() if weighted else None, rule=rule, progress=False)
     return isqtorch.kl_divergence(model, reference, ids, context=CONTEXT).mean
 
 
@@ -49,9 +50,27 @@ def divergence(fmt: str, imatrix: Any) -> float:
     [("q2k", 0.9), ("q3k", 0.9), *(pytest.param(fmt, 1.0, marks=pytest.mark.slow) for fmt in ("q4k", "q5k", "q6k"))],
 )
 def test_importance_lowers_the_divergence(fmt: str, at_most: float) -> None:
-    plain, weighted = divergence(fmt, None), divergence(fmt, calibrated())
+    plain, weighted = divergence(fmt, False), divergence(fmt, True)
     print(f"{fmt}: mean KL {plain:.6f} -> {weighted:.6f} ({100 * (weighted / plain - 1):+.1f} %)")
     assert weighted < at_most * plain, (plain, weighted)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "at_most", "weighted_at_most"),
+    [
+        ("afq2", 0.75, 0.7),
+        *(
+            pytest.param(fmt, *most, marks=pytest.mark.slow)
+            for fmt, *most in (("afq3", 0.85, 0.8), ("afq4", 0.9, 0.9), ("hqq4", 0.97, 0.95))
+        ),
+    ],
+)
+def test_the_search_lowers_the_divergence(fmt: str, at_most: float, weighted_at_most: float) -> None:
+    """Of formats that have it as a rule, with importance a little more."""
+    plain, searched = divergence(fmt, False), divergence(fmt, False, "search")
+    weighted = divergence(fmt, True, "search")
+    print(f"{fmt}: mean KL {plain:.6f} -> {searched:.6f}, with importance {weighted:.6f}")
+    assert searched < at_most * plain and weighted < weighted_at_most * plain, (plain, searched, weighted)
 
 
 def test_the_calibration_text_is_not_the_held_out_text() -> None:

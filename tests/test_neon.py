@@ -28,6 +28,7 @@ from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
+from isqtorch.quantizers import has_rule, uses_importance
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "neon"
@@ -144,11 +145,14 @@ def decode_case(packed: Tensor, fmt: QuantFormat) -> Case:
     return Case("decode", fmt.name, [packed], torch.float32, (rows, k), rows, k)
 
 
+RULES = {None: 0, "mlx": 1, "search": 2}  # the numbers of `enum class Rule`
+
+
 def quantize_case(w: Tensor, fmt: QuantFormat, importance: Tensor | None = None, rule: str | None = None) -> Case:
     rows, k = w.shape
     inputs = [w] if importance is None else [w, importance]
     shape = (rows, k // fmt.block * fmt.block_bytes)
-    return Case("quantize", fmt.name, inputs, torch.uint8, shape, rows, k, 0, rule == "mlx", importance is not None)
+    return Case("quantize", fmt.name, inputs, torch.uint8, shape, rows, k, 0, RULES[rule], importance is not None)
 
 
 def linear_case(x: Tensor, packed: Tensor, fmt: QuantFormat) -> Case:
@@ -202,7 +206,9 @@ def quantized(name: str, dtype: torch.dtype, weighted: bool, rule: str | None) -
 @every_variant
 def test_quantize_equals_the_reference(fmt: QuantFormat, tmp_path: Path) -> None:
     settings = [(dtype, False, None) for dtype in DTYPE_NUMBERS] + [(torch.float32, True, None)] * fmt.takes_importance
-    settings += [(torch.float32, False, "mlx")] * fmt.name.startswith("afq")
+    for rule in ("mlx", "search"):
+        if has_rule(fmt, rule):
+            settings += [(torch.float32, False, rule)] + [(torch.float32, True, rule)] * uses_importance(fmt, rule)
     wanted = [quantized(fmt.name, *setting) for setting in settings]
     cases = [quantize_case(w, fmt, importance, s[2]) for s, (w, importance, _) in zip(settings, wanted, strict=True)]
     for setting, got, (_, _, want) in zip(settings, run("baseline", cases, tmp_path), wanted, strict=True):

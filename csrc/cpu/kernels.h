@@ -8,8 +8,9 @@
 
 namespace isqtorch {
 
-// Which of several ways to choose the codes; only the affine family has more than one.
-enum class Rule : uint8_t { kDefault, kMlx };
+// Which of several ways to choose the codes: every format has the default, some have more.
+enum class Rule : uint8_t { kDefault, kMlx, kSearch };
+constexpr uint8_t rule_bit(Rule rule) { return (uint8_t)(1 << (int)rule); }
 
 // A loop body over [begin, end), and whoever spreads it over threads.
 struct RangeFn {
@@ -40,7 +41,7 @@ struct FormatKernels {
   const char* name;
   int block;
   int block_bytes;
-  bool has_rules;
+  uint8_t rules;                                                   // bits of those besides the default
   void (*decode)(const uint8_t* blocks, int64_t count, float* w);  // w [count * block]
   QuantizeResult (*quantize)(const QuantizeJob& job);
 };

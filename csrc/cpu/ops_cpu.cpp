@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -69,10 +70,16 @@ std::vector<float> checked_importance(const std::optional<Tensor>& importance,
 }
 
 Rule checked_rule(const FormatKernels& format, const std::optional<std::string>& rule) {
+  constexpr std::pair<const char*, Rule> kRules[] = {{"mlx", Rule::kMlx}, {"search", Rule::kSearch}};
   if (!rule) return Rule::kDefault;
-  check(format.has_rules && *rule == "mlx", "quantize: ", format.name, " has no rule '", *rule, "'. Use rule=None",
-        format.has_rules ? " or 'mlx'" : "", ".");
-  return Rule::kMlx;
+  std::string known;
+  for (const auto& [name, number] : kRules) {
+    if (!(format.rules & rule_bit(number))) continue;
+    if (*rule == name) return number;
+    known += text(" or '", name, "'");
+  }
+  check(false, "quantize: ", format.name, " has no rule '", *rule, "'. Use rule=None", known, ".");
+  return Rule::kDefault;
 }
 
 Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,

@@ -38,7 +38,12 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def add_importance(parser: argparse.ArgumentParser) -> None:
-    """`--imatrix FILE` or `--calibration-file FILE`."""
+    """`--rule`, and `--imatrix FILE` or `--calibration-file FILE`."""
+    parser.add_argument(
+        "--rule",
+        metavar="RULE",
+        help="search: a slower, closer fit of afq and hqq, which also uses importance; mlx: MLX's afq bits",
+    )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix")
     either.add_argument(
@@ -50,7 +55,7 @@ def add_importance(parser: argparse.ArgumentParser) -> None:
 
 def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
     """What `add_policy` and `add_importance` read, as arguments of `quantize_` (with the tokenizer) or of `LoadedModel`."""
-    options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix")}
+    options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
     if args.calibration_file:
         options["calibration_file"] = Path(args.calibration_file)
         if tokenizer is not None:

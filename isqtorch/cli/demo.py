@@ -144,7 +144,7 @@ class Measure:
 
     def __call__(self, name: str) -> Row:
         """The row of a format; "" is the unquantized model and comes first."""
-        from ..evaluation import kl_divergence, perplexity, reference_logits
+        from ..evaluation import Recorded, kl_divergence, perplexity, reference_logits
         from ..quantize import quantize_
 
         model = self.model
@@ -155,13 +155,13 @@ class Measure:
         logits = reference_logits(model, self.ids, context=_CONTEXT)  # [scored positions, vocabulary]
         if self.reference is None:
             self.reference = logits
-        divergence = kl_divergence(_Recorded(logits), self.reference, self.ids, context=_CONTEXT)
+        divergence = kl_divergence(Recorded(logits), self.reference, self.ids, context=_CONTEXT)
         speed, text = self.decode(model)
         return Row(
             format=name or self.name,
             size_mb=size / 1e6,
             bits_per_weight=8 * size / self.numel,
-            perplexity=float(perplexity(_Recorded(logits), self.ids, context=_CONTEXT)),
+            perplexity=float(perplexity(Recorded(logits), self.ids, context=_CONTEXT)),
             kl=divergence.mean,
             top1_agreement=divergence.top1_agreement,
             tokens_per_second=speed,
@@ -179,19 +179,6 @@ class Measure:
             seconds.append(time.perf_counter() - began)
         new = ids[0, self.prompt["input_ids"].shape[1] :]
         return _DECODE_TOKENS / statistics.median(seconds), " ".join(self.tokenizer.decode(new).split())
-
-
-class _Recorded:
-    """Logits computed once, played back window by window: the same forward gives the perplexity and the divergence."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits, self.done = logits, 0  # [scored positions, vocabulary]
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        scored = ids.shape[1] - 1  # the last position of a window has no target, so its logits were not kept
-        window = self.logits[self.done : self.done + scored]
-        self.done += scored
-        return nn.functional.pad(window, (0, 0, 0, 1))[None]  # [1, T, vocabulary]
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:

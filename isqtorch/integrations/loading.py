@@ -192,8 +192,8 @@ def check_request(
         check_format(isq, device)
         if method is not None:
             raise _already(source, method)
-    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file")):
-        raise ValueError("--topology, --imatrix and --calibration-file need --isq FORMAT")
+    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file", "rule")):
+        raise ValueError("--topology, --imatrix, --calibration-file and --rule need --isq FORMAT")
     return method is not None
 
 

@@ -32,8 +32,8 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     Args:
         w: float `[..., N, K]`, any strides; leading dimensions are separate matrices.
         format: name of the format.
-        importance: float `[K]`, or `[..., K]` with a vector per matrix; ignored by formats that take none.
-        rule: alternative rule of the format's quantizer.
+        importance: float `[K]`, or `[..., K]` with a vector per matrix; ignored where nothing is searched for.
+        rule: alternative rule of the format's quantizer: afq "mlx" or "search", hqq "search".
 
     Returns:
         uint8 `[..., N, row_bytes]`.
@@ -51,7 +51,8 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     *matrices, rows, columns = w.shape
     if fmt.solver == "hqq":  # stops by the error of a whole matrix
         apart = w32.reshape(-1, rows, columns) if w32.numel() else w32.reshape(1, 0, columns)
-        parts = [solve(fmt, matrix) for matrix in apart]
+        own = [None] * len(apart) if vectors is None or not w32.numel() else vectors.expand(len(apart), columns)
+        parts = [solve(fmt, matrix, vector, rule) for matrix, vector in zip(apart, own, strict=True)]
         fields = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     else:
         stacked = w32.reshape(w32.numel() // columns, columns)

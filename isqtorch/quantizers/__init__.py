@@ -17,7 +17,7 @@ from . import absmax, affine, fp8, hqq, kquants, minmax
 from .blocks import Blocks, row_mean_square
 from .denormals import blocks_per_chunk, denormals_kept
 
-__all__ = ["check_rule", "solve"]
+__all__ = ["check_rule", "has_rule", "solve", "uses_importance"]
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,26 @@ _SOLVERS = {
     "absmax": _Solver(absmax.solve, row_power=True),
     "minmax": _Solver(minmax.solve, row_power=True),
     "kquants": _Solver(kquants.solve),
-    "affine": _Solver(affine.solve, rules=("mlx",)),
-    "hqq": _Solver(hqq.solve, whole=True),
+    "affine": _Solver(affine.solve, rules=("mlx", "search")),
+    "hqq": _Solver(hqq.solve, rules=("search",), whole=True),
     "fp8": _Solver(fp8.solve),
 }
 
 
+def has_rule(fmt: QuantFormat, rule: str | None) -> bool:
+    """Whether the format's family knows `rule`; all know None, the default."""
+    return rule is None or rule in _SOLVERS[fmt.solver].rules
+
+
+def uses_importance(fmt: QuantFormat, rule: str | None) -> bool:
+    """Whether an importance vector changes what `rule` chooses: where there is a search."""
+    return fmt.takes_importance or rule == "search"
+
+
 def check_rule(fmt: QuantFormat, rule: str | None) -> None:
     """ValueError if the format's family does not know `rule`."""
-    rules = _SOLVERS[fmt.solver].rules
-    if rule is not None and rule not in rules:
+    if not has_rule(fmt, rule):
+        rules = _SOLVERS[fmt.solver].rules
         known = " or ".join(["None", *map(repr, rules)])
         raise ValueError(f"quantize: {fmt.name} has no rule {rule!r}. Use rule={known}.")
 
@@ -54,8 +64,8 @@ def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: s
     Args:
         fmt: the format.
         w: f32 `[N, K]`, finite, K a multiple of `fmt.block`.
-        importance: f32 `[K]`, >= 0, for all rows; or `[G, K]`, one vector for each of G equal runs of rows. Formats that
-            take none ignore it.
+        importance: f32 `[K]`, >= 0, for all rows; or `[G, K]`, one vector for each of G equal runs of rows. Ignored
+            where `uses_importance` says no.
         rule: the family's alternative rule of that name; None is the default.
 
     Returns:
@@ -71,7 +81,7 @@ def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: s
     rows, columns = w.shape
     x = w.reshape(rows * columns // fmt.block, fmt.block)
     per_row = columns // fmt.block
-    if not fmt.takes_importance:
+    if not uses_importance(fmt, rule):
         importance = None
     elif importance is not None:
         importance = importance.reshape(-1, fmt.block)  # [G * per_row, block]

@@ -1,14 +1,17 @@
-"""AFQ: MLX's scale and bias for a group, and two ways to choose the codes.
+"""AFQ: MLX's scale and bias for a group, two ways to choose the codes, and a search for a better scale and bias.
 
 The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative where
 the positive extreme dominates. Stored scale and bias are 16-bit numbers:
 
 - by default they are rounded first and the codes belong to what is stored. That is an ordinary MLX tensor too, with
   20 % less error at 8 bits in bf16;
-- `rule="mlx"` takes the codes from the unrounded ones, which gives the bits of MLX's CPU quantizer.
+- `rule="mlx"` takes the codes from the unrounded ones, which gives the bits of MLX's CPU quantizer;
+- `rule="search"` begins with the default and looks for a scale and bias that cost less (`line_fit.py`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +19,25 @@ from torch import Tensor
 from ..formats import Fields, QuantFormat
 from ..formats.affine import AffineFormat
 from .blocks import Blocks
+from .line_fit import Line, error_weights, fit_lines
 from .rounding import divide
 
 _EPS = 1e-7  # MLX's smallest scale; it also keeps f16 scales from vanishing
+
+
+@dataclass(frozen=True)
+class _AffineLine(Line):
+    """`scale * level + bias`."""
+
+    @classmethod
+    def rounded(cls, scale: Tensor, low: Tensor, dtype: torch.dtype) -> _AffineLine:
+        return cls(scale.to(dtype).float(), low.to(dtype).float())
+
+    def position(self, x: Tensor) -> Tensor:
+        return (x - self.second) * divide(1.0, self.scale)
+
+    def value(self, level: Tensor) -> Tensor:
+        return self.scale * level + self.second
 
 
 def affine_mlx(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,4 +92,8 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
     else:
         stored_scale, stored_bias = _stored_scale(scale, dtype), bias.to(dtype)
         q = _codes(blocks.x, stored_scale.float(), stored_bias.float(), fmt.bits)
+    if rule == "search":
+        x, line = blocks.x.t().contiguous(), _AffineLine(stored_scale.float(), stored_bias.float())
+        found, codes = fit_lines(x, error_weights(blocks), (1 << fmt.bits) - 1, line, q.t(), dtype)
+        return {"scale": found.scale.to(dtype), "bias": found.second.to(dtype), "q": codes.t()}
     return {"scale": stored_scale, "bias": stored_bias, "q": q}

@@ -2,6 +2,7 @@
 
 The solver looks for the zero point that minimizes a p-norm (p = 0.7, so that outliers count less) of the error. It stops when
 the mean error of the whole matrix no longer falls, so a matrix must be solved in one piece: parts of it give other bytes.
+`rule="search"` begins with its solution and looks for scales and zero points that cost less (`line_fit.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..formats import Fields, QuantFormat
 from .blocks import Blocks
+from .denormals import blocks_per_chunk
+from .line_fit import Line, error_weights, fit_lines
 from .rounding import divide
 
 _ITERATIONS = 20
@@ -32,6 +35,22 @@ class HqqSolution:
     scale: Tensor  # f32 [groups]
     zero: Tensor  # f32 [groups]
     errors: tuple[float, ...]  # mean |error| before each update of the zero point
+
+
+@dataclass(frozen=True)
+class _HqqLine(Line):
+    """`(level - zero) * scale`."""
+
+    @classmethod
+    def rounded(cls, scale: Tensor, low: Tensor, dtype: torch.dtype) -> _HqqLine:
+        stored = scale.to(dtype).float()
+        return cls(stored, (-low / stored).to(dtype).float())
+
+    def position(self, x: Tensor) -> Tensor:
+        return x * divide(1.0, self.scale) + self.second
+
+    def value(self, level: Tensor) -> Tensor:
+        return (level - self.second) * self.scale
 
 
 def _mean(x: Tensor, dim: int | None = None) -> Tensor:
@@ -97,4 +116,25 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
     if blocks.x.shape[0] == 0:
         none = blocks.x.new_empty(0, dtype=torch.float16)
         return {"scale": none, "zero": none, "q": blocks.x.to(torch.uint8)}
-    return store_f16(blocks.x, hqq_solve(blocks.x, fmt.bits, round_zero=fmt.bits == 4), fmt.bits)
+    solved = store_f16(blocks.x, hqq_solve(blocks.x, fmt.bits, round_zero=fmt.bits == 4), fmt.bits)
+    return solved if rule is None else _searched(fmt, blocks, solved)
+
+
+def _searched(fmt: QuantFormat, blocks: Blocks, solved: Fields) -> Fields:
+    """Better scales, zeros and codes where there are some; in chunks, because groups no longer depend on each other."""
+    done: list[Fields] = []
+    chunk = blocks_per_chunk(fmt.block, blocks.x.device)
+    for start in range(0, blocks.x.shape[0], chunk):
+        here = slice(start, start + chunk)
+        part = Blocks(blocks.x[here], None if blocks.importance is None else blocks.importance[here])
+        line = _HqqLine(solved["scale"][here].float(), solved["zero"][here].float())
+        found, codes = fit_lines(
+            part.x.t().contiguous(),
+            error_weights(part),
+            (1 << fmt.bits) - 1,
+            line,
+            solved["q"][here].t(),
+            torch.float16,
+        )
+        done.append({"scale": found.scale.half(), "zero": found.second.half(), "q": codes.t()})
+    return {name: torch.cat([fields[name] for fields in done]) for name in solved}

@@ -169,6 +169,24 @@ def test_quantize_leaves_a_model_as_loading_does(checkpoints: Folders, tmp_path:
     reload(deferred, tmp_path)
 
 
+def test_importance_and_rule_are_recorded(llama: Path, tmp_path: Path) -> None:
+    """As loading with IsqConfig records them: by the file's name; not where no layer used it."""
+    columns = {f"model.layers.{i}.mlp.up_proj": torch.rand(256) + 0.1 for i in range(2)}
+    isqtorch.Imatrix(columns).save(tmp_path / "mine.cimatrix")
+    options = {"imatrix": tmp_path / "mine.cimatrix", "rule": "search"}
+    immediate, deferred = load(llama, quantization_config=IsqConfig("afq4", **options)), load(llama)
+    isqtorch.quantize_(deferred, "afq4", **options)
+    assert deferred.config.to_dict() == immediate.config.to_dict()
+    assert state_bytes(deferred) == state_bytes(immediate)
+    assert immediate.isq_report.imatrix == "mine.cimatrix" and immediate.isq_report.rule == "search"
+    reload(deferred, tmp_path / "saved")
+    written = stored_config(tmp_path / "saved")
+    assert written["imatrix"] == "mine.cimatrix" and written["rule"] == "search"
+    isqtorch.requantize_(deferred, "q8_0", imatrix=columns)
+    deferred.save_pretrained(tmp_path / "again")
+    assert not {"imatrix", "rule"} & set(stored_config(tmp_path / "again"))
+
+
 def test_requantize_and_dequantize(llama: Path, tmp_path: Path) -> None:
     model = load(llama, quantization_config=IsqConfig("q8_0"))
     isqtorch.requantize_(model, "q3k", include="mlp")

@@ -2,11 +2,12 @@
 //
 // The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative
 // where the positive extreme dominates (mlx/backend/cpu/quantized.cpp). By default the codes belong to the rounded
-// scale and bias that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does.
+// scale and bias that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does; Rule::kSearch looks for
+// a better scale and bias.
 #pragma once
 
 #include "cpu/formats/bitstream.h"
-#include "cpu/quantize/blockwise.h"
+#include "cpu/quantize/line_fit.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -20,6 +21,19 @@ ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
   }
   return h;
 }
+
+// scale * level + bias
+struct AffineLine {
+  LaneFloats scale, second;
+
+  static AffineLine rounded(LaneFloats scale, LaneFloats low, bool f16) {
+    return {rounded_to(f16, scale), rounded_to(f16, low)};
+  }
+  auto position() const {
+    return [inverse = 1.0f / scale, bias = second](LaneFloats x) { return (x - bias) * inverse; };
+  }
+  LaneFloats value(LaneFloats level) const { return scale * level + second; }
+};
 
 // Codes 0 .. nmax, scale and bias of a unit of groups. Not inlined: one copy serves every number of bits.
 template <int kGroup>
@@ -45,6 +59,11 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
     bias = stored_bias->value;
   }
   for (int i = 0; i < kGroup; ++i) codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)nmax));
+  if (in.rule != Rule::kSearch) return;
+  AffineLine line = {scale, bias};
+  fit_lines(in, nmax, f16, &line, codes);
+  *stored_scale = f16 ? to_f16(line.scale) : to_bf16(line.scale);
+  *stored_bias = f16 ? to_f16(line.second) : to_bf16(line.second);
 }
 
 template <int kBits, int kGroup, Dtype kScaleType>
@@ -56,7 +75,8 @@ struct Affine : BlockwiseFormat {
   };
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
-  static constexpr bool kTakesImportance = false, kHasRules = true;
+  static constexpr bool kTakesImportance = false;
+  static constexpr uint8_t kRules = rule_bit(Rule::kMlx) | rule_bit(Rule::kSearch);
   static constexpr bool kF16 = kScaleType == Dtype::kF16, kF16Scales = kF16;
 
   // "afq4", "afq4g32", "afq4g128.f16": the default group 64 and bf16 are not spelled out.

@@ -2,15 +2,30 @@
 //
 // The scale comes from the group's range; the zero point is moved, step by step, to where the p-norm of the error (p =
 // 0.7: outliers count less) is least. The steps end when the mean error of the WHOLE matrix no longer falls, so all
-// groups take each step together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.)
+// groups take each step together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.) Rule::kSearch
+// then looks for a better scale and zero point, group by group.
 #pragma once
 
 #include "cpu/formats/bitstream.h"
-#include "cpu/quantize/blockwise.h"
+#include "cpu/quantize/line_fit.h"
 
 namespace isqtorch::ISQ_ISA {
 
 typedef double D __attribute__((vector_size(8 * kWidth)));
+
+// (level - zero) * scale
+struct HqqLine {
+  LaneFloats scale, second;
+
+  static HqqLine rounded(LaneFloats scale, LaneFloats low, bool) {
+    const LaneFloats stored = rounded_to_f16(scale);
+    return {stored, rounded_to_f16(-low / stored)};
+  }
+  auto position() const {
+    return [inverse = 1.0f / scale, zero = second](LaneFloats x) { return x * inverse + zero; };
+  }
+  LaneFloats value(LaneFloats level) const { return (level - second) * scale; }
+};
 
 template <int kBits, int kGroup>
 struct Hqq {
@@ -98,10 +113,10 @@ struct Hqq {
     Matrix& operator=(const Matrix&) = delete;
 
     template <class Body>
-    void for_units(const Body& body) {
+    void for_units(const Body& body, bool weighted = false) {
       for_range(job, units, 1 + (1 << 14) / (kWidth * kGroup), [&](int64_t begin, int64_t end) {
         LaneBlocks<kGroup> lanes;
-        lanes.weighted = false;
+        lanes.weighted = weighted;
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t left = groups - unit * kWidth, count = left < kWidth ? left : kWidth;
           load_blocks(job, unit * kWidth, count, lanes, &result.bad_weight);
@@ -148,26 +163,35 @@ struct Hqq {
     // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones. A zero beyond f16 (a narrow
     // group far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
     void store() {
-      for_units([&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
-        const LaneFloats exact_scale = 1.0f / inverse[unit];
-        const LaneFloats offset = zero[unit] * exact_scale;
-        const LaneInts far = abs(zero[unit]) > kLargestF16;
-        const Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
-        const Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
-        LaneInts codes[kGroup];
-        for (int i = 0; i < kGroup; ++i) {
-          codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
-        }
-        const LaneInts overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
-        Block packed[kWidth];
-        for (int l = 0; l < count; ++l) {
-          packed[l].scale = scale.bits[l];
-          packed[l].zero = zero_point.bits[l];
-          store_stream<kBits>(codes, l, kGroup, packed[l].codes);
-          if (overflow[l]) lower_to(&result.overflow_at, (unit * kWidth + l) * kGroup);
-        }
-        std::memcpy(job.out + unit * kWidth * sizeof(Block), packed, count * sizeof(Block));
-      });
+      const bool search = job.rule == Rule::kSearch;
+      for_units(
+          [&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
+            const LaneFloats exact_scale = 1.0f / inverse[unit];
+            const LaneFloats offset = zero[unit] * exact_scale;
+            const LaneInts far = abs(zero[unit]) > kLargestF16;
+            Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
+            Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
+            LaneInts codes[kGroup];
+            for (int i = 0; i < kGroup; ++i) {
+              codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
+            }
+            if (search) {
+              HqqLine line = {scale.value, zero_point.value};
+              fit_lines(in, kMax, true, &line, codes);
+              scale = to_f16(line.scale);
+              zero_point = to_f16(line.second);
+            }
+            const LaneInts overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
+            Block packed[kWidth];
+            for (int l = 0; l < count; ++l) {
+              packed[l].scale = scale.bits[l];
+              packed[l].zero = zero_point.bits[l];
+              store_stream<kBits>(codes, l, kGroup, packed[l].codes);
+              if (overflow[l]) lower_to(&result.overflow_at, (unit * kWidth + l) * kGroup);
+            }
+            std::memcpy(job.out + unit * kWidth * sizeof(Block), packed, count * sizeof(Block));
+          },
+          search && job.importance);
     }
   };
 };
@@ -176,7 +200,8 @@ template <int kBits, int kGroup>
 struct KernelsOf<Hqq<kBits, kGroup>> {
   using Format = Hqq<kBits, kGroup>;
   static constexpr FormatKernels get() {
-    return {Format::kName, kGroup, sizeof(typename Format::Block), false, decode_blocks<Format>, Format::quantize};
+    return {Format::kName,         kGroup,          sizeof(typename Format::Block), rule_bit(Rule::kSearch),
+            decode_blocks<Format>, Format::quantize};
   }
 };
 

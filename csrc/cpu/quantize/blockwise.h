@@ -23,7 +23,7 @@ struct LaneBlocks {
 // What a format says of itself, unless it says otherwise.
 struct BlockwiseFormat {
   static constexpr bool kNeedsRowMeanSquare = false;
-  static constexpr bool kHasRules = false;
+  static constexpr uint8_t kRules = 0;
   static constexpr bool kF16Scales = true;
 };
 
@@ -110,7 +110,7 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
   constexpr int kBlock = Format::kBlock;
   using Block = typename Format::Block;
   const int64_t blocks_per_row = job.k / kBlock, blocks = job.rows * blocks_per_row;
-  const bool weighted = Format::kTakesImportance && job.importance;
+  const bool weighted = job.importance && (Format::kTakesImportance || job.rule == Rule::kSearch);
   const bool needs_rows = Format::kNeedsRowMeanSquare && weighted;
   float* mean_square = needs_rows ? new float[job.rows] : nullptr;
   if (needs_rows) row_mean_squares(job, mean_square);
@@ -152,8 +152,8 @@ void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
 template <class Format>
 struct KernelsOf {
   static constexpr FormatKernels get() {
-    return {Format::kName,     Format::kBlock,        sizeof(typename Format::Block),
-            Format::kHasRules, decode_blocks<Format>, quantize_blockwise<Format>};
+    return {Format::kName,  Format::kBlock,        sizeof(typename Format::Block),
+            Format::kRules, decode_blocks<Format>, quantize_blockwise<Format>};
   }
 };
 

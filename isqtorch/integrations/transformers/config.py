@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -16,7 +14,7 @@ from isqtorch._version import __version__
 from isqtorch.formats import QuantFormat
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_layers, checked_version
 from isqtorch.policy import Request
-from isqtorch.prepare import ImatrixLike, load_imatrix
+from isqtorch.prepare import ImatrixLike, imatrix_name, load_imatrix
 from isqtorch.topology import Spec, Topology, TopologyLike
 
 _OP = "IsqConfig"
@@ -121,7 +119,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             "isq": self.isq.name if isinstance(self.isq, QuantFormat) else self.isq,
             "topology": self._topology(),
             "organization": None if self.organization == "default" else self.organization,
-            "imatrix": None if self.imatrix is None else _name_of(self.imatrix),
+            "imatrix": None if self.imatrix is None else imatrix_name(self.imatrix),
             "include": _listed(self.include) or None,
             "exclude": _listed(self.exclude) or None,
             "modules_to_not_convert": _listed(self.modules_to_not_convert) or None,
@@ -135,7 +133,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         """A copy that says what the layers of a model are, without the importance, which may be large."""
         config = copy.copy(self)
         config.layers = layers
-        config.imatrix = None if self.imatrix is None else _name_of(self.imatrix)
+        config.imatrix = None if self.imatrix is None else imatrix_name(self.imatrix)
         return config
 
     def _topology(self) -> Any:
@@ -165,14 +163,6 @@ def _listed(names: Iterable[str] | str | None) -> list[str]:
 def _exact_patterns(names: Sequence[str] | str | None) -> list[str]:
     """Regexes that find these runs of components in a path, and nothing that merely begins like them."""
     return [rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in _listed(names)]
-
-
-def _name_of(imatrix: ImatrixLike) -> str:
-    """A word about where importance came from; not the path, which is nobody else's business."""
-    if isinstance(imatrix, (str, os.PathLike)):
-        return Path(imatrix).name
-    source = getattr(imatrix, "source", None)
-    return Path(str(source)).name if source else "given in memory"
 
 
 def _jsonable(spec: Spec | None) -> str | int | None:

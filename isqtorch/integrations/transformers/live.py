@@ -38,10 +38,8 @@ def follow(model: nn.Module, report: QuantReport | None) -> None:
         quantizer = IsqHfQuantizer(IsqConfig(layers=layers), pre_quantized=True)
     if report is not None:
         requested = report.requested  # text: a number of bits is a number in IsqConfig
-        if requested is not None and requested.isdecimal():
-            quantizer.quantization_config = IsqConfig(int(requested), layers=layers)
-        else:
-            quantizer.quantization_config = IsqConfig(requested, layers=layers)
+        isq = int(requested) if requested is not None and requested.isdecimal() else requested
+        quantizer.quantization_config = IsqConfig(isq, imatrix=report.imatrix, rule=report.rule, layers=layers)
     model.isq_report = report
     model.hf_quantizer = quantizer
     model.is_quantized = True

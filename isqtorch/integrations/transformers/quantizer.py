@@ -42,7 +42,6 @@ class _Load:
 
     prepared: Prepared
     requested: Spec | None
-    rule: str | None
     origin: Origin
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
@@ -96,7 +95,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 jobs[".".join(locate(model, name))] = job
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, config.isq, config.rule, origin, MappedFiles(files), jobs)
+        self._load = _Load(prepared, config.isq, origin, MappedFiles(files), jobs)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -136,7 +135,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             job = load.jobs[name]
             shape = tuple(local(model.get_parameter(name)).shape)
             with ordinary_tensors():
-                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+                return pack_matrices(sources, shape, job.fmt, job.importance, job.rule, load.files.drop)
 
         return self._attempt(name, packed)
 
@@ -236,9 +235,9 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             columns = local_columns(module._parameters[leaf], job.fmt)
             importance = job.importance[..., columns].to(source.device)
         if matrix.dim() == 3:
-            packed = pack_stack(source, job.fmt, importance, load.rule)
+            packed = pack_stack(source, job.fmt, importance, job.rule)
         else:
-            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, load.rule)
+            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, job.rule)
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -287,6 +286,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)
     report = QuantReport.build(inventory, verdict, load.requested)
     report.notes += load.prepared.notes
+    report.imatrix, report.rule = load.prepared.imatrix, load.prepared.rule
     report.seconds = time.perf_counter() - load.started
     return report
 

@@ -1,0 +1,1 @@
+"""How good quantized models are: perplexity and divergence of every format, with and without importance and search."""

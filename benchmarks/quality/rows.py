@@ -1,0 +1,71 @@
+"""What the quality table has a row for, as data: a format spec and how it is quantized.
+
+A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". SPEC and the options
+are whatever `isqtorch.quantize_` accepts, so a new recipe needs no line here; `DEFAULT` names those that the table has anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from isqtorch.formats import formats, get_format
+from isqtorch.quantizers import has_rule, uses_importance
+
+ALSO: tuple[str, ...] = ()
+"""Rows besides those of the registry's formats."""
+
+_SCRATCH = ("q8_1", "q8k")  # ggml's for activations: larger than q8_0 or as good
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to quantize a model."""
+
+    spec: str
+    imatrix: bool = False
+    rule: str | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # of quantize_
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """The inverse of `name`; ValueError for what cannot be one."""
+        spec, *parts = (part.strip() for part in text.split("+"))
+        if not spec or not all(parts):
+            raise ValueError(f"a row is SPEC[+imatrix][+RULE][+OPTION=VALUE]..., got {text!r}")
+        words = [part for part in parts if "=" not in part and part != "imatrix"]
+        if len(words) > 1:
+            raise ValueError(f"row {text!r}: more than one rule: {', '.join(words)}")
+        pairs = (part.split("=", 1) for part in parts if "=" in part)
+        options = {key: _number(value) for key, value in pairs}
+        return cls(spec, "imatrix" in parts, words[0] if words else None, options)
+
+    @property
+    def how(self) -> str:
+        """Everything but the spec: "", "imatrix", "search+imatrix", ..."""
+        options = [f"{key}={value}" for key, value in self.options.items()]
+        return "+".join([*filter(None, [self.rule]), *options, *["imatrix"] * self.imatrix])
+
+    @property
+    def name(self) -> str:
+        return "+".join(filter(None, [self.spec, self.how]))
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def default() -> list[Row]:
+    """Every format, plain and with whatever importance and search change; then `ALSO`."""
+    rows = []
+    for name in formats():
+        if name in _SCRATCH:
+            continue
+        fmt = get_format(name)
+        for rule in (None, "search"):
+            if has_rule(fmt, rule):
+                rows += [Row(name, imatrix, rule) for imatrix in (False, True)[: 1 + uses_importance(fmt, rule)]]
+    return rows + [Row.parse(text) for text in ALSO]
