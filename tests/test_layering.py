@@ -36,6 +36,8 @@ LAYERS = [
         "fit",
         "explain",
         "evaluation",
+        "recipes",
+        "mixed",
         "checkpoint",
     ],
     ["integrations"],
