@@ -78,7 +78,8 @@ def quantize_(
         imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
             file, or an Imatrix.
         calibration_file: a text to collect an importance matrix from before anything is quantized (`collect_imatrix`), instead
-            of `imatrix` ("auto" takes both, and then only measures on the text). The model must be a causal language model that can run where it is.
+            of `imatrix` ("auto" takes both, and then only measures on the text). The model must be a causal language model
+            that can run where it is.
         tokenizer: the model's, for `calibration_file`.
         include: regexes searched in the module path; only layers that match one are quantized.
         exclude: regexes searched in the module path; layers that match one are left as they are.

@@ -97,7 +97,9 @@ def _sharing(layers: Sequence[LayerInfo], places: Mapping[str, _Place]) -> int:
         place = places.get(layer.name)
         if place is not None:
             rows.setdefault(place.stem, layer.shape[-2])
-            if place.stem == "attn_qkv" and layer.shape[-2] > layer.shape[-1]:  # as many query rows as columns, then k and v
+            if (
+                place.stem == "attn_qkv" and layer.shape[-2] > layer.shape[-1]
+            ):  # as many query rows as columns, then k and v
                 rows.setdefault("joint", max(1, round(2 * layer.shape[-1] / (layer.shape[-2] - layer.shape[-1]))))
     if "attn_q" in rows and "attn_k" in rows:
         return max(1, rows["attn_q"] // rows["attn_k"])

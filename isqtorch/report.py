@@ -113,7 +113,7 @@ class QuantReport:
         """Take over what "auto" chose: into the notes, and as the layers' errors, RMS over RMS, where none were measured."""
         self.choice = choice
         self.notes += choice.notes
-        errors = {name: options[fmt][2] ** 0.5 for names, fmt, options in choice.items for name in names}
+        errors = {name: options[fmt].error ** 0.5 for names, fmt, options in choice.items for name in names}
         for layer in self.layers:
             if layer.error is None:
                 layer.error = errors.get(layer.name)

@@ -18,10 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
-from isqtorch.formats import resolve_format
+from isqtorch.formats import AUTO, mix_name, resolve_format
+from isqtorch.mixed import Budget
 from isqtorch.prepare import checked_device
 from isqtorch.quantize import quantize_, requantize_
 from isqtorch.report import QuantReport
+
+AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
+"""Options of `quantize_` for the format "auto" alone."""
 
 
 class LoadedModel:
@@ -50,8 +54,8 @@ class LoadedModel:
             source: a folder with config.json and safetensors, or a model id on the Hub.
             isq: quantize to this format or number of bits; None: leave the weights as they are.
             device: where the model runs; None: the CPU.
-            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback), kept for
-                `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
+            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback, those for
+                "auto"), kept for `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
 
         Raises:
             ValueError: an unknown format, options without a format, or a checkpoint that is quantized already and a format.
@@ -124,11 +128,14 @@ def load_causal_lm(
             method = _quantized_by(config)
             if method is not None:
                 raise _already(source, method)
-            if "calibration_file" in (options or {}):
-                return _calibrated(source, isq, settings, options or {})
+            options = {name: value for name, value in (options or {}).items() if value is not None}
+            if mix_name(isq) != AUTO:  # after a change of format
+                options = {name: value for name, value in options.items() if name not in AUTO_OPTIONS}
+            if "calibration_file" in options:
+                return _calibrated(source, isq, settings, options)
             from .transformers import IsqConfig
 
-            settings["quantization_config"] = IsqConfig(isq, **(options or {}))
+            settings["quantization_config"] = IsqConfig(isq, **options)
         if not _has_own_header(source):
             return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
         from accelerate import init_empty_weights
@@ -159,8 +166,9 @@ def load_tokenizer(source: str) -> Any:
 
 
 def check_format(isq: str, device: str | None = None) -> None:
-    """ValueError that lists what exists, unless `isq` is a format or a number of bits."""
-    resolve_format(isq, torch.device(device or "cpu"))
+    """ValueError that lists what exists, unless `isq` is a format, a number of bits, or a rule for whole models."""
+    if mix_name(isq) is None:
+        resolve_format(isq, torch.device(device or "cpu"))
 
 
 def check_request(
@@ -180,11 +188,18 @@ def check_request(
     method = packed_by(source)
     if isq is not None:
         check_format(isq, device)
+        check_budget(isq, options or {})
         if method is not None:
             raise _already(source, method)
-    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file")):
-        raise ValueError("--topology, --imatrix and --calibration-file need --isq FORMAT")
+    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file", *AUTO_OPTIONS)):
+        raise ValueError("--topology, --imatrix, --calibration-file and the options of auto need --isq FORMAT")
     return method is not None
+
+
+def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:
+    """What "auto" is allowed, checked; None for other formats."""
+    values = [options.get(name) for name in AUTO_OPTIONS]
+    return Budget.parse("--isq", isq, *values)
 
 
 def packed_by(source: str) -> str | None:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from ..topology import Spec
 from .budget import Budget, numel_of
 from .curvature import measure_curvature
 from .knapsack import Option, solve
-from .sensitivity import Error, Weighing, complete, measure, of_outputs
+from .sensitivity import Error, Weighing, costs, errors_of, measure
 
 _LISTED_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")
 
@@ -77,6 +77,14 @@ class TextFile(Protocol):
     def tokenizer(self) -> Any: ...
 
 
+class Measured(NamedTuple):
+    """What a format comes to for an item."""
+
+    bytes: int
+    cost: float  # see sensitivity.py
+    error: float  # squared error of the weights over their squares
+
+
 @dataclass(frozen=True)
 class Choice:
     """What "auto" measured and chose, one entry per item.
@@ -84,13 +92,13 @@ class Choice:
     Attributes:
         measure: "kl", "output" or "weight": the unit of the costs; see sensitivity.py.
         budget: what was asked for, in words.
-        items: names, the chosen format, and {format: (bytes, cost, relative squared error)} of all that were measured.
+        items: names, the chosen format, and what every format comes to.
         predicted: total cost of the choice: with "kl", nats per token.
     """
 
     measure: str
     budget: str
-    items: list[tuple[list[str], str, dict[str, tuple[int, float, float]]]]
+    items: list[tuple[list[str], str, dict[str, Measured]]]
     predicted: float
     notes: list[str] = field(default_factory=list)
 
@@ -103,7 +111,7 @@ class Choice:
                 {
                     "layers": names,
                     "format": chosen,
-                    "options": {fmt: dict(zip(("bytes", "cost", "relative"), row)) for fmt, row in options.items()},
+                    "options": {fmt: row._asdict() for fmt, row in options.items()},
                 }
                 for names, chosen, options in self.items
             ],
@@ -142,18 +150,22 @@ class Auto:
             errors: of each item, by format.
             measure: what the costs are.
         """
-        costs = complete(errors, [item.numel for item in self.items], [item.is_head for item in self.items])
+        by_item = costs(errors, [item.numel for item in self.items], [item.is_head for item in self.items])
         options = [
             [Option(item.size(fmt), cost[fmt]) for fmt in item.options]
-            for item, cost in zip(self.items, costs, strict=True)
+            for item, cost in zip(self.items, by_item, strict=True)
         ]
         picks = solve(options, self.limit - self.fixed)
         chosen = [list(item.options)[pick] for item, pick in zip(self.items, picks, strict=True)]
         rows = [
-            (item.names, fmt, {name: (item.size(name), cost[name], error[name].relative) for name in item.options})
-            for item, fmt, cost, error in zip(self.items, chosen, costs, errors, strict=True)
+            (
+                item.names,
+                fmt,
+                {name: Measured(item.size(name), cost[name], error[name].weight) for name in item.options},
+            )
+            for item, fmt, cost, error in zip(self.items, chosen, by_item, errors, strict=True)
         ]
-        predicted = sum(cost[fmt] for cost, fmt in zip(costs, chosen, strict=True))
+        predicted = sum(cost[fmt] for cost, fmt in zip(by_item, chosen, strict=True))
         choice = Choice(measure, str(self.budget), rows, predicted, self._notes(chosen, measure, predicted))
         return self._request(chosen), choice
 
@@ -161,8 +173,8 @@ class Auto:
         total = self._total(chosen)
         by = {
             "kl": f"the curvature of the KL divergence, which predicts {predicted:.5f} nats",
-            "output": "errors of the layers' outputs, weighed by importance",
-            "weight": "errors of the weights alone; an importance matrix or a calibration file chooses better",
+            "output": "the errors of weights, weighed by importance; a calibration file chooses better",
+            "weight": "the errors of weights; a calibration file chooses better",
         }[measure]
         notes = [
             f"auto: {8 * total / numel_of(self.inventory):.4f} bits per weight, {human_size(total)}, for {self.budget}; by {by}; "
@@ -188,9 +200,7 @@ class Auto:
         return sum(item.size(fmt) for item, fmt in zip(self.items, chosen, strict=True))
 
 
-def _items(
-    inventory: Inventory, request: Request, allowed: Sequence[Spec]
-) -> tuple[list[Item], dict[str, Assigned]]:
+def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> tuple[list[Item], dict[str, Assigned]]:
     """What to choose for, and what to ask for layers that none of the formats fits.
 
     The policy is asked once per allowed format what would become of each layer.
@@ -290,35 +300,16 @@ def measure_model(
             path, leaf = locate(model, sharing[0].name)
             with ordinary_tensors(), torch.no_grad():
                 weight = weight_matrix(model.get_submodule(path), leaf).detach()
-                weighing = weighing_of(sharing, imatrix, curvature)
-                parts.append(measure(weight, formats, weighing, importance_of(sharing, imatrix), rule))
-        errors.append(_joined(parts))
-    return errors, name_of_measure(imatrix, curvature)
+                weighing = None if curvature is None else curvature.get(sharing[0].name)
+                parts.append(measure(weight, formats, weighing, *importance_of(sharing, imatrix), rule))
+        errors.append(errors_of(parts))
+    return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
 
 
-def weighing_of(
-    sharing: Sequence[LayerInfo], imatrix: Imatrix | None, curvature: Mapping[str, Weighing] | None
-) -> Weighing | None:
-    if curvature is not None:
-        return curvature.get(sharing[0].name)
-    return None if imatrix is None else of_outputs(sharing, imatrix)
-
-
-def importance_of(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> Tensor | None:
-    """The importance that packing will use, of one weight."""
-    return None if imatrix is None else importance_of_layers(imatrix, sharing, sharing[0].shape)
-
-
-def name_of_measure(imatrix: Imatrix | None, curvature: Mapping[str, Weighing] | None) -> str:
-    return "kl" if curvature is not None else "weight" if imatrix is None else "output"
-
-
-def _joined(parts: Sequence[Mapping[str, Error]]) -> dict[str, Error]:
-    """Of the weights of one item: costs add up, where at least one is known; relative errors are averaged."""
-    out = {}
-    for fmt in parts[0]:
-        costs = [part[fmt].cost for part in parts]
-        known = [cost for cost in costs if cost is not None]
-        relative = sum(part[fmt].relative for part in parts) / len(parts)
-        out[fmt] = Error(sum(known) if known else None, relative)
-    return out
+def importance_of(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:
+    """The importance that packing will use, of one weight, and the experts' shares of the tokens."""
+    if imatrix is None:
+        return None, None
+    shape = sharing[0].shape
+    shares = imatrix.shares(sharing[0].name, shape[0]) if len(shape) == 3 else None
+    return importance_of_layers(imatrix, sharing, shape), shares

@@ -87,7 +87,9 @@ def _bytes(op: str, size: int | str) -> int:
     if match is not None:
         size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match[2].upper() in _UNITS else 0
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise ValueError(f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r}")
+        raise ValueError(
+            f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r}"
+        )
     return size
 
 

@@ -86,7 +86,9 @@ def _sampled_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> 
     output = run_model(model, ids)
     logits = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.requires_grad:
-        raise ValueError("probe: the model must return logits [B, T, vocabulary] with gradients. Use a causal language model.")
+        raise ValueError(
+            "probe: the model must return logits [B, T, vocabulary] with gradients. Use a causal language model."
+        )
     log_p = logits[0].float().log_softmax(-1)
     p = log_p.detach().exp().cpu()
     if not bool(torch.isfinite(p).all()):
@@ -132,10 +134,10 @@ def _watched(model: nn.Module, meters: dict[str, _Meter]) -> Iterator[None]:
         for name, meter in meters.items():
             path, leaf = locate(model, name)
             module = model.get_submodule(path)
-            parameter = module._parameters[leaf]
-            assert parameter is not None
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(_taker(module, meter)))
+            weight = module._parameters[leaf]
+            assert weight is not None
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(_taker(module, meter)))
         yield
     finally:
         for handle in handles:

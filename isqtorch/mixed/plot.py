@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _UNITS = {
     "kl": "KL divergence that the layer adds, nats",
-    "output": "squared error of the layer's outputs",
+    "output": "relative squared error of outputs x weights",
     "weight": "relative squared error x weights",
 }
 
@@ -53,11 +53,13 @@ def draw(report: QuantReport, path: str | os.PathLike[str]) -> None:
         if report.choice is not None:
             for members, chosen_fmt, options in report.choice.items:
                 x = [at[name] for name in members if name in at]
-                for fmt, (_, cost, _) in options.items():
-                    if cost > 0 and fmt != chosen_fmt:
-                        errors.scatter(x, [cost] * len(x), s=6, color="0.8", zorder=1)
-                if options[chosen_fmt][1] > 0:
-                    errors.scatter(x, [options[chosen_fmt][1]] * len(x), s=20, color=colors[chosen_fmt], zorder=2)
+                for fmt, row in options.items():
+                    is_chosen = fmt == chosen_fmt
+                    if row.cost > 0:
+                        color = colors[fmt] if is_chosen else "0.8"
+                        errors.scatter(
+                            x, [row.cost] * len(x), s=20 if is_chosen else 6, color=color, zorder=1 + is_chosen
+                        )
             errors.set_ylabel(_UNITS[report.choice.measure], fontsize="small")
             errors.set_title("What the chosen formats cost (grey: the others)")
         else:

@@ -1,18 +1,17 @@
 """What an error in a layer's weights costs, and what it costs to store them in a format.
 
-With W the weights, Q(W) what a format makes of them, r and c non-negative weights of rows and columns:
+With W the weights, D = Q(W) - W the error of a format, and K columns in each of N rows, the cost is the best of these that is known:
 
-    cost = sum over n, k of  r[n] * c[k] * (Q(W) - W)[n, k]^2          (summed over the experts of a stack, each with its own)
+    "kl"      sum of F[n, k] * D[n, k]^2 / 2, with F the curvature of the KL divergence (curvature.py): the divergence that this
+              layer alone adds, in nats per token
+    "output"  N * K * (sum of h[k] * D[n, k]^2) / (sum of h[k] * W[n, k]^2), with h the importance (the mean squared input of
+              each column): the relative squared error of the layer's outputs, for every weight in it. Experts count by their
+              share of the tokens.
+    "weight"  the same without importance, h = 1
 
-Three choices of r and c, from the best to the one that needs nothing:
-
-    "kl"      r c = curvature of the KL divergence (curvature.py): the cost is the divergence in nats that this layer alone adds
-    "output"  r = 1 / N, c = importance, the mean squared input of each column: the cost is the mean squared error of the
-              layer's outputs. Experts count by their share of the tokens; a table, which has no input, by 1 / K.
-    "weight"  cost = N * K * relative squared error of the weights, times HEAD for the output head
-
-On the demo model "kl" predicts the measured divergence of single layers within 15 %; "output" is off by a factor of 2.6, and
-"weight" by 3.2 (standard deviations of the logarithm of the ratio).
+The last two know nothing of what lies behind a layer. So they count the output head, whose error reaches the logits undiluted,
+HEAD times. On the demo model "kl" predicts the measured divergence of single layers to about 12 %, the others, up to a
+common factor, to a factor of 3 (standard deviations of the logarithm of the ratio).
 """
 
 from __future__ import annotations
@@ -25,19 +24,15 @@ from torch import Tensor
 
 from isqtorch.formats import QuantFormat
 
-from ..imatrix import Imatrix
-from ..policy import LayerInfo
-
 HEAD = 16.0
-"""How much more an error of the output head counts where only weights are known: it reaches the logits undiluted. Measured on
-the demo model (18); it buys the head two bits, about what llama.cpp's mixes give it."""
+"""Measured on the demo model (18); it buys the head two bits, about what llama.cpp's mixes give it."""
 
 _SAMPLE = 1 << 21  # weights of a layer that are measured; of larger layers, rows are sampled
 _LEAST_ROWS = 8  # of each matrix of a stack
 
 
 class Weighing(NamedTuple):
-    """How much errors count in the rows and columns of a matrix, or of each matrix of a stack."""
+    """How much squared errors count in the rows and columns of a matrix (their product), or of each matrix of a stack."""
 
     rows: Tensor  # f64 [N] or [E, N]
     columns: Tensor  # f64 [K] or [E, K]
@@ -46,29 +41,17 @@ class Weighing(NamedTuple):
 class Error(NamedTuple):
     """What a format does to a layer."""
 
-    cost: float | None  # None: nothing is known about how much errors count here
-    relative: float  # squared error of the weights over their squares
+    cost: float | None  # "kl"; None: not known
+    output: float  # squared error over squares, both weighed by importance; without importance the same as `weight`
+    weight: float  # squared error over squares
 
 
-def of_outputs(members: Sequence[LayerInfo], imatrix: Imatrix) -> Weighing | None:
-    """The weighing "output" of one weight, for all layers that share it; None where the matrix has no entry for it."""
-    shape = members[0].shape
-    experts = shape[0] if len(shape) == 3 else None
-    columns = torch.zeros(shape[-1], dtype=torch.float64)
-    known = False
-    for layer in members:
-        importance = imatrix.vector(layer.name, shape[-1], experts)
-        if importance is not None:
-            columns, known = columns + importance.double(), True
-        elif layer.kind == "embedding":
-            columns, known = columns + 1 / shape[-1], True
-    if not known:
-        return None
-    rows = torch.full(shape[:-1], 1 / shape[-2], dtype=torch.float64)
-    if experts is not None:
-        rows *= imatrix.shares(members[0].name, experts)[:, None]
-        columns = columns.expand(experts, -1)
-    return Weighing(rows, columns)
+class Sums(NamedTuple):
+    """Squared errors of one matrix or more, by format, and squared weights: counted for "kl", by importance, and plainly."""
+
+    errors: dict[str, Tensor]  # f64 [3]
+    powers: Tensor  # f64 [3]
+    knows_cost: bool
 
 
 def measure(
@@ -76,42 +59,62 @@ def measure(
     formats: Sequence[QuantFormat],
     weighing: Weighing | None,
     importance: Tensor | None,
+    shares: Tensor | None,
     rule: str | None,
-) -> dict[str, Error]:
-    """The error of a weight in several formats.
+    pieces: int = 1,
+) -> Sums:
+    """The error of a weight in several formats, each made with importance where the format takes it.
 
-    Of a layer with more than 2 million weights only so many are measured: whole rows, the same ones every time, evenly spread
-    where all rows count alike, and otherwise in proportion to what they count.
+    Of a layer with more than 2 million weights only so many are measured: whole rows, the same ones every time, evenly spread,
+    or with a weighing in proportion to what they count.
 
     Args:
         weight: `[N, K]` or `[E, N, K]`.
-        weighing: None leaves the costs None.
-        importance: for the formats that take it, `[K]` or `[E, K]`.
+        weighing: for "kl"; None leaves the costs None.
+        importance: `[K]` or `[E, K]`.
+        shares: of the tokens, for each expert of a stack, `[E]`; None: equal ones.
         rule: the rounding rule.
+        pieces: in how many pieces, of which this is one, the layer is measured; the sample is shared among them.
     """
     stack = weight if weight.dim() == 3 else weight[None]
     experts, rows, columns = stack.shape
-    count = min(rows, max(_LEAST_ROWS, _SAMPLE // (experts * columns)))
-    known = weighing or Weighing(torch.ones(rows, dtype=torch.float64), torch.ones(columns, dtype=torch.float64))
+    count = min(rows, max(_LEAST_ROWS, _SAMPLE // (pieces * experts * columns)))
+    known = weighing or Weighing(torch.ones(rows, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
     row_weights, column_weights = known.rows.expand(experts, -1), known.columns.expand(experts, -1)
-    cost = dict.fromkeys((fmt.name for fmt in formats), 0.0)
-    squares, power = dict(cost), 0.0
+    sums = {fmt.name: torch.zeros(3, dtype=torch.float64) for fmt in formats}  # cost, output, weight
+    powers = torch.zeros(3, dtype=torch.float64)
     for e, matrix in enumerate(stack):
         picked, factors = _sample(row_weights[e], count)
         sample = matrix[picked.to(matrix.device)]
         exact = sample.float()
-        power += float(exact.double().square().sum())
         vector = importance[e] if importance is not None and importance.dim() == 2 else importance
+        h = torch.ones(columns) if vector is None else vector.float()
+        h = h * (1.0 if shares is None else float(shares[e]))
+        by = torch.stack([column_weights[e].float(), h, torch.ones(columns)], dim=1).to(exact.device)  # [K, 3]
+
+        def summed(squares: Tensor, by: Tensor = by, factors: Tensor = factors) -> Tensor:
+            by_row = (squares @ by).double().cpu()  # [S, 3]
+            return torch.stack([by_row[:, 0] @ factors, by_row[:, 1].sum(), by_row[:, 2].sum()])
+
+        powers += summed(exact.square())
         for fmt in formats:
             wanted = None if vector is None or not fmt.takes_importance else vector.to(sample.device)
             packed = torch.ops.isqtorch.quantize(sample, fmt.name, wanted, rule)
-            error = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32).sub_(exact).square_()  # [S, K]
-            by_row = error @ column_weights[e].to(error.device, error.dtype)
-            cost[fmt.name] += float(by_row.double().cpu() @ factors)
-            squares[fmt.name] += float(error.double().sum())
-    return {
-        name: Error(cost[name] if weighing is not None else None, squares[name] / power if power else 0.0) for name in cost
-    }
+            decoded = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32)
+            sums[fmt.name] += summed(decoded.sub_(exact).square_())
+    return Sums(sums, powers, weighing is not None)
+
+
+def errors_of(parts: Sequence[Sums]) -> dict[str, Error]:
+    """The errors of a layer from those of its pieces, by format."""
+    powers = torch.stack([part.powers for part in parts]).sum(0)
+    out = {}
+    for name in parts[0].errors:
+        cost, output, plain = torch.stack([part.errors[name] for part in parts]).sum(0).tolist()
+        relative = plain / float(powers[2]) if powers[2] else 0.0
+        weighed = output / float(powers[1]) if powers[1] else relative
+        out[name] = Error(cost if any(part.knows_cost for part in parts) else None, weighed, relative)
+    return out
 
 
 def _sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -132,11 +135,13 @@ def _sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return picked, times.double() * (total / count)
 
 
-def complete(errors: Sequence[Mapping[str, Error]], numels: Sequence[int], heads: Sequence[bool]) -> list[dict[str, float]]:
-    """The costs of all layers in one unit, also where nothing is known about how much errors count.
+def costs(
+    errors: Sequence[Mapping[str, Error]], numels: Sequence[int], heads: Sequence[bool]
+) -> list[dict[str, float]]:
+    """The costs of all layers, by format, in one unit.
 
-    There the relative error decides, scaled by what the layers that are known have in common (the median of their ratio).
-    Where none is known, the cost is "weight" of the module's docstring.
+    Layers of which "kl" is not known, because no token of the text came to them, have the cost "output", scaled by what those
+    that are known have in common (the median of the ratio).
 
     Args:
         errors: of each layer, by format.
@@ -144,19 +149,16 @@ def complete(errors: Sequence[Mapping[str, Error]], numels: Sequence[int], heads
         heads: whether it is, or shares its weight with, the output head.
     """
     ratios = sorted(
-        error.cost / (error.relative * numel)
+        error.cost / (error.output * numel)
         for by_format, numel in zip(errors, numels, strict=True)
         for error in by_format.values()
-        if error.cost is not None and error.relative
+        if error.cost is not None and error.output
     )
     scale = ratios[len(ratios) // 2] if ratios else 1.0
-    out = []
-    for by_format, numel, head in zip(errors, numels, heads, strict=True):
-        factor = scale * numel * (HEAD if head else 1.0)
-        out.append(
-            {
-                name: error.cost if error.cost is not None else factor * error.relative
-                for name, error in by_format.items()
-            }
-        )
-    return out
+    return [
+        {
+            name: error.cost if error.cost is not None else scale * numel * (HEAD if head else 1.0) * error.output
+            for name, error in by_format.items()
+        }
+        for by_format, numel, head in zip(errors, numels, heads, strict=True)
+    ]

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
+from isqtorch.mixed import Choice
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import locate, name_of
 from isqtorch.modules.experts import pack_stack
@@ -28,8 +29,9 @@ from isqtorch.topology import Spec
 from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
+from .measuring import Meter, choose_while_loading
 from .shards import check_shards, local_columns, mark_rows
-from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
+from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, unpack_missing
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
@@ -43,6 +45,8 @@ class _Load:
     rule: str | None
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
+    choice: Choice | None  # of "auto"
+    meter: Meter | None  # this is the reading that measures
     started: float = field(default_factory=time.perf_counter)
     misfits: set[str] = field(default_factory=set)  # parameters whose shape in the checkpoint is another
     failure: ValueError | None = None  # the first; the loader would turn it into a log entry
@@ -83,7 +87,12 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers)
             return
-        prepared = decide(model, config, device_map)
+        inventory, request, choice = describe(model, device_map), config.request(), None
+        if config.measuring is not None:
+            request = config.measuring.auto.smallest()
+        elif config.budget() is not None:
+            request, choice = choose_while_loading(model, config, inventory, checkpoint_files)
+        prepared = decide(inventory, config, request)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
         jobs = {}
@@ -91,7 +100,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
                 jobs[".".join(locate(model, name))] = job
-        self._load = _Load(prepared, config.isq, config.rule, MappedFiles(checkpoint_files or []), jobs)
+        files = MappedFiles(checkpoint_files or [])
+        self._load = _Load(prepared, config.isq, config.rule, files, jobs, choice, config.measuring)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -130,8 +140,15 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         def packed(load: _Load) -> Tensor:
             job = load.jobs[name]
             shape = tuple(local(model.get_parameter(name)).shape)
+            pieces = shape[0] * len(sources)
+
+            def done(matrix: Tensor, expert: int) -> None:
+                if load.meter is not None:
+                    load.meter.add(job.names[0], matrix, expert, pieces)
+                load.files.drop(matrix)
+
             with ordinary_tensors():
-                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, load.files.drop)
+                return pack_matrices(sources, shape, job.fmt, job.importance, load.rule, done)
 
         return self._attempt(name, packed)
 
@@ -229,6 +246,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         if job.importance is not None:
             columns = local_columns(module._parameters[leaf], job.fmt)
             importance = job.importance[..., columns].to(source.device)
+        if load.meter is not None:
+            load.meter.add(job.names[0], source)
         if matrix.dim() == 3:
             packed = pack_stack(source, job.fmt, importance, load.rule)
         else:
@@ -281,6 +300,8 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)
     report = QuantReport.build(inventory, verdict, load.requested)
     report.notes += load.prepared.notes
+    if load.choice is not None:
+        report.record(load.choice)
     report.seconds = time.perf_counter() - load.started
     return report
 
