@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .policy import LayerInfo
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")
+LISTED_EXPERT = re.compile(r"(.+\.experts)\.\d+(?:\.(.+))?")
+"""One of a list of experts that are ordinary layers: (path of the list, which matrix of the expert)."""
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 
@@ -111,5 +112,5 @@ def _experts(layers: Sequence[LayerInfo]) -> int:
     stacked = [layer.shape[0] for layer in layers if layer.kind == "experts"]
     if stacked:
         return stacked[0]
-    listed = Counter(match.groups() for layer in layers if (match := _EXPERT.fullmatch(layer.name)))
+    listed = Counter(match.groups() for layer in layers if (match := LISTED_EXPERT.fullmatch(layer.name)))
     return max(listed.values(), default=0)

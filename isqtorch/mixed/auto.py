@@ -14,7 +14,6 @@ the others in `formats`.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,15 +32,13 @@ from ..modules.packed import ordinary_tensors
 from ..policy import LayerInfo, Request, decide
 from ..prepare import ImatrixLike, checked_device, load_imatrix
 from ..prepare import importance_of as importance_of_layers
-from ..recipes import Assigned
+from ..recipes import LISTED_EXPERT, Assigned
 from ..report import QuantReport, human_size
 from ..topology import Spec
 from .budget import Budget, numel_of
 from .curvature import measure_curvature
 from .knapsack import Option, solve
 from .sensitivity import Error, Weighing, costs, errors_of, measure
-
-_LISTED_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -223,7 +220,7 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
             sharing.setdefault(layer.tied_to or layer.name, []).append(layer)
     together: dict[object, list[tuple[LayerInfo, ...]]] = {}
     for layers in sharing.values():
-        expert = _LISTED_EXPERT.fullmatch(layers[0].name)
+        expert = LISTED_EXPERT.fullmatch(layers[0].name)
         formats = tuple(options[layers[0].name])
         key = (*expert.groups(), layers[0].shape, formats) if expert else layers[0].name
         together.setdefault(key, []).append(tuple(layers))
