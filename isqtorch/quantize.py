@@ -70,7 +70,7 @@ def quantize_(
     Args:
         model: the model; must not be itself a layer to quantize.
         fmt: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits, which means the best format for the
-            device; or a rule for whole models: "q4k_m" and its like are llama.cpp's mixes (`isqtorch.formats.MIXES`), "auto"
+            device; or a rule for whole models: "q4k_m" and its like are llama.cpp's mixes (docs/guide.md lists them), "auto"
             measures every layer in several formats and chooses the best that fit `target_bpw` or `max_size`. None quantizes
             only what the topology names.
         topology: formats for some of the layers, as a dict or a YAML file; see `isqtorch.topology`. Overrides promotion.

@@ -75,6 +75,12 @@ class LoadedModel:
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
+    def check(self, isq: str) -> None:
+        """ValueError if `requantize` would refuse this format."""
+        check_format(isq, self.device)
+        if mix_name(isq) == AUTO:
+            check_budget(isq, self.options)
+
     def requantize(self, isq: str) -> QuantReport:
         """Change the format of the model.
 
@@ -85,7 +91,7 @@ class LoadedModel:
         Raises:
             ValueError, OSError: as for loading. The model is as it was.
         """
-        check_format(isq, self.device)
+        self.check(isq)
         if self.packed:
             calibration = {"tokenizer": self.tokenizer} if "calibration_file" in self.options else {}
             self.report = requantize_(self.model, isq, progress=False, **self.options, **calibration)
