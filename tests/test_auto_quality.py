@@ -48,7 +48,7 @@ def auto(**budget: Any) -> tuple[isqtorch.QuantReport, float]:
         pytest.param("q4k", False, id="q4k-promoted"),
         pytest.param("q4k", True, id="q4k", marks=pytest.mark.slow),
         pytest.param("q3k", False, id="q3k-promoted", marks=pytest.mark.slow),
-        pytest.param("q3k", True, id="q3k"),
+        pytest.param("q3k", True, id="q3k", marks=pytest.mark.slow),
         pytest.param("q4k_m", False, id="q4k_m", marks=pytest.mark.slow),
         pytest.param("q3k_m", False, id="q3k_m", marks=pytest.mark.slow),
     ],
