@@ -228,7 +228,7 @@ def collect_imatrix(
     for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
         if value is not None and (not isinstance(value, int) or value < 2):
             raise ValueError(f"collect_imatrix: {option} must be an integer of 2 or more, got {value!r}")
-    content, dataset = _read_calibration_text(text)
+    content, dataset = read_calibration_text(text)
     ids = token_ids(content, tokenizer, "collect_imatrix")[:max_tokens]
     if len(ids) < 2:
         raise ValueError(f"collect_imatrix: {len(ids)} tokens are too few to calibrate with. Use a longer text.")
@@ -249,7 +249,7 @@ def collect_imatrix(
     return im
 
 
-def _read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
+def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
     """Text or ids, and what to call them."""
     if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
         try:

@@ -112,6 +112,14 @@ class Imatrix(Mapping[str, Tensor]):
             weights = torch.where(unused, 1.0, weights)
         return weights
 
+    def shares(self, layer: str, experts: int) -> Tensor:
+        """The share of the tokens that each expert of a stack got, f64 `[E]`; equal ones where that is not known."""
+        name, _ = self._find(layer)
+        counts = None if name is None else self.counts[name].double()
+        if counts is None or counts.shape != (experts,) or not float(counts.sum()):
+            return torch.full((experts,), 1 / experts, dtype=torch.float64)
+        return counts / counts.sum()
+
     @property
     def unseen(self) -> dict[str, int]:
         """By entry, how many of its experts (1 where it is a single matrix) saw no token; only entries that have such.

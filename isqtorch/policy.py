@@ -2,21 +2,23 @@
 
 Works on descriptions of layers, not on layers, so that a live model (`inventory.py`) and the headers of a checkpoint
 (`plan.py`) meet the same rules, in this order: never-quantize rules and include/exclude, organization, topology,
-promotion of embeddings and heads, the scale type for the weights' dtype, fallback to a block that divides K.
+promotion of embeddings and heads, the scale type for the weights' dtype, fallback to a block that divides K. A rule for whole
+models ("q4k_m", "auto") takes the place of both the one format and the promotion.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
 import torch
 
-from isqtorch.formats import QuantFormat, get_format, resolve_format
+from isqtorch.formats import AUTO, QuantFormat, get_format, mix_name, resolve_format
 
+from .recipes import Assigned, assign
 from .topology import Entry, Spec, Topology, TopologyLike
 
 Role = Literal["", "embedding", "head"]
@@ -86,6 +88,8 @@ class Decision:
 class Request:
     """What the user asked for, checked; see `quantize_` for the meaning of each option.
 
+    `assigned` is what was chosen layer by layer where `fmt` is "auto", by layer name.
+
     Raises:
         ValueError: a bad format, topology, organization, fallback or pattern.
     """
@@ -97,13 +101,15 @@ class Request:
     exclude: Sequence[str] | str | None = None
     fallback: str = "up"
     op: str = "quantize_"
+    assigned: Mapping[str, Assigned] | None = None
     entries: Topology = field(init=False)
     included: list[re.Pattern[str]] | None = field(init=False)
     excluded: list[re.Pattern[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.fmt is not None:
-            resolve_format(self.fmt)
+            if mix_name(self.fmt) is None:
+                resolve_format(self.fmt)
         elif not self.topology:
             raise ValueError(f"{self.op}: there is neither a format nor a topology, so nothing to do")
         for option, value, known in (
@@ -138,7 +144,9 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
             "quantized, nor a linear layer with a component 'experts' in its path. Use organization='default'."
         )
     siblings = {layer.name for layer in layers}
-    decisions = _keep_experts_together(layers, [_decide_one(layer, request, siblings) for layer in layers])
+    assigned = _assigned(layers, request)
+    decisions = [_decide_one(layer, request, siblings, assigned) for layer in layers]
+    decisions = _keep_experts_together(layers, decisions)
     if request.fallback == "error":
         bad = [d for d in decisions if d.fell_back]
         if bad:
@@ -157,9 +165,28 @@ def head_by_name(name: str) -> bool:
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _decide_one(layer: LayerInfo, request: Request, siblings: set[str]) -> Decision:
+def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Assigned] | None:
+    """What a rule for whole models gives each layer; None where the request names one format."""
+    mix = mix_name(request.fmt)
+    if mix != AUTO:
+        return None if mix is None else assign(mix, layers)
+    if request.assigned is None:
+        raise ValueError(
+            f"{request.op}: 'auto' chooses formats by measuring weights, which {request.op} does not do. Use quantize_ (or `isqtorch "
+            "quantize --isq auto`), save report.topology(), and give that as topology."
+        )
+    return request.assigned
+
+
+def _decide_one(
+    layer: LayerInfo, request: Request, siblings: set[str], assigned: Mapping[str, Assigned] | None
+) -> Decision:
     entry = request.entries.find(layer.name)
-    spec = request.fmt if entry is None or (entry.spec is None and not entry.leave) else entry.spec
+    pinned = entry is not None and (entry.spec is not None or entry.leave)
+    spec: Spec | None = entry.spec if entry is not None and pinned else request.fmt
+    rule = None if assigned is None or pinned else assigned.get(layer.name)
+    if assigned is not None and not pinned:
+        spec = None if rule is None else rule.format
     place = entry.device if entry is not None and entry.device is not None else layer.device_type
     requested = None if spec is None else resolve_format(spec, place)
     decision = Decision(
@@ -171,15 +198,15 @@ def _decide_one(layer: LayerInfo, request: Request, siblings: set[str]) -> Decis
     never = _reason_never(layer, request, entry, siblings)
     if never is not None:
         return replace(decision, reason=never, firm=True)
-    not_asked = _reason_not_asked(layer, request, entry)
+    not_asked = _reason_not_asked(layer, request, spec)
     if not_asked is not None:
         return replace(decision, reason=not_asked)
     assert spec is not None and requested is not None, f"{layer.name}: no format and no reason"
 
-    wanted, reasons = requested, []
+    wanted, reasons = requested, [rule.why] if rule is not None and rule.why else []
     promoted = False
     firm = entry is not None and entry.spec is not None
-    if layer.role and not firm and requested.promoted not in (None, requested.name):
+    if layer.role and not firm and rule is None and requested.promoted not in (None, requested.name):
         wanted, promoted = get_format(requested.promoted or requested.name), True
         reasons.append(
             f"{'output head' if layer.role == 'head' else 'embedding'}: promoted from {requested.name} to {wanted.name}"
@@ -210,13 +237,13 @@ def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, sibli
     return None
 
 
-def _reason_not_asked(layer: LayerInfo, request: Request, entry: Entry | None) -> str | None:
+def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> str | None:
     """Why nobody asked for this layer, if nobody did."""
     if request.included is not None and not any(pattern.search(layer.name) for pattern in request.included):
         return "no include pattern matches"
     if request.organization == "moqe" and not _is_expert(layer):
         return "organization moqe: not a routed expert"
-    if request.fmt is None and (entry is None or entry.spec is None):
+    if spec is None:
         return "not in the topology, and there is no default format"
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -152,7 +152,7 @@ def _jobs(
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
-        importance = None if imatrix is None else _importance(imatrix, layers, first.shape)
+        importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
         own_rule = rule if has_rule(fmt, rule) else None
         jobs.append(
             Job(
@@ -232,7 +232,7 @@ def _dead_columns(jobs: list[Job]) -> list[str]:
     return warnings
 
 
-def _importance(imatrix: Imatrix, layers: list[LayerInfo], shape: tuple[int, ...]) -> Tensor | None:
+def importance_of(imatrix: Imatrix, layers: Sequence[LayerInfo], shape: tuple[int, ...]) -> Tensor | None:
     """The vector of the first layer that has one; a head before the embedding it is tied to, which has no input."""
     experts = shape[0] if len(shape) == 3 else None
     for layer in sorted(layers, key=lambda layer: layer.kind == "embedding"):

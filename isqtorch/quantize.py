@@ -25,6 +25,7 @@ from isqtorch.formats import QuantFormat
 from .calibration import collect_imatrix
 from .inventory import packed_names, storage_key
 from .listeners import announce
+from .mixed import Budget, choose_formats, smallest_choice
 from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from .modules.convert import experts_to_float, float_weight, locate, to_float, to_packed, weight_matrix
 from .modules.experts import pack_stack
@@ -55,6 +56,10 @@ def quantize_(
     fallback: str = "up",
     device: torch.device | str | None = None,
     rule: str | None = None,
+    target_bpw: float | None = None,
+    max_size: int | str | None = None,
+    formats: Sequence[Spec] | None = None,
+    probe: str | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -68,13 +73,16 @@ def quantize_(
     Args:
         model: the model; must not be itself a layer to quantize.
         fmt: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits, which means the best format for the
-            device. None quantizes only what the topology names.
+            device; or a rule for whole models: "q4k_m" and its like are llama.cpp's mixes (docs/guide.md lists them), "auto"
+            measures every layer in several formats and chooses the best that fit `target_bpw` or `max_size`. None quantizes
+            only what the topology names.
         topology: formats for some of the layers, as a dict or a YAML file; see `isqtorch.topology`. Overrides promotion.
         organization: "default", or "moqe" for the routed experts only.
         imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
             file, or an Imatrix.
         calibration_file: a text to collect an importance matrix from before anything is quantized (`collect_imatrix`), instead
-            of `imatrix`. The model must be a causal language model that can run where it is.
+            of `imatrix` ("auto" takes both, and then only measures on the text). The model must be a causal language model
+            that can run where it is.
         tokenizer: the model's, for `calibration_file`.
         include: regexes searched in the module path; only layers that match one are quantized.
         exclude: regexes searched in the module path; layers that match one are left as they are.
@@ -83,6 +91,13 @@ def quantize_(
         device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
         rule: another way to choose the codes, for formats that have one (the report names the others): "search" for afq and
             hqq, slower and closer to the weights, and the only one of theirs that uses importance; "mlx" for afq, MLX's bits.
+        target_bpw: for "auto": the most bits per weight that the report may show (of the whole model, with what is not
+            quantized).
+        max_size: for "auto", instead: the most bytes the model may have, or a string such as "6GB" or "5.5GiB".
+        formats: for "auto": what to choose from; None: every number of bits, in the format that is best for the device.
+        probe: for "auto": how to measure. "kl" takes the curvature of the KL divergence on the calibration file (a few
+            backward passes); "output" the errors of the layers' outputs, weighed by importance. None: "kl" where there is a
+            calibration file. Without importance, errors of the weights.
         progress: a progress bar; None shows one if stderr is a terminal.
         measure_error: also report the relative RMS error of every weight (reads each once more).
 
@@ -103,7 +118,8 @@ def quantize_(
             "dequantize_ first."
         )
     calibrate = Calibrate(calibration_file, tokenizer)
-    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error)
+    budget = Budget.parse(request.op, fmt, target_bpw, max_size, formats, probe)
+    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error, budget)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -170,12 +186,19 @@ def _run(
     rule: str | None,
     progress: bool | None,
     measure_error: bool,
+    budget: Budget | None,
 ) -> QuantReport:
     """Check, then replace layer by layer."""
     started = time.perf_counter()
-    if calibrate.file is not None:
+    choice = None
+    if budget is not None:
+        request = smallest_choice(model, request, budget, device)
+    if calibrate.file is not None and (budget is None or imatrix is None):
         check = partial(prepare, model, request, None, device, rule)
         imatrix = collect(model, request.op, imatrix, calibrate, progress, check)
+    if budget is not None:
+        prepare(model, request, imatrix, device, rule)  # what is wrong shows before the minutes that this takes
+        request, choice = choose_formats(model, request, budget, imatrix, calibrate, device, rule, progress)
     prepared = prepare(model, request, imatrix, device, rule)
     origin = Origin.before(model, request)
     for message in prepared.warnings:
@@ -197,6 +220,8 @@ def _run(
         layer.error = errors.get(layer.name)
     report.notes += prepared.notes
     report.imatrix, report.rule = prepared.imatrix, prepared.rule
+    if choice is not None:
+        report.record(choice)
     report.seconds = time.perf_counter() - started
     origin.attach(model)
     announce(model, report)

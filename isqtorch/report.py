@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,10 @@ from isqtorch.formats import get_format
 
 from .inventory import Inventory
 from .policy import Decision, LayerInfo, Verdict
+from .topology import Topology
+
+if TYPE_CHECKING:
+    from .mixed import Choice
 
 JSON_VERSION = 1
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
@@ -66,6 +71,7 @@ class QuantReport:
         seconds: wall time.
         notes: everything else that the user should know.
         imatrix, rule: where importance came from, if any layer used it, and the rule that was asked for.
+        choice: what the format "auto" measured and chose; None for other formats.
     """
 
     layers: list[LayerReport]
@@ -77,6 +83,7 @@ class QuantReport:
     notes: list[str] = field(default_factory=list)
     imatrix: str | None = None
     rule: str | None = None
+    choice: Choice | None = None
 
     @classmethod
     def build(cls, inventory: Inventory, verdict: Verdict, requested: object, *, planned: bool = False) -> QuantReport:
@@ -97,6 +104,34 @@ class QuantReport:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def topology(self) -> Topology:
+        """What each layer has now, as a topology: `quantize_(model, None, topology=report.topology())` does the same again.
+
+        Layers that were left are named, too, so that it holds beside any default format. `.save(path)` writes YAML.
+        """
+        return Topology.exact({layer.name: layer.stored for layer in self.layers if layer.kind != "other"})
+
+    def record(self, choice: Choice) -> None:
+        """Take over what "auto" chose: into the notes, and as the layers' errors, RMS over RMS, where none were measured."""
+        self.choice = choice
+        self.notes += choice.notes
+        errors = {name: options[fmt].error ** 0.5 for names, fmt, options in choice.items for name in names}
+        for layer in self.layers:
+            if layer.error is None:
+                layer.error = errors.get(layer.name)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw error and bits of every layer to a file (PNG, SVG, ...).
+
+        Raises:
+            ValueError: nothing is quantized.
+            ImportError: matplotlib is missing.
+            OSError: the file cannot be written.
+        """
+        from .mixed.plot import draw
+
+        draw(self, path)
 
     # ---- totals ------------------------------------------------------------------------------------------------------
 
@@ -177,6 +212,7 @@ class QuantReport:
             "rest_numel": self.rest_numel,
             "notes": self.notes,
             "layers": [layer.to_dict() for layer in self.layers],
+            **({} if self.choice is None else {"choice": self.choice.to_dict()}),
         }
 
     def to_json(self, indent: int | None = 2) -> str:

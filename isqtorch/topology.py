@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 
+from isqtorch.binary import write_atomically
 from isqtorch.formats import QuantFormat, resolve_format
 
 Spec = int | str | QuantFormat
@@ -72,6 +73,35 @@ class Topology:
             raise ValueError(f"topology: must be a dict or the path of a YAML file, got {type(source).__name__}")
         return cls(tuple(_entry(key, value) for key, value in source.items()))
 
+    @classmethod
+    def exact(cls, formats: Mapping[str, str | None]) -> Topology:
+        """A topology that gives these layers, by path, these formats (None: leave it) and says nothing of others.
+
+        Layers whose paths differ in a number only, and that have the same format, share an entry.
+        """
+        return cls.load({f"/^{pattern}$/": fmt for pattern, fmt in _merged(formats)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `load` makes this topology of, in plain types."""
+        out: dict[str, Any] = {}
+        for entry in self.entries:
+            spec = entry.spec.name if isinstance(entry.spec, QuantFormat) else entry.spec
+            if entry.device is None:
+                out[entry.key] = spec
+            else:
+                asked = {"isq": spec} if entry.leave or spec is not None else {}
+                out[entry.key] = {**asked, "device": str(entry.device)}
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a YAML file that `load` reads; what was there before is replaced at once or, on an error, not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        lines = [f"{_yaml(key)}: {_yaml(value)}\n" for key, value in self.to_dict().items()]
+        write_atomically(path, ["".join(lines).encode()])
+
     def find(self, name: str) -> Entry | None:
         """The entry that decides about the module `name`, if any."""
         found = [entry for entry in self.entries if entry.matches(name)]
@@ -81,6 +111,34 @@ class Topology:
 
 
 TopologyLike = Topology | Mapping[Any, Any] | str | os.PathLike[str]
+
+
+def _merged(formats: Mapping[str, str | None]) -> list[tuple[str, str | None]]:
+    """(regex of paths, format), in the order of first appearance; numbers of experts are joined first, then those of blocks."""
+    entries = [(tuple(map(re.escape, path.split("."))), fmt) for path, fmt in formats.items()]
+    for last in (True, False):
+        joined: dict[tuple[Any, ...], list[str]] = {}  # (parts before the number, parts after it, format) -> numbers
+        for parts, fmt in entries:
+            at = [i for i, part in enumerate(parts) if part.isdecimal()]
+            i = (at[-1] if last else at[0]) if at else len(parts)
+            joined.setdefault((parts[:i], parts[i + 1 :], fmt), []).extend(parts[i : i + 1])
+        entries = [
+            ((*before, *_alternatives(numbers), *after), fmt) for (before, after, fmt), numbers in joined.items()
+        ]
+    return [(r"\.".join(parts), fmt) for parts, fmt in entries]
+
+
+def _alternatives(numbers: list[str]) -> list[str]:
+    return numbers if len(numbers) < 2 else [f"(?:{'|'.join(numbers)})"]
+
+
+def _yaml(value: Any) -> str:
+    """A key or value of a topology as YAML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return "null" if value is None else str(value)
 
 
 def _entry(key: object, value: object) -> Entry:

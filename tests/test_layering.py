@@ -40,6 +40,8 @@ LAYERS = [
         "fit",
         "explain",
         "evaluation",
+        "recipes",
+        "mixed",
         "checkpoint",
     ],
     ["integrations"],

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_AUTO = {"target_bpw": "target_bpw", "max_size": "max_size", "choose_from": "formats", "probe": "probe"}
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,7 +21,7 @@ def add_isq(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--isq",
         required=required,
         metavar="FORMAT",
-        help="bits (2 3 4 5 6 8: the best format for the device) or a name; `isqtorch formats` lists them",
+        help="bits (2 3 4 5 6 8: the best format for the device), a name (`isqtorch formats` lists them), a mix (q4k_m), or auto",
     )
 
 
@@ -53,9 +55,28 @@ def add_importance(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_auto(parser: argparse.ArgumentParser) -> None:
+    """What `--isq auto` needs and takes."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--target-bpw", type=float, metavar="BITS", help="with --isq auto: bits per weight of the model"
+    )
+    either.add_argument("--max-size", metavar="SIZE", help="with --isq auto: 6GB, 5.5GiB, or a number of bytes")
+    parser.add_argument("--choose-from", nargs="+", metavar="FORMAT", help="with --isq auto: the formats allowed")
+    parser.add_argument(
+        "--probe",
+        choices=["kl", "output"],
+        help="with --isq auto: what to measure; default: kl, the curvature of the divergence, with a calibration file",
+    )
+
+
 def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
     """What `add_policy` and `add_importance` read, as arguments of `quantize_` (with the tokenizer) or of `LoadedModel`."""
     options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
+    for option, name in _AUTO.items():
+        value = getattr(args, option, None)
+        if value is not None:
+            options[name] = int(value) if option == "max_size" and value.isdecimal() else value
     if args.calibration_file:
         options["calibration_file"] = Path(args.calibration_file)
         if tokenizer is not None:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> list[str | None]:
     """What is to be measured, None for the model as it is; everything that can be wrong, before anything slow."""
+    from ..formats import AUTO, mix_name
     from ..integrations.loading import check_request
 
     for name, least in (("prompt_len", 1), ("gen_len", 2), ("repeat", 1)):
@@ -70,6 +71,10 @@ def _check(args: argparse.Namespace) -> list[str | None]:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(args, name)}")
     names = list(dict.fromkeys(part.strip() for part in (args.isq or "").split(",") if part.strip()))
     options = policy_options(args)
+    if AUTO in map(mix_name, names):
+        raise ValueError(
+            "bench takes no 'auto': write the model with `isqtorch quantize --isq auto` and give that folder"
+        )
     for name in names:
         check_request(args.model, name, args.device, options)
     if not names:

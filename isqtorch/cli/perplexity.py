@@ -15,7 +15,7 @@ import json
 import sys
 from typing import Any
 
-from ._common import add_importance, add_isq, add_json, add_policy, load_model, policy_options, read_text
+from ._common import add_auto, add_importance, add_isq, add_json, add_policy, load_model, policy_options, read_text
 
 HELP = "perplexity and KL divergence on a text"
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_isq(parser, required=False)
     add_policy(parser)
     add_importance(parser)
+    add_auto(parser)
     parser.add_argument("--kl", action="store_true", help="with --isq: also the divergence from the unquantized model")
     parser.add_argument("--context", type=int, default=512, help="tokens per window (%(default)s)")
     parser.add_argument(

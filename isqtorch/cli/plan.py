@@ -4,6 +4,7 @@
     isqtorch plan -m examples/demo_model/model --isq 4             every layer
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
     isqtorch plan -m ./my-model --context 32768
+    isqtorch plan -m ./my-model --isq q4k_m --plot bits.png
 
 A model fits where its weights and the key-value cache of one sequence are no more than what is free now; loading and running
 need a little more. The options mean what they mean for `isqtorch quantize`.
@@ -28,12 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_isq(parser, required=False)
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of the cache (%(default)s)")
     add_policy(parser)
+    parser.add_argument("--plot", metavar="PNG", help="with --isq: draw the bits of every layer (needs matplotlib)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..fit import overview
 
+    if args.plot and args.isq is None:
+        raise ValueError("--plot draws one format: it needs --isq FORMAT")
     options = {"topology": args.topology, "organization": args.organization, "fallback": args.fallback}
     found = overview(args.model, None if args.isq is None else [args.isq], context=args.context, **options)
     if args.isq is None:
@@ -41,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     (report,) = found.reports.values()
     report.notes += found.notes
+    if args.plot:
+        report.plot(args.plot)
     if args.json:
         fit = {"context": found.context, "cache_bytes": found.cache_bytes, "fits": found.fits(report.bytes_after)}
         print(json.dumps({**report.to_dict(), **fit}, indent=2))

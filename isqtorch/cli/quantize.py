@@ -1,6 +1,7 @@
 """Quantize a model and write it as a model: packed weights, configuration, generation settings and tokenizer in one folder.
 
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
+    isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology out.yaml
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces the folder that is there
 
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ._common import add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
 
 HELP = "quantize a model and write it as a checkpoint"
 
@@ -31,7 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace a model folder that is there already")
     add_policy(parser)
     add_importance(parser)
+    add_auto(parser)
     add_device(parser)
+    parser.add_argument(
+        "--save-topology", type=Path, metavar="FILE", help="YAML file of what each layer got, for --topology"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw error and bits of every layer (needs matplotlib)"
+    )
     add_json(parser)
 
 
@@ -41,14 +49,26 @@ def run(args: argparse.Namespace) -> int:
     options = policy_options(args)
     check_request(args.model, args.isq, args.device, options)
     check_output(args.output, args.model, force=args.force)
+    check_files(args.save_topology, args.plot)
     loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
     with new_folder(args.output) as folder:
         loaded.model.save_pretrained(folder)  # with the generation settings
         loaded.tokenizer.save_pretrained(folder)
     assert loaded.report is not None
+    if args.save_topology:
+        loaded.report.topology().save(args.save_topology)
+    if args.plot:
+        loaded.report.plot(args.plot)
     print(loaded.report.to_json() if args.json else loaded.report)
     print(f"wrote {args.output}", file=sys.stderr)
     return 0
+
+
+def check_files(*files: Path | None) -> None:
+    """OSError where there is no folder for a file that is written at the end."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder {file.absolute().parent} for {file}")
 
 
 def check_output(output: Path, model: str, *, force: bool) -> None:

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ._common import add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
 
 if TYPE_CHECKING:
     from ..integrations.chat import Conversation, Reply, Stop
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of sampling, for every reply")
     add_policy(parser)
     add_importance(parser)
+    add_auto(parser)
     add_device(parser)
     add_json(parser)
 

@@ -20,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from ._common import add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
 
 HELP = "serve a model over HTTP (OpenAI's API)"
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_isq(parser, required=False)
     add_policy(parser)
     add_importance(parser)
+    add_auto(parser)
     add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")

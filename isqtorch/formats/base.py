@@ -160,7 +160,9 @@ class QuantFormat(ABC):
 _REGISTRY: dict[str, QuantFormat] = {}  # canonical name -> format
 _ALIASES: dict[str, str] = {}  # lower-case spelling -> canonical name
 _BASE: list[str] = []  # the names `formats()` lists: every family member once, without variants
+_MIXES: dict[str, str] = {}  # lower-case spelling -> name of a rule for whole models
 
+AUTO = "auto"  # the rule that measures the layers and chooses (isqtorch.mixed)
 _BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
 _BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
 
@@ -175,6 +177,18 @@ def register(fmt: QuantFormat, *, variant: bool = False) -> None:
         _BASE.append(fmt.name)
 
 
+def register_mix(name: str, *aliases: str) -> None:
+    """Reserve the name of a rule that gives the weights of a model different formats (`mixes.py`, "auto")."""
+    for spelling in (name, *aliases):
+        assert spelling not in _ALIASES and spelling not in _MIXES, f"format name {spelling!r} is taken"
+        _MIXES[spelling] = name
+
+
+def mix_name(spec: object) -> str | None:
+    """The canonical name, if `spec` names a rule for whole models and not a format."""
+    return _MIXES.get(spec.lower()) if isinstance(spec, str) else None
+
+
 def formats(*, variants: bool = False) -> tuple[str, ...]:
     """Canonical names of all formats, in a fixed order; with `variants`, also other group sizes and scale types."""
     return tuple(_REGISTRY) if variants else tuple(_BASE)
@@ -185,6 +199,11 @@ def get_format(name: str | QuantFormat) -> QuantFormat:
     if isinstance(name, QuantFormat):
         return name
     canonical = _ALIASES.get(name.lower()) if isinstance(name, str) else None
+    if canonical is None and mix_name(name) is not None:
+        raise ValueError(
+            f"{name!r} is not a format but a rule that gives the layers of a whole model different ones: use it with quantize_, "
+            f"IsqConfig or --isq. One weight needs one of {', '.join(formats())}."
+        )
     if canonical is None:
         raise ValueError(
             f"unknown format {name!r}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
@@ -210,3 +229,6 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
             )
         spec = table[spec]
     return get_format(spec)
+
+
+register_mix(AUTO)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from isqtorch.formats import resolve_format
+from isqtorch.formats import mix_name, resolve_format
 from isqtorch.modules import PackedModule
 
 from .loading import LoadedModel
@@ -114,7 +114,7 @@ def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, floa
 
 def _format(loaded: LoadedModel) -> str:
     if loaded.isq is not None:
-        return resolve_format(loaded.isq, loaded.device or "cpu").name
+        return mix_name(loaded.isq) or resolve_format(loaded.isq, loaded.device or "cpu").name
     names = sorted({module.format for module in loaded.model.modules() if isinstance(module, PackedModule)})
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return "+".join(names) or dtype.replace("bfloat16", "bf16").replace("float", "f")

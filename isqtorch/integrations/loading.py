@@ -19,12 +19,16 @@ from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
 from isqtorch.calibration import collect_imatrix
-from isqtorch.formats import resolve_format
+from isqtorch.formats import AUTO, mix_name, resolve_format
+from isqtorch.mixed import Budget
 from isqtorch.plan import plan
 from isqtorch.prepare import checked_device
 from isqtorch.quantize import quantize_
 from isqtorch.report import QuantReport
 from isqtorch.requantize import STORED, requantize_
+
+AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
+"""Options of `quantize_` for the format "auto" alone."""
 
 
 class LoadedModel:
@@ -53,8 +57,8 @@ class LoadedModel:
             source: a folder with config.json and safetensors, or a model id on the Hub.
             isq: quantize to this format or number of bits; None: leave the weights as they are.
             device: where the model runs; None: the CPU.
-            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback), kept for
-                `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
+            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback, those for
+                "auto"), kept for `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
 
         Raises:
             ValueError: an unknown format, options without a format, or a checkpoint that is quantized already and a format.
@@ -74,6 +78,12 @@ class LoadedModel:
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
+    def check(self, isq: str) -> None:
+        """ValueError if `requantize` would refuse this format."""
+        check_format(isq, self.device)
+        if mix_name(isq) == AUTO:
+            check_budget(isq, self.options)
+
     def requantize(self, isq: str, source: str | None = None) -> QuantReport:
         """Change the format of the model.
 
@@ -89,11 +99,11 @@ class LoadedModel:
         Raises:
             ValueError, OSError: as for loading. The model is as it was.
         """
-        check_format(isq, self.device)
-        if self.packed or self.report is not None:
+        self.check(isq)
+        if (self.packed or self.report is not None) and mix_name(isq) != AUTO:
             if source is None and self.packed:
                 source = STORED
-            self.report = requantize_(self.model, isq, source=source, progress=False, **self.options)
+            self.report = requantize_(self.model, isq, source=source, progress=False, **self._options(isq))
         else:
             self.model, self.report = self._load(isq)
             gc.collect()  # the old model: its modules refer to each other
@@ -103,26 +113,37 @@ class LoadedModel:
         assert self.report is not None
         return self.report
 
+    def _options(self, isq: str | None) -> dict[str, Any]:
+        """The options that concern a format: "auto" has its own, and reads the calibration text again."""
+        options = {name: value for name, value in self.options.items() if value is not None}
+        if mix_name(isq) == AUTO:
+            return options
+        return {
+            name: value
+            for name, value in options.items()
+            if name not in AUTO_OPTIONS and not (name == "calibration_file" and "imatrix" in options)
+        }
+
     def _load(self, isq: str | None) -> tuple[Any, QuantReport | None]:
-        text = self.options.get("calibration_file")
-        if isq is not None and text is not None:
-            return self._calibrated(isq, Path(text))
-        model = load_causal_lm(self.source, isq, device=self.device, options=self.options)
+        options = self._options(isq)
+        if isq is not None and "calibration_file" in options:
+            return self._calibrated(isq, options)
+        model = load_causal_lm(self.source, isq, device=self.device, options=options)
         return model, model.isq_report if isq is not None else None
 
-    def _calibrated(self, isq: str, text: Path) -> tuple[Any, QuantReport]:
+    def _calibrated(self, isq: str, options: dict[str, Any]) -> tuple[Any, QuantReport]:
         """The float model, run on a text and quantized with what that showed, which later changes of the format use as well."""
-        options = {name: value for name, value in self.options.items() if name != "calibration_file"}
         model = load_causal_lm(self.source, device=self.device)
-        if options.get("imatrix") is not None:
-            raise ValueError("give either imatrix or calibration_file, not both")
-        plan(
-            model, isq, **{name: value for name, value in options.items() if name != "imatrix"}
-        )  # faults show before the minutes
-        options["imatrix"] = collect_imatrix(model, self.tokenizer, text)
-        report = quantize_(model, isq, **options)
-        self.options = options
-        return model, report
+        text = Path(options.pop("calibration_file"))
+        asked = {name: value for name, value in options.items() if name not in ("imatrix", *AUTO_OPTIONS)}
+        if mix_name(isq) != AUTO:
+            plan(model, isq, **asked)  # faults show before the minutes
+        if "imatrix" not in options:
+            options["imatrix"] = collect_imatrix(model, self.tokenizer, text)
+        self.options["imatrix"] = options["imatrix"]
+        if mix_name(isq) == AUTO:
+            options |= {"calibration_file": text, "tokenizer": self.tokenizer}
+        return model, quantize_(model, isq, **options)
 
 
 def load_causal_lm(
@@ -145,9 +166,10 @@ def load_causal_lm(
             method = _quantized_by(config)
             if method is not None:
                 raise _already(source, method)
+            options = {name: value for name, value in (options or {}).items() if value is not None}
             from .transformers import IsqConfig
 
-            settings["quantization_config"] = IsqConfig(isq, **(options or {}))
+            settings["quantization_config"] = IsqConfig(isq, **options)
         if not _has_own_header(source):
             return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
         from accelerate import init_empty_weights
@@ -169,8 +191,9 @@ def load_tokenizer(source: str) -> Any:
 
 
 def check_format(isq: str, device: str | None = None) -> None:
-    """ValueError that lists what exists, unless `isq` is a format or a number of bits."""
-    resolve_format(isq, torch.device(device or "cpu"))
+    """ValueError that lists what exists, unless `isq` is a format, a number of bits, or a rule for whole models."""
+    if mix_name(isq) is None:
+        resolve_format(isq, torch.device(device or "cpu"))
 
 
 def check_request(
@@ -190,11 +213,20 @@ def check_request(
     method = packed_by(source)
     if isq is not None:
         check_format(isq, device)
+        check_budget(isq, options or {})
+        if mix_name(isq) != AUTO and text is not None and (options or {}).get("imatrix") is not None:
+            raise ValueError("give either imatrix or calibration_file, not both")
         if method is not None:
             raise _already(source, method)
-    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file", "rule")):
-        raise ValueError("--topology, --imatrix, --calibration-file and --rule need --isq FORMAT")
+    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file", "rule", *AUTO_OPTIONS)):
+        raise ValueError("--topology, --imatrix, --calibration-file, --rule and the options of auto need --isq FORMAT")
     return method is not None
+
+
+def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:
+    """What "auto" is allowed, checked; None for other formats."""
+    values = [options.get(name) for name in AUTO_OPTIONS]
+    return Budget.parse("--isq", isq, *values)
 
 
 def packed_by(source: str) -> str | None:

@@ -92,7 +92,11 @@ def obstacle(module: nn.Module, leaf: str = "weight") -> str | None:
 
 def weight_matrix(module: nn.Module, leaf: str = "weight") -> Tensor:
     """A float weight of a layer as `[N, K]`, or `[E, N, K]`: a view, whatever the layer stores."""
-    weight = cast(Tensor, getattr(module, leaf))
+    return upright(module, cast(Tensor, getattr(module, leaf)))
+
+
+def upright(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor that is laid out like a float weight of the layer, as `[N, K]` or `[E, N, K]`: a view."""
     if isinstance(module, QuantExperts):  # one of its stacks is not packed yet
         return weight.transpose(1, 2) if module.transposed else weight
     kind, experts = layer_kind(module), experts_class(module)

@@ -241,6 +241,7 @@ def test_a_reply_ends_at_the_context(server: Server) -> None:
             400,
             "must not hold 'chat_template'",
         ),
+        ("/re_isq", {"isq": "auto"}, 400, "needs one of target_bpw"),
         ("/re_isq", {}, 400, "isq must be a format"),
         ("/re_isq", {"isq": "q4z"}, 400, "q4z"),
         ("/re_isq", {"isq": "7"}, 400, "7 bits"),

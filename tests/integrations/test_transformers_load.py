@@ -206,7 +206,6 @@ def test_offloading_to_disk(llama: Path, tmp_path: Path, options: dict[str, Any]
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("auto",), {}, "isq='auto', precision chosen by measurement, is not in this version. Give a format"),
         ((), {}, "there is neither a format nor a topology"),
         (("q4z",), {}, "q4z"),
         ((4,), {"topolgy": {}}, "unknown option 'topolgy'. Options are isq, topology"),

@@ -177,6 +177,7 @@ def test_other_layers_are_none_of_its_business() -> None:
     ("content", "message"),
     [
         ({"isq": "q9"}, "q9"),
+        ({"isq": "q4k_m"}, "gives layers different formats, and vLLM asks layer by layer"),
         ({"isq": 4, "tolopogy": {}}, "unknown option 'tolopogy'"),
         ({"format_version": 99, "layers": {}}, "newer than 1, the newest known here"),
         ({"layers": ["q_proj"]}, "'layers' must map paths of layers to formats, got list"),

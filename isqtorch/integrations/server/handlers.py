@@ -20,7 +20,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, Mod
 
 from isqtorch.report import QuantReport
 
-from ..loading import LoadedModel, check_format
+from ..loading import LoadedModel
 from .connection import TICKET, Ticket
 
 
@@ -70,7 +70,7 @@ class Served:
             ApiError: 400 for an unknown format, 409 while another change is under way, 500 if it failed; the model is as it was.
         """
         try:
-            check_format(isq, self.loaded.device)
+            self.loaded.check(isq)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         if self.requantizing:

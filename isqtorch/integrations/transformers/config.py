@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,9 +13,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from isqtorch._version import __version__
 from isqtorch.formats import QuantFormat
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_layers, checked_version
+from isqtorch.mixed import Budget
 from isqtorch.policy import Request
 from isqtorch.prepare import ImatrixLike, imatrix_name, load_imatrix
 from isqtorch.topology import Spec, Topology, TopologyLike
+
+if TYPE_CHECKING:
+    from .measuring import Meter
 
 _OP = "IsqConfig"
 
@@ -34,6 +38,8 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             names.
         topology, organization, imatrix, include, exclude, fallback, rule: see `isqtorch.quantize_`. A topology places no
             layer on a device; `device_map` does.
+        target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice: once to measure
+            (with nothing to run, so without `probe`), once to pack. Memory peaks as for any format.
         modules_to_not_convert: modules to leave, with all that is in them: full paths, or any run of components of one
             ("lm_head", "self_attn.q_proj").
         format_version, layers, isqtorch_version: written by `save_pretrained`, not for users. `layers` maps the path of every
@@ -56,6 +62,9 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         modules_to_not_convert: Sequence[str] | str | None = None,
         fallback: str = "up",
         rule: str | None = None,
+        target_bpw: float | None = None,
+        max_size: int | str | None = None,
+        formats: Sequence[Spec] | None = None,
         format_version: int = FORMAT_VERSION,
         layers: Mapping[str, str] | None = None,
         isqtorch_version: str | None = None,
@@ -74,6 +83,10 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         self.modules_to_not_convert = modules_to_not_convert
         self.fallback = fallback
         self.rule = rule
+        self.target_bpw = target_bpw
+        self.max_size = max_size
+        self.formats = formats
+        self.measuring: Meter | None = None  # set while the checkpoint is read for the first time
         self.layers = None if layers is None else checked_layers(_OP, layers)
         if self.layers is None:  # else the options are a record of what was asked for; they act no more
             if unknown:
@@ -81,15 +94,11 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             if topology is not None:
                 self.topology = Topology.load(topology)  # a file need not be there any more when the model is saved
             self.request()
+            self.budget()
             self.imatrix = load_imatrix(imatrix)
 
     def request(self) -> Request:
         """The options as the policy takes them."""
-        if self.isq == "auto":
-            raise ValueError(
-                f"{_OP}: isq='auto', precision chosen by measurement, is not in this version. Give a format or a number of "
-                "bits, e.g. IsqConfig(4)."
-            )
         excluded = [*_listed(self.exclude), *_exact_patterns(self.modules_to_not_convert)]
         request = Request(
             self.isq, self.topology, self.organization, self.include, excluded or None, self.fallback, _OP
@@ -100,6 +109,10 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
                     f"{_OP}: topology entry {entry.key!r} names a device; from_pretrained places layers by its device_map"
                 )
         return request
+
+    def budget(self) -> Budget | None:
+        """What "auto" is allowed; None for other formats."""
+        return Budget.parse(_OP, self.isq, self.target_bpw, self.max_size, self.formats, None)
 
     def in_user_words(self, notes: list[str]) -> list[str]:
         """Notes that name a module of `modules_to_not_convert`, not the exclude pattern that stands for it."""
@@ -125,6 +138,9 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             "modules_to_not_convert": _listed(self.modules_to_not_convert) or None,
             "fallback": None if self.fallback == "up" else self.fallback,
             "rule": self.rule,
+            "target_bpw": self.target_bpw,
+            "max_size": self.max_size,
+            "formats": None if self.formats is None else [_jsonable(spec) for spec in self.formats],
             "layers": self.layers,
         }
         return {key: value for key, value in content.items() if value is not None}
@@ -153,6 +169,9 @@ _OPTIONS = (
     "modules_to_not_convert",
     "fallback",
     "rule",
+    "target_bpw",
+    "max_size",
+    "formats",
 )
 
 

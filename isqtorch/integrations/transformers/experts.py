@@ -76,7 +76,7 @@ def pack_matrices(
     fmt: QuantFormat,
     importance: Tensor | None,
     rule: str | None,
-    done: Callable[[Tensor], None],
+    done: Callable[[Tensor, int], None],
 ) -> Tensor:
     """The packed stack of the matrices in `sources`.
 
@@ -85,7 +85,7 @@ def pack_matrices(
             the rows.
         shape: `[E, N, row_bytes]`, this rank's part.
         importance: f32 `[K]`, or `[E, K]` for the experts of all ranks.
-        done: called with a matrix that is not needed any more.
+        done: called with a matrix that is not needed any more, and the number of its expert.
 
     Raises:
         ValueError: the matrices do not make up a stack of this shape, or one cannot be quantized.
@@ -113,7 +113,7 @@ def pack_matrices(
                 out[here, start : start + height] = torch.ops.isqtorch.quantize(matrix, fmt.name, vector, rule)
             except ValueError as error:
                 raise ValueError(f"expert {number}: {error}") from None
-            done(matrix)
+            done(matrix, number)
             here += 1
         if here != experts:
             raise ValueError(f"the checkpoint has {here} experts where the model has {experts}")

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
+from isqtorch.mixed import Choice
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import locate, name_of
 from isqtorch.modules.experts import pack_stack
@@ -30,8 +31,9 @@ from isqtorch.topology import Spec
 from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
+from .measuring import Meter, choose_while_loading
 from .shards import check_shards, local_columns, mark_rows
-from .skeleton import decide, pack_on_meta, packed_formats, restore, unpack_missing
+from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, unpack_missing
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
@@ -45,6 +47,8 @@ class _Load:
     origin: Origin
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
+    choice: Choice | None  # of "auto"
+    meter: Meter | None  # this is the reading that measures
     started: float = field(default_factory=time.perf_counter)
     misfits: set[str] = field(default_factory=set)  # parameters whose shape in the checkpoint is another
     failure: ValueError | None = None  # the first; the loader would turn it into a log entry
@@ -85,7 +89,12 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers)
             return
-        prepared = decide(model, config, device_map)
+        inventory, request, choice = describe(model, device_map), config.request(), None
+        if config.measuring is not None:
+            request = config.measuring.auto.smallest()
+        elif config.budget() is not None:
+            request, choice = choose_while_loading(model, config, inventory, checkpoint_files)
+        prepared = decide(inventory, config, request)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
         jobs = {}
@@ -95,7 +104,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 jobs[".".join(locate(model, name))] = job
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, config.isq, origin, MappedFiles(files), jobs)
+        self._load = _Load(prepared, config.isq, origin, MappedFiles(files), jobs, choice, config.measuring)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -134,8 +143,15 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         def packed(load: _Load) -> Tensor:
             job = load.jobs[name]
             shape = tuple(local(model.get_parameter(name)).shape)
+            pieces = shape[0] * len(sources)
+
+            def done(matrix: Tensor, expert: int) -> None:
+                if load.meter is not None:
+                    load.meter.add(job.names[0], matrix, expert, pieces)
+                load.files.drop(matrix)
+
             with ordinary_tensors():
-                return pack_matrices(sources, shape, job.fmt, job.importance, job.rule, load.files.drop)
+                return pack_matrices(sources, shape, job.fmt, job.importance, job.rule, done)
 
         return self._attempt(name, packed)
 
@@ -234,6 +250,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         if job.importance is not None:
             columns = local_columns(module._parameters[leaf], job.fmt)
             importance = job.importance[..., columns].to(source.device)
+        if load.meter is not None:
+            load.meter.add(job.names[0], source)
         if matrix.dim() == 3:
             packed = pack_stack(source, job.fmt, importance, job.rule)
         else:
@@ -287,6 +305,8 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     report = QuantReport.build(inventory, verdict, load.requested)
     report.notes += load.prepared.notes
     report.imatrix, report.rule = load.prepared.imatrix, load.prepared.rule
+    if load.choice is not None:
+        report.record(load.choice)
     report.seconds = time.perf_counter() - load.started
     return report
 

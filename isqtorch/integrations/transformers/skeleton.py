@@ -14,22 +14,27 @@ from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import Inventory, inspect_model
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
+from isqtorch.policy import Request
 from isqtorch.prepare import Prepared, prepare_inventory
 
 from .config import IsqConfig
 
 
-def decide(model: Any, config: IsqConfig, device_map: object) -> Prepared:
+def describe(model: Any, device_map: object) -> Inventory:
+    """The model as it will be once it is loaded."""
+    inventory = inspect_model(model, model.all_tied_weights_keys)
+    layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
+    return replace(inventory, layers=layers)
+
+
+def decide(inventory: Inventory, config: IsqConfig, request: Request) -> Prepared:
     """What `quantize_` would do to the model once it is loaded.
 
     Raises:
         ValueError: see `quantize_`.
     """
-    inventory = inspect_model(model, model.all_tied_weights_keys)
-    layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
-    inventory = Inventory(layers, inventory.rest_bytes, inventory.rest_numel)
     with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
-        prepared = prepare_inventory(inventory, config.request(), config.imatrix, None, config.rule)
+        prepared = prepare_inventory(inventory, request, config.imatrix, None, config.rule)
     verdict = replace(prepared.verdict, notes=config.in_user_words(prepared.verdict.notes))
     return replace(prepared, verdict=verdict, warnings=config.in_user_words(prepared.warnings))
 

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from isqtorch.formats import get_format
+from isqtorch.formats import get_format, mix_name
 from isqtorch.integrations.record import METHOD, checked_layers, checked_version
 from isqtorch.policy import FLOAT_DTYPES, LayerInfo, Request, decide, head_by_name
 
@@ -45,6 +45,11 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
             if unknown:
                 raise ValueError(f"{_OP}: unknown option {unknown[0]!r}. Options are {', '.join(_OPTIONS)}.")
             options = {option: content[option] for option in _OPTIONS[1:] if option in content}
+            if mix_name(content.get("isq")) is not None:
+                raise ValueError(
+                    f"{_OP}: {content['isq']!r} gives layers different formats, and vLLM asks layer by layer, without the model. Save the "
+                    "model with save_pretrained and serve that, or give one format and a topology."
+                )
             self.request = Request(content.get("isq"), op=_OP, **options)
 
     # ---- what vLLM asks ----------------------------------------------------------------------------------------------
