@@ -220,7 +220,7 @@ struct SliceWeights {
 #pragma unroll
     for (int j = 0; j < 2 * kTiles; ++j) {
       uint32_t pairs[kPieces][4];
-      F::template codes<element>({}, chunks[j], slice, t, shape, pairs);
+      F::template codes<element>(chunks[j], slice, t, shape, pairs);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
