@@ -4,6 +4,6 @@
 namespace isqtorch::cuda {
 
 #define ISQ_INSTANTIATE(F) template void launch_decode<F>(const DecodeJob&, const Shape&, Stream);
-ISQ_GGML32_FORMATS(ISQ_INSTANTIATE)
+ISQ_GGML32_STRUCTS(ISQ_INSTANTIATE)
 
 }  // namespace isqtorch::cuda

@@ -113,6 +113,28 @@ ISQ_DEVICE uint32_t pack_f16(float low, float high) {
 #endif
 }
 
+// The products of two pairs of bf16. Subnormal numbers count. (Before sm_90 there is no multiplication but this one.)
+ISQ_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));  // + (-0) changes nothing
+  return d;
+#else
+  return pack_bf16(bf16_to_f32((uint16_t)a) * bf16_to_f32((uint16_t)b),
+                   bf16_to_f32((uint16_t)(a >> 16)) * bf16_to_f32((uint16_t)(b >> 16)));
+#endif
+}
+ISQ_DEVICE uint32_t multiply_f16(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return pack_f16(f16_to_f32((uint16_t)a) * f16_to_f32((uint16_t)b),
+                  f16_to_f32((uint16_t)(a >> 16)) * f16_to_f32((uint16_t)(b >> 16)));
+#endif
+}
+
 // ---- matrix units
 // ------------------------------------------------------------------------------------------------------
 

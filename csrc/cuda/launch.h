@@ -11,10 +11,10 @@ namespace isqtorch::cuda {
 using Stream = void*;  // a cudaStream_t
 
 // The bytes of a format, for kernels that serve a whole family and are told at run time.
-enum class Header : int { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
+enum class Header : int { kNone, kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
 struct Shape {
   int block, block_bytes;  // weights and bytes of a block
-  Header header = Header::kScaleBiasBf16;
+  Header header;           // of a BitStream's block
 };
 
 // Rows of a packed weight as floats: all of them, or those that ids name.

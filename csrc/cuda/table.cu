@@ -9,11 +9,18 @@ namespace isqtorch::cuda {
 namespace {
 
 template <class F>
-constexpr FormatKernels kernels_of(const char* name, Shape shape, bool has_rules = false) {
+constexpr FormatKernels kernels_of(const char* name, int block, Header header) {
+  const bool is_affine = header == Header::kScaleBiasBf16 || header == Header::kScaleBiasF16;
+  int bytes;
+  if constexpr (F::kBlock) {
+    bytes = sizeof(typename F::Block);
+  } else {
+    bytes = F::block_bytes(block);
+  }
   return {name,
-          shape,
+          {block, bytes, header},
           F::kAlign,
-          has_rules,
+          is_affine,
           launch_decode<F>,
           kMaxLinearRows,
           launch_linear<F>,
@@ -23,14 +30,8 @@ constexpr FormatKernels kernels_of(const char* name, Shape shape, bool has_rules
           launch_quantize<F>};
 }
 
-template <class F>
-constexpr FormatKernels kernels_of(const char* name) {
-  return kernels_of<F>(name, {F::kBlock, (int)sizeof(typename F::Block)});
-}
-
-const FormatKernels kTable[] = {
-    kernels_of<Q4_0>("q4_0"),
-};
+#define ISQ_ENTRY(name, F, block, header) kernels_of<F>(name, block, header),
+const FormatKernels kTable[] = {ISQ_ALL_FORMATS(ISQ_ENTRY)};
 
 }  // namespace
 

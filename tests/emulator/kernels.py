@@ -89,7 +89,8 @@ class KernelError(RuntimeError):
 
 @cache
 def library() -> ctypes.CDLL:
-    sources = [build.HERE / "kernels.cpp", *sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))]
+    own = [build.HERE / "kernels.cpp", build.HERE / "formats.cu"]
+    sources = [*own, *sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))]
     loaded = ctypes.CDLL(str(build.library("kernels", sources, VARIANT, ("-O1",))))
     loaded.kernels_error.restype = ctypes.c_char_p
     loaded.kernels_name.restype = ctypes.c_char_p
