@@ -21,9 +21,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from csrc.cuda import build as cuda
-
 from isqtorch.cli._common import text_table
 
 from .sass import Code, Usage, demangle, disassemble, read_log
@@ -150,7 +150,7 @@ def run(archs: list[cuda.Arch], *, update: bool) -> list[str]:
         found = loops(code for cubin in cubins for code in disassemble(nvdisasm, cubin))
         rows = [[loop.kernel, f"{loop.per_weight:.2f}", loop.opcodes] for loop in found]
         print("\n" + text_table(("inner loop", "instructions per weight", "most of them"), rows))
-        recorded = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {"nvcc": release, "per_weight": {}}
+        recorded: dict[str, Any] = json.loads(EXPECTED.read_text(encoding="utf-8"))
         if update:
             values = {loop.kernel: round(loop.per_weight, 2) for loop in found}
             EXPECTED.write_text(json.dumps({"nvcc": release, "per_weight": values}, indent=1) + "\n")
