@@ -67,7 +67,7 @@ struct Hqq {
     for (int l = 0; l < kWidth; ++l) {
       const float size = __builtin_fabsf(e[l]);
       if (!large[l]) continue;
-      const float rest = size - powf(size, kPower) / kBeta;
+      const float rest = size - power(size, kPower) / kBeta;
       shrunk[l] = rest > 0 ? __builtin_copysignf(rest, e[l]) : 0.0f;
     }
     return shrunk;

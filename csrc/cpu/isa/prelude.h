@@ -24,3 +24,4 @@
 
 #include "blocks.h"
 #include "cpu/kernels.h"
+#include "power.h"
