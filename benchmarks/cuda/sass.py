@@ -83,10 +83,8 @@ def read_code(text: str) -> list[Code]:
                     branches.append((len(opcodes), branch[1]))
                 opcodes.append(words[0].split(".")[0])
         loops = [opcodes[labels[to] : at + 1] for at, to in branches if labels.get(to, at + 1) <= at]
-        products = [loop for loop in loops if _MATRIX in loop]
-        found.append(
-            Code(part.split(":", 1)[0], len(opcodes), Counter(max(products, key=lambda loop: len(loop), default=[])))
-        )
+        products = sorted((loop for loop in loops if _MATRIX in loop), key=len)
+        found.append(Code(part.split(":", 1)[0], len(opcodes), Counter(products[-1] if products else [])))
     return found
 
 
