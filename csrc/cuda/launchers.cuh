@@ -26,6 +26,6 @@ template <class F>
 ISQ_LATER void launch_quantize(const QuantizeJob&, const Shape&, Stream);
 
 // Of x, for `linear`; more are faster decoded and multiplied by torch.
-constexpr int64_t kMaxLinearRows = 512;
+constexpr int64_t kMaxLinearRows = 128;
 
 }  // namespace isqtorch::cuda
