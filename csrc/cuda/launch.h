@@ -23,7 +23,7 @@ struct DecodeJob {
   int64_t rows, k;
   Dtype dtype;      // of out
   void* out;        // [rows, k], or [count, k]
-  const void* ids;  // int32 or int64 [count], each below rows; null: every row
+  const void* ids;  // int32 or int64 [count], each below rows; null: every row (even if count is 0)
   bool wide_ids;    // int64
   int64_t count;    // of ids
 };

@@ -79,6 +79,14 @@ inline uint32_t __float_as_uint(float value) { return (uint32_t)simt::to_word(va
 inline int __float_as_int(float value) { return (int)__float_as_uint(value); }
 inline float __int_as_float(int bits) { return __uint_as_float((uint32_t)bits); }
 
+// Returns what was there, as CUDA's does.
+inline long long atomicMin(long long* address, long long value) {
+  long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < seen && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return seen;
+}
+
 template <class T>
 T __ldg(const T* address) {
   return *address;

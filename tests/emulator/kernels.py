@@ -14,6 +14,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -128,25 +129,20 @@ def schedule(order: str = "forward", late_copies: bool = True, seed: int = 1) ->
 
 
 class Memory:
-    """The GPU's memory: every tensor on pages of its own, with nothing behind its last byte."""
-
-    def __init__(self) -> None:
-        self._buffers: list[int] = []
+    """The GPU's memory: every tensor on pages of its own, with nothing behind its last byte. It is freed with its tensor."""
 
     def __enter__(self) -> Memory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for buffer in self._buffers:
-            library().emulator_delete_buffer(buffer)
-        self._buffers = []
+        pass
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, name: str, align: int = 16) -> Tensor:
-        """A tensor full of 0xff bytes, NaN for floats. It is gone when the `with` ends: clone what you keep.
+        """A tensor full of 0xff bytes, NaN for floats.
 
         Args:
-            align: of the first byte. Where it is less than 16 the tensor is cut off by the byte; it starts at no
-                better an address than that if its size says so.
+            name: for messages about stray accesses.
+            align: what its address is a multiple of. Its end is the end of memory, up to this.
         """
         size = int(torch.Size(shape).numel()) * dtype.itemsize
         if not size:
@@ -154,8 +150,8 @@ class Memory:
         buffer = library().emulator_new_buffer(size, align, name.encode())
         if not buffer:
             raise MemoryError(f"{size} bytes for {name}")
-        self._buffers.append(buffer)
         raw = (ctypes.c_uint8 * size).from_address(buffer)
+        weakref.finalize(raw, library().emulator_delete_buffer, buffer)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
 
     def put(self, tensor: Tensor, name: str, align: int = 16) -> Tensor:

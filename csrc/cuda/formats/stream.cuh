@@ -15,6 +15,7 @@ struct BitStream : Codes<kBits, 0> {
   using Block = uint8_t;
   static constexpr int kBlock = 0, kAlign = 4, kGroup = 32, kMaxChunkBytes = 8 * (4 + 4 * kBits);
   static constexpr Order kOrder = kBits == 8 ? Order::kQuads : Order::kOcts;
+  static constexpr bool kMayBeHqq = kBits == 4 || kBits == 8;
   static constexpr int block_bytes(int block) { return 4 + block * kBits / 8; }
 
   struct Row {};
@@ -36,7 +37,7 @@ struct BitStream : Codes<kBits, 0> {
   }
   static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape& shape) {
     const Affine stored = numbers(chunk + block_of(group, shape) * shape.block_bytes, shape.header);
-    return {stored.scale, shape.header == Header::kScaleZeroF16 ? -stored.offset * stored.scale : stored.offset};
+    return {stored.scale, is_hqq(shape) ? -stored.offset * stored.scale : stored.offset};
   }
   static ISQ_DEVICE void decode(const uint8_t* block, int first, const Shape& shape, float (&w)[8]) {
     const Affine stored = numbers(block, shape.header);
@@ -50,13 +51,14 @@ struct BitStream : Codes<kBits, 0> {
         w[i] = biased_byte(spread[i % 4] & BitStream::kHalves, i / 4 * 2) - kByteBias;
       }
     }
-    const bool hqq = shape.header == Header::kScaleZeroF16;
     for (int i = 0; i < 8; ++i) {
-      w[i] = hqq ? (w[i] - stored.offset) * stored.scale : stored.scale * w[i] + stored.offset;
+      w[i] = is_hqq(shape) ? (w[i] - stored.offset) * stored.scale : stored.scale * w[i] + stored.offset;
     }
   }
 
  private:
+  static ISQ_DEVICE bool is_hqq(const Shape& shape) { return kMayBeHqq && shape.header == Header::kScaleZeroF16; }
+
   // The block in a chunk that a slice belongs to: one of 32 << log weights.
   static ISQ_DEVICE int block_of(int slice, const Shape& shape) { return slice >> (shape.block >> 6); }
 

@@ -9,6 +9,11 @@ namespace isqtorch::cuda {
 
 constexpr int kDecodeThreads = 256, kOct = 8;
 
+// Of the octs in a block: 32, 64, 128 or 256 weights.
+constexpr __host__ __device__ int log_octs(int block) {
+  return block == 32 ? 2 : block == 64 ? 3 : block == 128 ? 4 : 5;
+}
+
 // w [8] to out [8]
 ISQ_DEVICE void store_oct(const float (&w)[8], float* out, bool aligned) {
   if (aligned) {
@@ -31,52 +36,45 @@ ISQ_DEVICE void store_oct(const float (&w)[8], uint16_t* out, bool aligned) {
   }
 }
 
-// The rows `row_octs` long, one after the other if there are no ids. Blocks of threads: x along a row, y over rows.
-template <class F, Dtype dtype, class Id>
+// A block of threads makes 2048 weights of a row, which are whole blocks of every format. Without ids, blocks follow
+// each other through all rows: they are as good as one long row.
+template <class F, Dtype dtype>
 __global__ void __launch_bounds__(kDecodeThreads)
-    decode_kernel(const uint8_t* weight, void* out, int64_t row_octs, int block_octs_log, const Id* ids, int64_t count,
-                  int64_t rows, bool aligned, Shape shape) {
-  const int64_t oct = (int64_t)blockIdx.x * kDecodeThreads + threadIdx.x;
-  if (oct >= row_octs) return;
-  const int log = F::kBlock ? (F::kBlock == 256 ? 5 : F::kBlock == 128 ? 4 : 2) : block_octs_log;
+    decode_kernel(const uint8_t* weight, void* out, int64_t row_octs, int log_block_octs, const void* ids,
+                  bool wide_ids, int64_t rows, bool aligned, Shape shape) {
+  static_assert(kDecodeThreads * kOct % kChunk == 0);
+  const int log = F::kBlock ? log_octs(F::kBlock) : log_block_octs;
   const int block_bytes = F::kBlock ? (int)sizeof(typename F::Block) : shape.block_bytes;
-  const int first = (int)(oct & ((1 << log) - 1)) * kOct;
-  for (int64_t row = blockIdx.y; row < count; row += gridDim.y) {
-    int64_t block = oct >> log;
-    if (ids) {
-      const int64_t id = ids[row];
-      ISQ_ASSERT(id >= 0 && id < rows, "isqtorch: an id names no row of the weight");
-      block += id * (row_octs >> log);
-    }
-    float w[8];
-    F::decode(weight + block * block_bytes, first, shape, w);
-    const int64_t at = (row * row_octs + oct) * kOct;
-    if constexpr (dtype == Dtype::kF32) {
-      store_oct(w, static_cast<float*>(out) + at, aligned);
-    } else {
-      store_oct<dtype == Dtype::kF16 ? Element::kF16 : Element::kBf16>(w, static_cast<uint16_t*>(out) + at, aligned);
-    }
+  int64_t first_oct = (int64_t)blockIdx.x * kDecodeThreads, first_block = first_oct >> log, at = first_oct;
+  if (ids) {
+    const int64_t id =
+        wide_ids ? static_cast<const int64_t*>(ids)[blockIdx.x] : static_cast<const int32_t*>(ids)[blockIdx.x];
+    ISQ_ASSERT(id >= 0 && id < rows, "isqtorch: an id names no row of the weight");
+    first_oct = (int64_t)blockIdx.y * kDecodeThreads;
+    first_block = (id * row_octs + first_oct) >> log;
+    at = blockIdx.x * row_octs + first_oct;
   }
-}
-
-template <class F, Dtype dtype, class Id>
-void launch_decode(const DecodeJob& job, const Shape& shape, Stream stream) {
-  // Without ids, blocks follow each other through all rows: as good as one long row.
-  const int64_t count = job.ids ? job.count : 1, row_octs = (job.ids ? job.k : job.rows * job.k) / kOct;
-  if (!count || !row_octs) return;
-  int log = 0;
-  while (kOct << log < shape.block) ++log;
-  const dim3 grid = {(unsigned)((row_octs + kDecodeThreads - 1) / kDecodeThreads),
-                     (unsigned)(count < 65535 ? count : 65535)};
-  const bool aligned = reinterpret_cast<uintptr_t>(job.out) % 16 == 0;
-  ISQ_LAUNCH((decode_kernel<F, dtype, Id>), grid, {kDecodeThreads}, 0, (cudaStream_t)stream, job.weight, job.out,
-             row_octs, log, static_cast<const Id*>(job.ids), count, job.rows, aligned, shape);
+  const int oct = threadIdx.x % kDecodeThreads;  // which tells the compiler that it is not negative
+  if (oct >= row_octs - first_oct) return;
+  float w[8];
+  F::decode(weight + first_block * block_bytes + (oct >> log) * block_bytes, (oct & ((1 << log) - 1)) * kOct, shape, w);
+  if constexpr (dtype == Dtype::kF32) {
+    store_oct(w, static_cast<float*>(out) + at * kOct + oct * kOct, aligned);
+  } else {
+    constexpr Element kElement = dtype == Dtype::kF16 ? Element::kF16 : Element::kBf16;
+    store_oct<kElement>(w, static_cast<uint16_t*>(out) + at * kOct + oct * kOct, aligned);
+  }
 }
 
 template <class F, Dtype dtype>
 void launch_decode(const DecodeJob& job, const Shape& shape, Stream stream) {
-  const auto launch = job.wide_ids ? launch_decode<F, dtype, int64_t> : launch_decode<F, dtype, int32_t>;
-  launch(job, shape, stream);
+  const int64_t row_octs = (job.ids ? job.k : job.rows * job.k) / kOct;
+  const int64_t pieces = (row_octs + kDecodeThreads - 1) / kDecodeThreads;
+  if (!pieces || (job.ids && !job.count)) return;
+  const dim3 grid = {(unsigned)(job.ids ? job.count : pieces), (unsigned)(job.ids ? pieces : 1)};
+  const bool aligned = reinterpret_cast<uintptr_t>(job.out) % 16 == 0;
+  ISQ_LAUNCH((decode_kernel<F, dtype>), grid, {kDecodeThreads}, 0, (cudaStream_t)stream, job.weight, job.out, row_octs,
+             log_octs(shape.block), job.ids, job.wide_ids, job.rows, aligned, shape);
 }
 
 template <class F>

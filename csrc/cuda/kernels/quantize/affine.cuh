@@ -22,7 +22,7 @@ ISQ_DEVICE void store_stream(const LaneInts (&codes)[32], uint8_t* to) {
       const int at = i * kBits - 32 * n;
       if (at > -kBits && at < 32) word |= at < 0 ? (uint32_t)codes[i].v >> -at : (uint32_t)codes[i].v << at;
     }
-    store_u32(to + 4 * n, word);
+    store_u32<4>(to + 4 * n, word);
   }
 }
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "blocks.h"
-#include "cpu/quantize/search.h"
 #include "cuda/kernels/quantize/rounding.cuh"
+#include "cuda/kernels/quantize/searches.cuh"
 
 namespace isqtorch::cuda {
 
@@ -18,18 +18,18 @@ ISQ_DEVICE void importance_weights(const LaneFloats (&x)[kOwn], LaneFloats (&imp
 ISQ_DEVICE Guesses weighted_guesses() { return {-0.9f, 0.05f, 36, false}; }
 
 // ggml's 4- and 5-bit blocks behind their f16 numbers: for 5 bits a word of high bits, then the low nibbles.
-template <int kBits>
+template <int kBits, int kAlign>
 ISQ_DEVICE void store_nibbles(const LaneInts (&codes)[32], uint8_t* to) {
   if constexpr (kBits == 5) {
     uint32_t high = 0;
     ISQ_UNROLL for (int i = 0; i < 32; ++i) high |= ((uint32_t)codes[i].v >> 4 & 1) << i;
-    store_u32(to, high);
+    store_u32<kAlign>(to, high);
     to += 4;
   }
   ISQ_UNROLL for (int j = 0; j < 16; j += 4) {
     const uint32_t low = four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]);
     const uint32_t high = four_bytes(codes[j + 16], codes[j + 17], codes[j + 18], codes[j + 19]);
-    store_u32(to + j, (low & 0x0f0f0f0f) | (high & 0x0f0f0f0f) << 4);
+    store_u32<kAlign>(to + j, (low & 0x0f0f0f0f) | (high & 0x0f0f0f0f) << 4);
   }
 }
 
@@ -58,7 +58,7 @@ struct QuantizeSymmetric32 : TileFormat {
     }
     const Half stored = to_f16(d);
     store_u16(scope.block, stored.bits);
-    store_nibbles<kBits>(codes, scope.block + 2);
+    store_nibbles<kBits, kAlignOf<Block>>(codes, scope.block + 2);
     return stored.overflow;
   }
 };
@@ -90,7 +90,7 @@ struct QuantizeMinMax32 : TileFormat {
     const Half stored_d = to_f16(d), stored_m = to_f16(m);
     store_u16(scope.block, stored_d.bits);
     store_u16(scope.block + 2, stored_m.bits);
-    store_nibbles<kBits>(codes, scope.block + 4);
+    store_nibbles<kBits, kAlignOf<Block>>(codes, scope.block + 4);
     return stored_d.overflow || stored_m.overflow;
   }
 };
@@ -113,7 +113,7 @@ struct QuantizeBytes32 : TileFormat {
     store_u16(scope.block, stored.bits);
     if (kHasSum) store_u16(scope.block + 2, to_f16(d * to_float(sum)).bits);
     ISQ_UNROLL for (int j = 0; j < 32; j += 4) {
-      store_u32(scope.block + (kHasSum ? 4 : 2) + j, four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
+      store_u32<kAlignOf<Block>>(scope.block + (kHasSum ? 4 : 2) + j, four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
     }
     return stored.overflow;
   }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/kernels/quantize/affine.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
 #include "power.h"
 
 namespace isqtorch::cuda {
@@ -13,7 +14,7 @@ constexpr int kHqqSteps = 20, kHqqPart = 16;
 
 struct HqqState {
   double best;
-  int64_t stopped;
+  int64_t stopped;  // whether the last step has been made
 };
 
 // The solver's memory.
@@ -120,7 +121,6 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     size[i] = abs(e);
   }
   const double sum_moved = sum_in_order(at.team, moved), sum_size = sum_in_order(at.team, size);
-  // The first step's threads must all have read nothing of this; later ones have read their own group's, in step.
   if (at.exists && at.team.member == 0) space.zero[at.group] = (float)(sum_moved / (double)shape.block);
   if (at.team.member == 0) sizes[at.block] = at.exists ? sum_size : 0.0;
   __syncthreads();
@@ -195,5 +195,25 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   __syncthreads();
   write_tile(bytes, out, at.count / shape.block * shape.block_bytes);
 }
+
+template <int kBits>
+struct QuantizeHqq {
+  static int64_t workspace(const QuantizeJob& job, const Shape& shape) {
+    return HqqSpace::bytes(job.rows * (job.k / shape.block));
+  }
+
+  static void launch(const QuantizeJob& job, const Shape& shape, Stream stream) {
+    constexpr int kJudges = 256;
+    const cudaStream_t on = (cudaStream_t)stream;
+    const int64_t groups = job.rows * (job.k / shape.block);
+    const HqqSpace space(job.workspace, groups);
+    const dim3 grid = {tiles_of(job, HqqPlace::kTile)};
+    for (int step = 0; step < kHqqSteps; ++step) {
+      ISQ_LAUNCH(hqq_step_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space, step == 0);
+      ISQ_LAUNCH(hqq_judge_kernel<kJudges>, {1}, {kJudges}, 0, on, space, groups, shape.block, step == 0);
+    }
+    ISQ_LAUNCH(hqq_store_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space);
+  }
+};
 
 }  // namespace isqtorch::cuda

@@ -2,7 +2,6 @@
 // cpu/formats/kquants_*.h say how codes are chosen; kquants_affine.cuh and kquants_symmetric.cuh take the same steps.
 #pragma once
 
-#include "cpu/quantize/descent.h"
 #include "cuda/kernels/quantize/blocks32.cuh"
 
 namespace isqtorch::cuda {
@@ -46,20 +45,21 @@ ISQ_DEVICE void share_codes(const BlockScope& scope, const LaneInts (&codes)[kOw
 }
 
 // Writes kWords words of the block, word(j) with j counted from the first; each member writes some.
-template <int kTeam, int kWords, class Word>
+template <class Q, int kWords, class Word>
 ISQ_DEVICE void store_words(const BlockScope& scope, uint8_t* to, const Word& word) {
+  constexpr int kTeam = Q::kBlock / Q::kOwn;
   ISQ_UNROLL for (int j = 0; j < kWords; j += kTeam) {
     const int at = j + scope.team.member;
-    if (kWords % kTeam == 0 || at < kWords) store_u32(to + 4 * at, word(at));
+    if (kWords % kTeam == 0 || at < kWords) store_u32<kAlignOf<typename Q::Block>>(to + 4 * at, word(at));
   }
 }
 
 // The parts of a block that lie together: bytes of codes l of runs of 32 weights in a row, from bit `bit` on, `width`
 // bits each. Byte j of part h takes them from weight 32 * kRuns * h + j, + 32, + 64, ..., the first in the low bits.
-template <int kTeam, int kParts, int kRuns, int kBit, int kWidthOfCode>
+template <class Q, int kParts, int kRuns, int kBit, int kWidthOfCode>
 ISQ_DEVICE void store_runs(const BlockScope& scope, uint8_t* to) {
   constexpr uint32_t kMask = ((1u << kWidthOfCode) - 1) * 0x01010101u;
-  store_words<kTeam, 8 * kParts>(scope, to, [&](int j) {
+  store_words<Q, 8 * kParts>(scope, to, [&](int j) {
     const uint32_t* const at = scope.codes + 8 * kRuns * (j / 8) + j % 8;
     uint32_t word = 0;
     ISQ_UNROLL for (int run = 0; run < kRuns; ++run) word |= (at[8 * run] >> kBit & kMask) << (run * kWidthOfCode);

@@ -74,7 +74,7 @@ struct QuantizeQ2K : TileFormat {
                            levels, codes);
     share_codes(scope, codes);
     scope.block[team.member] = (uint8_t)((sc & 15) | (mn & 15) << 4).v;
-    store_runs<kTeam, 2, 4, 0, 2>(scope, scope.block + 16);
+    store_runs<QuantizeQ2K, 2, 4, 0, 2>(scope, scope.block + 16);
     if (team.member == 0) {
       store_u16(scope.block + 80, stored_d.bits);
       store_u16(scope.block + 82, stored_dmin.bits);
@@ -122,8 +122,8 @@ struct QuantizePairs256 : TileFormat {
                            stored_dmin.value * to_float(own(team, lm)), 0, kMax, 0, levels, codes);
     share_codes(scope, codes);
     if (team.member == 0) store_header(stored_d, stored_dmin, ls, lm, scope.block);
-    if constexpr (kBits == 5) store_runs<kTeam, 1, 8, 4, 1>(scope, scope.block + 16);
-    store_runs<kTeam, 4, 2, 0, 4>(scope, scope.block + (kBits == 5 ? 48 : 16));
+    if constexpr (kBits == 5) store_runs<QuantizePairs256, 1, 8, 4, 1>(scope, scope.block + 16);
+    store_runs<QuantizePairs256, 4, 2, 0, 4>(scope, scope.block + (kBits == 5 ? 48 : 16));
     return stored_d.overflow || stored_dmin.overflow;
   }
 
@@ -154,11 +154,11 @@ struct QuantizePairs256 : TileFormat {
     const auto nibbles = [](LaneInts scale, LaneInts minimum) { return (scale & 15) | (minimum & 15) << 4; };
     store_u16(to, d.bits);
     store_u16(to + 2, dmin.bits);
-    store_u32(to + 4, four_bytes(with_top(ls[0], ls[4]), with_top(ls[1], ls[5]), with_top(ls[2], ls[6]),
+    store_u32<4>(to + 4, four_bytes(with_top(ls[0], ls[4]), with_top(ls[1], ls[5]), with_top(ls[2], ls[6]),
                                  with_top(ls[3], ls[7])));
-    store_u32(to + 8, four_bytes(with_top(lm[0], lm[4]), with_top(lm[1], lm[5]), with_top(lm[2], lm[6]),
+    store_u32<4>(to + 8, four_bytes(with_top(lm[0], lm[4]), with_top(lm[1], lm[5]), with_top(lm[2], lm[6]),
                                  with_top(lm[3], lm[7])));
-    store_u32(to + 12, four_bytes(nibbles(ls[4], lm[4]), nibbles(ls[5], lm[5]), nibbles(ls[6], lm[6]),
+    store_u32<4>(to + 12, four_bytes(nibbles(ls[4], lm[4]), nibbles(ls[5], lm[5]), nibbles(ls[6], lm[6]),
                                   nibbles(ls[7], lm[7])));
   }
 };

@@ -42,8 +42,8 @@ struct QuantizeQ3K : TileFormat {
     codes_for_stored_scale(x, scope.largest, stored.value * to_float(own(team, t) - 32), 0.0f, -4, 3, 4, levels,
                            codes);
     share_codes(scope, codes);
-    store_runs<kTeam, 1, 8, 2, 1>(scope, scope.block);
-    store_runs<kTeam, 2, 4, 0, 2>(scope, scope.block + 32);
+    store_runs<QuantizeQ3K, 1, 8, 2, 1>(scope, scope.block);
+    store_runs<QuantizeQ3K, 2, 4, 0, 2>(scope, scope.block + 32);
     if (team.member == 0) store_tail(t, stored, scope.block + 96);
     return stored.overflow;
   }
@@ -55,9 +55,9 @@ struct QuantizeQ3K : TileFormat {
     const auto high = [&](int j) {
       return t[j] >> 4 | t[j + 4] >> 4 << 2 | t[j + 8] >> 4 << 4 | t[j + 12] >> 4 << 6;
     };
-    store_u32(to, four_bytes(low(0), low(1), low(2), low(3)));
-    store_u32(to + 4, four_bytes(low(4), low(5), low(6), low(7)));
-    store_u32(to + 8, four_bytes(high(0), high(1), high(2), high(3)));
+    store_u32<2>(to, four_bytes(low(0), low(1), low(2), low(3)));
+    store_u32<2>(to + 4, four_bytes(low(4), low(5), low(6), low(7)));
+    store_u32<2>(to + 8, four_bytes(high(0), high(1), high(2), high(3)));
     store_u16(to + 12, d.bits);
   }
 };
@@ -85,7 +85,7 @@ struct QuantizeQ6K : TileFormat {
     ISQ_UNROLL for (int i = 0; i < 16; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
     share_codes(scope, codes);
     store_runs_of_64(scope, scope.block);
-    store_runs<kTeam, 2, 4, 4, 2>(scope, scope.block + 128);
+    store_runs<QuantizeQ6K, 2, 4, 4, 2>(scope, scope.block + 128);
     scope.block[192 + team.member] = (uint8_t)sc.v;
     if (team.member == 0) store_u16(scope.block + 208, stored.bits);
     return stored.overflow;
@@ -94,7 +94,7 @@ struct QuantizeQ6K : TileFormat {
  private:
   // Byte 64h + l has the low nibbles of the codes of weights 128h + l and 128h + 64 + l.
   static ISQ_DEVICE void store_runs_of_64(const BlockScope& scope, uint8_t* to) {
-    store_words<kTeam, 32>(scope, to, [&](int j) {
+    store_words<QuantizeQ6K, 32>(scope, to, [&](int j) {
       const uint32_t* const at = scope.codes + 32 * (j / 16) + j % 16;
       return (at[0] & 0x0f0f0f0f) | (at[16] & 0x0f0f0f0f) << 4;
     });
@@ -121,9 +121,9 @@ struct QuantizeQ8K : TileFormat {
       codes[i] = select(zero, 0, clamp(nearest_int(inverse * x[i]), -128, 127));
       sums[i / 16] = sums[i / 16] + codes[i];
     }
-    if (team.member == 0) store_u32(scope.block, (uint32_t)as_int(select(zero, 0.0f, 1.0f / inverse)).v);
+    if (team.member == 0) store_u32<4>(scope.block, (uint32_t)as_int(select(zero, 0.0f, 1.0f / inverse)).v);
     ISQ_UNROLL for (int i = 0; i < 32; i += 4) {
-      store_u32(scope.block + 4 + 32 * team.member + i,
+      store_u32<4>(scope.block + 4 + 32 * team.member + i,
                 four_bytes(codes[i], codes[i + 1], codes[i + 2], codes[i + 3]));
     }
     store_u16(scope.block + 260 + 4 * team.member, (uint32_t)sums[0].v);

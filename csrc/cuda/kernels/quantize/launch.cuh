@@ -1,7 +1,6 @@
-// From a format's struct to its quantizer, and the launches.
+// The launches, and from a format's struct to its quantizer.
 #pragma once
 
-#include "cuda/kernels/quantize/tile.cuh"
 #include "cuda/kernels/quantize/row_mean_square.cuh"
 #include "cuda/launchers.cuh"
 
@@ -17,26 +16,51 @@ inline void launch_row_mean_square(const QuantizeJob& job, float* mean_square, S
              (cudaStream_t)stream, job, mean_square);
 }
 
+// Launches for formats whose blocks do not depend on each other.
 template <class Q>
-int64_t workspace_of(const QuantizeJob& job) {
-  return Q::kNeedsRowMeanSquare && job.importance ? job.rows * (int64_t)sizeof(float) : 0;
+struct BlockByBlock {
+  static int64_t workspace(const QuantizeJob& job, const Shape&) {
+    return Q::kNeedsRowMeanSquare && job.importance ? job.rows * (int64_t)sizeof(float) : 0;
+  }
+
+  static void launch(const QuantizeJob& job, const Shape& shape, Stream stream) {
+    if constexpr (Q::kTakesImportance) {
+      if (job.importance) {
+        float* const row_mean_square = static_cast<float*>(job.workspace);
+        if (Q::kNeedsRowMeanSquare) launch_row_mean_square(job, row_mean_square, stream);
+        return launch<true>(job, shape, row_mean_square, stream);
+      }
+    }
+    launch<false>(job, shape, nullptr, stream);
+  }
+
+ private:
+  template <bool kWeighted>
+  static void launch(const QuantizeJob& job, const Shape& shape, const float* row_mean_square, Stream stream) {
+    ISQ_LAUNCH((quantize_kernel<Q, kWeighted>), {tiles_of(job, TileMemory<Q::kOwn>::kTile)}, {kQuantizeThreads}, 0,
+               (cudaStream_t)stream, job, shape, row_mean_square);
+  }
+};
+
+// What quantizes a format, by the format's struct: Type, with `workspace` and `launch` as above.
+template <class F>
+struct QuantizerOf;
+
+template <class F>
+int64_t quantize_workspace(const QuantizeJob& job, const Shape& shape) {
+  return QuantizerOf<F>::Type::workspace(job, shape);
+}
+template <class F>
+void launch_quantize(const QuantizeJob& job, const Shape& shape, Stream stream) {
+  if (job.rows && job.k) QuantizerOf<F>::Type::launch(job, shape, stream);
 }
 
-template <class Q>
-void launch_quantizer(const QuantizeJob& job, const Shape& shape, Stream stream) {
-  if (!job.rows || !job.k) return;
-  const dim3 grid = {tiles_of(job, TileMemory<Q::kOwn>::kTile)};
-  float* const row_mean_square = static_cast<float*>(job.workspace);
-  if constexpr (Q::kTakesImportance) {
-    if (job.importance) {
-      if (Q::kNeedsRowMeanSquare) launch_row_mean_square(job, row_mean_square, stream);
-      ISQ_LAUNCH((quantize_kernel<Q, true>), grid, {kQuantizeThreads}, 0, (cudaStream_t)stream, job, shape,
-                 row_mean_square);
-      return;
-    }
-  }
-  ISQ_LAUNCH((quantize_kernel<Q, false>), grid, {kQuantizeThreads}, 0, (cudaStream_t)stream, job, shape,
-             row_mean_square);
-}
+#define ISQ_QUANTIZER(F, ...)                                               \
+  template <>                                                               \
+  struct QuantizerOf<F> {                                                   \
+    using Type = __VA_ARGS__;                                               \
+  };                                                                        \
+  template int64_t quantize_workspace<F>(const QuantizeJob&, const Shape&); \
+  template void launch_quantize<F>(const QuantizeJob&, const Shape&, Stream);
 
 }  // namespace isqtorch::cuda

@@ -62,7 +62,7 @@ struct BlockScope {
   LaneFloats row_mean_square;  // for formats that ask for it
   bool mlx_rule;
   Shape shape;
-  uint8_t* block;   // where its bytes go: shared memory, aligned to two bytes
+  uint8_t* block;   // where its bytes go: shared memory, aligned as the format says
   uint32_t* codes;  // shared memory for a byte per weight of the block
 };
 
@@ -74,12 +74,17 @@ struct TileFormat {
   // void<kWeighted>(x, importance, scope) writes a block and says whether its scale overflows: `quantize`
 };
 
-// ---- bytes of blocks, which align to two ---------------------------------------------------------------------------
+// ---- bytes of blocks -----------------------------------------------------------------------------------------------
 
 ISQ_DEVICE void store_u16(uint8_t* to, uint32_t value) { *reinterpret_cast<uint16_t*>(to) = (uint16_t)value; }
+template <int kAlign>
 ISQ_DEVICE void store_u32(uint8_t* to, uint32_t value) {
-  store_u16(to, value);
-  store_u16(to + 2, value >> 16);
+  if constexpr (kAlign >= 4) {
+    *reinterpret_cast<uint32_t*>(to) = value;
+  } else {
+    store_u16(to, value);
+    store_u16(to + 2, value >> 16);
+  }
 }
 // Four codes of eight bits, whatever is above those.
 ISQ_DEVICE uint32_t four_bytes(LaneInts a, LaneInts b, LaneInts c, LaneInts d) {

@@ -1,0 +1,7 @@
+// The CPU's searches for scales, compiled for one lane.
+#pragma once
+
+#include "cuda/kernels/quantize/lanes.cuh"  // first: it says what a lane is
+
+#include "cpu/quantize/descent.h"
+#include "cpu/quantize/search.h"
