@@ -37,7 +37,8 @@ TOLERANCE = 0.05
 
 # What one trip through the inner loop of a product does: weights per thread, from the kernel's template arguments.
 PRODUCTS: dict[str, Callable[[list[str]], float]] = {
-    "rows_kernel": lambda arguments: int(arguments[2]) * 16 * 256 / 32,  # row tiles; a chunk of 256 for each warp
+    "rows_kernel": lambda arguments: int(arguments[2]) * 16 * 256 / 32,  # tiles of 16 rows, a chunk of each
+    "tile_kernel": lambda arguments: 32 * 256 / 32,  # 32 rows, for all tokens
 }
 
 
