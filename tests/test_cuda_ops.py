@@ -1,5 +1,7 @@
 """The operators of CUDA, with the kernels in the emulator and CPU tensors for CUDA's: what they accept and refuse, which memory
-they hand to the kernels, and that their results are those of the reference. The kernels have tests of their own."""
+they hand to the kernels, and that their results are those of the reference. The kernels have tests of their own.
+
+Where there is a GPU, `-m cuda` runs the same tests on it."""
 
 from __future__ import annotations
 
@@ -22,9 +24,33 @@ SOME = [fmt for fmt in FORMATS if fmt.name in ("q4_0", "q6k", "afq3", "hqq4", "f
 some = pytest.mark.parametrize("fmt", SOME, ids=lambda fmt: fmt.name)
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Any:
-    return emulated()
+@pytest.fixture(scope="module", params=["emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
+def gpu(request: pytest.FixtureRequest) -> Any:
+    return OnCuda() if request.param == "cuda" else emulated()
+
+
+class OnCuda:
+    """torch.ops.isqtorch on the GPU, for arguments and results on the CPU."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = getattr(torch.ops.isqtorch, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            result = op(*map(self._there, arguments), **{key: self._there(value) for key, value in named.items()})
+            return result.cpu() if isinstance(result, Tensor) else result
+
+        return call
+
+    @staticmethod
+    def _there(value: Any) -> Any:
+        """On the GPU, as far from an aligned address as here."""
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_contiguous() or value.data_ptr() % 16 == 0:
+            return value.cuda()
+        off = value.data_ptr() % 16
+        room = torch.empty(value.nbytes + off, dtype=torch.uint8, device="cuda")
+        return room[off:].view(value.dtype).view(value.shape).copy_(value)
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +138,10 @@ def test_embedding_equals_the_reference(gpu: Any, fmt: QuantFormat) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 19])
-def test_an_id_without_a_row_is_an_error_of_the_device(gpu: Any, bad: int) -> None:
+def test_an_id_without_a_row_is_an_error_of_the_device(bad: int) -> None:
+    """In the emulator only: a GPU's context does not survive it."""
     with pytest.raises(RuntimeError, match="embedding: .*an id names no row"):
-        gpu.embedding(torch.tensor([0, bad]), packed_weight(SOME[0]), SOME[0].name, torch.float32)
+        emulated().embedding(torch.tensor([0, bad]), packed_weight(SOME[0]), SOME[0].name, torch.float32)
 
 
 # ---- linear -----------------------------------------------------------------------------------------------------------
@@ -210,12 +237,12 @@ def test_experts_of_nothing(gpu: Any) -> None:
 
 @pytest.mark.parametrize("bad", [-1, 3])
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_an_id_without_an_expert_is_an_error_of_the_device(gpu: Any, bad: int, tokens: int) -> None:
+def test_an_id_without_an_expert_is_an_error_of_the_device(bad: int, tokens: int) -> None:
     packed = packed_weight(SOME[0])[:18].view(2, 9, -1)
     ids = torch.zeros(tokens, 2, dtype=torch.long)
     ids[-1, 1] = bad
     with pytest.raises(RuntimeError, match="experts_linear: "):
-        gpu.experts_linear(torch.zeros(tokens, 64), packed, "q4_0", ids)
+        emulated().experts_linear(torch.zeros(tokens, 64), packed, "q4_0", ids)
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------

@@ -96,3 +96,26 @@ def test_models_it_is_not_for(model: Any, on_cuda: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(generation, "_devices", lambda model: ["cuda:0", "cuda:1"])
     with pytest.raises(ValueError, match="the model is on cuda:0, cuda:1; one CUDA graph needs one device"):
         isqtorch.optimize_(model)
+
+
+def test_tokens_per_second_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark for GPUs, with a model that is small enough for a CPU."""
+    from benchmarks.cuda import generate
+
+    monkeypatch.setattr(
+        generate,
+        "tokens_per_second",
+        lambda model: 2.0 if model.state_dict()["lm_head.weight"].dtype == torch.uint8 else 1.0,
+    )
+    small = {"layers": 1, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    skipped: list[str] = []
+    found = generate.measure("cpu", ["q4k"], 1e12, skipped, num_key_value_heads=2, **small)
+    assert found == {"bf16": 1.0, "q4k": 2.0} and not skipped
+    assert generate.measure("cpu", ["q4k"], 0.0, skipped, **small) == {}
+    assert skipped == ["generate bf16: no time left", "generate q4k: no time left"]
+
+
+def test_speed_is_that_of_the_best_reply_after_the_first(model: Any) -> None:
+    from benchmarks.cuda import generate
+
+    assert generate.tokens_per_second(model, prompt=4, new=3, repeats=1) > 0
