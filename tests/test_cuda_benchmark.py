@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_ops
-from benchmarks.cuda import contenders, report, targets
+from benchmarks.cuda import contenders, gpu_check, report, targets
 from benchmarks.cuda.contenders import Bf16, Ours, Product, Unavailable
 from benchmarks.cuda.session import OURS, Case, Results, Session
 
@@ -205,3 +205,43 @@ def test_an_unknown_format_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         report.main(["--formats", "q7z"])
     assert "unknown format 'q7z'" in capsys.readouterr().err
+
+
+# ---- gpu-check --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failing", "installed", "ran", "status"),
+    [
+        ("", True, ["tests", "compute-sanitizer", "benchmark"], 0),
+        ("", False, ["tests", "benchmark"], 0),
+        ("tests", True, ["tests", "compute-sanitizer"], 1),
+        ("compute-sanitizer", True, ["tests", "compute-sanitizer"], 1),
+        ("benchmark", False, ["tests", "benchmark"], 1),
+    ],
+)
+def test_gpu_check_runs_its_steps(
+    failing: str, installed: bool, ran: list[str], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def run(command: Sequence[str]) -> int:
+        line = " ".join(command)
+        name = "compute-sanitizer" if "memcheck" in line else "tests" if "pytest" in line else "benchmark"
+        if name == "benchmark":
+            assert "--seconds=100" in line or "--seconds=99" in line
+        seen.append(name)
+        return int(name == failing)
+
+    find = (lambda name: f"/bin/{name}") if installed else (lambda name: None)
+    assert gpu_check.run_all(False, run, find, limit=100) == status
+    assert seen == ran
+    said = capsys.readouterr().out
+    assert ("compute-sanitizer is not installed: not run" in said) != installed
+    assert ("benchmark: not run, because" in said) == (bool(failing) and failing != "benchmark")
+
+
+def test_gpu_check_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 1
+    assert "sees no CUDA GPU here" in capsys.readouterr().err
