@@ -105,7 +105,7 @@ $(TORCH_STAMP): | $(PYTHON)
 	@touch $@
 
 # Objects stay in build/temp, so this compiles what changed, and the installation below compiles nothing.
-$(BUILD_STAMP): $(SOURCES) setup.py $(TORCH_STAMP)
+$(BUILD_STAMP): $(SOURCES) setup.py csrc/cuda/build.py $(TORCH_STAMP)
 	@echo "compiling the C++ extension: a minute or two on 2 cores"
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@
