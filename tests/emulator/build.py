@@ -41,11 +41,13 @@ def library(name: str, sources: list[Path], variant: str = "plain", flags: tuple
         core = pool.map(lambda path: _object(path, [*CORE_FLAGS, *DEFINES[variant]]), CORE)
         gpu = pool.map(lambda path: _object(path, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources)
         objects = [*core, *gpu]
-    digest = _digest([repr([path.name for path in objects])])
+    digest = _digest([path.name for path in objects])
     target = BUILD / f"{name}-{variant}-{digest}.so"
     if not target.exists():
         linked = target.with_suffix(f".{os.getpid()}.so")
-        _run([COMPILER, "-shared", *INSTRUMENT[variant], *map(str, objects), "-o", str(linked), "-lpthread", "-ldl"])
+        complete = ["-Wl,-z,defs"] if variant == "plain" else []  # a runtime is only there when the program runs
+        flags_of_link = ["-shared", *complete, *INSTRUMENT[variant]]
+        _run([COMPILER, *flags_of_link, *map(str, objects), "-o", str(linked), "-lpthread", "-ldl"])
         linked.replace(target)
     return target
 
