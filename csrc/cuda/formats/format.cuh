@@ -47,9 +47,9 @@ struct Affine {
 //   kZero<element>                     what the pieces of a code add to it
 //   kSums<element>                     whether the sum of x is needed at all (false: zero and offset are always 0)
 //
-//   struct Row                         what a lane keeps in registers of one row's chunk
+//   struct Row                         what a lane keeps in registers of one row's chunk for affine
 //   static Row open(const uint8_t* chunk, const Shape&)
-//   static void codes<element>(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+//   static void codes<element>(const uint8_t* chunk, int slice, int t, const Shape&,
 //                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
 //   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
 //
