@@ -16,7 +16,7 @@ from isqtorch.formats import QuantFormat, get_format
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 N, EXPERTS = 19, 5
 FEW, MANY = 6, 23  # tokens with three slots: below and above what is multiplied pair by pair
-BEYOND_ROUNDING = {torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+BEYOND_ROUNDING = {torch.float32: 5e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
 """What a product may add to the rounding of its output; see test_cuda_linear.py."""
 
 
@@ -78,7 +78,7 @@ def check(fmt: QuantFormat, x: Tensor, packed: Tensor, ids: Tensor, bias: Tensor
         exact += torch.cat([bias.double(), torch.zeros_like(bias[:1]).double()])[ids.long()]
     assert not y.isnan().any()
     assert (y[ids == packed.shape[0]] == 0).all()
-    error = (y - exact).abs() - ROUNDING[x.dtype] / 2 * exact.abs()
+    error = (y - exact).abs() - ROUNDING[x.dtype] * exact.abs()
     assert (error <= 4 * BEYOND_ROUNDING[x.dtype] * typical).all(), float((error / typical).nan_to_num().max())
 
 

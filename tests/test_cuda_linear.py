@@ -18,8 +18,8 @@ from isqtorch.formats import QuantFormat, get_format
 
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-BEYOND_ROUNDING = {torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
-"""What a product may add to the rounding of its output. Those in f32 keep 16 digits of x."""
+BEYOND_ROUNDING = {torch.float32: 5e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+"""What a product may add to the rounding of its output. Sums of (zero + code) x lose what the sum of x takes away again."""
 
 
 @cache
@@ -67,7 +67,7 @@ def check(fmt: QuantFormat, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     assert not y.isnan().any()
     # Every row of w has its own size: each must be right by its own.
     typical = x.double().norm(dim=-1, keepdim=True) * case_norms(fmt, packed) / k**0.5
-    error = ((y - exact).abs() - ROUNDING[dtype] / 2 * exact.abs()).clamp(min=0) / typical
+    error = ((y - exact).abs() - ROUNDING[dtype] * exact.abs()).clamp(min=0) / typical
     assert float(error.max()) <= 4 * BEYOND_ROUNDING[dtype], (m, n, k, dtype, float(error.max()))
 
 

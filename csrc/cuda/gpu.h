@@ -15,13 +15,11 @@
   (::isqtorch::gpu::allow_shared((const void*)kernel, shared_bytes), \
    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__))
 // Whatever NDEBUG says: ids come from users.
-#define ISQ_ASSERT(condition, message) \
-  if (!(condition)) __assert_fail(message, __FILE__, __LINE__, __func__)
+#define ISQ_ASSERT(condition, message) ((condition) ? (void)0 : __assert_fail(message, __FILE__, __LINE__, __func__))
 #else
 #include "cuda.h"
 #include "tensor_core.h"
-#define ISQ_ASSERT(condition, message) \
-  if (!(condition)) ::simt::fail(message)
+#define ISQ_ASSERT(condition, message) ((condition) ? (void)0 : ::simt::fail(message))
 #endif
 
 #define ISQ_DEVICE __device__ __forceinline__

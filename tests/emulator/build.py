@@ -61,12 +61,13 @@ def library(
         gpu = pool.map(lambda path: _object(path, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources)
         rest = pool.map(lambda path: _object(path, list(host_flags)), host or [])
         objects = [*core, *gpu, *rest]
-    digest = _digest([repr([path.name for path in objects]), *link])
+    digest = _digest([*(path.name for path in objects), *link])
     target = BUILD / f"{name}-{variant}-{digest}.so"
     if not target.exists():
         linked = target.with_suffix(f".{os.getpid()}.so")
-        command = [COMPILER, "-shared", *INSTRUMENT[variant], *map(str, objects), "-o", str(linked)]
-        _run([*command, *link, "-lpthread", "-ldl"])
+        complete = ["-Wl,-z,defs"] if variant == "plain" else []  # a runtime is only there when the program runs
+        flags_of_link = ["-shared", *complete, *INSTRUMENT[variant]]
+        _run([COMPILER, *flags_of_link, *map(str, objects), "-o", str(linked), *link, "-lpthread", "-ldl"])
         linked.replace(target)
     return target
 

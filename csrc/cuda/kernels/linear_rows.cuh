@@ -21,9 +21,13 @@ namespace isqtorch::cuda {
 
 constexpr int kRowsTokens = 8;              // the width of the operand
 constexpr int kRowsWarps = 8;               // of a block; twice as many if it has a multiprocessor to itself
-constexpr int kRowsShared = 96 << 10;       // bytes of a block with so many: every GPU from sm_80 on has them, an H100 twice
+constexpr int kRowsShared = 112 << 10;      // bytes of a block with so many: half of what an H100 has
 constexpr int kProcessors = 132;            // of an H100; a GPU with fewer has more blocks for each
 constexpr int kWideRows = 32 * (192 + 16);  // bytes of 32 rows of a chunk, up to which they go together
+
+// A warp's share of shared memory.
+template <class F, int kTiles>
+constexpr int kRowsWarpBytes = WarpRows<F, kTiles>::kRingBytes + WarpRows<F, kTiles>::kTableBytes;
 
 template <class F, Dtype dtype>
 constexpr int kRowTiles = dtype != Dtype::kF32 && WarpRows<F, 2>::kStageBytes <= kWideRows ? 2 : 1;
@@ -38,7 +42,7 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
   using Warp = WarpRows<F, kTiles>;
   using Weights = SliceWeights<F, X::kElement, kTiles>;
   constexpr Order kOrder = F::kOrder;
-  constexpr int kSlices = kChunk / kSlice, kChunkOfX = kChunk * X::kBytes;
+  constexpr int kSlices = kChunk / kSlice, kChunkOfX = kChunk * X::kBytes, kWarpBytes = kRowsWarpBytes<F, kTiles>;
   ISQ_DYNAMIC_SHARED(uint8_t, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4, row0 = (int)(blockIdx.x / task.parts) * Warp::kRows;
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
   }
 
   // ---- this warp's share of k
-  uint8_t* const ring = shared + warp * Warp::kRingBytes;
+  uint8_t *const ring = shared + warp * kWarpBytes, *const table = ring + Warp::kRingBytes;
   const Warp rows(task.weight + first_row * task.row_bytes, row0, task, lane);
   const int whole = task.k / kChunk, chunks = (task.k + kChunk - 1) / kChunk;
 #pragma unroll
@@ -77,21 +81,19 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
     const uint8_t* const near = chunk + slice * X::kSliceBytes;
     X::template load<kOrder>(near, near + X::template kFar<kOrder>, to);
   };
-  const auto add_slice = [&](const typename F::Row(&opened)[Warp::kOfLane], const uint8_t* const(&bytes)[Warp::kOfLane],
-                             int slice, const uint32_t(&of_x)[X::kWords]) {
+  const auto add_slice = [&](const uint8_t* const(&bytes)[Warp::kOfLane], int slice, const uint32_t(&of_x)[X::kWords]) {
     uint32_t b[X::kParts][4];
     X::template pair_up<kOrder>(of_x, b);
     Weights weights;
-    weights.load(opened, bytes, slice, t, task.shape);
+    weights.load(bytes, table + g * Warp::kGroups * Warp::kGroupBytes, slice, t, task.shape);
     weights.multiply(b, X::kOnes, out);
   };
-  const auto open = [&](const uint8_t* stage, int chunk, const uint8_t*(&bytes)[Warp::kOfLane],
-                        typename F::Row(&opened)[Warp::kOfLane]) {
+  const auto wait_for = [&](const uint8_t* stage, int chunk, const uint8_t*(&bytes)[Warp::kOfLane]) {
     wait_for_copies<Warp::kStages - 1>();
     __syncwarp();
+    rows.template tabulate<X::kElement>(table, stage, chunk, task);
     rows.find(stage, chunk, task, bytes);
-#pragma unroll
-    for (int j = 0; j < Warp::kOfLane; ++j) opened[j] = F::open(bytes[j], task.shape);
+    __syncwarp();
   };
 
   int chunk = warp, stage = 0;
@@ -103,12 +105,11 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
     uint8_t* const copied = ring + stage * Warp::kStageBytes;
     const uint8_t* const next_x = chunk + warps < whole ? x + (int64_t)warps * kChunkOfX : x;
     const uint8_t* bytes[Warp::kOfLane];
-    typename F::Row opened[Warp::kOfLane];
-    open(copied, chunk, bytes, opened);
+    wait_for(copied, chunk, bytes);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       uint32_t(&now)[X::kWords] = words[slice % kAhead<X>];
-      add_slice(opened, bytes, slice, now);
+      add_slice(bytes, slice, now);
       load_x(slice + kAhead<X> < kSlices ? x : next_x, (slice + kAhead<X>) % kSlices, now);
     }
     __syncwarp();
@@ -121,12 +122,11 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
     if (chunk < chunks) {  // the rest of a row, for one of the warps
       const uint8_t* const rest = x + (chunk == warp ? 0 : (int64_t)warps * kChunkOfX);
       const uint8_t* bytes[Warp::kOfLane];
-      typename F::Row opened[Warp::kOfLane];
-      open(ring + stage * Warp::kStageBytes, chunk, bytes, opened);
+      wait_for(ring + stage * Warp::kStageBytes, chunk, bytes);
 #pragma unroll 1
       for (int slice = 0; slice < (task.k - chunk * kChunk) / kSlice; ++slice) {
         load_x(rest, slice, words[0]);
-        add_slice(opened, bytes, slice, words[0]);
+        add_slice(bytes, slice, words[0]);
       }
       __syncwarp();
     }
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task)
     const int token = e / Warp::kRows, row = row0 + e % Warp::kRows;
     if (row >= task.n) continue;
     float sum = task.bias ? load_float<dtype>(task.bias, first_row + row) : 0.0f;
-    for (int w = 0; w < warps; ++w) sum += reinterpret_cast<const float*>(shared + w * Warp::kRingBytes)[e];
+    for (int w = 0; w < warps; ++w) sum += reinterpret_cast<const float*>(shared + w * kWarpBytes)[e];
     store_float<dtype>(task.y, y0 + (int64_t)token * task.n + row, sum);
   }
 }
@@ -154,13 +154,15 @@ void launch_rows_of(const Task& task, Stream stream) {
   using Warp = WarpRows<F, kTiles>;
   const int64_t blocks = (int64_t)((task.n + Warp::kRows - 1) / Warp::kRows) * task.parts;
   const bool alone = blocks <= kProcessors;
-  const int64_t shared = alone ? shared_limit() : kRowsShared;
+  constexpr int kBytes = kRowsWarpBytes<F, kTiles>;
+  int64_t shared = shared_limit();
+  if (!alone && shared > kRowsShared) shared = kRowsShared;
   int warps = alone ? 2 * kRowsWarps : kRowsWarps;
-  if (warps > shared / Warp::kRingBytes) warps = (int)(shared / Warp::kRingBytes);
+  if (warps > shared / kBytes) warps = (int)(shared / kBytes);
   const int chunks = (task.k + kChunk - 1) / kChunk;
   if (warps > chunks) warps = chunks;
-  ISQ_LAUNCH((rows_kernel<F, dtype, kTiles>), {(unsigned)blocks}, {(unsigned)(kWarp * warps)},
-             (size_t)(warps * Warp::kRingBytes), (cudaStream_t)stream, task);
+  ISQ_LAUNCH((rows_kernel<F, dtype, kTiles>), {(unsigned)blocks}, {(unsigned)(kWarp * warps)}, (size_t)(warps * kBytes),
+             (cudaStream_t)stream, task);
 }
 
 // Needs task.m <= 8.

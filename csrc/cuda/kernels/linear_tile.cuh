@@ -35,10 +35,12 @@ struct TokenRing {
   static ISQ_DEVICE int swapped(int g) { return X::kF32 ? g % 2 * 64 : g / 2 % 2 * 32; }
 };
 
-// A warp's share of shared memory: its ring, and in the end its sums.
+// A warp's share of shared memory: its ring, which has its sums in the end, and its table.
 template <class F, int kTokenTiles>
-constexpr int kTileWarpBytes =
+constexpr int kTileRingBytes =
     WarpRows<F, 2>::kRingBytes > 1024 * kTokenTiles ? WarpRows<F, 2>::kRingBytes : 1024 * kTokenTiles;
+template <class F, int kTokenTiles>
+constexpr int kTileWarpBytes = kTileRingBytes<F, kTokenTiles> + WarpRows<F, 2>::kTableBytes;
 
 // The warp that fills the ring of x. `rows`: of this lane's tokens, g, g + 8, ...
 template <class X, int kTokenTiles>
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kWarp * (kTileWarps<kTokenTiles> + 1)) tile_ke
     copy_tokens<X, kTokenTiles>(rows, x, rounds, task, lane);
   } else {
     const int part = warp / groups, group = warp % groups;
-    uint8_t* const ring = shared + warp * kWarpBytes;
+    uint8_t *const ring = shared + warp * kWarpBytes, *const table = ring + kTileRingBytes<F, kTokenTiles>;
     const Warp rows(task.weight + first_row * task.row_bytes, row0 + group * Warp::kRows, task, lane);
     for (int s = 0; s < Warp::kStages; ++s) {
       const int chunk = part + s * task.split;
@@ -135,13 +137,12 @@ __global__ void __launch_bounds__(kWarp * (kTileWarps<kTokenTiles> + 1)) tile_ke
       const int chunk = round * task.split + part;
       uint8_t* const copied = ring + round % Warp::kStages * Warp::kStageBytes;
       const uint8_t* bytes[Warp::kOfLane];
-      typename F::Row opened[Warp::kOfLane];
       if (chunk < chunks) {
         wait_for_copies<Warp::kStages - 1>();
         __syncwarp();
+        rows.template tabulate<X::kElement>(table, copied, chunk, task);
         rows.find(copied, chunk, task, bytes);
-#pragma unroll
-        for (int j = 0; j < Warp::kOfLane; ++j) opened[j] = F::open(bytes[j], task.shape);
+        __syncwarp();
       }
       const int slices = chunk < chunks ? (task.k - chunk * kChunk) / kSlice : 0;
 #pragma unroll
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kWarp * (kTileWarps<kTokenTiles> + 1)) tile_ke
           const int slice = step * Ring::kSlices + i;
           if (slice >= slices) continue;
           Weights weights;
-          weights.load(opened, bytes, slice, t, task.shape);
+          weights.load(bytes, table + g * Warp::kGroups * Warp::kGroupBytes, slice, t, task.shape);
 #pragma unroll
           for (int tile = 0; tile < kTokenTiles; ++tile) {
             const uint8_t* const at = tokens + (i * kTokenTiles + tile) * 8 * X::kSliceBytes;

@@ -124,9 +124,13 @@ struct WarpRows {
   // more than a quarter's width.
   static constexpr int kStride = (kPieces | 1) * 16;
   static constexpr int kStageBytes = kRows * kStride, kRingBytes = kStages * kStageBytes;
+  // Behind the ring: what the sums of every group are multiplied with, [slice][row][group of the slice].
+  static constexpr int kGroups = kSlice / F::kGroup, kGroupBytes = sizeof(float2);
+  static constexpr int kTableBytes = kChunk / kSlice * kRows * kGroups * kGroupBytes;
 
   const uint8_t* weight;  // global; the first row
   int offset[kOfLane];    // of this lane's rows, g, g + 8, ...
+  int own;                // of row g + 8 t
   int g, t;
 
   // Rows from `first` on; those beyond the last are the last, and their results are nobody's.
@@ -136,6 +140,7 @@ struct WarpRows {
     for (int j = 0; j < kOfLane; ++j) {
       const int row = 8 * j + g, last = task.n - 1 - first;
       offset[j] = (row < last ? row : last) * task.row_bytes;
+      if (j == 0 || j == t) own = offset[j];
     }
   }
 
@@ -172,10 +177,27 @@ struct WarpRows {
 
   // Where this lane's rows of a copied chunk are.
   ISQ_DEVICE void find(const uint8_t* stage, int chunk, const Task& task, const uint8_t* (&chunks)[kOfLane]) const {
-    const uint32_t begin = (uint32_t)reinterpret_cast<uintptr_t>(weight) + (uint32_t)(chunk * chunk_bytes(task));
 #pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      chunks[j] = stage + (8 * j + g) * kStride + ((begin + (uint32_t)offset[j]) & 15);
+    for (int j = 0; j < kOfLane; ++j) chunks[j] = find(stage, chunk, task, j, offset[j]);
+  }
+  ISQ_DEVICE const uint8_t* find(const uint8_t* stage, int chunk, const Task& task, int j, int offset_of_row) const {
+    const uint32_t begin = (uint32_t)reinterpret_cast<uintptr_t>(weight) + (uint32_t)(chunk * chunk_bytes(task));
+    return stage + (8 * j + g) * kStride + ((begin + (uint32_t)offset_of_row) & 15);
+  }
+
+  // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers: each
+  // works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
+  template <Element element>
+  ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task) const {
+    if (t >= kOfLane) return;
+    const uint8_t* const bytes = find(stage, chunk, task, t, own);
+    const typename F::Row row = F::open(bytes, task.shape);
+    uint8_t* const to = table + (8 * t + g) * kGroups * kGroupBytes;
+#pragma unroll
+    for (int group = 0; group < kChunk / F::kGroup; ++group) {
+      const Affine affine = F::affine(row, bytes, group, task.shape);
+      *reinterpret_cast<float2*>(to + (group / kGroups * kRows * kGroups + group % kGroups) * kGroupBytes) = {
+          affine.scale, fmaf(-F::template kZero<element>, affine.scale, affine.offset)};
     }
   }
 };
@@ -192,22 +214,25 @@ struct SliceWeights {
   uint32_t a[kTiles][kPieces][2][4];
   float scale[2 * kTiles][kGroups], offset[2 * kTiles][kGroups];
 
-  ISQ_DEVICE void load(const typename F::Row (&rows)[2 * kTiles], const uint8_t* const (&chunks)[2 * kTiles],
-                       int slice, int t, const Shape& shape) {
+  // `table`: of this lane's first row.
+  ISQ_DEVICE void load(const uint8_t* const (&chunks)[2 * kTiles], const uint8_t* table, int slice, int t,
+                       const Shape& shape) {
 #pragma unroll
     for (int j = 0; j < 2 * kTiles; ++j) {
       uint32_t pairs[kPieces][4];
-      F::template codes<element>(rows[j], chunks[j], slice, t, shape, pairs);
+      F::template codes<element>(chunks[j], slice, t, shape, pairs);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[j / 2][piece][i / 2][i % 2 * 2 + j % 2] = pairs[piece][i];
       }
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const Affine affine = F::affine(rows[j], chunks[j], slice * kGroups + group, shape);
-        scale[j][group] = affine.scale;
-        if constexpr (kSums) offset[j][group] = fmaf(-F::template kZero<element>, affine.scale, affine.offset);
+      const uint8_t* const numbers = table + (slice * 16 * kTiles + 8 * j) * kGroups * sizeof(float2);
+      if constexpr (kGroups == 2) {
+        const float4 both = *reinterpret_cast<const float4*>(numbers);
+        scale[j][0] = both.x, offset[j][0] = both.y, scale[j][1] = both.z, offset[j][1] = both.w;
+      } else {
+        const float2 one = *reinterpret_cast<const float2*>(numbers);
+        scale[j][0] = one.x, offset[j][0] = one.y;
       }
     }
   }
