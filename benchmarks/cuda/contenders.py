@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -197,7 +198,36 @@ class MLX:
         return Product([call], nbytes, at_once=len(weights), captured=False)
 
 
-PEERS: tuple[Callable[[], Contender], ...] = (Bf16, TinyGemm, ScaledMM, BitsAndBytes, MLX)
+class GemLite:
+    """Triton kernels for weights of whole numbers with a zero, groups of 64; tunes itself at first."""
+
+    name = "gemlite"
+    formats = ("int4g64", "int8g64", "int2g64")
+    _group = 64
+
+    def __init__(self) -> None:
+        self._core: Any = importlib.import_module("gemlite.core")
+
+    def product(self, format: str, weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Product:
+        (n, k), bits, dtype = weight.shape, int(format[3]), self._core.DType.BF16
+        groups = weight.float().view(n, k // self._group, self._group)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
+        zero = -low / scale
+        codes = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1).to(torch.uint8).view(n, k)
+        nbytes = n * k * bits // 8 + 4 * scale.numel()
+
+        def layer() -> Any:
+            made = self._core.GemLiteLinear(
+                bits, group_size=self._group, in_features=k, out_features=n, input_dtype=dtype, output_dtype=dtype
+            )
+            made.pack(codes, scale.bfloat16(), zero.bfloat16(), None)
+            return made
+
+        return Product([partial(layer(), x) for _ in range(copies(nbytes))], nbytes)
+
+
+PEERS: tuple[Callable[[], Contender], ...] = (Bf16, TinyGemm, ScaledMM, BitsAndBytes, MLX, GemLite)
 
 
 def peers(skipped: list[str]) -> list[Contender]:
