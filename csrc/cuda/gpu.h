@@ -11,7 +11,7 @@
 #define ISQ_DYNAMIC_SHARED(type, name)          \
   extern __shared__ uint4 isq_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(isq_dynamic_shared)
-#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)  \
+#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   \
   (::isqtorch::gpu::allow_shared((const void*)kernel, shared_bytes), \
    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__))
 // Whatever NDEBUG says: ids come from users.
