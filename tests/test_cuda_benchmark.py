@@ -110,7 +110,12 @@ def test_missing_libraries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(contenders.importlib, "import_module", absent)
     skipped: list[str] = []
     assert [peer.name for peer in contenders.peers(skipped)] == ["bf16", "tinygemm", "_scaled_mm"]
-    assert skipped == ["bitsandbytes: not installed", "mlx: not installed", "gemlite: not installed"]
+    assert skipped == [
+        "bitsandbytes: not installed",
+        "mlx: not installed",
+        "gemlite: not installed",
+        "humming: not installed",
+    ]
 
 
 def test_the_bandwidth_counts_both_ways() -> None:

@@ -180,9 +180,10 @@ def test_a_quantized_model_compiles_into_one_graph() -> None:
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-def test_gradients_flow_to_x() -> None:
+@pytest.mark.parametrize("m", [5, 600])
+def test_gradients_flow_to_x(m: int) -> None:
     packed = ops.quantize(torch.randn(64, 256).cuda(), "q4k")
-    x = torch.randn(5, 256, device="cuda", requires_grad=True)
+    x = torch.randn(m, 256, device="cuda", requires_grad=True)
     ops.linear(x, packed, "q4k").square().sum().backward()
     w = ops.dequantize(packed, "q4k", torch.float32)
     want = 2 * (x.detach() @ w.t()) @ w

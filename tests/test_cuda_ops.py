@@ -233,6 +233,8 @@ def test_experts_of_nothing(gpu: Any) -> None:
     packed = packed_weight(SOME[0])[:18].view(2, 9, -1)
     ids = torch.zeros(0, 2, dtype=torch.long)
     assert gpu.experts_linear(torch.zeros(0, 64), packed, "q4_0", ids).shape == (0, 2, 9)
+    nowhere = gpu.experts_linear(torch.ones(3, 64), packed[:0], "q4_0", torch.zeros(3, 2, dtype=torch.long))
+    assert torch.equal(nowhere, torch.zeros(3, 2, 9))  # no expert is here
 
 
 @pytest.mark.parametrize("bad", [-1, 3])

@@ -227,7 +227,30 @@ class GemLite:
         return Product([partial(layer(), x) for _ in range(copies(nbytes))], nbytes)
 
 
-PEERS: tuple[Callable[[], Contender], ...] = (Bf16, TinyGemm, ScaledMM, BitsAndBytes, MLX, GemLite)
+class Humming:
+    """CUDA kernels compiled when they are needed; symmetric whole numbers, its own default groups."""
+
+    name = "humming"
+    formats = ("int4", "int8")
+
+    def __init__(self) -> None:
+        self._layer: Any = importlib.import_module("humming.layer").HummingLayer
+
+    def product(self, format: str, weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Product:
+        def layer() -> Any:
+            shape = {"shape_n": weight.shape[0], "shape_k": weight.shape[1]}
+            made = self._layer(**shape, weight_config={"dtype": format}, torch_dtype=torch.bfloat16).to(weight.device)
+            made.load_from_unquantized(weight)
+            made.transform()
+            made.prepare_default_kernel_configs()
+            return made
+
+        first = layer()
+        nbytes = sum(part.nbytes for part in [*first.parameters(), *first.buffers()])
+        return Product([partial(made, x) for made in [first, *(layer() for _ in range(copies(nbytes) - 1))]], nbytes)
+
+
+PEERS: tuple[Callable[[], Contender], ...] = (Bf16, TinyGemm, ScaledMM, BitsAndBytes, MLX, GemLite, Humming)
 
 
 def peers(skipped: list[str]) -> list[Contender]:
