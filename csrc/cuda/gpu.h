@@ -91,6 +91,17 @@ ISQ_DEVICE int count_bits(uint32_t bits) {
 #endif
 }
 
+// The larger number, NaN if either is one.
+ISQ_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+#else
+  return a != a ? a : a > b ? a : b;
+#endif
+}
+
 // ---- 16-bit floats
 // -----------------------------------------------------------------------------------------------------
 
