@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from helpers import ALL_FORMATS
 
 from benchmarks.cuda import check, sass
 from csrc.cuda import build
+from isqtorch.cli import doctor, main
+from isqtorch.formats import QuantFormat
 from isqtorch.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +105,7 @@ def test_setup_goes_on_without_cuda_unless_told_to_build_it(tmp_path: Path) -> N
     for told, status in (("", 0), ("1", 1)):
         done = subprocess.run(
             [sys.executable, "-c", script],
-            env={**__import__("os").environ, "ISQTORCH_CUDA": told},
+            env={**os.environ, "ISQTORCH_CUDA": told},
             capture_output=True,
             text=True,
         )
@@ -246,11 +250,16 @@ def test_more_instructions_than_expected_are_a_fault() -> None:
     assert check.judge(found[:1], {})[0] == ["same is not in expected.json; --update notes it"]
 
 
-def test_every_family_of_formats_has_an_expected_number_of_instructions() -> None:
-    recorded = json.loads(check.EXPECTED.read_text())["per_weight"]
-    kernels = {name.partition("<")[0] for name in recorded}
-    assert kernels == set(check.PRODUCTS)
-    assert len(recorded) >= len({fmt.family for fmt in ALL_FORMATS}) * len(check.PRODUCTS)
+def test_every_product_has_an_expected_number_of_instructions() -> None:
+    """Those of each struct of a format, in each type of activations."""
+    listed = (ROOT / "csrc/cuda/formats/list.cuh").read_text(encoding="utf-8")
+    structs = set(re.findall(r"X\((\w+(?:<\d>)?)\)", " ".join(re.findall(r"_STRUCTS\(X\)(.*)", listed))))
+    assert len(structs) > 10
+    recorded = json.loads(check.EXPECTED.read_text(encoding="utf-8"))["per_weight"]
+    found = {re.fullmatch(r"(\w+)<(.*), (\w+), \d>", name).groups() for name in recorded}
+    assert found == {
+        (kernel, struct, x) for kernel in check.PRODUCTS for struct in structs for x in ("f32", "f16", "bf16")
+    }
 
 
 def test_the_whole_of_csrc_is_in_a_source_distribution() -> None:
@@ -265,3 +274,42 @@ def test_the_whole_of_csrc_is_in_a_source_distribution() -> None:
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix not in ("", ".pyc")}
     assert there <= set(listed)
     assert not any("cuda" in path for path in listed if path.endswith(".cpp") and not path.endswith("ops_cuda.cpp"))
+
+
+# ---- what users are told ----------------------------------------------------------------------------------------------
+
+BUILT = native.CudaInfo("13.0", ("80", "90a"), {"q4k": {"block": 256, "block_bytes": 144, "max_rows": 128}})
+
+
+def test_explain_names_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    explain = sys.modules["isqtorch.explain"]
+    monkeypatch.setattr(explain, "NATIVE_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(explain, "cuda_info", lambda: BUILT)
+    uses = explain._kernels("linear", "q4k", "cuda", native.cpu_info())
+    assert [use.rows for use in uses] == ["1-8", "9-128", "129+"] and all("(CUDA)" in use.kernel for use in uses)
+    for op in ("embedding", "experts_linear"):
+        (use,) = explain._kernels(op, "q4k", "cuda", native.cpu_info())
+        assert use.rows == "any" and "(CUDA)" in use.kernel
+
+
+def test_doctor_checks_and_shows_both_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked: list[tuple[str, str]] = []
+
+    def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, object]:
+        checked.append((fmt.name, device))
+        return {"ok": device == "cpu" or fmt.name != "q4k", "kernel": "native", "detail": "made up"}
+
+    facts = {fmt.name: {"block": 1, "block_bytes": 1, "max_rows": 128} for fmt in ALL_FORMATS}
+    monkeypatch.setattr(doctor, "check_format", check_format)
+    monkeypatch.setattr(doctor, "_gpu_runs", lambda: True)
+    monkeypatch.setattr(doctor, "cuda_info", lambda: native.CudaInfo("13.0", ("80", "90a"), facts))
+    assert main(["doctor"]) == 1  # q4k fails on the GPU
+    text = capsys.readouterr().out
+    assert {device for _, device in checked} == {"cpu", "cuda"}
+    assert "toolkit 13.0, for sm_80, sm_90a" in text and "9-128: tiles (CUDA)" in text
+    assert "FAIL: q4k" in text.partition("\ncuda\n")[2] and "FAIL: q4k" not in text.partition("\ncuda\n")[0]
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["cuda"]
+    assert found["compiled"]["archs"] == ["80", "90a"] and found["formats"]["q4k"]["ok"] is False
