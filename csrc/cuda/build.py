@@ -253,6 +253,7 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
     nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *(flag for arch in archs for flag in arch.flags)]
     nvcc += [f"-ccbin={shlex.split(cxx)[0]}"] if "CXX" in os.environ else []
     nvcc += ["-Xfatbin=-compress-all"]
+    nvcc += [f"--threads={len(archs)}"] if len(archs) > 1 else []  # the largest files take minutes for each
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", f'-DISQTORCH_CUDA_ARCHS="{" ".join(a.name for a in archs)}"']
     includes = [f"-I{CSRC}", *(flag for path in torch.includes for flag in ("-isystem", path))]
     logged = "> $out.log 2>&1 || (cat $out.log; false)"
