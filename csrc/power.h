@@ -1,6 +1,6 @@
-// x to the power p, with the same bits on every machine: a C library's own powf is one thing here and another there, and
-// on a GPU a third. Additions, multiplications and one division in double, which IEEE 754 defines to the last bit; the
-// result is the nearest float but for one in some million.
+// x to the power p, with the same bits on every machine: a C library's own powf is one thing here and another there,
+// and on a GPU a third. Additions, multiplications and one division in double, which IEEE 754 defines to the last bit;
+// the result is the nearest float but for one in some million.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@
 
 namespace isqtorch {
 
-// For normal x > 0 and results in the normal range. 2^(p log2 x), with log from the series of artanh and exp from its own.
+// For normal x > 0 and results in the normal range. 2^(p log2 x), with log from the series of artanh and exp from its
+// own.
 ISQ_ANYWHERE float power(float x, float p) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -11,7 +11,7 @@
 #define ISQ_DYNAMIC_SHARED(type, name)          \
   extern __shared__ uint4 isq_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(isq_dynamic_shared)
-#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)  \
+#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   \
   (::isqtorch::gpu::allow_shared((const void*)kernel, shared_bytes), \
    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__))
 // Whatever NDEBUG says: ids come from users.
@@ -88,6 +88,17 @@ ISQ_DEVICE int count_bits(uint32_t bits) {
   return __popc(bits);
 #else
   return __builtin_popcount(bits);
+#endif
+}
+
+// The larger number, NaN if either is one.
+ISQ_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+#else
+  return a != a ? a : a > b ? a : b;
 #endif
 }
 

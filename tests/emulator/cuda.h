@@ -82,7 +82,8 @@ inline float __int_as_float(int bits) { return __uint_as_float((uint32_t)bits); 
 // Returns what was there, as CUDA's does.
 inline long long atomicMin(long long* address, long long value) {
   long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (value < seen && !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (value < seen &&
+         !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return seen;
 }

@@ -89,8 +89,8 @@ struct Guesses {
 // Asymmetric, integers 0 .. nmax: x ~ scale * level - offset with offset >= 0. Returns the scale. (make_qkx2_quants and
 // make_qkx3_quants, which differ only in their guesses.)
 template <class T, int kCount>
-ISQ_SEARCH T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses, LaneFloats* levels,
-                T* offset) {
+ISQ_SEARCH T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses,
+                           LaneFloats* levels, T* offset) {
   T low = get<T, kCount>(x, 0), high = low, sum_w = get<T, kCount>(w, 0), sum_x = sum_w * low;
   ISQ_UNROLL for (int i = 1; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i), weight = get<T, kCount>(w, i);

@@ -10,12 +10,10 @@ constexpr int kSortThreads = 1024;
 
 // Pairs that are multiplied one by one. With as many pairs as experts, 0.63 of the experts have any: their weights are
 // read 1.6 times, mostly the second time from L2, since blocks with the same rows of all pairs follow each other.
-inline bool few_pairs(const ExpertsJob& job) {
-  return job.tokens * job.slots <= (job.experts > 16 ? job.experts : 16);
-}
+inline bool few_pairs(const ExpertsJob& job) { return job.tokens * job.slots <= (job.experts > 16 ? job.experts : 16); }
 
-// Spans of up to `tokens` pairs of one expert: those of expert e start at place first(e) / tokens + e, which leaves room
-// for each before it, whatever it got. One more for pairs whose expert is not here.
+// Spans of up to `tokens` pairs of one expert: those of expert e start at place first(e) / tokens + e, which leaves
+// room for each before it, whatever it got. One more for pairs whose expert is not here.
 ISQ_DEVICE int first_span(int first, int expert, int tokens) { return first / tokens + expert; }
 inline int64_t most_spans(const ExpertsJob& job, int tokens) {
   return job.tokens * job.slots / tokens + job.experts + 1;
@@ -29,8 +27,8 @@ int expert_token_tiles(const ExpertsJob& job) {
 // Block e writes the pairs of expert e to their place in `order`, and its spans. It counts for itself how many pairs
 // experts before it got.
 template <class Id>
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const Id* ids, int pairs, int experts, int tokens, int* order,
-                                                            int4* spans) {
+__global__ void __launch_bounds__(kSortThreads)
+    sort_kernel(const Id* ids, int pairs, int experts, int tokens, int* order, int4* spans) {
   constexpr int kWarps = kSortThreads / kWarp;
   ISQ_SHARED(int, before_of, [kWarps]);
   ISQ_SHARED(int, own_of, [kWarps]);

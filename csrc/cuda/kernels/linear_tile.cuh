@@ -5,13 +5,13 @@
 // linear_rows.cuh. x comes through one ring for the block, which a warp of its own fills: a thread waits for its copies
 // in the order it asked for them, so a warp that copied both would wait for weights whenever it needs x.
 //
-// Shared memory has x as rows of a slice, 64 bytes each, or 128 of f32: a lane's numbers lie together, and in every other
-// pair of rows (every other row of f32) the halves are exchanged, so that those who read at the same time read different
-// banks.
+// Shared memory has x as rows of a slice, 64 bytes each, or 128 of f32: a lane's numbers lie together, and in every
+// other pair of rows (every other row of f32) the halves are exchanged, so that those who read at the same time read
+// different banks.
 //
-// For 64 tokens, a slice of 32 rows costs a warp about 70 instructions to unpack and 27 for every eight tokens, six of
-// them on the matrix unit at eight clocks each: both take 70 % of a multiprocessor where the other would take all. For 16
-// tokens it is 120 instructions per 1024 weights, 70 % of what an H100 can do while 4-bit weights arrive.
+// A slice of 32 rows of 4-bit weights costs a warp about 95 instructions and 34 for every eight tokens, six of them on
+// the matrix unit, which needs eight clocks for each. So 16 tokens take 90 % of the instructions that an H100 has while
+// such weights arrive from memory, and 64 tokens keep instructions and matrix units equally busy.
 #pragma once
 
 #include "cuda/kernels/linear_rows.cuh"
@@ -20,18 +20,18 @@ namespace isqtorch::cuda {
 
 constexpr int kTileStages = 3;  // of x
 
-// Warps that multiply, at most; one more copies x. With it they are as many as the registers are enough for: a thread
-// needs about 180 for 64 tokens, and below 140 for fewer.
+// Warps that multiply, at most; one more copies x. Eight warps leave a thread 255 registers, and twelve 168, which are
+// too few for the sums of 64 tokens.
 template <int kTokenTiles>
 constexpr int kTileWarps = kTokenTiles == 8 ? 7 : 11;
 
 // x in shared memory: a stage has a few slices of as many chunks as the warps split k into.
 template <class X, int kTokenTiles>
 struct TokenRing {
-  static constexpr int kTokens = 8 * kTokenTiles, kSlices = 8 / kTokenTiles;     // of a stage
-  static constexpr int kSteps = kChunk / kSlice / kSlices;                       // stages to a chunk
-  static constexpr int kPartBytes = kSlices * kTokens * X::kSliceBytes;          // of one chunk
-  static constexpr int kPieces = X::kSliceBytes / 16;                            // of a row
+  static constexpr int kTokens = 8 * kTokenTiles, kSlices = 8 / kTokenTiles;  // of a stage
+  static constexpr int kSteps = kChunk / kSlice / kSlices;                    // stages to a chunk
+  static constexpr int kPartBytes = kSlices * kTokens * X::kSliceBytes;       // of one chunk
+  static constexpr int kPieces = X::kSliceBytes / 16;                         // of a row
   static ISQ_DEVICE int swapped(int g) { return X::kF32 ? g % 2 * 64 : g / 2 % 2 * 32; }
 };
 
@@ -78,7 +78,7 @@ ISQ_DEVICE void copy_tokens(const uint8_t* const (&rows)[kTokenTiles], uint8_t* 
 }
 
 template <class F, Dtype dtype, int kTokenTiles>
-__global__ void __launch_bounds__(kWarp * (kTileWarps<kTokenTiles> + 1)) tile_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp*(kTileWarps<kTokenTiles> + 1)) tile_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, 2>;
   using Ring = TokenRing<X, kTokenTiles>;
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kWarp * (kTileWarps<kTokenTiles> + 1)) tile_ke
       if (chunk < chunks) rows.copy(ring + s * Warp::kStageBytes, chunk, task);
       end_copies();
     }
-    const int near = part * Ring::kPartBytes + g * X::kSliceBytes + (X::template near_bytes<kOrder>(t) ^ Ring::swapped(g));
+    const int near =
+        part * Ring::kPartBytes + g * X::kSliceBytes + (X::template near_bytes<kOrder>(t) ^ Ring::swapped(g));
     const int far = near ^ X::template kFar<kOrder>;
     float out[kTokenTiles][2][4] = {};
     int x_stage = 0;

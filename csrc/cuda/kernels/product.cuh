@@ -1,8 +1,8 @@
 // What the kernels of `linear` and `experts_linear` share: weights on their way through shared memory, activations as
 // an operand of the matrix unit, and the product of both.
 //
-// The weights are the left operand of m16n8k16, sixteen rows of them, and eight rows of x, here called tokens, the right
-// one. So one token costs what eight cost, and no weight ever moves between lanes: lane (g, t), g = lane / 4 and
+// The weights are the left operand of m16n8k16, sixteen rows of them, and eight rows of x, here called tokens, the
+// right one. So one token costs what eight cost, and no weight ever moves between lanes: lane (g, t), g = lane / 4 and
 // t = lane % 4, takes rows g and g + 8 of every sixteen, and token g of every eight, and of both the eight numbers of
 // a slice that the format's Order gives to t.
 #pragma once
@@ -53,7 +53,8 @@ struct Activations {
   static constexpr int kSliceBytes = kSlice * kBytes;
   static constexpr uint32_t kOnes = kElement == Element::kF16 ? 0x3c003c00u : 0x3f803f80u;
 
-  // A lane's numbers are in one or in two places of a slice. These are their first bytes, and the bit in which they differ.
+  // A lane's numbers are in one or in two places of a slice. These are their first bytes, and the bit in which they
+  // differ.
   template <Order order>
   static ISQ_DEVICE int near_bytes(int t) {
     return t * (order == Order::kQuads ? 4 : 8) * kBytes;
@@ -120,8 +121,8 @@ template <class F, int kTiles>
 struct WarpRows {
   static constexpr int kRows = 16 * kTiles, kOfLane = 2 * kTiles, kStages = 2;
   static constexpr int kPieces = (F::kMaxChunkBytes + 16 - F::kAlign + 15) / 16;  // of a row's chunk
-  // An odd number of pieces: eight rows begin in eight different quarters of the memory's banks, and a lane reads no
-  // more than a quarter's width.
+  // An odd number of pieces: eight rows begin in eight different eighths of the memory's banks, 16 bytes each, which is
+  // what the four lanes of a row read at a time.
   static constexpr int kStride = (kPieces | 1) * 16;
   static constexpr int kStageBytes = kRows * kStride, kRingBytes = kStages * kStageBytes;
   // Behind the ring: what the sums of every group are multiplied with, [slice][row][group of the slice].
@@ -169,8 +170,7 @@ struct WarpRows {
 #pragma unroll
       for (int i = 0; i < (kPieces + 3) / 4; ++i) {
         if (64 * i >= wanted) continue;
-        copy_async(to + 8 * j * kStride + 64 * i, piece + 64 * i,
-                   kCut && wanted < 64 * i + 16 ? wanted - 64 * i : 16);
+        copy_async(to + 8 * j * kStride + 64 * i, piece + 64 * i, kCut && wanted < 64 * i + 16 ? wanted - 64 * i : 16);
       }
     }
   }
@@ -185,8 +185,8 @@ struct WarpRows {
     return stage + (8 * j + g) * kStride + ((begin + (uint32_t)offset_of_row) & 15);
   }
 
-  // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers: each
-  // works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
+  // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers:
+  // each works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
   template <Element element>
   ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task) const {
     if (t >= kOfLane) return;

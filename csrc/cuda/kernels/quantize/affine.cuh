@@ -6,11 +6,16 @@
 
 namespace isqtorch::cuda {
 
-// The first smallest and the first largest weight of a team's group.
-ISQ_DEVICE void first_min_max(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
-  first_min_max(x, low, high);
-  *low = team.in_order(low->v, [](float first, float then) { return then < first ? then : first; });
-  *high = team.in_order(high->v, [](float first, float then) { return then > first ? then : first; });
+// The smallest and the largest weight of a team's group. Here the GPU's own minimum will do: it may give a zero of the
+// other sign than the CPU's, but no code, scale or bias of the affine or HQQ family depends on that.
+ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
+  float least = x[0].v, most = x[0].v;
+  ISQ_UNROLL for (int i = 1; i < 32; ++i) {
+    least = ::fminf(x[i].v, least);
+    most = ::fmaxf(x[i].v, most);
+  }
+  *low = team.in_order(least, [](float first, float then) { return ::fminf(first, then); });
+  *high = team.in_order(most, [](float first, float then) { return ::fmaxf(first, then); });
 }
 
 // A thread's 32 codes as a bit stream: kBits words.
@@ -45,7 +50,7 @@ struct QuantizeAffine : TileFormat {
     constexpr float kSmallestScale = 1e-7f;
     const bool f16 = f16_scales(scope.shape);
     LaneFloats low, high;
-    first_min_max(x, scope.team, &low, &high);
+    range_of(x, scope.team, &low, &high);
     const LaneInts negative = abs(low) > abs(high);
     LaneFloats scale = max((high - low) / (float)kMax, kSmallestScale);
     scale = select(negative, scale, -scale);

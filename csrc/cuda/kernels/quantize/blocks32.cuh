@@ -113,7 +113,8 @@ struct QuantizeBytes32 : TileFormat {
     store_u16(scope.block, stored.bits);
     if (kHasSum) store_u16(scope.block + 2, to_f16(d * to_float(sum)).bits);
     ISQ_UNROLL for (int j = 0; j < 32; j += 4) {
-      store_u32<kAlignOf<Block>>(scope.block + (kHasSum ? 4 : 2) + j, four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
+      store_u32<kAlignOf<Block>>(scope.block + (kHasSum ? 4 : 2) + j,
+                                 four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
     }
     return stored.overflow;
   }

@@ -20,7 +20,7 @@ struct HqqState {
 // The solver's memory.
 struct HqqSpace {
   HqqState* state;
-  double* parts;  // [groups / 16, rounded up]: sums of |e|
+  double* parts;   // [groups / 16, rounded up]: sums of |e|
   float* inverse;  // [groups]: of the scale
   float* zero;     // [groups]
 
@@ -58,9 +58,9 @@ ISQ_DEVICE double sum_in_order(const Team& team, const LaneFloats (&values)[kOwn
 // Where a thread of a kernel over tiles is.
 struct HqqPlace {
   static constexpr int kOwn = 32, kTile = TileMemory<kOwn>::kTile;
-  int64_t first;     // weight of the tile
-  int count, block;  // weights of the tile; block of the tile that is this thread's
-  int64_t group;
+  int64_t first;               // weight of the tile
+  int count, block;            // weights of the tile; block of the tile that is this thread's
+  int64_t first_group, group;  // of the tile, of this thread
   bool exists;
   Team team;
 
@@ -70,7 +70,8 @@ struct HqqPlace {
     const int64_t left = job.rows * job.k - first;
     count = left < kTile ? (int)left : kTile;
     block = (int)threadIdx.x / size;
-    group = first / shape.block + block;
+    first_group = (int64_t)blockIdx.x * (kTile / shape.block);
+    group = first_group + block;
     exists = (int)threadIdx.x * kOwn < count;
     team = {size, (int)threadIdx.x % size};
   }
@@ -86,7 +87,7 @@ template <int kMax, bool kRound>
 ISQ_DEVICE void hqq_start(const LaneFloats (&x)[32], const Team& team, LaneFloats* inverse, LaneFloats* zero) {
   constexpr float kLargestInverse = 2e4f, kFlat = 1e-4f;  // a smaller range is not resolved
   LaneFloats low, high;
-  first_min_max(x, team, &low, &high);
+  range_of(x, team, &low, &high);
   const LaneFloats span = high - low, exact = select(span <= kFlat, 1.0f, (float)kMax / span);
   *inverse = select(exact > kLargestInverse, kLargestInverse, exact);
   *zero = -low * *inverse;
@@ -128,13 +129,14 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (part * kHqqPart < groups) {
     double sum = 0;
     for (int g = part * kHqqPart; g < (part + 1) * kHqqPart && g < groups; ++g) sum += sizes[g];
-    space.parts[at.first / shape.block / kHqqPart + part] = sum;
+    space.parts[at.first_group / kHqqPart + part] = sum;
   }
 }
 
 // Adds up the parts and decides whether the step was the last one. One block.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) hqq_judge_kernel(HqqSpace space, int64_t groups, int group, bool first_step) {
+__global__ void __launch_bounds__(kThreads)
+    hqq_judge_kernel(HqqSpace space, int64_t groups, int group, bool first_step) {
   constexpr int kChunk = 8 * kThreads;
   ISQ_SHARED(double, chunk, [kChunk]);
   if (!first_step && space.state->stopped) return;
@@ -158,8 +160,7 @@ __global__ void __launch_bounds__(kThreads) hqq_judge_kernel(HqqSpace space, int
 
 // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones.
 template <int kBits>
-__global__ void __launch_bounds__(kQuantizeThreads)
-    hqq_store_kernel(QuantizeJob job, Shape shape, HqqSpace space) {
+__global__ void __launch_bounds__(kQuantizeThreads) hqq_store_kernel(QuantizeJob job, Shape shape, HqqSpace space) {
   constexpr int kMax = (1 << kBits) - 1;
   constexpr float kLargestF16 = 65504.0f, kExact = 2000.0f;  // integers up to 2048 are exact in f16
   ISQ_SHARED(float, staged, [TileMemory<32>::kFloats]);
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
                 [&](int i, LaneFloats q) { codes[i] = nearest_code(q + zero.value, (float)kMax); });
 
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);
-  uint8_t* const out = job.out + at.first / shape.block * shape.block_bytes;
+  uint8_t* const out = job.out + at.first_group * shape.block_bytes;
   uint8_t* const block = bytes + reinterpret_cast<uintptr_t>(out) % 16 + at.block * shape.block_bytes;
   if (at.team.member == 0) {
     store_u16(block, scale.bits);

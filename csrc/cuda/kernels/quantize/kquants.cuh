@@ -30,8 +30,7 @@ ISQ_DEVICE void codes_for_stored_scale(const LaneFloats (&x)[kOwn], LaneFloats l
   if (any(d == 0.0f)) {
     ISQ_UNROLL for (int i = 0; i < kOwn; ++i) codes[i] = truncate(levels[i]);
   } else {
-    for_quotients(x, largest, m, d,
-                  [&](int i, LaneFloats q) { codes[i] = clamp(nearest_int(q), low, high) + shift; });
+    for_quotients(x, largest, m, d, [&](int i, LaneFloats q) { codes[i] = clamp(nearest_int(q), low, high) + shift; });
   }
 }
 

@@ -148,18 +148,18 @@ struct QuantizePairs256 : TileFormat {
   }
 
   // d, dmin, and eight pairs of 6-bit numbers in 12 bytes.
-  static ISQ_DEVICE void store_header(const Half& d, const Half& dmin, const LaneInts (&ls)[8],
-                                      const LaneInts (&lm)[8], uint8_t* to) {
+  static ISQ_DEVICE void store_header(const Half& d, const Half& dmin, const LaneInts (&ls)[8], const LaneInts (&lm)[8],
+                                      uint8_t* to) {
     const auto with_top = [](LaneInts low, LaneInts high) { return low | high >> 4 << 6; };
     const auto nibbles = [](LaneInts scale, LaneInts minimum) { return (scale & 15) | (minimum & 15) << 4; };
     store_u16(to, d.bits);
     store_u16(to + 2, dmin.bits);
     store_u32<4>(to + 4, four_bytes(with_top(ls[0], ls[4]), with_top(ls[1], ls[5]), with_top(ls[2], ls[6]),
-                                 with_top(ls[3], ls[7])));
+                                    with_top(ls[3], ls[7])));
     store_u32<4>(to + 8, four_bytes(with_top(lm[0], lm[4]), with_top(lm[1], lm[5]), with_top(lm[2], lm[6]),
-                                 with_top(lm[3], lm[7])));
+                                    with_top(lm[3], lm[7])));
     store_u32<4>(to + 12, four_bytes(nibbles(ls[4], lm[4]), nibbles(ls[5], lm[5]), nibbles(ls[6], lm[6]),
-                                  nibbles(ls[7], lm[7])));
+                                     nibbles(ls[7], lm[7])));
   }
 };
 

@@ -39,8 +39,7 @@ struct QuantizeQ3K : TileFormat {
       d = select(zero, 0.0f, 1.0f / inverse);
     }
     const Half stored = to_f16(d);
-    codes_for_stored_scale(x, scope.largest, stored.value * to_float(own(team, t) - 32), 0.0f, -4, 3, 4, levels,
-                           codes);
+    codes_for_stored_scale(x, scope.largest, stored.value * to_float(own(team, t) - 32), 0.0f, -4, 3, 4, levels, codes);
     share_codes(scope, codes);
     store_runs<QuantizeQ3K, 1, 8, 2, 1>(scope, scope.block);
     store_runs<QuantizeQ3K, 2, 4, 0, 2>(scope, scope.block + 32);
@@ -52,9 +51,7 @@ struct QuantizeQ3K : TileFormat {
   // Sixteen 6-bit numbers in 12 bytes, and d.
   static ISQ_DEVICE void store_tail(const LaneInts (&t)[16], const Half& d, uint8_t* to) {
     const auto low = [&](int j) { return (t[j] & 15) | (t[8 + j] & 15) << 4; };
-    const auto high = [&](int j) {
-      return t[j] >> 4 | t[j + 4] >> 4 << 2 | t[j + 8] >> 4 << 4 | t[j + 12] >> 4 << 6;
-    };
+    const auto high = [&](int j) { return t[j] >> 4 | t[j + 4] >> 4 << 2 | t[j + 8] >> 4 << 4 | t[j + 12] >> 4 << 6; };
     store_u32<2>(to, four_bytes(low(0), low(1), low(2), low(3)));
     store_u32<2>(to + 4, four_bytes(low(4), low(5), low(6), low(7)));
     store_u32<2>(to + 8, four_bytes(high(0), high(1), high(2), high(3)));
@@ -111,9 +108,8 @@ struct QuantizeQ8K : TileFormat {
   template <bool kWeighted>
   static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&)[32], const BlockScope& scope) {
     const Team& team = scope.team;
-    const LaneFloats extreme = team.in_order(first_extreme(x).v, [](float first, float then) {
-      return ::fabsf(then) > ::fabsf(first) ? then : first;
-    });
+    const LaneFloats extreme = team.in_order(
+        first_extreme(x).v, [](float first, float then) { return ::fabsf(then) > ::fabsf(first) ? then : first; });
     const LaneFloats inverse = -127.0f / extreme;
     const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
     LaneInts codes[32], sums[2] = {0, 0};
@@ -124,7 +120,7 @@ struct QuantizeQ8K : TileFormat {
     if (team.member == 0) store_u32<4>(scope.block, (uint32_t)as_int(select(zero, 0.0f, 1.0f / inverse)).v);
     ISQ_UNROLL for (int i = 0; i < 32; i += 4) {
       store_u32<4>(scope.block + 4 + 32 * team.member + i,
-                four_bytes(codes[i], codes[i + 1], codes[i + 2], codes[i + 3]));
+                   four_bytes(codes[i], codes[i + 1], codes[i + 2], codes[i + 3]));
     }
     store_u16(scope.block + 260 + 4 * team.member, (uint32_t)sums[0].v);
     store_u16(scope.block + 262 + 4 * team.member, (uint32_t)sums[1].v);

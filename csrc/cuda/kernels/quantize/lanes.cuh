@@ -119,9 +119,7 @@ ISQ_DEVICE LaneInts clamp(LaneInts v, int32_t lo, int32_t hi) { return min(hi, m
 ISQ_DEVICE LaneFloats abs(LaneFloats v) { return as_float(as_int(v) & 0x7fffffff); }
 ISQ_DEVICE LaneFloats sqrt(LaneFloats v) { return ::sqrtf(v.v); }
 
-ISQ_DEVICE LaneInts nearest_int(LaneFloats f) {
-  return (as_int(f + 12582912.0f) & 0x007fffff) - 0x00400000;
-}
+ISQ_DEVICE LaneInts nearest_int(LaneFloats f) { return (as_int(f + 12582912.0f) & 0x007fffff) - 0x00400000; }
 ISQ_DEVICE LaneFloats nearest_float(LaneFloats f) {
   return as_float((as_int(f + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
 }

@@ -8,14 +8,6 @@ namespace isqtorch::cuda {
 
 inline unsigned tiles_of(const QuantizeJob& job, int tile) { return (unsigned)((job.rows * job.k + tile - 1) / tile); }
 
-inline void launch_row_mean_square(const QuantizeJob& job, float* mean_square, Stream stream) {
-  const auto kernel = job.dtype == Dtype::kF32   ? row_mean_square_kernel<Dtype::kF32>
-                      : job.dtype == Dtype::kF16 ? row_mean_square_kernel<Dtype::kF16>
-                                                 : row_mean_square_kernel<Dtype::kBf16>;
-  ISQ_LAUNCH(kernel, {(unsigned)((job.rows + kMeanRows - 1) / kMeanRows)}, {kQuantizeThreads}, 0,
-             (cudaStream_t)stream, job, mean_square);
-}
-
 // Launches for formats whose blocks do not depend on each other.
 template <class Q>
 struct BlockByBlock {
@@ -27,7 +19,7 @@ struct BlockByBlock {
     if constexpr (Q::kTakesImportance) {
       if (job.importance) {
         float* const row_mean_square = static_cast<float*>(job.workspace);
-        if (Q::kNeedsRowMeanSquare) launch_row_mean_square(job, row_mean_square, stream);
+        if constexpr (Q::kNeedsRowMeanSquare) launch_row_mean_square(job, row_mean_square, stream);
         return launch<true>(job, shape, row_mean_square, stream);
       }
     }
@@ -35,6 +27,14 @@ struct BlockByBlock {
   }
 
  private:
+  static void launch_row_mean_square(const QuantizeJob& job, float* mean_square, Stream stream) {
+    const auto kernel = job.dtype == Dtype::kF32   ? row_mean_square_kernel<Dtype::kF32>
+                        : job.dtype == Dtype::kF16 ? row_mean_square_kernel<Dtype::kF16>
+                                                   : row_mean_square_kernel<Dtype::kBf16>;
+    ISQ_LAUNCH(kernel, {(unsigned)((job.rows + kMeanRows - 1) / kMeanRows)}, {kQuantizeThreads}, 0,
+               (cudaStream_t)stream, job, mean_square);
+  }
+
   template <bool kWeighted>
   static void launch(const QuantizeJob& job, const Shape& shape, const float* row_mean_square, Stream stream) {
     ISQ_LAUNCH((quantize_kernel<Q, kWeighted>), {tiles_of(job, TileMemory<Q::kOwn>::kTile)}, {kQuantizeThreads}, 0,

@@ -28,10 +28,10 @@ ISQ_DEVICE LaneFloats reciprocal_or_zero(LaneFloats d) {
 
 // each(i, (x[i] + add) / d) for every i; no |x| exceeds `largest`.
 //
-// A division proper takes a reciprocal, some ten steps, and a check whether those were exact. With the reciprocal known,
-// two corrections by the remainder give the nearest quotient (Markstein), as long as no number on the way leaves the
-// normal range. That is so for divisors that are neither huge nor tiny, except where the quotient is below 2^-40, which
-// may lose its last bits, or a zero, which may lose its sign: those who round it to integers see neither.
+// A division proper takes a reciprocal, some ten steps, and a check whether those were exact. With the reciprocal
+// known, two corrections by the remainder give the nearest quotient (Markstein), as long as no number on the way leaves
+// the normal range. That is so for divisors that are neither huge nor tiny, except where the quotient is below 2^-40,
+// which may lose its last bits, or a zero, which may lose its sign: those who round it to integers see neither.
 template <int kOwn, class Each>
 ISQ_DEVICE void for_quotients(const LaneFloats (&x)[kOwn], LaneFloats largest, LaneFloats add, LaneFloats d,
                               const Each& each) {

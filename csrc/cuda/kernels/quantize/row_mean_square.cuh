@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kQuantizeThreads) row_mean_square_kernel(Quant
       for (int p = (int)threadIdx.x - kMeanRows; p < rows * kPieces; p += kLoaders) {
         const int row = p / kPieces, column = p % kPieces * kEach;
         if (n * kMeanColumns + column >= job.k) continue;
-        const uint8_t* const from = static_cast<const uint8_t*>(job.w) +
-                                    ((first_row + row) * job.k + n * kMeanColumns + column) * (16 / kEach);
+        const uint8_t* const from =
+            static_cast<const uint8_t*>(job.w) + ((first_row + row) * job.k + n * kMeanColumns + column) * (16 / kEach);
         const uint4 piece = load_piece(from, reinterpret_cast<uintptr_t>(from) % 16 == 0);
         ISQ_UNROLL for (int i = 0; i < kEach; ++i) tile[row * kStride + column + i] = element_of(piece, dtype, i);
       }

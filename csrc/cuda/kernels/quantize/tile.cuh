@@ -113,18 +113,25 @@ ISQ_DEVICE int staged_at(int element) {
   return element / kOwn * (kOwn + 1) + element % kOwn;
 }
 
-// `count` elements to shared memory, and zeros up to the end of the tile. `place(e)` -> byte address of element e.
+// `count` elements of the array `from` to shared memory, and zeros up to the end of the tile. place(e): which one is
+// the tile's element e; it keeps runs of 16 bytes together.
 template <int kOwn, Dtype dtype, class Place>
-ISQ_DEVICE void stage(int count, float* staged, const Place& place) {
+ISQ_DEVICE void stage(const void* from, int count, float* staged, const Place& place) {
   constexpr int kEach = dtype == Dtype::kF32 ? 4 : 8, kPieces = kOwn / kEach;
   uint4 pieces[kPieces];
-  ISQ_UNROLL for (int p = 0; p < kPieces; ++p) {
-    const int first = (p * kQuantizeThreads + (int)threadIdx.x) * kEach;
-    pieces[p] = {0, 0, 0, 0};
-    if (first < count) {
-      const uint8_t* const from = place(first);
-      pieces[p] = load_piece(from, reinterpret_cast<uintptr_t>(from) % 16 == 0);
+  const auto load = [&](bool aligned) {
+    ISQ_UNROLL for (int p = 0; p < kPieces; ++p) {
+      const int first = (p * kQuantizeThreads + (int)threadIdx.x) * kEach;
+      pieces[p] = {0, 0, 0, 0};
+      if (first < count) {
+        pieces[p] = load_piece(static_cast<const uint8_t*>(from) + place(first) * (16 / kEach), aligned);
+      }
     }
+  };
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    load(true);
+  } else {
+    load(false);
   }
   ISQ_UNROLL for (int p = 0; p < kPieces; ++p) {
     float* const to = staged + staged_at<kOwn>((p * kQuantizeThreads + (int)threadIdx.x) * kEach);
@@ -135,13 +142,13 @@ ISQ_DEVICE void stage(int count, float* staged, const Place& place) {
 // Weights from the flat index `first` on.
 template <int kOwn>
 ISQ_DEVICE void stage_weights(const QuantizeJob& job, int64_t first, int count, float* staged) {
-  const uint8_t* const w = static_cast<const uint8_t*>(job.w) + first * (job.dtype == Dtype::kF32 ? 4 : 2);
+  const auto place = [=](int e) { return first + e; };
   if (job.dtype == Dtype::kF32) {
-    stage<kOwn, Dtype::kF32>(count, staged, [=](int e) { return w + 4 * e; });
+    stage<kOwn, Dtype::kF32>(job.w, count, staged, place);
   } else if (job.dtype == Dtype::kF16) {
-    stage<kOwn, Dtype::kF16>(count, staged, [=](int e) { return w + 2 * e; });
+    stage<kOwn, Dtype::kF16>(job.w, count, staged, place);
   } else {
-    stage<kOwn, Dtype::kBf16>(count, staged, [=](int e) { return w + 2 * e; });
+    stage<kOwn, Dtype::kBf16>(job.w, count, staged, place);
   }
 }
 
@@ -149,8 +156,7 @@ ISQ_DEVICE void stage_weights(const QuantizeJob& job, int64_t first, int count, 
 template <int kOwn>
 ISQ_DEVICE void stage_importance(const QuantizeJob& job, int64_t first, int count, float* staged) {
   const uint32_t k = (uint32_t)job.k, column = (uint32_t)(first % job.k);
-  const uint8_t* const importance = reinterpret_cast<const uint8_t*>(job.importance);
-  stage<kOwn, Dtype::kF32>(count, staged, [=](int e) { return importance + 4 * (size_t)((column + e) % k); });
+  stage<kOwn, Dtype::kF32>(job.importance, count, staged, [=](int e) { return (int64_t)((column + e) % k); });
 }
 
 template <int kOwn>
@@ -166,11 +172,9 @@ ISQ_DEVICE void lower_to(int64_t* target, int64_t value) {
 // not finite.
 template <int kOwn>
 ISQ_DEVICE uint32_t largest_bits(const LaneFloats (&x)[kOwn], int64_t first, int64_t* bad_weight) {
-  uint32_t largest = 0;
-  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) {
-    const uint32_t bits = __float_as_uint(x[i].v) & kMagnitude;
-    largest = bits > largest ? bits : largest;
-  }
+  float extreme = 0.0f;
+  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) extreme = max_or_nan(::fabsf(x[i].v), extreme);
+  const uint32_t largest = __float_as_uint(extreme) & kMagnitude;
   if (largest >= kInfinityBits) {
     int bad = 0;
     ISQ_UNROLL for (int i = kOwn - 1; i >= 0; --i) {
@@ -229,7 +233,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const int block_bytes = Q::kBlock ? (int)sizeof(typename Q::Block) : shape.block_bytes;
   const int block = (int)threadIdx.x / team_size;
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);
-  uint8_t* const out = job.out + first / block_size * block_bytes;
+  uint8_t* const out = job.out + (int64_t)blockIdx.x * (kTile / block_size) * block_bytes;
   BlockScope scope;
   scope.team = {team_size, (int)threadIdx.x % team_size};
   scope.largest = __uint_as_float(scope.team.largest(largest_bits(x, first + mine, job.faults)));
