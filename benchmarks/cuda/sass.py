@@ -1,6 +1,7 @@
 """What nvcc made of the kernels: registers, spills and stack from ptxas's log, instructions per weight from the machine code.
 
-The inner loop of a product is the longest loop that uses the matrix unit. Loops inside it count once: they copy and are few.
+The inner loop of a product is the shortest loop that has nearly all matrix instructions. There are shorter ones for the rest of a
+row, and a longer "loop" wherever the compiler has put something rare behind the end and jumps back from there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b.*?`\((\.L_x_\d+)\)")
 _GUARD = re.compile(r"^@!?U?P\w+\s+")
 _MATRIX = "HMMA"
+_NEARLY_ALL = 0.85  # the rest of a row takes a slice at a time, an eighth of a chunk
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Code:
     Attributes:
         kernel: mangled name.
         size: instructions in all.
-        loop: opcodes of the longest loop with matrix instructions, as often as they stand there; empty if there is none.
+        loop: opcodes of the inner loop with matrix instructions, as often as they stand there; empty if there is none.
     """
 
     kernel: str
@@ -83,8 +85,9 @@ def read_code(text: str) -> list[Code]:
                     branches.append((len(opcodes), branch[1]))
                 opcodes.append(words[0].split(".")[0])
         loops = [opcodes[labels[to] : at + 1] for at, to in branches if labels.get(to, at + 1) <= at]
-        products = sorted((loop for loop in loops if _MATRIX in loop), key=len)
-        found.append(Code(part.split(":", 1)[0], len(opcodes), Counter(products[-1] if products else [])))
+        most = max((loop.count(_MATRIX) for loop in loops), default=0)
+        products = [loop for loop in loops if most and loop.count(_MATRIX) >= _NEARLY_ALL * most]
+        found.append(Code(part.split(":", 1)[0], len(opcodes), Counter(min(products, key=len, default=[]))))
     return found
 
 

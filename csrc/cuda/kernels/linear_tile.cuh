@@ -20,8 +20,8 @@ namespace isqtorch::cuda {
 
 constexpr int kTileStages = 3;  // of x
 
-// Warps that multiply, at most; one more copies x. With it they are as many as the registers are enough for: a thread
-// needs about 180 for 64 tokens, and below 140 for fewer.
+// Warps that multiply, at most; one more copies x. Eight warps leave a thread 255 registers, and twelve 168, which are
+// too few for the sums of 64 tokens.
 template <int kTokenTiles>
 constexpr int kTileWarps = kTokenTiles == 8 ? 7 : 11;
 
