@@ -37,7 +37,7 @@ TOLERANCE = 0.05
 
 # What one trip through the inner loop of a product does: weights per thread, from the kernel's template arguments.
 PRODUCTS: dict[str, Callable[[list[str]], float]] = {
-    "rows_kernel": lambda arguments: int(arguments[2]) * 16 * 256 / 32,  # tiles of 16 rows, a chunk of each
+    "rows_kernel": lambda arguments: int(arguments[-1]) * 16 * 256 / 32,  # tiles of 16 rows, a chunk of each
     "tile_kernel": lambda arguments: 32 * 256 / 32,  # 32 rows, for all tokens
 }
 
@@ -128,13 +128,17 @@ def summary(usages: Iterable[Usage], names: dict[str, str]) -> str:
 def run(archs: list[cuda.Arch], *, update: bool) -> list[str]:
     """Build and look; returns what is wrong."""
     toolkit, began = cuda.find_toolkit(), time.monotonic()
-    nvdisasm = find_nvdisasm(toolkit)
+    nvdisasm = find_nvdisasm(toolkit)  # before minutes of compiling
     folder = FOLDER / "-".join(arch.name for arch in archs)
     cuda.build((folder / cuda.NAME).resolve(), folder, toolkit, archs, cuda.Torch.installed(), keep=True)
     release = ".".join(map(str, toolkit.version))
     size = (folder / cuda.NAME).stat().st_size / 1e6
     print(f"nvcc {release}: {len(cuda.sources())} files, {size:.1f} MB, {time.monotonic() - began:.0f} s\n")
+    return look(folder, archs, release, nvdisasm, update=update)
 
+
+def look(folder: Path, archs: list[cuda.Arch], release: str, nvdisasm: str, *, update: bool) -> list[str]:
+    """What is wrong with the kernels in a build folder; prints what there is to see."""
     usages = [usage for path in cuda.sources() for usage in read_log((folder / f"{path.stem}.o.log").read_text())]
     names = demangle(usage.kernel for usage in usages)
     print(summary(usages, names))
