@@ -86,8 +86,8 @@ def read_code(text: str) -> list[Code]:
                 opcodes.append(words[0].split(".")[0])
         loops = [opcodes[labels[to] : at + 1] for at, to in branches if labels.get(to, at + 1) <= at]
         most = max((loop.count(_MATRIX) for loop in loops), default=0)
-        products = [loop for loop in loops if most and loop.count(_MATRIX) >= _NEARLY_ALL * most]
-        found.append(Code(part.split(":", 1)[0], len(opcodes), Counter(min(products, key=len, default=[]))))
+        products = sorted((loop for loop in loops if most and loop.count(_MATRIX) >= _NEARLY_ALL * most), key=len)
+        found.append(Code(part.split(":", 1)[0], len(opcodes), Counter(products[0] if products else [])))
     return found
 
 
