@@ -33,12 +33,12 @@ constexpr int kRowsWarpBytes = WarpRows<F, kTiles>::kRingBytes + WarpRows<F, kTi
 template <class F, Dtype dtype>
 constexpr int kRowTiles = dtype != Dtype::kF32 && WarpRows<F, 2>::kStageBytes <= kWideRows ? 2 : 1;
 
-// Slices of x that a warp has asked for and not used yet. Small groups need the registers for themselves.
-template <class F, class X>
-constexpr int kAhead = F::kGroup / 2 / X::kWords;
+// Slices of x that a warp has asked for and not used yet.
+template <class X>
+constexpr int kAhead = 8 / X::kWords;
 
 template <class F, Dtype dtype, int kTiles>
-__global__ void __launch_bounds__(kWarp * 2 * kRowsWarps, 1) rows_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, kTiles>;
   using Weights = SliceWeights<F, X::kElement, kTiles>;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps, 1) rows_kernel(Task ta
   const uint8_t* x = task.x + (first_token + (g < task.m ? g : 0)) * task.k * X::kBytes +
                      X::template near_bytes<kOrder>(t) + (int64_t)warp * kChunkOfX;
   float out[kTiles][4] = {};
-  uint32_t words[kAhead<F, X>][X::kWords];
+  uint32_t words[kAhead<X>][X::kWords];
   const auto load_x = [&](const uint8_t* chunk, int slice, uint32_t (&to)[X::kWords]) {
     const uint8_t* const near = chunk + slice * X::kSliceBytes;
     X::template load<kOrder>(near, near + X::template kFar<kOrder>, to);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps, 1) rows_kernel(Task ta
   int chunk = warp, stage = 0;
   if (chunk < whole) {
 #pragma unroll
-    for (int slice = 0; slice < kAhead<F, X>; ++slice) load_x(x, slice, words[slice]);
+    for (int slice = 0; slice < kAhead<X>; ++slice) load_x(x, slice, words[slice]);
   }
   for (; chunk < whole; chunk += warps) {
     uint8_t* const copied = ring + stage * Warp::kStageBytes;
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(kWarp * 2 * kRowsWarps, 1) rows_kernel(Task ta
     wait_for(copied, chunk, bytes);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      uint32_t (&now)[X::kWords] = words[slice % kAhead<F, X>];
+      uint32_t (&now)[X::kWords] = words[slice % kAhead<X>];
       add_slice(bytes, slice, now);
-      load_x(slice + kAhead<F, X> < kSlices ? x : next_x, (slice + kAhead<F, X>) % kSlices, now);
+      load_x(slice + kAhead<X> < kSlices ? x : next_x, (slice + kAhead<X>) % kSlices, now);
     }
     __syncwarp();
     if (chunk + Warp::kStages * warps < chunks) rows.copy(copied, chunk + Warp::kStages * warps, task);
