@@ -24,4 +24,3 @@
 
 #include "blocks.h"
 #include "cpu/kernels.h"
-#include "power.h"

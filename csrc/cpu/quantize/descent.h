@@ -22,7 +22,7 @@ struct Descent {
     const T extreme = first_extreme<T, kCount>(x), inverse = -nmax / extreme;
     zero = abs(extreme) < kTiny;
     sum_lx = sum_l2 = splat<T>(0.0f);
-    ISQ_UNROLL for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const T at = get<T, kCount>(x, i), weight = at * at;
       const T l = clamp(nearest_small(inverse * at), -nmax, nmax - 1.0f);
       put<kCount>(levels, i, l);
@@ -50,14 +50,14 @@ struct Descent {
   // The blocks of which some level may change. The others are where they started.
   ISQ_INLINE IntOf<T> restless() const {
     IntOf<T> found = splat<IntOf<T>>(0);
-    ISQ_UNROLL for (int i = 0; i < kCount; ++i) found |= step(i).allowed;
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) found |= step(i).allowed;
     return found;
   }
 
   ISQ_INLINE void run() {
-    ISQ_ROLLED for (int sweep = 0; sweep < 5; ++sweep) {
+    ISQ_GPU_ROLLED for (int sweep = 0; sweep < 5; ++sweep) {
       IntOf<T> changed = splat<IntOf<T>>(0);
-      ISQ_UNROLL for (int i = 0; i < kCount; ++i) {
+      ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
         const Step s = step(i);
         const T weight = s.at * s.at;
         const T new_part_lx = weight * s.at * s.candidate, new_lx = s.rest_lx + new_part_lx;
@@ -76,7 +76,7 @@ struct Descent {
 
   // Returns the scale.
   ISQ_INLINE T finish() {
-    ISQ_UNROLL for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       put<kCount>(levels, i, select(zero, 0.0f, get<T, kCount>(levels, i) + nmax));
     }
     return select(zero | ~(sum_l2 > 0.0f), 0.0f, sum_lx / sum_l2);

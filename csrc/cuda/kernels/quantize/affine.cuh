@@ -10,7 +10,7 @@ namespace isqtorch::cuda {
 // other sign than the CPU's, but no code, scale or bias of the affine or HQQ family depends on that.
 ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
   float least = x[0].v, most = x[0].v;
-  ISQ_UNROLL for (int i = 1; i < 32; ++i) {
+  ISQ_GPU_UNROLL for (int i = 1; i < 32; ++i) {
     least = ::fminf(x[i].v, least);
     most = ::fmaxf(x[i].v, most);
   }
@@ -21,9 +21,9 @@ ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats
 // A thread's 32 codes as a bit stream: kBits words.
 template <int kBits>
 ISQ_DEVICE void store_stream(const LaneInts (&codes)[32], uint8_t* to) {
-  ISQ_UNROLL for (int n = 0; n < kBits; ++n) {
+  ISQ_GPU_UNROLL for (int n = 0; n < kBits; ++n) {
     uint32_t word = 0;
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
       const int at = i * kBits - 32 * n;
       if (at > -kBits && at < 32) word |= at < 0 ? (uint32_t)codes[i].v >> -at : (uint32_t)codes[i].v << at;
     }

@@ -12,7 +12,7 @@ namespace isqtorch::cuda {
 template <int kOwn>
 ISQ_DEVICE void importance_weights(const LaneFloats (&x)[kOwn], LaneFloats (&importance)[kOwn],
                                    LaneFloats mean_square) {
-  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) importance[i] = importance[i] * sqrt(mean_square + x[i] * x[i]);
+  ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) importance[i] = importance[i] * sqrt(mean_square + x[i] * x[i]);
 }
 
 ISQ_DEVICE Guesses weighted_guesses() { return {-0.9f, 0.05f, 36, false}; }
@@ -22,11 +22,11 @@ template <int kBits, int kAlign>
 ISQ_DEVICE void store_nibbles(const LaneInts (&codes)[32], uint8_t* to) {
   if constexpr (kBits == 5) {
     uint32_t high = 0;
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) high |= ((uint32_t)codes[i].v >> 4 & 1) << i;
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) high |= ((uint32_t)codes[i].v >> 4 & 1) << i;
     store_u32<kAlign>(to, high);
     to += 4;
   }
-  ISQ_UNROLL for (int j = 0; j < 16; j += 4) {
+  ISQ_GPU_UNROLL for (int j = 0; j < 16; j += 4) {
     const uint32_t low = four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]);
     const uint32_t high = four_bytes(codes[j + 16], codes[j + 17], codes[j + 18], codes[j + 19]);
     store_u32<kAlign>(to + j, (low & 0x0f0f0f0f) | (high & 0x0f0f0f0f) << 4);
@@ -48,11 +48,11 @@ struct QuantizeSymmetric32 : TileFormat {
       LaneFloats levels[32];
       importance_weights(x, importance, scope.row_mean_square);
       d = search_symmetric<LaneFloats, 32>(x, importance, kHalf, levels);
-      ISQ_UNROLL for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
+      ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
       d = first_extreme(x) / (float)-kHalf;
       const LaneFloats inverse = reciprocal_or_zero(d);
-      ISQ_UNROLL for (int i = 0; i < 32; ++i) {
+      ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
         codes[i] = clamp(truncate(x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
       }
     }
@@ -79,13 +79,13 @@ struct QuantizeMinMax32 : TileFormat {
       importance_weights(x, importance, scope.row_mean_square);
       d = search_affine<LaneFloats, 32>(x, importance, kMax, weighted_guesses(), levels, &offset);
       m = -offset;
-      ISQ_UNROLL for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
+      ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) codes[i] = truncate(levels[i]);
     } else {
       LaneFloats high;
       first_min_max(x, &m, &high);
       d = (high - m) / (float)kMax;
       const LaneFloats inverse = reciprocal_or_zero(d);
-      ISQ_UNROLL for (int i = 0; i < 32; ++i) codes[i] = clamp(truncate((x[i] - m) * inverse + 0.5f), 0, kMax);
+      ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) codes[i] = clamp(truncate((x[i] - m) * inverse + 0.5f), 0, kMax);
     }
     const Half stored_d = to_f16(d), stored_m = to_f16(m);
     store_u16(scope.block, stored_d.bits);
@@ -105,14 +105,14 @@ struct QuantizeBytes32 : TileFormat {
   static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&)[32], const BlockScope& scope) {
     const LaneFloats d = scope.largest / 127.0f, inverse = reciprocal_or_zero(d);
     LaneInts codes[32], sum = 0;
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
       codes[i] = small_round_away(x[i] * inverse);
       if (kHasSum) sum = sum + codes[i];
     }
     const Half stored = to_f16(d);
     store_u16(scope.block, stored.bits);
     if (kHasSum) store_u16(scope.block + 2, to_f16(d * to_float(sum)).bits);
-    ISQ_UNROLL for (int j = 0; j < 32; j += 4) {
+    ISQ_GPU_UNROLL for (int j = 0; j < 32; j += 4) {
       store_u32<kAlignOf<Block>>(scope.block + (kHasSum ? 4 : 2) + j,
                                  four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
     }

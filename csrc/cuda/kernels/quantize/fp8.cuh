@@ -23,7 +23,7 @@ struct QuantizeFp8 : TileFormat {
                   [&](int i, LaneFloats q) { codes[i] = encode(q) | (as_int(x[i]) >> 24 & 0x80); });
     if (scope.team.member == 0) store_u32<4>(scope.block, (uint32_t)as_int(scale).v);
     uint8_t* const to = scope.block + 4 + 32 * scope.team.member;
-    ISQ_UNROLL for (int j = 0; j < 32; j += 4) {
+    ISQ_GPU_UNROLL for (int j = 0; j < 32; j += 4) {
       store_u32<4>(to + j, four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
     }
     return false;

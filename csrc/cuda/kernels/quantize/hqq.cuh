@@ -6,7 +6,7 @@
 
 #include "cuda/kernels/quantize/affine.cuh"
 #include "cuda/kernels/quantize/launch.cuh"
-#include "power.h"
+#include "cuda/kernels/quantize/searches.cuh"
 
 namespace isqtorch::cuda {
 
@@ -37,19 +37,19 @@ struct HqqSpace {
 ISQ_DEVICE LaneFloats shrink(LaneFloats e) {
   constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
   constexpr float kShrinkFrom = 0.17f;  // nothing is left of less
-  const float size = abs(e).v;
-  if (!(size >= kShrinkFrom)) return 0.0f;
-  const float rest = size - power(size, kPower) / kBeta;
-  return rest > 0.0f ? ::copysignf(rest, e.v) : 0.0f;
+  const LaneFloats size = abs(e);
+  if (!any(size >= kShrinkFrom)) return 0.0f;
+  const LaneFloats rest = size - power(size, kPower) / kBeta;
+  return rest.v > 0.0f ? ::copysignf(rest.v, e.v) : 0.0f;
 }
 
 // The sum of a value of each weight of the group, one after the other.
 template <int kOwn>
 ISQ_DEVICE double sum_in_order(const Team& team, const LaneFloats (&values)[kOwn]) {
   double sum = 0;
-  ISQ_ROLLED for (int who = 0; who < team.size; ++who) {
+  ISQ_GPU_ROLLED for (int who = 0; who < team.size; ++who) {
     double mine = sum;
-    ISQ_UNROLL for (int i = 0; i < kOwn; ++i) mine += (double)values[i].v;
+    ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) mine += (double)values[i].v;
     sum = team.from(mine, who);
   }
   return sum;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     s = space.inverse[at.group];
     z = space.zero[at.group];
   }
-  ISQ_UNROLL for (int i = 0; i < 32; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
     const LaneFloats q = clamp(round_even(x[i] * s + z), 0.0f, (float)kMax);
     const LaneFloats e = x[i] - (q - z) / s;
     moved[i] = q - (x[i] - shrink(e)) * s;

@@ -12,7 +12,7 @@ ISQ_DEVICE void exchange_halves(const Team& team, LaneFloats number, const LaneI
                                 LaneFloats* dmin, LaneInts (&scales)[kTeam], LaneInts (&mins)[kTeam]) {
   *d = team.from(number.v, 0);
   *dmin = team.from(number.v, kTeam / 2);
-  ISQ_UNROLL for (int j = 0; j < kTeam; ++j) {
+  ISQ_GPU_UNROLL for (int j = 0; j < kTeam; ++j) {
     scales[j] = team.from(integers[j].v, 0);
     mins[j] = team.from(integers[j].v, kTeam / 2);
   }
@@ -28,7 +28,7 @@ ISQ_DEVICE void scales_of_scales(const Team& team, LaneFloats scale, LaneFloats 
   LaneInts integers[kTeam];
   gather(team, scale, mine);
   gather(team, offset, other);
-  ISQ_UNROLL for (int j = 0; j < kTeam; ++j) {
+  ISQ_GPU_UNROLL for (int j = 0; j < kTeam; ++j) {
     if (team.member >= kTeam / 2) mine[j] = other[j];
   }
   LaneFloats number;
@@ -44,7 +44,7 @@ ISQ_DEVICE void scales_of_scales(const Team& team, LaneFloats scale, LaneFloats 
 template <int kOwn>
 ISQ_DEVICE LaneFloats sum_of(const LaneFloats (&w)[kOwn]) {
   LaneFloats sum = 0.0f;
-  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) sum += w[i];
+  ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) sum += w[i];
   return sum;
 }
 
@@ -61,7 +61,7 @@ struct QuantizeQ2K : TileFormat {
     if constexpr (kWeighted) {
       importance_weights(x, w, 1.0f * team.sum_of_squares(x) / 256.0f);
     } else {
-      ISQ_UNROLL for (int i = 0; i < 16; ++i) w[i] = abs(x[i]);
+      ISQ_GPU_UNROLL for (int i = 0; i < 16; ++i) w[i] = abs(x[i]);
     }
     const Guesses guesses = kWeighted ? weighted_guesses() : Guesses{-0.5f, 0.1f, 15, true};
     LaneFloats levels[16], offset, d, dmin;
@@ -86,10 +86,10 @@ struct QuantizeQ2K : TileFormat {
   // Nonnegative scales as integers 0 .. 15 times the value returned.
   static ISQ_DEVICE LaneFloats integer_scales(const LaneFloats (&scales)[16], LaneInts (&integers)[16]) {
     LaneFloats largest = 0.0f;
-    ISQ_UNROLL for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
+    ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
     const LaneInts zero = ~(largest > 0.0f);
     const LaneFloats inverse = 15.0f / largest;
-    ISQ_UNROLL for (int j = 0; j < 16; ++j) integers[j] = select(zero, 0, nearest_int(inverse * scales[j]));
+    ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) integers[j] = select(zero, 0, nearest_int(inverse * scales[j]));
     return select(zero, 0.0f, largest / 15.0f);
   }
 };
@@ -131,17 +131,17 @@ struct QuantizePairs256 : TileFormat {
   // Without importance: |x| plus the sub-block's root mean square.
   static ISQ_DEVICE void magnitude_weights(const LaneFloats (&x)[32], LaneFloats (&w)[32]) {
     LaneFloats sum = 0.0f;
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) sum += x[i] * x[i];
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) sum += x[i] * x[i];
     const LaneFloats rms = sqrt(sum / 32.0f);
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
   }
 
   // Nonnegative scales as integers 0 .. 63 times the value returned.
   static ISQ_DEVICE LaneFloats integer_scales(const LaneFloats (&scales)[8], LaneInts (&integers)[8]) {
     LaneFloats largest = 0.0f;
-    ISQ_UNROLL for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
+    ISQ_GPU_UNROLL for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
     const LaneFloats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
-    ISQ_UNROLL for (int j = 0; j < 8; ++j) {
+    ISQ_GPU_UNROLL for (int j = 0; j < 8; ++j) {
       integers[j] = min(nearest_int(inverse * scales[j]) & 255, 63);  // the model keeps it in an unsigned byte
     }
     return largest / 63.0f;

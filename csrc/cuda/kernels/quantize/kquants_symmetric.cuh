@@ -20,11 +20,11 @@ struct QuantizeQ3K : TileFormat {
     if constexpr (kWeighted) {
       importance_weights(x, w, 2.0f * team.sum_of_squares(x) / 256.0f);
       LaneFloats sum = 0.0f, sums[16], integers[16];
-      ISQ_UNROLL for (int i = 0; i < 16; ++i) sum += w[i];
+      ISQ_GPU_UNROLL for (int i = 0; i < 16; ++i) sum += w[i];
       gather(team, search_symmetric<LaneFloats, 16>(x, w, 4, levels), scales);
       gather(team, sum, sums);
       d = search_symmetric<LaneFloats, 16>(scales, sums, 32, integers);
-      ISQ_UNROLL for (int j = 0; j < 16; ++j) t[j] = truncate(integers[j]);
+      ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) t[j] = truncate(integers[j]);
     } else {
       Descent<LaneFloats, 16> descent(x, 4, levels);
       descent.run();
@@ -32,7 +32,7 @@ struct QuantizeQ3K : TileFormat {
       const LaneFloats extreme = first_extreme(scales);
       const LaneInts zero = extreme == 0.0f;
       const LaneFloats inverse = -32.0f / extreme;
-      ISQ_UNROLL for (int j = 0; j < 16; ++j) {
+      ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) {
         const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
         t[j] = select(zero, 0, clamp(byte, -32, 31) + 32);
       }
@@ -79,7 +79,8 @@ struct QuantizeQ6K : TileFormat {
     const Half stored = to_f16(select(zero, 0.0f, 1.0f / inverse));
     const LaneInts sc = select(zero, 0, min(nearest_int(inverse * mine), 127) << 24 >> 24);
     codes_for_stored_scale(x, scope.largest, stored.value * to_float(sc), 0.0f, -32, 31, 32, levels, codes);
-    ISQ_UNROLL for (int i = 0; i < 16; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
+    ISQ_GPU_UNROLL for (int i = 0; i < 16; ++i) codes[i] =
+        select(zero, 0, codes[i]);  // all bytes of such a block are zero
     share_codes(scope, codes);
     store_runs_of_64(scope, scope.block);
     store_runs<QuantizeQ6K, 2, 4, 4, 2>(scope, scope.block + 128);
@@ -113,12 +114,12 @@ struct QuantizeQ8K : TileFormat {
     const LaneFloats inverse = -127.0f / extreme;
     const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
     LaneInts codes[32], sums[2] = {0, 0};
-    ISQ_UNROLL for (int i = 0; i < 32; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
       codes[i] = select(zero, 0, clamp(nearest_int(inverse * x[i]), -128, 127));
       sums[i / 16] = sums[i / 16] + codes[i];
     }
     if (team.member == 0) store_u32<4>(scope.block, (uint32_t)as_int(select(zero, 0.0f, 1.0f / inverse)).v);
-    ISQ_UNROLL for (int i = 0; i < 32; i += 4) {
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; i += 4) {
       store_u32<4>(scope.block + 4 + 32 * team.member + i,
                    four_bytes(codes[i], codes[i + 1], codes[i + 2], codes[i + 3]));
     }

@@ -13,13 +13,13 @@
 #define ISQ_ISA one_lane
 #define ISQ_ONE_LANE
 #define ISQ_INLINE ISQ_DEVICE
-#define ISQ_SEARCH ISQ_DEVICE
+#define ISQ_GPU_INLINE ISQ_DEVICE
 #if defined(__CUDACC__)
-#define ISQ_UNROLL _Pragma("unroll")
-#define ISQ_ROLLED _Pragma("unroll 1")
+#define ISQ_GPU_UNROLL _Pragma("unroll")
+#define ISQ_GPU_ROLLED _Pragma("unroll 1")
 #else
-#define ISQ_UNROLL
-#define ISQ_ROLLED
+#define ISQ_GPU_UNROLL
+#define ISQ_GPU_ROLLED
 #endif
 
 namespace isqtorch::one_lane {
@@ -38,6 +38,12 @@ struct LaneFloats {
   float v;
   LaneFloats() = default;
   ISQ_DEVICE constexpr LaneFloats(float value) : v(value) {}
+};
+
+struct LaneDoubles {
+  double v;
+  LaneDoubles() = default;
+  ISQ_DEVICE constexpr LaneDoubles(double value) : v(value) {}
 };
 
 template <class V>
@@ -69,8 +75,13 @@ ISQ_LANE_OPERATOR(LaneFloats, +, LaneFloats)
 ISQ_LANE_OPERATOR(LaneFloats, -, LaneFloats)
 ISQ_LANE_OPERATOR(LaneFloats, *, LaneFloats)
 ISQ_LANE_OPERATOR(LaneFloats, /, LaneFloats)
+ISQ_LANE_OPERATOR(LaneDoubles, +, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, -, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, *, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, /, LaneDoubles)
 ISQ_LANE_OPERATOR(LaneInts, +, LaneInts)
 ISQ_LANE_OPERATOR(LaneInts, -, LaneInts)
+ISQ_LANE_OPERATOR(LaneInts, *, LaneInts)
 ISQ_LANE_OPERATOR(LaneInts, &, LaneInts)
 ISQ_LANE_OPERATOR(LaneInts, |, LaneInts)
 ISQ_LANE_COMPARISON(LaneFloats, <)
@@ -99,6 +110,10 @@ ISQ_DEVICE V splat(ScalarOf<V> v) {
 ISQ_DEVICE LaneFloats as_float(LaneInts bits) { return __int_as_float(bits.v); }
 ISQ_DEVICE LaneInts as_int(LaneFloats value) { return __float_as_int(value.v); }
 ISQ_DEVICE LaneFloats to_float(LaneInts i) { return (float)i.v; }
+ISQ_DEVICE LaneFloats to_float(LaneDoubles d) { return (float)d.v; }
+ISQ_DEVICE LaneDoubles to_double(LaneFloats f) { return (double)f.v; }
+ISQ_DEVICE LaneDoubles to_double(LaneInts i) { return (double)i.v; }
+ISQ_DEVICE LaneInts truncate(LaneDoubles d) { return (int32_t)d.v; }
 // What this gives beyond the integers' range is nobody's business: there, and only there, machines differ.
 ISQ_DEVICE LaneInts truncate(LaneFloats f) {
 #if defined(__CUDACC__)
@@ -132,7 +147,7 @@ ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
 template <int kCount>
 ISQ_DEVICE LaneFloats first_extreme(const LaneFloats (&x)[kCount]) {
   LaneFloats largest = 0.0f, value = 0.0f;
-  ISQ_UNROLL for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     const LaneInts better = abs(x[i]) > largest;
     largest = select(better, abs(x[i]), largest);
     value = select(better, x[i], value);
@@ -144,7 +159,7 @@ template <int kCount>
 ISQ_DEVICE void first_min_max(const LaneFloats (&x)[kCount], LaneFloats* lo, LaneFloats* hi) {
   *lo = FLT_MAX;
   *hi = -FLT_MAX;
-  ISQ_UNROLL for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     *lo = select(x[i] < *lo, x[i], *lo);
     *hi = select(x[i] > *hi, x[i], *hi);
   }

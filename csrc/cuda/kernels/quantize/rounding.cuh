@@ -38,14 +38,14 @@ ISQ_DEVICE void for_quotients(const LaneFloats (&x)[kOwn], LaneFloats largest, L
   const float size = abs(d).v;
   if (size > 0x1p-60f && size < 0x1p60f && (largest + abs(add)).v < 0x1p60f) {
     const float inverse = 1.0f / d.v;
-    ISQ_UNROLL for (int i = 0; i < kOwn; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) {
       const float a = x[i].v + add.v;
       float q = a * inverse;
       q = ::fmaf(::fmaf(-d.v, q, a), inverse, q);
       each(i, LaneFloats(::fmaf(::fmaf(-d.v, q, a), inverse, q)));
     }
   } else {
-    ISQ_UNROLL for (int i = 0; i < kOwn; ++i) each(i, (x[i] + add) / d);
+    ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) each(i, (x[i] + add) / d);
   }
 }
 

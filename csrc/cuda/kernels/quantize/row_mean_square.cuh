@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) row_mean_square_kernel(Quant
         const uint8_t* const from =
             static_cast<const uint8_t*>(job.w) + ((first_row + row) * job.k + n * kMeanColumns + column) * (16 / kEach);
         const uint4 piece = load_piece(from, reinterpret_cast<uintptr_t>(from) % 16 == 0);
-        ISQ_UNROLL for (int i = 0; i < kEach; ++i) tile[row * kStride + column + i] = element_of(piece, dtype, i);
+        ISQ_GPU_UNROLL for (int i = 0; i < kEach; ++i) tile[row * kStride + column + i] = element_of(piece, dtype, i);
       }
     }
     if (summing && n > 0 && (int)threadIdx.x < rows) {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) row_mean_square_kernel(Quant
       const int64_t left = job.k - (n - 1) * kMeanColumns;
       const int columns = left < kMeanColumns ? (int)left : kMeanColumns;
       for (int i = 0; i < columns; i += 32) {
-        ISQ_UNROLL for (int j = 0; j < 32; ++j) sum += tile[i + j] * tile[i + j];
+        ISQ_GPU_UNROLL for (int j = 0; j < 32; ++j) sum += tile[i + j] * tile[i + j];
       }
     }
     __syncthreads();

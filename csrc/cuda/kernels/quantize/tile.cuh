@@ -46,9 +46,9 @@ struct Team {
   template <int kOwn>
   ISQ_DEVICE LaneFloats sum_of_squares(const LaneFloats (&x)[kOwn]) const {
     LaneFloats sum = 0.0f;
-    ISQ_ROLLED for (int who = 0; who < size; ++who) {
+    ISQ_GPU_ROLLED for (int who = 0; who < size; ++who) {
       LaneFloats mine = sum;
-      ISQ_UNROLL for (int i = 0; i < kOwn; ++i) mine += x[i] * x[i];
+      ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) mine += x[i] * x[i];
       sum = from(mine.v, who);
     }
     return sum;
@@ -120,7 +120,7 @@ ISQ_DEVICE void stage(const void* from, int count, float* staged, const Place& p
   constexpr int kEach = dtype == Dtype::kF32 ? 4 : 8, kPieces = kOwn / kEach;
   uint4 pieces[kPieces];
   const auto load = [&](bool aligned) {
-    ISQ_UNROLL for (int p = 0; p < kPieces; ++p) {
+    ISQ_GPU_UNROLL for (int p = 0; p < kPieces; ++p) {
       const int first = (p * kQuantizeThreads + (int)threadIdx.x) * kEach;
       pieces[p] = {0, 0, 0, 0};
       if (first < count) {
@@ -133,9 +133,9 @@ ISQ_DEVICE void stage(const void* from, int count, float* staged, const Place& p
   } else {
     load(false);
   }
-  ISQ_UNROLL for (int p = 0; p < kPieces; ++p) {
+  ISQ_GPU_UNROLL for (int p = 0; p < kPieces; ++p) {
     float* const to = staged + staged_at<kOwn>((p * kQuantizeThreads + (int)threadIdx.x) * kEach);
-    ISQ_UNROLL for (int i = 0; i < kEach; ++i) to[i] = element_of(pieces[p], dtype, i);
+    ISQ_GPU_UNROLL for (int i = 0; i < kEach; ++i) to[i] = element_of(pieces[p], dtype, i);
   }
 }
 
@@ -161,7 +161,7 @@ ISQ_DEVICE void stage_importance(const QuantizeJob& job, int64_t first, int coun
 
 template <int kOwn>
 ISQ_DEVICE void take_own(const float* staged, LaneFloats (&x)[kOwn]) {
-  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) x[i] = staged[threadIdx.x * (kOwn + 1) + i];
+  ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) x[i] = staged[threadIdx.x * (kOwn + 1) + i];
 }
 
 ISQ_DEVICE void lower_to(int64_t* target, int64_t value) {
@@ -173,11 +173,11 @@ ISQ_DEVICE void lower_to(int64_t* target, int64_t value) {
 template <int kOwn>
 ISQ_DEVICE uint32_t largest_bits(const LaneFloats (&x)[kOwn], int64_t first, int64_t* bad_weight) {
   float extreme = 0.0f;
-  ISQ_UNROLL for (int i = 0; i < kOwn; ++i) extreme = max_or_nan(::fabsf(x[i].v), extreme);
+  ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) extreme = max_or_nan(::fabsf(x[i].v), extreme);
   const uint32_t largest = __float_as_uint(extreme) & kMagnitude;
   if (largest >= kInfinityBits) {
     int bad = 0;
-    ISQ_UNROLL for (int i = kOwn - 1; i >= 0; --i) {
+    ISQ_GPU_UNROLL for (int i = kOwn - 1; i >= 0; --i) {
       if ((__float_as_uint(x[i].v) & kMagnitude) >= kInfinityBits) bad = i;
     }
     lower_to(bad_weight, first + bad);
