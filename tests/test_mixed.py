@@ -156,7 +156,7 @@ def test_only_what_measures_takes_auto() -> None:
     model = mlp()
     isqtorch.quantize_(model, 4, progress=False)
     with pytest.raises(ValueError, match="requantize_: 'auto' chooses formats by measuring weights"):
-        isqtorch.requantize_(model, "auto")
+        isqtorch.requantize_(model, "auto", source="stored")
 
 
 # ---- what is chosen for ----------------------------------------------------------------------------------------------

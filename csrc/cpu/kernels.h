@@ -5,12 +5,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "rule.h"
 
 namespace isqtorch {
-
-// Which of several ways to choose the codes: every format has the default, some have more.
-enum class Rule : uint8_t { kDefault, kMlx, kSearch };
-constexpr uint8_t rule_bit(Rule rule) { return (uint8_t)(1 << (int)rule); }
 
 // A loop body over [begin, end), and whoever spreads it over threads.
 struct RangeFn {

@@ -10,6 +10,11 @@
 #include "cpu/isa/prelude.h"
 
 #define ISQ_INLINE inline __attribute__((always_inline))
+// What the searches tell the compiler of a GPU (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
+// arrays in registers: a function that is a search, a loop to unroll, a loop to leave as it is.
+#define ISQ_GPU_INLINE
+#define ISQ_GPU_UNROLL
+#define ISQ_GPU_ROLLED
 
 // The elements of a and then b, two vectors of one type, in the order of the indices. GCC has clang's name from 12 on.
 #if defined(__clang__)

@@ -5,16 +5,17 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "rule.h"
 
 namespace isqtorch::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
 // The bytes of a format, for kernels that serve a whole family and are told at run time.
-enum class Header : int { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
+enum class Header : int { kNone, kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
 struct Shape {
   int block, block_bytes;  // weights and bytes of a block
-  Header header = Header::kScaleBiasBf16;
+  Header header;           // of a BitStream's block
 };
 
 // Rows of a packed weight as floats: all of them, or those that ids name.
@@ -23,7 +24,7 @@ struct DecodeJob {
   int64_t rows, k;
   Dtype dtype;      // of out
   void* out;        // [rows, k], or [count, k]
-  const void* ids;  // int32 or int64 [count], each below rows; null: every row
+  const void* ids;  // int32 or int64 [count], each below rows; null: every row (even if count is 0)
   bool wide_ids;    // int64
   int64_t count;    // of ids
 };
@@ -70,7 +71,7 @@ struct FormatKernels {
   const char* name;
   Shape shape;
   int align;  // of every block's address
-  bool has_rules;
+  uint8_t rules;  // bits of those that the operator takes besides the default
   void (*decode)(const DecodeJob&, const Shape&, Stream);
   int64_t max_rows;  // of x that `linear` is meant for; more are faster decoded and multiplied by torch
   void (*linear)(const LinearJob&, const Shape&, Stream);

@@ -24,6 +24,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -75,6 +78,15 @@ inline float __uint_as_float(uint32_t bits) { return simt::from_word<float>(bits
 inline uint32_t __float_as_uint(float value) { return (uint32_t)simt::to_word(value); }
 inline int __float_as_int(float value) { return (int)__float_as_uint(value); }
 inline float __int_as_float(int bits) { return __uint_as_float((uint32_t)bits); }
+
+// Returns what was there, as CUDA's does.
+inline long long atomicMin(long long* address, long long value) {
+  long long seen = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < seen &&
+         !__atomic_compare_exchange_n(address, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return seen;
+}
 
 template <class T>
 T __ldg(const T* address) {

@@ -40,8 +40,18 @@ uint16_t f32_to_bf16(float f) {
 }
 
 // What the hardware reads and writes for a thread. A sanitizer sees calls of memcpy, but not what this file does
-// itself.
-#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
+// itself; ThreadSanitizer is told, because it may have been asked to overlook calls (they may be Python's).
+#if defined(EMULATOR_TSAN)
+extern "C" {
+void __tsan_read_range(void*, size_t);
+void __tsan_write_range(void*, size_t);
+}
+inline void copy_bytes(void* to, const void* from, size_t bytes) {
+  __tsan_read_range(const_cast<void*>(from), bytes);
+  __tsan_write_range(to, bytes);
+  std::memcpy(to, from, bytes);
+}
+#elif defined(EMULATOR_ASAN)
 static void* (*const volatile copy_bytes)(void*, const void*, size_t) = std::memcpy;
 #else
 inline void copy_bytes(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
@@ -123,21 +133,23 @@ namespace {
 
 void make_copy(const Copy& copy) {
   static const char kZeros[16] = {};
-  copy_bytes(copy.to, copy.keep ? copy.from : kZeros, 16);
+  copy_bytes(copy.to, copy.from, copy.bytes);
+  copy_bytes((char*)copy.to + copy.bytes, kZeros, 16 - copy.bytes);
 }
 
 }  // namespace
 
-void copy_async(void* to, const void* from, bool keep) {
+void copy_async(void* to, const void* from, int bytes) {
+  if (bytes < 0 || bytes > 16) fail("cp.async: " + std::to_string(bytes) + " bytes to read");
   if (((uintptr_t)to | (uintptr_t)from) % 16) fail("cp.async: an address is not a multiple of 16");
   if (options.late_copies) {
-    self->copies->push_back({to, from, keep});
+    self->copies->push_back({to, from, bytes});
   } else {
-    make_copy({to, from, keep});
+    make_copy({to, from, bytes});
   }
 }
 
-void end_copies() { self->copies->push_back({nullptr, nullptr, false}); }
+void end_copies() { self->copies->push_back({nullptr, nullptr, 0}); }
 
 void wait_for_copies(int newest) {
   std::vector<Copy>& pending = *self->copies;

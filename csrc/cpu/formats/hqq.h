@@ -8,10 +8,9 @@
 
 #include "cpu/formats/bitstream.h"
 #include "cpu/quantize/line_fit.h"
+#include "cpu/quantize/power.h"
 
 namespace isqtorch::ISQ_ISA {
-
-typedef double D __attribute__((vector_size(8 * kWidth)));
 
 // (level - zero) * scale
 struct HqqLine {
@@ -76,16 +75,12 @@ struct Hqq {
 
   // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
   static LaneFloats shrink(LaneFloats e) {
-    LaneFloats shrunk = splat<LaneFloats>(0.0f);
-    const LaneInts large = abs(e) >= kShrinkFrom;
-    if (!any(large)) return shrunk;
-    for (int l = 0; l < kWidth; ++l) {
-      const float size = __builtin_fabsf(e[l]);
-      if (!large[l]) continue;
-      const float rest = size - powf(size, kPower) / kBeta;
-      shrunk[l] = rest > 0 ? __builtin_copysignf(rest, e[l]) : 0.0f;
-    }
-    return shrunk;
+    const LaneFloats zero = splat<LaneFloats>(0.0f), size = abs(e);
+    const LaneInts large = size >= kShrinkFrom;
+    if (!any(large)) return zero;
+    const LaneFloats rest = size - power(max(size, splat<LaneFloats>(kShrinkFrom)), kPower) / kBeta;
+    const LaneFloats with_sign = as_float(as_int(rest) | (as_int(e) & (int32_t)0x80000000));
+    return select(large & (rest > 0.0f), with_sign, zero);
   }
 
   // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors, a lane to a
@@ -94,7 +89,7 @@ struct Hqq {
     const QuantizeJob& job;
     const int64_t groups, units;
     LaneFloats *inverse, *zero;  // [units]
-    D* errors;                   // [units]: sums of |e|, added up in a fixed order whatever the threads did
+    LaneDoubles* errors;         // [units]: sums of |e|, added up in a fixed order whatever the threads did
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
@@ -103,7 +98,7 @@ struct Hqq {
           units((groups + kWidth - 1) / kWidth),
           inverse(new LaneFloats[units]),
           zero(new LaneFloats[units]),
-          errors(new D[units]) {}
+          errors(new LaneDoubles[units]) {}
     ~Matrix() {
       delete[] inverse;
       delete[] zero;
@@ -141,14 +136,14 @@ struct Hqq {
     double move_zeros() {
       for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
         const LaneFloats s = inverse[unit], z = zero[unit];
-        D moved = {}, size = {};
+        LaneDoubles moved = {}, size = {};
         for (int i = 0; i < kGroup; ++i) {
           const LaneFloats q = integer_for(in.x[i], s, z);
           const LaneFloats e = in.x[i] - (q - z) / s;
-          moved += __builtin_convertvector(q - (in.x[i] - shrink(e)) * s, D);
-          size += __builtin_convertvector(abs(e), D);
+          moved += to_double(q - (in.x[i] - shrink(e)) * s);
+          size += to_double(abs(e));
         }
-        zero[unit] = __builtin_convertvector(moved / (double)kGroup, LaneFloats);
+        zero[unit] = to_float(moved / (double)kGroup);
         errors[unit] = size;
       });
       double sum = 0;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/formats/kquants_common.h"
-#include "cpu/quantize/descent.h"
+#include "cpu/quantize/descend.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -1,5 +1,5 @@
 // ggml's coordinate descent, q3k's way to a scale without importance: change one integer at a time while the error
-// falls. (ggml-quants.c, commit d99724f2: make_q3_quants.)
+// falls. (ggml-quants.c, commit d99724f2: make_q3_quants.) descend.h does it for many blocks.
 #pragma once
 
 #include "cpu/quantize/search.h"
@@ -22,7 +22,7 @@ struct Descent {
     const T extreme = first_extreme<T, kCount>(x), inverse = -nmax / extreme;
     zero = abs(extreme) < kTiny;
     sum_lx = sum_l2 = splat<T>(0.0f);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const T at = get<T, kCount>(x, i), weight = at * at;
       const T l = clamp(nearest_small(inverse * at), -nmax, nmax - 1.0f);
       put<kCount>(levels, i, l);
@@ -50,14 +50,14 @@ struct Descent {
   // The blocks of which some level may change. The others are where they started.
   ISQ_INLINE IntOf<T> restless() const {
     IntOf<T> found = splat<IntOf<T>>(0);
-    for (int i = 0; i < kCount; ++i) found |= step(i).allowed;
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) found |= step(i).allowed;
     return found;
   }
 
   ISQ_INLINE void run() {
-    for (int sweep = 0; sweep < 5; ++sweep) {
+    ISQ_GPU_ROLLED for (int sweep = 0; sweep < 5; ++sweep) {
       IntOf<T> changed = splat<IntOf<T>>(0);
-      for (int i = 0; i < kCount; ++i) {
+      ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
         const Step s = step(i);
         const T weight = s.at * s.at;
         const T new_part_lx = weight * s.at * s.candidate, new_lx = s.rest_lx + new_part_lx;
@@ -76,51 +76,11 @@ struct Descent {
 
   // Returns the scale.
   ISQ_INLINE T finish() {
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       put<kCount>(levels, i, select(zero, 0.0f, get<T, kCount>(levels, i) + nmax));
     }
     return select(zero | ~(sum_l2 > 0.0f), 0.0f, sum_lx / sum_l2);
   }
 };
-
-// The descent of kBlocks vectors of blocks. Four blocks of five stay where they start, and of the others each takes
-// its own number of sweeps, with every step waiting for the one before. So those are brought together first: vectors
-// full of them.
-template <int kCount, int kBlocks>
-__attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels,
-                                                 LaneFloats* scales) {
-  using T = Twin<Twin<LaneFloats>>;
-  constexpr int kSide = sizeof(T) / sizeof(LaneFloats), kDense = kSide * kWidth;
-  struct Place {
-    uint8_t block, lane;
-  };
-  Place restless[kBlocks * kWidth];
-  int found = 0;
-  for (int b = 0; b < kBlocks; ++b) {
-    Descent<LaneFloats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
-    for (uint32_t bits = lane_bits(descent.restless()); bits; bits &= bits - 1) {
-      restless[found++] = {(uint8_t)b, (uint8_t)__builtin_ctz(bits)};
-    }
-    scales[b] = descent.finish();
-  }
-  for (int first = 0; first < found; first += kDense) {
-    const int count = found - first < kDense ? found - first : kDense;
-    LaneFloats dense_x[kSide * kCount] = {}, dense_levels[kSide * kCount], dense_scales[kSide];
-    for (int n = 0; n < count; ++n) {
-      const Place p = restless[first + n];
-      for (int i = 0; i < kCount; ++i) dense_x[n / kWidth * kCount + i][n % kWidth] = x[p.block * kCount + i][p.lane];
-    }
-    Descent<T, kCount> descent(dense_x, nmax, dense_levels);
-    descent.run();
-    put<1>(dense_scales, 0, descent.finish());
-    for (int n = 0; n < count; ++n) {
-      const Place p = restless[first + n];
-      for (int i = 0; i < kCount; ++i) {
-        levels[p.block * kCount + i][p.lane] = dense_levels[n / kWidth * kCount + i][n % kWidth];
-      }
-      scales[p.block][p.lane] = dense_scales[n / kWidth][n % kWidth];
-    }
-  }
-}
 
 }  // namespace isqtorch::ISQ_ISA

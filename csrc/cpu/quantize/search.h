@@ -15,7 +15,7 @@ constexpr float kTiny = 1e-15f;  // a block whose extreme is below this counts a
 template <class T, int kCount>
 ISQ_INLINE T first_extreme(const LaneFloats* x) {
   T largest = splat<T>(0.0f), value = splat<T>(0.0f);
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i), magnitude = abs(at);
     const IntOf<T> better = magnitude > largest;
     largest = select(better, magnitude, largest);
@@ -27,12 +27,12 @@ ISQ_INLINE T first_extreme(const LaneFloats* x) {
 // Symmetric, integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants,
 // rmse_type 1: w null means that a weight's error counts x^2.)
 template <class T, int kCount>
-T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloats* levels) {
+ISQ_GPU_INLINE T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloats* levels) {
   const T extreme = first_extreme<T, kCount>(x);
   const IntOf<T> zero = abs(extreme) < kTiny;
 
   T weights[kCount], weighted[kCount];  // w, w * x
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i);
     weights[i] = w ? get<T, kCount>(w, i) : at * at;
     weighted[i] = weights[i] * at;
@@ -53,7 +53,7 @@ T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloat
     const bool low = excess > 0.5f - kMargin, high = excess > -0.5f - kMargin;
     const T inverse = -((float)nmax + excess) / extreme;
     sum_lx = sum_l2 = splat<T>(0.0f);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const T l = integer(inverse, get<T, kCount>(x, i), low, high);
       sum_lx += weighted[i] * l;
       sum_l2 += weights[i] * l * l;
@@ -64,7 +64,7 @@ T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloat
   best_inverse = attempt(0.0f);
   scale = select(sum_l2 != 0.0f, sum_lx / sum_l2, 0.0f);
   best = scale * sum_lx;
-  for (int step = -9; step <= 9; ++step) {
+  ISQ_GPU_ROLLED for (int step = -9; step <= 9; ++step) {
     if (step == 0) continue;
     const T inverse = attempt(0.1f * (float)step);
     const IntOf<T> better = (sum_l2 > 0.0f) & (sum_lx * sum_lx > best * sum_l2);
@@ -72,7 +72,7 @@ T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloat
     scale = select(better, sum_lx / sum_l2, scale);
     best = select(better, scale * sum_lx, best);
   }
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     const T l = integer(best_inverse, get<T, kCount>(x, i), true, true) + (float)nmax;
     put<kCount>(levels, i, select(zero, 0.0f, l));
   }
@@ -89,10 +89,10 @@ struct Guesses {
 // Asymmetric, integers 0 .. nmax: x ~ scale * level - offset with offset >= 0. Returns the scale. (make_qkx2_quants and
 // make_qkx3_quants, which differ only in their guesses.)
 template <class T, int kCount>
-T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses, LaneFloats* levels,
-                T* offset) {
+ISQ_GPU_INLINE T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses,
+                               LaneFloats* levels, T* offset) {
   T low = get<T, kCount>(x, 0), high = low, sum_w = get<T, kCount>(w, 0), sum_x = sum_w * low;
-  for (int i = 1; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 1; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i), weight = get<T, kCount>(w, i);
     low = select(at < low, at, low);
     high = select(at > high, at, high);
@@ -113,18 +113,18 @@ T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesse
   T minimum = low;
   T best_inverse = (float)nmax / (high - minimum), best_minimum = minimum;
   T scale = 1.0f / best_inverse, best = splat<T>(0.0f);
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     const T at = get<T, kCount>(x, i);
     best += cost(get<T, kCount>(w, i), scale * level(best_inverse, minimum, at, false) + minimum - at);
   }
-  for (int guess = 0; guess <= guesses.count; ++guess) {
+  ISQ_GPU_ROLLED for (int guess = 0; guess <= guesses.count; ++guess) {
     // From the minimum found so far, not from the block's: that is how the model does it.
     const T inverse = (guesses.first + guesses.step * (float)guess + (float)nmax) / (high - minimum);
     // The largest element is mapped near nmax. The smallest is far off only where a fit has put the minimum next to
     // the largest.
     const bool small = !any(~flat & ~(abs(inverse * (low - minimum)) < 0x1p21f));
     T sum_l = splat<T>(0.0f), sum_l2 = splat<T>(0.0f), sum_xl = splat<T>(0.0f);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const T at = get<T, kCount>(x, i), l = level(inverse, minimum, at, small), wl = get<T, kCount>(w, i) * l;
       put<kCount>(levels, i, l);
       sum_l += wl;
@@ -138,7 +138,7 @@ T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesse
     new_minimum = select(above, 0.0f, new_minimum);
     if (any(above)) new_scale = select(above, sum_xl / sum_l2, new_scale);
     T error = splat<T>(0.0f);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const T e = new_scale * get<T, kCount>(levels, i) + new_minimum - get<T, kCount>(x, i);
       error += cost(get<T, kCount>(w, i), e);
     }
@@ -149,7 +149,7 @@ T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesse
     best_minimum = select(better, minimum, best_minimum);
     minimum = select(better, new_minimum, minimum);
   }
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     put<kCount>(levels, i, select(flat, 0.0f, level(best_inverse, best_minimum, get<T, kCount>(x, i), false)));
   }
   *offset = -select(flat, low, minimum);
@@ -158,16 +158,16 @@ T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesse
 
 // Nonnegative x, integers 0 .. nmax, for scales of scales. Returns the scale. (make_qp_quants.)
 template <int kCount>
-LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, LaneInts* levels) {
+ISQ_GPU_INLINE LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, LaneInts* levels) {
   LaneFloats high = splat<LaneFloats>(0.0f);
-  for (int i = 0; i < kCount; ++i) high = max(x[i], high);
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) high = max(x[i], high);
   const LaneInts zero = high < kTiny;
 
   const auto upto_nmax = [&](LaneInts v) { return select(v > nmax, nmax, v); };
   const auto error_of = [&](LaneFloats inverse, bool clamped) {
     const LaneFloats scale = 1.0f / inverse;
     LaneFloats error = splat<LaneFloats>(0.0f);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const LaneInts l = nearest_int(inverse * x[i]);
       const LaneFloats e = x[i] - scale * to_float(clamped ? upto_nmax(l) : l);
       error += w[i] * e * e;
@@ -176,7 +176,7 @@ LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, L
   };
   LaneFloats inverse = (float)nmax / high;
   LaneFloats best = error_of(inverse, false);
-  for (int step = -4; step <= 4; ++step) {
+  ISQ_GPU_ROLLED for (int step = -4; step <= 4; ++step) {
     if (step == 0) continue;
     const LaneFloats candidate = (0.1f * (float)step + (float)nmax) / high;
     const LaneFloats error = error_of(candidate, true);
@@ -186,15 +186,15 @@ LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, L
   }
 
   LaneFloats sum_lx = splat<LaneFloats>(0.0f), sum_l2 = splat<LaneFloats>(0.0f);
-  for (int i = 0; i < kCount; ++i) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
     levels[i] = upto_nmax(nearest_int(inverse * x[i])) & 255;  // the model keeps them in bytes
     const LaneFloats l = to_float(levels[i]);
     sum_lx += w[i] * x[i] * l;
     sum_l2 += w[i] * l * l;
   }
-  for (int sweep = 0; sweep < 5; ++sweep) {
+  ISQ_GPU_ROLLED for (int sweep = 0; sweep < 5; ++sweep) {
     LaneInts changed = splat<LaneInts>(0);
-    for (int i = 0; i < kCount; ++i) {
+    ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
       const LaneFloats l = to_float(levels[i]);
       LaneFloats rest_lx = sum_lx - w[i] * x[i] * l;
       LaneFloats rest_l2 = sum_l2 - w[i] * l * l;
@@ -211,7 +211,7 @@ LaneFloats search_positive(const LaneFloats* x, const LaneFloats* w, int nmax, L
     }
     if (!any(changed)) break;
   }
-  for (int i = 0; i < kCount; ++i) levels[i] = select(zero, 0, levels[i]);
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) levels[i] = select(zero, 0, levels[i]);
   return select(zero | ~(sum_l2 > 0.0f), 0.0f, sum_lx / sum_l2);
 }
 

@@ -1,5 +1,5 @@
-// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place that
-// knows its bytes.
+// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place
+// that knows its bytes.
 //
 // Two faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
 // floats. `codes` and `affine` give a product its operands without ever making a weight: integer codes as bf16 or f16
@@ -22,9 +22,9 @@ using namespace isqtorch::gpu;
 
 constexpr int kChunk = 256, kSlice = 32;
 
-// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in memory,
-// in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t of a
-// quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
+// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in
+// memory, in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t
+// of a quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
 enum class Order : int {
   kQuads,  // pairs of 4t + {(0, 2), (1, 3)}, then of 16 + 4t + {(0, 2), (1, 3)}: a step is 16 weights in a row
   kOcts,   // pairs of 8t + {(0, 4), (1, 5), (2, 6), (3, 7)}
@@ -43,13 +43,13 @@ struct Affine {
 //   static constexpr int kGroup        16 or 32: weights that share scale and offset (32 also where more do)
 //   static constexpr Order kOrder      kQuads if kGroup is 16
 //   static constexpr int kMaxChunkBytes
-//   kPieces<element>                   1, or 2 where a code needs two numbers that add up to zero + code
+//   kPieces<element>                   1, or 2 where a code needs two numbers that add up to zero + code (see Codes)
 //   kZero<element>                     what the pieces of a code add to it
 //   kSums<element>                     whether the sum of x is needed at all (false: zero and offset are always 0)
 //
-//   struct Row                         what a lane keeps in registers of one row's chunk
+//   struct Row                         what a lane keeps in registers of one row's chunk for affine
 //   static Row open(const uint8_t* chunk, const Shape&)
-//   static void codes<element>(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+//   static void codes<element>(const uint8_t* chunk, int slice, int t, const Shape&,
 //                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
 //   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
 //
@@ -72,6 +72,21 @@ ISQ_DEVICE uint32_t load_u32(const uint8_t* p) {
   return load_u16(p) | load_u16(p + 2) << 16;
 }
 
+template <class Block>
+constexpr int kAlignOf = sizeof(Block) % 4 ? 2 : 4;
+
+// Shifts bit `from` to bit `to`, which is a constant once `from` is.
+ISQ_DEVICE uint32_t move_bit(uint32_t word, int from, int to) {
+  return from < to ? word << (to - from) : word >> (from - to);
+}
+
+// 32768 + byte i of a word, as a float: one instruction, while a conversion waits for a slow unit. With an 11-bit d and
+// a bias b of few bits, fmaf(d, biased_byte, -(32768 + b) * d) is d * (byte - b), rounded once.
+ISQ_DEVICE float biased_byte(uint32_t word, int i) {
+  return __uint_as_float(permute(word, 0x47000000u, 0x7604u | i << 4));
+}
+constexpr float kByteBias = 32768.0f;
+
 // ---- codes as 16-bit floats
 // ------------------------------------------------------------------------------------------
 
@@ -86,5 +101,46 @@ template <Element element>
 ISQ_DEVICE uint32_t magic_pair(uint32_t bits, uint32_t mask) {
   return lop3<0xea>(bits, mask, kMagic<element>);  // (bits & mask) | magic
 }
+
+// The codes of a format: kBits each, unsigned in memory and meant as code - kFrom; 8 bits from 128 are signed bytes.
+//
+// bf16 has eight significant bits, too few for 128 + a code of eight. Such a code is the sum of two pieces, its
+// nibbles: 128 + low, and 256 + 16 high, where one unit in the last place is 2.
+template <int kBits, int kFrom>
+struct Codes {
+  static_assert(kBits < 8 || kFrom == 0 || kFrom == 128);
+  template <Element element>
+  static constexpr int kPieces = kBits == 8 && element == Element::kBf16 ? 2 : 1;
+  template <Element element>
+  static constexpr float kZero = kMagicZero<element> + (kPieces<element> == 2 ? 256 : 0) + kFrom;
+  template <Element element>
+  static constexpr bool kSums = true;
+  static constexpr uint32_t kHalves = ((1u << kBits) - 1) * 0x00010001u, kBytes = ((1u << kBits) - 1) * 0x01010101u;
+  static constexpr uint32_t kSigns = kFrom == 128 ? 0x80808080u : 0;  // of bytes; flipped they are unsigned
+
+  // The pairs of a quad, four codes in the low bits of four bytes. What lies above them does not matter.
+  template <Element element>
+  static ISQ_DEVICE void quad_pairs(uint32_t quad, int first, uint32_t (&pairs)[kPieces<element>][4]) {
+    if constexpr (kBits < 8) {
+      pairs[0][first] = magic_pair<element>(quad, kHalves);
+      pairs[0][first + 1] = magic_pair<element>(quad >> 8, kHalves);
+    } else if constexpr (element == Element::kF16) {
+      pairs[0][first] = permute(quad ^ kSigns, kMagic<element>, 0x5250);
+      pairs[0][first + 1] = permute(quad ^ kSigns, kMagic<element>, 0x5351);
+    } else {
+      pairs[0][first] = magic_pair<element>(quad, 0x000f000f);
+      pairs[0][first + 1] = magic_pair<element>(quad >> 8, 0x000f000f);
+      constexpr uint32_t kHigh = 0x43804380u ^ (kSigns >> 1 & 0x00400040u);  // 256, and the sign to flip
+      pairs[1][first] = lop3<0x6a>(quad >> 1, 0x00780078, kHigh);            // (bits & mask) ^ magic
+      pairs[1][first + 1] = lop3<0x6a>(quad >> 9, 0x00780078, kHigh);
+    }
+  }
+
+  // The numbers code - kFrom of a quad.
+  static ISQ_DEVICE void quad_numbers(uint32_t quad, float* numbers) {
+    quad = (quad & kBytes) ^ kSigns;
+    for (int i = 0; i < 4; ++i) numbers[i] = biased_byte(quad, i) - (kByteBias + kFrom);
+  }
+};
 
 }  // namespace isqtorch::cuda

@@ -1,0 +1,48 @@
+// The coordinate descent (descent.h) of many blocks: first those that stay where they start, then the others.
+#pragma once
+
+#include "cpu/quantize/descent.h"
+
+namespace isqtorch::ISQ_ISA {
+
+// The descent of kBlocks vectors of blocks. Four blocks of five stay where they start, and of the others each takes
+// its own number of sweeps, with every step waiting for the one before. So those are brought together first: vectors
+// full of them.
+template <int kCount, int kBlocks>
+__attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels,
+                                                 LaneFloats* scales) {
+  using T = Twin<Twin<LaneFloats>>;
+  constexpr int kSide = sizeof(T) / sizeof(LaneFloats), kDense = kSide * kWidth;
+  struct Place {
+    uint8_t block, lane;
+  };
+  Place restless[kBlocks * kWidth];
+  int found = 0;
+  for (int b = 0; b < kBlocks; ++b) {
+    Descent<LaneFloats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
+    for (uint32_t bits = lane_bits(descent.restless()); bits; bits &= bits - 1) {
+      restless[found++] = {(uint8_t)b, (uint8_t)__builtin_ctz(bits)};
+    }
+    scales[b] = descent.finish();
+  }
+  for (int first = 0; first < found; first += kDense) {
+    const int count = found - first < kDense ? found - first : kDense;
+    LaneFloats dense_x[kSide * kCount] = {}, dense_levels[kSide * kCount], dense_scales[kSide];
+    for (int n = 0; n < count; ++n) {
+      const Place p = restless[first + n];
+      for (int i = 0; i < kCount; ++i) dense_x[n / kWidth * kCount + i][n % kWidth] = x[p.block * kCount + i][p.lane];
+    }
+    Descent<T, kCount> descent(dense_x, nmax, dense_levels);
+    descent.run();
+    put<1>(dense_scales, 0, descent.finish());
+    for (int n = 0; n < count; ++n) {
+      const Place p = restless[first + n];
+      for (int i = 0; i < kCount; ++i) {
+        levels[p.block * kCount + i][p.lane] = dense_levels[n / kWidth * kCount + i][n % kWidth];
+      }
+      scales[p.block][p.lane] = dense_scales[n / kWidth][n % kWidth];
+    }
+  }
+}
+
+}  // namespace isqtorch::ISQ_ISA

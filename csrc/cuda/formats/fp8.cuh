@@ -1,0 +1,71 @@
+// FP8: 128 codes of type e4m3 behind one f32 scale, w = value(code) * scale.
+//
+//   code: sign | exponent (4 bits, bias 7) | mantissa (3 bits)     subnormal numbers, NaN = 0x7f, no infinities
+//
+// Shifted into place, a code is a bf16 or f16 number with another exponent bias than 7: a product with a power of two
+// makes up for that. (Left to the scale, bf16 products of 2^-120 with activations would vanish in f32.)
+#pragma once
+
+#include "cuda/formats/format.cuh"
+
+namespace isqtorch::cuda {
+
+struct Fp8 {
+  struct Block {
+    float scale;
+    uint8_t codes[128];
+  };
+  static constexpr int kBlock = 128, kAlign = 4, kGroup = 32, kMaxChunkBytes = 2 * sizeof(Block);
+  static constexpr Order kOrder = Order::kQuads;
+  template <Element element>
+  static constexpr int kPieces = 1;
+  template <Element element>
+  static constexpr float kZero = 0.0f;
+  template <Element element>
+  static constexpr bool kSums = false;
+
+  struct Row {};
+  static ISQ_DEVICE Row open(const uint8_t*, const Shape&) { return {}; }
+
+  template <Element element>
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&,
+                               uint32_t (&pairs)[1][4]) {
+    const uint8_t* const at = chunk + slice / 4 * sizeof(Block) + 4 + 32 * (slice % 4) + 4 * t;
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t quad = load_u32<4>(at + 16 * half);
+      pairs[0][2 * half] = pair<element>(quad << 8);
+      pairs[0][2 * half + 1] = pair<element>(quad);
+    }
+  }
+  static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&) {
+    return {__uint_as_float(load_u32<4>(chunk + group / 4 * sizeof(Block))), 0.0f};
+  }
+  static ISQ_DEVICE void decode(const uint8_t* block, int first, const Shape&, float (&w)[8]) {
+    const float scale = __uint_as_float(load_u32<4>(block));
+    for (int i = 0; i < 8; i += 4) {
+      const uint32_t quad = load_u32<4>(block + 4 + first + i);
+      const uint32_t even = pair<Element::kBf16>(quad << 8), odd = pair<Element::kBf16>(quad);  // exact in bf16
+      w[i] = __uint_as_float(even << 16) * scale;
+      w[i + 1] = __uint_as_float(odd << 16) * scale;
+      w[i + 2] = __uint_as_float(even & 0xffff0000) * scale;
+      w[i + 3] = __uint_as_float(odd & 0xffff0000) * scale;
+    }
+  }
+
+ private:
+  // The codes in the upper bytes of both halves. A code of NaN alone carries into the next bit of the exponent when one
+  // is added to it, and gets the rest of its exponent.
+  template <Element element>
+  static ISQ_DEVICE uint32_t pair(uint32_t codes) {
+    if constexpr (element == Element::kBf16) {
+      const uint32_t size = codes >> 4 & 0x07f007f0, nan = (size + 0x00100010) & 0x08000800;
+      return multiply_bf16(lop3<0xea>(codes, 0x80008000, size + 15 * nan), 0x7b807b80);  // 2^120
+    } else {
+      const uint32_t size = codes >> 1 & 0x3f803f80;
+      const uint32_t with_nan = lop3<0xea>(size + 0x00800080, 0x40004000, size);
+      return multiply_f16(lop3<0xea>(codes, 0x80008000, with_nan), 0x5c005c00);  // 2^8
+    }
+  }
+};
+
+}  // namespace isqtorch::cuda

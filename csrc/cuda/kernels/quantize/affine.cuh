@@ -1,0 +1,81 @@
+// AFQ: groups of 32, 64 or 128 weights with a 16-bit scale and bias. A thread has 32 weights, and its team the group.
+// cpu/formats/affine.h says how codes are chosen; here the same steps.
+#pragma once
+
+#include "cuda/kernels/quantize/rounding.cuh"
+
+namespace isqtorch::cuda {
+
+// The smallest and the largest weight of a team's group. Here the GPU's own minimum will do: it may give a zero of the
+// other sign than the CPU's, but no code, scale or bias of the affine or HQQ family depends on that.
+ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
+  float least = x[0].v, most = x[0].v;
+  ISQ_GPU_UNROLL for (int i = 1; i < 32; ++i) {
+    least = ::fminf(x[i].v, least);
+    most = ::fmaxf(x[i].v, most);
+  }
+  *low = team.in_order(least, [](float first, float then) { return ::fminf(first, then); });
+  *high = team.in_order(most, [](float first, float then) { return ::fmaxf(first, then); });
+}
+
+// A thread's 32 codes as a bit stream: kBits words.
+template <int kBits>
+ISQ_DEVICE void store_stream(const LaneInts (&codes)[32], uint8_t* to) {
+  ISQ_GPU_UNROLL for (int n = 0; n < kBits; ++n) {
+    uint32_t word = 0;
+    ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
+      const int at = i * kBits - 32 * n;
+      if (at > -kBits && at < 32) word |= at < 0 ? (uint32_t)codes[i].v >> -at : (uint32_t)codes[i].v << at;
+    }
+    store_u32<4>(to + 4 * n, word);
+  }
+}
+
+// To f16, but to subnormal numbers away from zero: they are so coarse that a scale rounded down would cut off a large
+// part of the group's range.
+ISQ_DEVICE Half scale_to_f16(LaneFloats f) {
+  Half h = to_f16(f);
+  if (any((abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f))) h.value = f16_to_f32(++h.bits);
+  return h;
+}
+
+template <int kBits>
+struct QuantizeAffine : TileFormat {
+  using Block = uint8_t;
+  static constexpr int kBlock = 0, kMax = (1 << kBits) - 1;
+  static ISQ_DEVICE bool f16_scales(const Shape& shape) { return shape.header == Header::kScaleBiasF16; }
+
+  template <bool kWeighted>
+  static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&)[32], const BlockScope& scope) {
+    constexpr float kSmallestScale = 1e-7f;
+    const bool f16 = f16_scales(scope.shape);
+    LaneFloats low, high;
+    range_of(x, scope.team, &low, &high);
+    const LaneInts negative = abs(low) > abs(high);
+    LaneFloats scale = max((high - low) / (float)kMax, kSmallestScale);
+    scale = select(negative, scale, -scale);
+    const LaneFloats edge = select(negative, low, high);
+    const LaneFloats steps = round_even(edge / scale);  // from the edge to zero
+    const LaneInts on_grid = steps != 0.0f;
+    scale = select(on_grid, edge / steps, scale);
+    LaneFloats bias = select(on_grid, edge, 0.0f);
+
+    const Half stored_scale = !f16 ? to_bf16(scale) : scope.mlx_rule ? to_f16(scale) : scale_to_f16(scale);
+    const Half stored_bias = f16 ? to_f16(bias) : to_bf16(bias);
+    if (!scope.mlx_rule) {
+      scale = stored_scale.value;
+      bias = stored_bias.value;
+    }
+    LaneInts codes[32];
+    for_quotients(x, scope.largest, -bias, scale,
+                  [&](int i, LaneFloats q) { codes[i] = nearest_code(q, (float)kMax); });
+    if (scope.team.member == 0) {
+      store_u16(scope.block, stored_scale.bits);
+      store_u16(scope.block + 2, stored_bias.bits);
+    }
+    store_stream<kBits>(codes, scope.block + 4 + 4 * kBits * scope.team.member);
+    return stored_scale.overflow || stored_bias.overflow;
+  }
+};
+
+}  // namespace isqtorch::cuda

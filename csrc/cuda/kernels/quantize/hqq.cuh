@@ -1,0 +1,220 @@
+// HQQ: zero points moved step by step until the mean error of the whole matrix no longer falls. cpu/formats/hqq.h has
+// the algorithm; here the same steps. A step is two kernels: one moves every group's zero point and adds up errors,
+// sixteen groups at a time as the CPU does; the other adds those up, one after the other, and decides whether this was
+// the last step. The steps that follow that one find it decided and do nothing, so the host never waits.
+#pragma once
+
+#include "cuda/kernels/quantize/affine.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
+#include "cuda/kernels/quantize/searches.cuh"
+
+namespace isqtorch::cuda {
+
+constexpr int kHqqSteps = 20, kHqqPart = 16;
+
+struct HqqState {
+  double best;
+  int64_t stopped;  // whether the last step has been made
+};
+
+// The solver's memory.
+struct HqqSpace {
+  HqqState* state;
+  double* parts;   // [groups / 16, rounded up]: sums of |e|
+  float* inverse;  // [groups]: of the scale
+  float* zero;     // [groups]
+
+  static int64_t parts_of(int64_t groups) { return (groups + kHqqPart - 1) / kHqqPart; }
+  static int64_t bytes(int64_t groups) { return sizeof(HqqState) + 8 * parts_of(groups) + 8 * groups; }
+  HqqSpace(void* memory, int64_t groups)
+      : state(static_cast<HqqState*>(memory)),
+        parts(reinterpret_cast<double*>(state + 1)),
+        inverse(reinterpret_cast<float*>(parts + parts_of(groups))),
+        zero(inverse + groups) {}
+};
+
+// sign(e) * max(0, |e| - |e|^(p - 1) / beta)
+ISQ_DEVICE LaneFloats shrink(LaneFloats e) {
+  constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
+  constexpr float kShrinkFrom = 0.17f;  // nothing is left of less
+  const LaneFloats size = abs(e);
+  if (!any(size >= kShrinkFrom)) return 0.0f;
+  const LaneFloats rest = size - power(size, kPower) / kBeta;
+  return rest.v > 0.0f ? ::copysignf(rest.v, e.v) : 0.0f;
+}
+
+// The sum of a value of each weight of the group, one after the other.
+template <int kOwn>
+ISQ_DEVICE double sum_in_order(const Team& team, const LaneFloats (&values)[kOwn]) {
+  double sum = 0;
+  ISQ_GPU_ROLLED for (int who = 0; who < team.size; ++who) {
+    double mine = sum;
+    ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) mine += (double)values[i].v;
+    sum = team.from(mine, who);
+  }
+  return sum;
+}
+
+// Where a thread of a kernel over tiles is.
+struct HqqPlace {
+  static constexpr int kOwn = 32, kTile = TileMemory<kOwn>::kTile;
+  int64_t first;               // weight of the tile
+  int count, block;            // weights of the tile; block of the tile that is this thread's
+  int64_t first_group, group;  // of the tile, of this thread
+  bool exists;
+  Team team;
+
+  ISQ_DEVICE HqqPlace(const QuantizeJob& job, const Shape& shape) {
+    const int size = shape.block / kOwn;
+    first = (int64_t)blockIdx.x * kTile;
+    const int64_t left = job.rows * job.k - first;
+    count = left < kTile ? (int)left : kTile;
+    block = (int)threadIdx.x / size;
+    first_group = (int64_t)blockIdx.x * (kTile / shape.block);
+    group = first_group + block;
+    exists = (int)threadIdx.x * kOwn < count;
+    team = {size, (int)threadIdx.x % size};
+  }
+};
+
+// The largest magnitude in the group, and faults as the frame in tile.cuh finds them.
+ISQ_DEVICE LaneFloats group_largest(const LaneFloats (&x)[32], const HqqPlace& at, const QuantizeJob& job) {
+  return __uint_as_float(at.team.largest(largest_bits(x, at.first + (int)threadIdx.x * 32, job.faults)));
+}
+
+// The package's start: the scale from the group's range.
+template <int kMax, bool kRound>
+ISQ_DEVICE void hqq_start(const LaneFloats (&x)[32], const Team& team, LaneFloats* inverse, LaneFloats* zero) {
+  constexpr float kLargestInverse = 2e4f, kFlat = 1e-4f;  // a smaller range is not resolved
+  LaneFloats low, high;
+  range_of(x, team, &low, &high);
+  const LaneFloats span = high - low, exact = select(span <= kFlat, 1.0f, (float)kMax / span);
+  *inverse = select(exact > kLargestInverse, kLargestInverse, exact);
+  *zero = -low * *inverse;
+  if (kRound) *zero = round_even(*zero);
+}
+
+// One step for every group, and the sums of |e| before it.
+template <int kBits>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    hqq_step_kernel(QuantizeJob job, Shape shape, HqqSpace space, bool first_step) {
+  constexpr int kMax = (1 << kBits) - 1;
+  ISQ_SHARED(float, staged, [TileMemory<32>::kFloats]);
+  ISQ_SHARED(double, sizes, [kQuantizeThreads]);
+  if (!first_step && space.state->stopped) return;  // all threads of all blocks alike
+  const HqqPlace at(job, shape);
+  stage_weights<32>(job, at.first, at.count, staged);
+  __syncthreads();
+  LaneFloats x[32], moved[32], size[32], s = 1.0f, z = 0.0f;
+  take_own(staged, x);
+  if (first_step) {
+    group_largest(x, at, job);
+    hqq_start<kMax, kBits == 4>(x, at.team, &s, &z);
+    if (at.exists) space.inverse[at.group] = s.v;
+  } else if (at.exists) {
+    s = space.inverse[at.group];
+    z = space.zero[at.group];
+  }
+  ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
+    const LaneFloats q = clamp(round_even(x[i] * s + z), 0.0f, (float)kMax);
+    const LaneFloats e = x[i] - (q - z) / s;
+    moved[i] = q - (x[i] - shrink(e)) * s;
+    size[i] = abs(e);
+  }
+  const double sum_moved = sum_in_order(at.team, moved), sum_size = sum_in_order(at.team, size);
+  if (at.exists && at.team.member == 0) space.zero[at.group] = (float)(sum_moved / (double)shape.block);
+  if (at.team.member == 0) sizes[at.block] = at.exists ? sum_size : 0.0;
+  __syncthreads();
+  const int part = (int)threadIdx.x, groups = at.count / shape.block;
+  if (part * kHqqPart < groups) {
+    double sum = 0;
+    for (int g = part * kHqqPart; g < (part + 1) * kHqqPart && g < groups; ++g) sum += sizes[g];
+    space.parts[at.first_group / kHqqPart + part] = sum;
+  }
+}
+
+// Adds up the parts and decides whether the step was the last one. One block.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    hqq_judge_kernel(HqqSpace space, int64_t groups, int group, bool first_step) {
+  constexpr int kChunk = 8 * kThreads;
+  ISQ_SHARED(double, chunk, [kChunk]);
+  if (!first_step && space.state->stopped) return;
+  const int64_t parts = (groups + kHqqPart - 1) / kHqqPart;
+  double sum = 0;
+  for (int64_t first = 0; first < parts; first += kChunk) {
+    const int count = parts - first < kChunk ? (int)(parts - first) : kChunk;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < count; i += kThreads) chunk[i] = space.parts[first + i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < count; ++i) sum += chunk[i];
+    }
+  }
+  if (threadIdx.x == 0) {
+    const double error = sum / ((double)groups * group);
+    space.state->stopped = !(first_step ? error < (double)INFINITY : error < space.state->best);
+    space.state->best = error;
+  }
+}
+
+// Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones.
+template <int kBits>
+__global__ void __launch_bounds__(kQuantizeThreads) hqq_store_kernel(QuantizeJob job, Shape shape, HqqSpace space) {
+  constexpr int kMax = (1 << kBits) - 1;
+  constexpr float kLargestF16 = 65504.0f, kExact = 2000.0f;  // integers up to 2048 are exact in f16
+  ISQ_SHARED(float, staged, [TileMemory<32>::kFloats]);
+  const HqqPlace at(job, shape);
+  stage_weights<32>(job, at.first, at.count, staged);
+  __syncthreads();
+  LaneFloats x[32], s = 1.0f, z = 0.0f;
+  take_own(staged, x);
+  __syncthreads();
+  if (at.exists) {
+    s = space.inverse[at.group];
+    z = space.zero[at.group];
+  }
+  const LaneFloats largest = group_largest(x, at, job);
+  const LaneFloats exact_scale = 1.0f / s, offset = z * exact_scale;
+  const LaneInts far = abs(z) > kLargestF16;
+  const Half scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
+  const Half zero = to_f16(select(far, round_even(offset / scale.value), z));
+  LaneInts codes[32];
+  for_quotients(x, largest, 0.0f, scale.value,
+                [&](int i, LaneFloats q) { codes[i] = nearest_code(q + zero.value, (float)kMax); });
+
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);
+  uint8_t* const out = job.out + at.first_group * shape.block_bytes;
+  uint8_t* const block = bytes + reinterpret_cast<uintptr_t>(out) % 16 + at.block * shape.block_bytes;
+  if (at.team.member == 0) {
+    store_u16(block, scale.bits);
+    store_u16(block + 2, zero.bits);
+    const bool overflow = scale.overflow || zero.overflow || largest.v > kLargestWithF16Scales;
+    if (overflow && at.exists) lower_to(job.faults + 1, at.group * shape.block);
+  }
+  store_stream<kBits>(codes, block + 4 + 4 * kBits * at.team.member);
+  __syncthreads();
+  write_tile(bytes, out, at.count / shape.block * shape.block_bytes);
+}
+
+template <int kBits>
+struct QuantizeHqq {
+  static int64_t workspace(const QuantizeJob& job, const Shape& shape) {
+    return HqqSpace::bytes(job.rows * (job.k / shape.block));
+  }
+
+  static void launch(const QuantizeJob& job, const Shape& shape, Stream stream) {
+    constexpr int kJudges = 256;
+    const cudaStream_t on = (cudaStream_t)stream;
+    const int64_t groups = job.rows * (job.k / shape.block);
+    const HqqSpace space(job.workspace, groups);
+    const dim3 grid = {tiles_of(job, HqqPlace::kTile)};
+    for (int step = 0; step < kHqqSteps; ++step) {
+      ISQ_LAUNCH(hqq_step_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space, step == 0);
+      ISQ_LAUNCH(hqq_judge_kernel<kJudges>, {1}, {kJudges}, 0, on, space, groups, shape.block, step == 0);
+    }
+    ISQ_LAUNCH(hqq_store_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space);
+  }
+};
+
+}  // namespace isqtorch::cuda

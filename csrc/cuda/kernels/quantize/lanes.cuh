@@ -1,0 +1,168 @@
+// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what the searches of cpu/quantize compile with
+// there, so that they are written once and give the same bytes.
+//
+// A number is a struct and not a plain float, for masks to be integers (-1 or 0) as on the CPU. Minimum, maximum and
+// comparisons are what C++ makes of them, never the GPU's own, which differ for NaN and for zeros of both signs.
+#pragma once
+
+#include <cfloat>
+#include <type_traits>
+
+#include "cuda/gpu.h"
+
+#define ISQ_ISA one_lane
+#define ISQ_ONE_LANE
+#define ISQ_INLINE ISQ_DEVICE
+#define ISQ_GPU_INLINE ISQ_DEVICE
+#if defined(__CUDACC__)
+#define ISQ_GPU_UNROLL _Pragma("unroll")
+#define ISQ_GPU_ROLLED _Pragma("unroll 1")
+#else
+#define ISQ_GPU_UNROLL
+#define ISQ_GPU_ROLLED
+#endif
+
+namespace isqtorch::one_lane {
+
+using gpu::f16_to_f32;
+using gpu::f32_to_f16;
+
+constexpr int kWidth = 1;
+
+struct LaneInts {
+  int32_t v;
+  LaneInts() = default;
+  ISQ_DEVICE constexpr LaneInts(int32_t value) : v(value) {}
+};
+struct LaneFloats {
+  float v;
+  LaneFloats() = default;
+  ISQ_DEVICE constexpr LaneFloats(float value) : v(value) {}
+};
+
+struct LaneDoubles {
+  double v;
+  LaneDoubles() = default;
+  ISQ_DEVICE constexpr LaneDoubles(double value) : v(value) {}
+};
+
+template <class V>
+struct Like;
+template <>
+struct Like<LaneFloats> {
+  using Float = LaneFloats;
+  using Int = LaneInts;
+  using Scalar = float;
+};
+template <>
+struct Like<LaneInts> {
+  using Float = LaneFloats;
+  using Int = LaneInts;
+  using Scalar = int32_t;
+};
+template <class V>
+using FloatOf = typename Like<V>::Float;
+template <class V>
+using IntOf = typename Like<V>::Int;
+template <class V>
+using ScalarOf = typename Like<V>::Scalar;
+
+#define ISQ_LANE_OPERATOR(Type, op, Result) \
+  ISQ_DEVICE Result operator op(Type a, Type b) { return Result(a.v op b.v); }
+#define ISQ_LANE_COMPARISON(Type, op) \
+  ISQ_DEVICE LaneInts operator op(Type a, Type b) { return LaneInts(a.v op b.v ? -1 : 0); }
+ISQ_LANE_OPERATOR(LaneFloats, +, LaneFloats)
+ISQ_LANE_OPERATOR(LaneFloats, -, LaneFloats)
+ISQ_LANE_OPERATOR(LaneFloats, *, LaneFloats)
+ISQ_LANE_OPERATOR(LaneFloats, /, LaneFloats)
+ISQ_LANE_OPERATOR(LaneDoubles, +, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, -, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, *, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneDoubles, /, LaneDoubles)
+ISQ_LANE_OPERATOR(LaneInts, +, LaneInts)
+ISQ_LANE_OPERATOR(LaneInts, -, LaneInts)
+ISQ_LANE_OPERATOR(LaneInts, *, LaneInts)
+ISQ_LANE_OPERATOR(LaneInts, &, LaneInts)
+ISQ_LANE_OPERATOR(LaneInts, |, LaneInts)
+ISQ_LANE_COMPARISON(LaneFloats, <)
+ISQ_LANE_COMPARISON(LaneFloats, >)
+ISQ_LANE_COMPARISON(LaneFloats, <=)
+ISQ_LANE_COMPARISON(LaneFloats, >=)
+ISQ_LANE_COMPARISON(LaneFloats, ==)
+ISQ_LANE_COMPARISON(LaneFloats, !=)
+ISQ_LANE_COMPARISON(LaneInts, <)
+ISQ_LANE_COMPARISON(LaneInts, >)
+ISQ_LANE_COMPARISON(LaneInts, ==)
+ISQ_LANE_COMPARISON(LaneInts, !=)
+#undef ISQ_LANE_OPERATOR
+#undef ISQ_LANE_COMPARISON
+ISQ_DEVICE LaneFloats operator-(LaneFloats a) { return -a.v; }
+ISQ_DEVICE LaneInts operator~(LaneInts a) { return ~a.v; }
+ISQ_DEVICE LaneInts operator<<(LaneInts a, int by) { return (int32_t)((uint32_t)a.v << by); }
+ISQ_DEVICE LaneInts operator>>(LaneInts a, int by) { return a.v >> by; }
+ISQ_DEVICE LaneFloats& operator+=(LaneFloats& a, LaneFloats b) { return a = a + b; }
+ISQ_DEVICE LaneInts& operator|=(LaneInts& a, LaneInts b) { return a = a | b; }
+
+template <class V>
+ISQ_DEVICE V splat(ScalarOf<V> v) {
+  return v;
+}
+ISQ_DEVICE LaneFloats as_float(LaneInts bits) { return __int_as_float(bits.v); }
+ISQ_DEVICE LaneInts as_int(LaneFloats value) { return __float_as_int(value.v); }
+ISQ_DEVICE LaneFloats to_float(LaneInts i) { return (float)i.v; }
+ISQ_DEVICE LaneFloats to_float(LaneDoubles d) { return (float)d.v; }
+ISQ_DEVICE LaneDoubles to_double(LaneFloats f) { return (double)f.v; }
+ISQ_DEVICE LaneDoubles to_double(LaneInts i) { return (double)i.v; }
+ISQ_DEVICE LaneInts truncate(LaneDoubles d) { return (int32_t)d.v; }
+// What this gives beyond the integers' range is nobody's business: there, and only there, machines differ.
+ISQ_DEVICE LaneInts truncate(LaneFloats f) {
+#if defined(__CUDACC__)
+  return (int32_t)f.v;
+#else
+  return f.v > -0x1p31f && f.v < 0x1p31f ? (int32_t)f.v : 0;
+#endif
+}
+ISQ_DEVICE LaneFloats select(LaneInts mask, LaneFloats a, LaneFloats b) { return mask.v ? a : b; }
+ISQ_DEVICE LaneInts select(LaneInts mask, LaneInts a, LaneInts b) { return mask.v ? a : b; }
+ISQ_DEVICE bool any(LaneInts mask) { return mask.v != 0; }
+ISQ_DEVICE LaneFloats min(LaneFloats a, LaneFloats b) { return select(a < b, a, b); }
+ISQ_DEVICE LaneFloats max(LaneFloats a, LaneFloats b) { return select(a > b, a, b); }
+ISQ_DEVICE LaneInts min(LaneInts a, LaneInts b) { return select(a < b, a, b); }
+ISQ_DEVICE LaneInts max(LaneInts a, LaneInts b) { return select(a > b, a, b); }
+ISQ_DEVICE LaneFloats clamp(LaneFloats v, float lo, float hi) { return min(hi, max(lo, v)); }
+ISQ_DEVICE LaneInts clamp(LaneInts v, int32_t lo, int32_t hi) { return min(hi, max(lo, v)); }
+ISQ_DEVICE LaneFloats abs(LaneFloats v) { return as_float(as_int(v) & 0x7fffffff); }
+ISQ_DEVICE LaneFloats sqrt(LaneFloats v) { return ::sqrtf(v.v); }
+
+ISQ_DEVICE LaneInts nearest_int(LaneFloats f) { return (as_int(f + 12582912.0f) & 0x007fffff) - 0x00400000; }
+ISQ_DEVICE LaneFloats nearest_float(LaneFloats f) {
+  return as_float((as_int(f + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
+}
+ISQ_DEVICE LaneFloats nearest_small(LaneFloats f) { return (f + 12582912.0f) - 12582912.0f; }
+ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
+  const LaneFloats magic = as_float(LaneInts(0x4b000000) | (as_int(f) & (int32_t)0x80000000));
+  return select(abs(f) < 8388608.0f, (f + magic) - magic, f);
+}
+
+template <int kCount>
+ISQ_DEVICE LaneFloats first_extreme(const LaneFloats (&x)[kCount]) {
+  LaneFloats largest = 0.0f, value = 0.0f;
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
+    const LaneInts better = abs(x[i]) > largest;
+    largest = select(better, abs(x[i]), largest);
+    value = select(better, x[i], value);
+  }
+  return value;
+}
+
+template <int kCount>
+ISQ_DEVICE void first_min_max(const LaneFloats (&x)[kCount], LaneFloats* lo, LaneFloats* hi) {
+  *lo = FLT_MAX;
+  *hi = -FLT_MAX;
+  ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
+    *lo = select(x[i] < *lo, x[i], *lo);
+    *hi = select(x[i] > *hi, x[i], *hi);
+  }
+}
+
+}  // namespace isqtorch::one_lane

@@ -1,0 +1,30 @@
+#include "cuda/formats/stream.cuh"
+#include "cuda/kernels/quantize/affine.cuh"
+#include "cuda/kernels/quantize/hqq.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
+
+namespace isqtorch::cuda {
+
+// Both families, by what the header says.
+template <int kBits>
+struct AffineOrHqq {
+  using Affine = BlockByBlock<QuantizeAffine<kBits>>;
+  using Hqq = QuantizeHqq<kBits>;
+
+  static bool is_hqq(const Shape& shape) { return shape.header == Header::kScaleZeroF16; }
+  static int64_t workspace(const QuantizeJob& job, const Shape& shape) {
+    return is_hqq(shape) ? Hqq::workspace(job, shape) : Affine::workspace(job, shape);
+  }
+  static void launch(const QuantizeJob& job, const Shape& shape, Stream stream) {
+    return is_hqq(shape) ? Hqq::launch(job, shape, stream) : Affine::launch(job, shape, stream);
+  }
+};
+
+ISQ_QUANTIZER(BitStream<2>, BlockByBlock<QuantizeAffine<2>>)
+ISQ_QUANTIZER(BitStream<3>, BlockByBlock<QuantizeAffine<3>>)
+ISQ_QUANTIZER(BitStream<4>, AffineOrHqq<4>)
+ISQ_QUANTIZER(BitStream<5>, BlockByBlock<QuantizeAffine<5>>)
+ISQ_QUANTIZER(BitStream<6>, BlockByBlock<QuantizeAffine<6>>)
+ISQ_QUANTIZER(BitStream<8>, AffineOrHqq<8>)
+
+}  // namespace isqtorch::cuda

@@ -1,0 +1,11 @@
+// Which of several ways to choose the codes: every format has the default, some have more.
+#pragma once
+
+#include <cstdint>
+
+namespace isqtorch {
+
+enum class Rule : uint8_t { kDefault, kMlx, kSearch };
+constexpr uint8_t rule_bit(Rule rule) { return (uint8_t)(1 << (int)rule); }
+
+}  // namespace isqtorch
