@@ -7,7 +7,7 @@ PYTHON3 ?= python3
 VENV    ?= .venv
 
 PYTHON  := $(VENV)/bin/python
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Stamps: empty files that remember what was done. A changed prerequisite makes make do that step again, and no other.
 TORCH_STAMP   := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(TORCH)))
@@ -19,7 +19,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models test test-integrations test-all test-neon sanitize lint format tables build clean
+.PHONY: help demo bench bench-models test test-integrations test-all test-neon test-emulator cuda-check gpu-check sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,20 @@ test-all: build  ## the test suite with its slow tests
 
 test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_neon.py
+
+test-emulator: build  ## the CUDA kernels in an emulator of a GPU, all tests of it, also under ThreadSanitizer and AddressSanitizer
+	$(PYTHON) -m pytest -m "(slow or not slow) and not cuda" tests/test_emulator.py $(wildcard tests/test_cuda_*.py)
+
+cuda-check: build  ## compile the CUDA kernels without a GPU; fails on spills and slower inner loops; ARCHS=all for every GPU
+	@$(PYTHON) -m pip install --quiet nvidia-cuda-nvdisasm
+	$(PYTHON) -m benchmarks.cuda.check $(if $(ARCHS),--archs '$(ARCHS)')
+
+# The kernels are compiled for the GPU that is here. A torch with CUDA is needed: make gpu-check TORCH='torch==2.11.0'
+gpu-check: export ISQTORCH_CUDA ?= 1
+gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9[.]0$$/9.0a/' | paste -sd ';')
+gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-sanitizer if installed, speed against the targets; 9 minutes
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.cuda.gpu_check $(if $(QUICK),--quick)
 
 # A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
 # runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.
@@ -91,7 +105,7 @@ $(TORCH_STAMP): | $(PYTHON)
 	@touch $@
 
 # Objects stay in build/temp, so this compiles what changed, and the installation below compiles nothing.
-$(BUILD_STAMP): $(SOURCES) setup.py $(TORCH_STAMP)
+$(BUILD_STAMP): $(SOURCES) setup.py csrc/cuda/build.py $(TORCH_STAMP)
 	@echo "compiling the C++ extension: a minute or two on 2 cores"
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@

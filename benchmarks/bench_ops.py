@@ -3,6 +3,7 @@
     OMP_WAIT_POLICY=passive python -m pytest benchmarks/bench_ops.py -k "q4k or bf16" --benchmark-columns=min,median,rounds
     ... -m "slow or not slow"        all numbers of rows, shapes, and two threads
     ... -k "linear and dram"
+    python -m benchmarks.bench_ops --device cuda    the CUDA kernels: benchmarks/cuda/report.py, which has more options
 
 On one thread the clock is the CPU time of the process, so that other work on the machine hardly shows; on two it is wall time.
 "hot" multiplies with one matrix again and again, "dram" with copies that rotate through memory.
@@ -10,6 +11,8 @@ On one thread the clock is the CPU time of the process, so that other work on th
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from functools import lru_cache
 from typing import Any
@@ -116,3 +119,19 @@ def test_embedding(benchmark: Any, fmt: str, count: int, threads: int, rates: Ra
     benchmark.group = f"embedding of {count} ids, {threads} thread{'s' * (threads > 1)}"
     benchmark(ops.embedding, ids, packed, fmt, torch.bfloat16)
     rates.record(benchmark, nbytes=count * packed[0].nbytes, weights=count * USUAL_SHAPE[1])
+
+
+def main(arguments: list[str]) -> int:
+    """This file's benchmarks, or those of the CUDA kernels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args, rest = parser.parse_known_args(arguments)
+    if args.device == "cuda":
+        from .cuda.report import main as measure_cuda
+
+        return measure_cuda(rest)
+    return int(pytest.main([__file__, *rest]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

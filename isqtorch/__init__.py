@@ -22,6 +22,7 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate as _activate
+from .integrations.generation import Optimization, optimize_  # imports transformers only when called
 
 if TYPE_CHECKING:
     from .integrations.transformers import IsqConfig as IsqConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Explanation",
     "Imatrix",
     "LayerReport",
+    "Optimization",
     "QuantEmbedding",
     "QuantFormat",
     "QuantLinear",
@@ -45,6 +47,7 @@ __all__ = [
     "formats",
     "get_format",
     "kl_divergence",
+    "optimize_",
     "perplexity",
     "plan",
     "quantize",

@@ -16,7 +16,7 @@ from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
-from isqtorch.ops.native import LIBRARY
+from isqtorch.ops.native import LIBRARY, NATIVE_DEVICES, NO_CUDA
 
 
 def pytest_configure() -> None:
@@ -26,6 +26,12 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     return f"isqtorch: {LIBRARY}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `cuda` need a GPU and the kernels for it."""
+    if item.get_closest_marker("cuda") and not ("cuda" in NATIVE_DEVICES and torch.cuda.is_available()):
+        pytest.skip(f"no GPU with CUDA kernels: {NO_CUDA or 'torch sees no GPU'}")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from emulator import kernels
@@ -12,7 +10,6 @@ from helpers import ALL_FORMATS, DTYPES, FORMATS, weight
 from isqtorch import ops
 from isqtorch.formats import QuantFormat, get_format
 
-HERE = Path(__file__).resolve()
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 
@@ -120,12 +117,3 @@ def test_order_does_not_matter(fmt: QuantFormat, order: str) -> None:
     data = packed(fmt, 3, 2)
     with kernels.schedule(order):
         same(decode(fmt, data, torch.float32), ops.reference.dequantize(data, fmt.name, torch.float32))
-
-
-SANITIZED = "test_rows_of_more_than_a_block_of_threads or test_an_output_need_not_align and bfloat16"
-
-
-@pytest.mark.skipif(kernels.VARIANT != "plain", reason="runs these tests under a sanitizer")
-@pytest.mark.parametrize("variant", ["asan", "tsan"])
-def test_sanitizers_have_nothing_to_say(variant: str) -> None:
-    kernels.sanitized_pytest(variant, str(HERE), "-k", SANITIZED)

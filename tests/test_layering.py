@@ -92,7 +92,7 @@ def test_the_check_sees_imports() -> None:
     assert "formats" in imported(Path("cli/formats.py"))
 
 
-CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp") for path in (ROOT / "csrc").rglob(pattern))
+CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(pattern))
 
 
 @pytest.mark.parametrize("path", CXX, ids=lambda path: str(path.relative_to(ROOT)))

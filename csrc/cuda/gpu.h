@@ -11,16 +11,15 @@
 #define ISQ_DYNAMIC_SHARED(type, name)          \
   extern __shared__ uint4 isq_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(isq_dynamic_shared)
-#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   \
+  (::isqtorch::gpu::allow_shared((const void*)kernel, shared_bytes), \
+   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__))
 // Whatever NDEBUG says: ids come from users.
-#define ISQ_ASSERT(condition, message) \
-  if (!(condition)) __assert_fail(message, __FILE__, __LINE__, __func__)
+#define ISQ_ASSERT(condition, message) ((condition) ? (void)0 : __assert_fail(message, __FILE__, __LINE__, __func__))
 #else
 #include "cuda.h"
 #include "tensor_core.h"
-#define ISQ_ASSERT(condition, message) \
-  if (!(condition)) ::simt::fail(message)
+#define ISQ_ASSERT(condition, message) ((condition) ? (void)0 : ::simt::fail(message))
 #endif
 
 #define ISQ_DEVICE __device__ __forceinline__
@@ -29,6 +28,29 @@ namespace isqtorch::gpu {
 
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// ---- launches
+// --------------------------------------------------------------------------------------------------------
+
+// The dynamic shared memory a block may ask for on the current device.
+inline int64_t shared_limit() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    bytes = 48 << 10;
+  }
+  return bytes;
+#else
+  return 227 << 10;
+#endif
+}
+
+#if defined(__CUDACC__)
+// What exceeds 48 KB has to be asked for. It is no operation of the stream, so a graph may be captured meanwhile.
+inline void allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+}
+#endif
 
 // ---- bits
 // ------------------------------------------------------------------------------------------------------------
@@ -58,6 +80,14 @@ ISQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t choice) {
   uint32_t d = 0;
   for (int i = 0; i < 4; ++i) d |= (uint32_t)(bytes >> 8 * (choice >> 4 * i & 7) & 255) << 8 * i;
   return d;
+#endif
+}
+
+ISQ_DEVICE int count_bits(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 
@@ -198,14 +228,14 @@ ISQ_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 // ---- asynchronous copies
 // -----------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, both aligned so; zeros if !keep.
-ISQ_DEVICE void copy_async(void* to, const void* from, bool keep = true) {
+// 16 bytes from global to shared memory, both aligned so; only the first `bytes` are read, zeros stand for the rest.
+ISQ_DEVICE void copy_async(void* to, const void* from, int bytes = 16) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(keep ? 16 : 0)
+               "r"(bytes)
                : "memory");
 #else
-  simt::copy_async(to, from, keep);
+  simt::copy_async(to, from, bytes);
 #endif
 }
 // Ends a group of copies.

@@ -34,18 +34,40 @@ INSTRUMENT = {
 }
 
 
-def library(name: str, sources: list[Path], variant: str = "plain", flags: tuple[str, ...] = ()) -> Path:
-    """The path of a shared library with the emulator and `sources`; what it needs is compiled unless it is there."""
+def library(
+    name: str,
+    sources: list[Path],
+    variant: str = "plain",
+    flags: tuple[str, ...] = (),
+    *,
+    host: list[Path] | None = None,
+    host_flags: tuple[str, ...] = (),
+    link: tuple[str, ...] = (),
+) -> Path:
+    """The path of a shared library with the emulator and `sources`; what it needs is compiled unless it is there.
+
+    Args:
+        name: of the library.
+        sources: GPU code, which is instrumented.
+        variant: plain, asan or tsan.
+        flags: for `sources`.
+        host: code that calls it and is no GPU's.
+        host_flags: for `host`.
+        link: more for the linker.
+    """
     (BUILD / "objects").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         core = pool.map(lambda path: _object(path, [*CORE_FLAGS, *DEFINES[variant]]), CORE)
         gpu = pool.map(lambda path: _object(path, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources)
-        objects = [*core, *gpu]
-    digest = _digest([repr([path.name for path in objects])])
+        rest = pool.map(lambda path: _object(path, list(host_flags)), host or [])
+        objects = [*core, *gpu, *rest]
+    digest = _digest([*(path.name for path in objects), *link])
     target = BUILD / f"{name}-{variant}-{digest}.so"
     if not target.exists():
         linked = target.with_suffix(f".{os.getpid()}.so")
-        _run([COMPILER, "-shared", *INSTRUMENT[variant], *map(str, objects), "-o", str(linked), "-lpthread", "-ldl"])
+        complete = ["-Wl,-z,defs"] if variant == "plain" else []  # a runtime is only there when the program runs
+        flags_of_link = ["-shared", *complete, *INSTRUMENT[variant]]
+        _run([COMPILER, *flags_of_link, *map(str, objects), "-o", str(linked), *link, "-lpthread", "-ldl"])
         linked.replace(target)
     return target
 
@@ -75,7 +97,8 @@ def _digest(texts: list[str]) -> str:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # see `sanitized`
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 

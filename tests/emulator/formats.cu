@@ -37,7 +37,7 @@ __global__ void take_apart(const uint8_t* row, int64_t k, Shape shape, float* co
   for (int slice = 0; slice < weights / kSlice; ++slice) {
     if ((int)threadIdx.x / 4 != slice) continue;
     uint32_t pairs[F::template kPieces<element>][4];
-    F::template codes<element>(opened, local, slice, t, shape, pairs);
+    F::template codes<element>(local, slice, t, shape, pairs);
     for (int i = 0; i < 8; ++i) {
       float code = -F::template kZero<element>;
       for (const auto& piece : pairs) code += number<element>(piece[i / 2] >> 16 * (i % 2));

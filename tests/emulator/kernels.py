@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -88,11 +89,15 @@ class KernelError(RuntimeError):
     """A launch failed, or there is no such kernel."""
 
 
-@cache
-def library() -> ctypes.CDLL:
+def _built(variant: str) -> Path:
     own = [build.HERE / "kernels.cpp", build.HERE / "formats.cu"]
     sources = [*own, *sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))]
-    loaded = ctypes.CDLL(str(build.library("kernels", sources, VARIANT, ("-O1",))))
+    return build.library("kernels", sources, variant, ("-O1",))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(_built(VARIANT)))
     loaded.kernels_error.restype = ctypes.c_char_p
     loaded.kernels_name.restype = ctypes.c_char_p
     loaded.emulator_new_buffer.restype = ctypes.c_void_p
@@ -185,6 +190,7 @@ def run(what: str, format: str, **fields: Any) -> int:
 
 def sanitized_pytest(variant: str, *arguments: str) -> None:
     """Run tests again under a sanitizer; what it says is in the error."""
+    _built(variant)
     command, environment = build.sanitized(variant, [sys.executable, "-m", "pytest", "-q", "-x", "-s", *arguments])
     environment |= {"EMULATOR_VARIANT": variant, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=build.ROOT, capture_output=True, text=True)

@@ -48,7 +48,7 @@ extern Counts counts;
 struct Copy {
   void* to;
   const void* from;
-  bool keep;  // otherwise zeros are stored
+  int bytes;  // to read; zeros stand for the rest
 };
 
 // What the running GPU thread can ask about itself.

@@ -133,21 +133,23 @@ namespace {
 
 void make_copy(const Copy& copy) {
   static const char kZeros[16] = {};
-  copy_bytes(copy.to, copy.keep ? copy.from : kZeros, 16);
+  copy_bytes(copy.to, copy.from, copy.bytes);
+  copy_bytes((char*)copy.to + copy.bytes, kZeros, 16 - copy.bytes);
 }
 
 }  // namespace
 
-void copy_async(void* to, const void* from, bool keep) {
+void copy_async(void* to, const void* from, int bytes) {
+  if (bytes < 0 || bytes > 16) fail("cp.async: " + std::to_string(bytes) + " bytes to read");
   if (((uintptr_t)to | (uintptr_t)from) % 16) fail("cp.async: an address is not a multiple of 16");
   if (options.late_copies) {
-    self->copies->push_back({to, from, keep});
+    self->copies->push_back({to, from, bytes});
   } else {
-    make_copy({to, from, keep});
+    make_copy({to, from, bytes});
   }
 }
 
-void end_copies() { self->copies->push_back({nullptr, nullptr, false}); }
+void end_copies() { self->copies->push_back({nullptr, nullptr, 0}); }
 
 void wait_for_copies(int newest) {
   std::vector<Copy>& pending = *self->copies;

@@ -9,7 +9,7 @@ namespace simt {
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bf16);
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
 
-void copy_async(void* to, const void* from, bool keep);
+void copy_async(void* to, const void* from, int bytes);
 void end_copies();
 void wait_for_copies(int newest);
 

@@ -1,5 +1,5 @@
-// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place that
-// knows its bytes.
+// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place
+// that knows its bytes.
 //
 // Two faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
 // floats. `codes` and `affine` give a product its operands without ever making a weight: integer codes as bf16 or f16
@@ -22,9 +22,9 @@ using namespace isqtorch::gpu;
 
 constexpr int kChunk = 256, kSlice = 32;
 
-// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in memory,
-// in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t of a
-// quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
+// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in
+// memory, in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t
+// of a quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
 enum class Order : int {
   kQuads,  // pairs of 4t + {(0, 2), (1, 3)}, then of 16 + 4t + {(0, 2), (1, 3)}: a step is 16 weights in a row
   kOcts,   // pairs of 8t + {(0, 4), (1, 5), (2, 6), (3, 7)}
@@ -47,9 +47,9 @@ struct Affine {
 //   kZero<element>                     what the pieces of a code add to it
 //   kSums<element>                     whether the sum of x is needed at all (false: zero and offset are always 0)
 //
-//   struct Row                         what a lane keeps in registers of one row's chunk
+//   struct Row                         what a lane keeps in registers of one row's chunk for affine
 //   static Row open(const uint8_t* chunk, const Shape&)
-//   static void codes<element>(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+//   static void codes<element>(const uint8_t* chunk, int slice, int t, const Shape&,
 //                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
 //   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
 //
@@ -104,8 +104,8 @@ ISQ_DEVICE uint32_t magic_pair(uint32_t bits, uint32_t mask) {
 
 // The codes of a format: kBits each, unsigned in memory and meant as code - kFrom; 8 bits from 128 are signed bytes.
 //
-// bf16 has eight significant bits, too few for 128 + a code of eight. Such a code is the sum of two pieces, its nibbles:
-// 128 + low, and 256 + 16 high, where one unit in the last place is 2.
+// bf16 has eight significant bits, too few for 128 + a code of eight. Such a code is the sum of two pieces, its
+// nibbles: 128 + low, and 256 + 16 high, where one unit in the last place is 2.
 template <int kBits, int kFrom>
 struct Codes {
   static_assert(kBits < 8 || kFrom == 0 || kFrom == 128);

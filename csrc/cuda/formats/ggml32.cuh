@@ -20,7 +20,7 @@ struct Block32 : Codes<kBits, kFrom> {
   static ISQ_DEVICE Row open(const uint8_t*, const Shape&) { return {}; }
 
   template <Element element>
-  static ISQ_DEVICE void codes(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&,
                                uint32_t (&pairs)[Block32::template kPieces<element>][4]) {
     const uint8_t* const block = chunk + slice * sizeof(Block);
     for (int half = 0; half < 2; ++half) {

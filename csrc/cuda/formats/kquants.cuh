@@ -24,8 +24,8 @@ struct Block256 : Codes<kBits, kFrom> {
   static constexpr int kBlock = 256, kAlign = kAlignOf<Block>, kMaxChunkBytes = sizeof(Block);
   static constexpr Order kOrder = Order::kQuads;
 
-  template <Element element, class Row>
-  static ISQ_DEVICE void codes(const Row&, const uint8_t* chunk, int slice, int t, const Shape&,
+  template <Element element>
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&,
                                uint32_t (&pairs)[Block256::template kPieces<element>][4]) {
     for (int half = 0; half < 2; ++half) {
       Block256::template quad_pairs<element>(F::quad(chunk, slice, 16 * half + 4 * t), 2 * half, pairs);

@@ -22,7 +22,7 @@ struct BitStream : Codes<kBits, 0> {
   static ISQ_DEVICE Row open(const uint8_t*, const Shape&) { return {}; }
 
   template <Element element>
-  static ISQ_DEVICE void codes(const Row&, const uint8_t* chunk, int slice, int t, const Shape& shape,
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape& shape,
                                uint32_t (&pairs)[BitStream::template kPieces<element>][4]) {
     const uint8_t* const stream = chunk + 4 * kBits * slice + 4 * (block_of(slice, shape) + 1);
     if constexpr (kBits == 8) {
