@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (first_step) {
     group_largest(x, at, job);
     hqq_start<kMax, kBits == 4>(x, at.team, &s, &z);
-    if (at.exists) space.inverse[at.group] = s.v;
+    if (at.exists && at.team.member == 0) space.inverse[at.group] = s.v;
   } else if (at.exists) {
     s = space.inverse[at.group];
     z = space.zero[at.group];
