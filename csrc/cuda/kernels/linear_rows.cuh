@@ -37,8 +37,17 @@ constexpr int kRowTiles = dtype != Dtype::kF32 && WarpRows<F, 2>::kStageBytes <=
 template <class X>
 constexpr int kAhead = 8 / X::kWords;
 
+// Warps of a block at most. ptxas spills a little where that gets a second block of this size in: f32 needs some more
+// than the 64 registers which that would leave with 16 warps.
+template <Dtype dtype>
+constexpr int kMostWarps = dtype == Dtype::kF32 ? 12 : 2 * kRowsWarps;
+// Blocks per multiprocessor that ptxas is told of; 0 leaves it to its own taste, which is to spill with 16 rows (see
+// above) and not to with 32.
+template <Dtype dtype, int kTiles>
+constexpr int kRowsResident = kTiles == 1 && dtype != Dtype::kF32 ? 1 : 0;
+
 template <class F, Dtype dtype, int kTiles>
-__global__ void __launch_bounds__(kWarp * 2 * kRowsWarps) rows_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<dtype, kTiles>) rows_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, kTiles>;
   using Weights = SliceWeights<F, X::kElement, kTiles>;
@@ -159,7 +168,7 @@ void launch_rows_of(const Task& task, Stream stream) {
   constexpr int kBytes = kRowsWarpBytes<F, kTiles>;
   int64_t shared = shared_limit();
   if (!alone && shared > kRowsShared) shared = kRowsShared;
-  int warps = alone ? 2 * kRowsWarps : kRowsWarps;
+  int warps = alone ? kMostWarps<dtype> : kRowsWarps;
   if (warps > shared / kBytes) warps = (int)(shared / kBytes);
   const int chunks = (task.k + kChunk - 1) / kChunk;
   if (warps > chunks) warps = chunks;

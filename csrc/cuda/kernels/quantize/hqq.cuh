@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (first_step) {
     group_largest(x, at, job);
     hqq_start<kMax, kBits == 4>(x, at.team, &s, &z);
-    if (at.exists) space.inverse[at.group] = s.v;
+    if (at.exists && at.team.member == 0) space.inverse[at.group] = s.v;
   } else if (at.exists) {
     s = space.inverse[at.group];
     z = space.zero[at.group];
@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     size[i] = abs(e);
   }
   const double sum_moved = sum_in_order(at.team, moved), sum_size = sum_in_order(at.team, size);
+  __syncwarp();  // the others of the team have read the zero point
   if (at.exists && at.team.member == 0) space.zero[at.group] = (float)(sum_moved / (double)shape.block);
   if (at.team.member == 0) sizes[at.block] = at.exists ? sum_size : 0.0;
   __syncthreads();

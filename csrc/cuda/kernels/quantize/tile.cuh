@@ -209,8 +209,9 @@ struct TileMemory {
   static_assert(kCodesAt + kTile <= 4 * kFloats && kCodesAt % 16 == 0);  // no block has more than 1.25 bytes a weight
 };
 
+// Four blocks of threads at a time are enough, and leave each thread 128 registers: more make some formats spill.
 template <class Q, bool kWeighted>
-__global__ void __launch_bounds__(kQuantizeThreads)
+__global__ void __launch_bounds__(kQuantizeThreads, 4)
     quantize_kernel(QuantizeJob job, Shape shape, const float* row_mean_square) {
   constexpr int kOwn = Q::kOwn, kTile = TileMemory<kOwn>::kTile;
   ISQ_SHARED(float, staged, [TileMemory<kOwn>::kFloats]);
