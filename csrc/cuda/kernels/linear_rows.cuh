@@ -42,12 +42,18 @@ constexpr int kAhead = 8 / X::kWords;
 template <Dtype dtype>
 constexpr int kMostWarps = dtype == Dtype::kF32 ? 12 : 2 * kRowsWarps;
 // Blocks per multiprocessor that ptxas is told of; 0 leaves it to its own taste, which is to spill with 16 rows (see
-// above) and not to with 32.
-template <Dtype dtype, int kTiles>
-constexpr int kRowsResident = kTiles == 1 && dtype != Dtype::kF32 ? 1 : 0;
+// above) and not to with 32. For the newest GPUs it is the other way round, but for the few registers of fp8.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kRowsNarrow = 0;
+#else
+constexpr int kRowsNarrow = 1;
+#endif
+template <class F, Dtype dtype, int kTiles>
+constexpr int kRowsResident =
+    kTiles == 1 && dtype != Dtype::kF32 ? kRowsNarrow | !F::template kSums<Element::kBf16> : 0;
 
 template <class F, Dtype dtype, int kTiles>
-__global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<dtype, kTiles>) rows_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dtype, kTiles>) rows_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, kTiles>;
   using Weights = SliceWeights<F, X::kElement, kTiles>;

@@ -78,7 +78,7 @@ ISQ_DEVICE void copy_tokens(const uint8_t* const (&rows)[kTokenTiles], uint8_t* 
 }
 
 template <class F, Dtype dtype, int kTokenTiles>
-__global__ void __launch_bounds__(kWarp*(kTileWarps<kTokenTiles> + 1)) tile_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp*(kTileWarps<kTokenTiles> + 1), kTokenTiles == 2) tile_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, 2>;
   using Ring = TokenRing<X, kTokenTiles>;
