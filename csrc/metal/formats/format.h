@@ -24,8 +24,6 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
-namespace isqtorch {
-
 struct Scale {
   float scale, zero, offset;
 };
@@ -74,4 +72,3 @@ inline void decode(const device uchar* row, int unit, thread float (&w)[F::unit]
   }
 }
 
-}  // namespace isqtorch

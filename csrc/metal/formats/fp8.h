@@ -3,8 +3,6 @@
 
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 struct Fp8 {
   static constant constexpr const int block = 128, bytes = 132, unit = 16, groups = 1, span = 16;
 
@@ -30,4 +28,3 @@ struct Fp8 {
   static Scale scale(const device uchar* b, int, int) { return {load_f32(b), 0.0f, -0.0f}; }
 };
 
-}  // namespace isqtorch

@@ -4,8 +4,6 @@
 
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 // q4_0 q4_1 q5_0 q5_1: d, then m for `offsets`, then a word of fifth bits for 5 bits, then nibbles.
 template <int bits, bool offsets>
 struct Nibbles {
@@ -61,4 +59,3 @@ using Q5_1 = Nibbles<5, true>;
 using Q8_0 = Bytes<false>;
 using Q8_1 = Bytes<true>;
 
-}  // namespace isqtorch

@@ -4,8 +4,6 @@
 
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 // Units of the formats whose bytes hold weights 32 apart: eight bytes of either half of the block, four codes each.
 struct Crumbs {
   static constant constexpr const int block = 256, unit = 32, groups = 4, span = 128;
@@ -126,4 +124,3 @@ struct Q8K {
   static Scale scale(const device uchar* b, int, int) { return {load_f32(b), 0.0f, -0.0f}; }
 };
 
-}  // namespace isqtorch

@@ -3,8 +3,6 @@
 
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 enum class Header { scale_bias_bf16, scale_bias_f16, scale_zero_f16 };  // AFQ, AFQ with f16 scales, HQQ
 
 template <int bits, int group, Header header>
@@ -34,4 +32,3 @@ struct Stream {
   }
 };
 
-}  // namespace isqtorch

@@ -1,8 +1,6 @@
 // Weights as floats: all rows, or the rows that ids name.
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 // out [rows, k]; a thread a unit.
 template <class F, class T>
 kernel void dequantize(const device uchar* weight [[buffer(0)]], device T* out [[buffer(1)]],
@@ -31,4 +29,3 @@ kernel void embedding(const device uchar* weight [[buffer(0)]], const device Id*
   for (int i = 0; i < F::unit; ++i) row[place + F::offset(i)] = T(w[i]);
 }
 
-}  // namespace isqtorch

@@ -2,8 +2,6 @@
 // on a unit each of all of them, so that x is read and scaled once for four; two SIMD-groups to a threadgroup.
 #include "metal/formats/format.h"
 
-namespace isqtorch {
-
 constant constexpr const int kRows = 4, kSimdgroups = 2;
 
 // The unit's part of x, in the order of its codes and undoing their places, and its sum by groups.
@@ -97,4 +95,3 @@ kernel void experts_gemv(const device uchar* weight [[buffer(0)]], const device 
   }
 }
 
-}  // namespace isqtorch
