@@ -3,6 +3,9 @@
 One library, `isqtorch/_C.abi3.so`, registered with torch through its stable ABI and free of Python symbols: one binary serves
 every torch >= 2.10 and every CPython >= 3.10. Instruction sets (AVX2, AVX-512, ...) are compiled by target regions inside the
 sources and chosen at run time, so no flag here depends on the machine that builds.
+
+A second library, `isqtorch/_CUDA.abi3.so`, has the CUDA kernels. It is built where torch knows CUDA and there is an nvcc, GPU or
+not: csrc/cuda/build.py.
 """
 
 import os
@@ -14,6 +17,9 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a build in isolation starts elsewhere
+
+from csrc.cuda import build as cuda  # noqa: E402
 
 
 def files(*patterns: str) -> list[str]:
@@ -56,6 +62,34 @@ class Build(BuildExtension):
             )
         self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
+    def run(self) -> None:
+        super().run()
+        if not SANITIZE:
+            build_cuda((ROOT if self.inplace else Path(self.build_lib)) / "isqtorch" / cuda.NAME)
+
+
+def build_cuda(target: Path) -> None:
+    """The CUDA library, if there is to be one. That it cannot be built ends the build only if it was asked for."""
+    torch = cuda.Torch.installed()
+    try:
+        toolkit = cuda.wanted(torch)
+        if toolkit is None:
+            if os.environ.get("ISQTORCH_CUDA") == "0":
+                target.unlink(missing_ok=True)
+            return
+        archs, unknown = cuda.chosen_archs(toolkit)
+        print(f"isqtorch: compiling the CUDA kernels for {' '.join(arch.name for arch in archs)}", flush=True)
+        if unknown:
+            print(
+                f"isqtorch: not for {' '.join(unknown)}: nvcc {'.'.join(map(str, toolkit.version))} is older than these"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cuda.build(target.resolve(), ROOT / "build" / "cuda" / "package", toolkit, archs, torch)
+    except cuda.NotBuilt as reason:
+        if os.environ.get("ISQTORCH_CUDA") == "1":
+            raise SystemExit(f"isqtorch: {reason}") from reason
+        print(f"isqtorch: no CUDA kernels; plain PyTorch computes there. {reason}", file=sys.stderr)
+
 
 if "clang" not in subprocess.run([get_cxx_compiler(), "--version"], capture_output=True, text=True).stdout:
     # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
@@ -71,8 +105,13 @@ setup(
     ext_modules=[
         CppExtension(
             "isqtorch._C",
-            files("*.cpp"),
-            depends=[*files("*.h", "*.inl"), "setup.py"],
+            [path for path in files("*.cpp") if not path.startswith("csrc/cuda/")],
+            depends=[
+                *files("*.h", "*.inl", "*.cu", "*.cuh"),
+                "csrc/cuda/ops_cuda.cpp",
+                "csrc/cuda/build.py",
+                "setup.py",
+            ],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=COMPILE_ARGS,

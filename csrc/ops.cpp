@@ -2,7 +2,9 @@
 // ...); shapes for tracing and gradients are in isqtorch/ops/schema.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(isqtorch, m) {
+#include "ops_tensors.h"
+
+ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // w [..., N, K] float -> uint8 [..., N, row_bytes]; importance f32 [K], or [E, K] for w [E, N, K]
   m.def("quantize(Tensor w, str format, Tensor? importance=None, str? rule=None) -> Tensor");
 
@@ -32,4 +34,6 @@ STABLE_TORCH_LIBRARY(isqtorch, m) {
   m.def("cpu_info() -> str");
   // Select an instruction-set level by name, for tests and measurements; "" selects the best one again.
   m.def("set_cpu_isa(str name) -> ()");
+  // What the CUDA part was compiled for, as JSON; there is no kernel for it where that part is missing.
+  m.def("cuda_info() -> str");
 }

@@ -13,7 +13,8 @@ from torch import nn
 from .formats import get_format
 from .modules import PackedModule, QuantEmbedding, QuantExperts
 from .modules.convert import name_of
-from .ops import CpuInfo, cpu_info
+from .ops import CpuInfo, cpu_info, cuda_info
+from .ops.native import NATIVE_DEVICES, missing_kernels
 
 JSON_VERSION = 1
 _HEAD = ("layer", "count", "shape", "format", "bpw", "device", "op", "kernel, by rows of x")
@@ -171,15 +172,28 @@ def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> 
 def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUse, ...]:
     if device == "meta":
         return (KernelUse(_ANY, "none", "", "a layer on meta holds no data; only shapes are computed"),)
-    if device != "cpu":
-        why = f"there are no native kernels for {device} yet, so weights are decoded by PyTorch, correctly and slowly"
+    if device not in NATIVE_DEVICES:
+        why = f"{missing_kernels(device)}, so weights are decoded by PyTorch, correctly and slowly"
         return (KernelUse(_ANY, "plain PyTorch reference", "", why),)
+    if device == "cuda":
+        return _cuda_kernels(op, format)
     if op == "embedding":
         return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
     if op == "experts_linear" and info.linear[format][-1].kernel.startswith("decoded"):
         few = info.linear[format][0]  # eight rows at a time: no expert is decoded into memory
         return (KernelUse(_ANY, few.kernel, few.level, few.why),)
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])
+
+
+def _cuda_kernels(op: str, format: str) -> tuple[KernelUse, ...]:
+    info = cuda_info()
+    assert info
+    if op == "embedding":
+        return (KernelUse(_ANY, "decoded rows (CUDA)", "", "only the rows that the ids name are decoded"),)
+    if op == "experts_linear":
+        why = "pairs of a token and an expert, sorted on the GPU where there are many"
+        return (KernelUse(_ANY, "rows or tiles (CUDA)", "", why),)
+    return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear(format))
 
 
 # ---- names of groups -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .inventory import Inventory, inspect_model
 from .modules import PackedModule
 from .modules.convert import layer_kind, locate, weight_matrix
 from .modules.packed import ordinary_tensors
-from .ops.native import NATIVE_DEVICES
+from .ops.native import NATIVE_DEVICES, missing_kernels
 from .policy import LayerInfo, Request, Verdict, decide
 
 ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -144,7 +144,7 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
         if decision.format is not None
     }
     return [
-        f"there are no native kernels for {device} yet: the plain PyTorch reference runs there, correct and slow"
+        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow"
         for device in sorted(devices - {*NATIVE_DEVICES, "meta"})
     ]
 

@@ -1,7 +1,6 @@
 // The operators on CPU tensors: checks, errors, memory and threads. Arithmetic is in the kernels (kernels.h), which
 // know nothing of torch.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -16,85 +15,19 @@ namespace {
 
 // ---- quantize -----------------------------------------------------------------------------------------------------
 
-std::string number_text(float value) {
-  if (std::isfinite(value)) return text(value);
-  return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
-}
-
-// What to do about a format whose scales overflow.
-std::string wider_scale(const std::string& format) {
-  const size_t suffix = format.find(".f16");
-  if (suffix != std::string::npos) return text("Use ", format.substr(0, suffix), ", which has bf16 scales");
-  return "Scale the weight down, or use a format with a wider scale (q8k, fp8)";
-}
-
-std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
-  std::string position;
-  for (size_t i = shape.size(); i-- > 0;) {
-    position = text(index % shape[i], position.empty() ? "" : ", ", position);
-    index /= shape[i];
-  }
-  return position;
-}
-
-// f32 importance [matrices, K], checked; empty if there is none.
-std::vector<float> checked_importance(const std::optional<Tensor>& importance,
-                                      const std::vector<int64_t>& weight_shape) {
-  if (!importance) return {};
-  const int64_t k = weight_shape.back();
-  std::vector<int64_t> own(weight_shape.begin(), weight_shape.end() - 2);  // one vector per matrix
-  int64_t matrices = 1;
-  for (const int64_t size : own) matrices *= size;
-  own.push_back(k);
-  const std::vector<int64_t> shape = shape_of(*importance);
-  const bool shared = shape == std::vector<int64_t>{k};
-  check(shared || shape == own, "quantize: importance must have shape [", k, "], one value per column of the weight",
-        own.size() > 1 ? text(", or ", shape_text(own), ", one vector per matrix") : "", "; got ", shape_text(shape),
-        ". Is this the entry of another layer?");
-  check(float_dtype(importance->scalar_type()) || importance->scalar_type() == ScalarType::Double,
-        "quantize: importance must be a float tensor, got ", name_of(importance->scalar_type()), ".");
-  const Tensor values = dense(torch::stable::to(*importance, ScalarType::Float));
-  std::vector<float> columns(matrices * k);
-  const int64_t count = shared ? k : matrices * k;
-  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()),
-              columns.begin());
-  const auto last = columns.begin() + (matrices ? count : 0);
-  const auto bad = std::find_if_not(columns.begin(), last, [](float v) { return std::isfinite(v) && v >= 0; });
-  if (bad != last) {
-    check(false, "quantize: importance[", position_text(bad - columns.begin(), shape), "] is ", number_text(*bad),
-          "; importance must be finite and not negative.");
-  }
-  for (int64_t e = 1; shared && e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
-  return columns;
-}
-
-Rule checked_rule(const FormatKernels& format, const std::optional<std::string>& rule) {
-  if (!rule) return Rule::kDefault;
-  check(format.has_rules && *rule == "mlx", "quantize: ", format.name, " has no rule '", *rule, "'. Use rule=None",
-        format.has_rules ? " or 'mlx'" : "", ".");
-  return Rule::kMlx;
-}
-
 Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
                 std::optional<std::string> rule) {
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = kernels.formats.formats[find_format("quantize", format_name)];
+  const std::vector<int64_t> packed_shape = checked_source(w, format.name, format.block, format.block_bytes);
   const std::vector<int64_t> shape = shape_of(w);
-  check(float_dtype(w.scalar_type()) || w.scalar_type() == ScalarType::Double,
-        "quantize: weight must be one of float32, float16, bfloat16, float64, got ", name_of(w.scalar_type()), ".");
-  check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got shape ", shape_text(shape),
-        ". Vectors (biases, norms) are left as they are.");
   const int64_t k = shape.back(), rows = shape[shape.size() - 2];
-  check(k > 0 && k % format.block == 0, format.name, ": in_features must be a positive multiple of ", format.block,
-        ", got ", k, ". Use a format with a smaller block, or leave this weight as it is.");
-  const Rule checked = checked_rule(format, rule);
+  const Rule checked = checked_mlx_rule(format.name, format.has_rules, rule) ? Rule::kMlx : Rule::kDefault;
   const std::vector<float> columns = checked_importance(importance, shape);
   const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
   const Dtype dtype = *float_dtype(source.scalar_type());
   const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
 
-  std::vector<int64_t> packed_shape = shape;
-  packed_shape.back() = k / format.block * format.block_bytes;
   Tensor out = empty(packed_shape, ScalarType::Byte);
   const int64_t matrix_bytes = rows * packed_shape.back(), matrix_weights = rows * k;
   for (int64_t e = 0; e < matrices; ++e) {
@@ -113,13 +46,10 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
       float value;
       kernels.formats.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1,
                            &value);
-      check(false, "quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ", format.name,
-            " needs finite values. Repair the checkpoint, or leave this weight out.");
+      refuse_weight(format.name, at, shape, value);
     }
     if (result.overflow_at != QuantizeResult::kNone) {
-      const int64_t at = e * matrix_weights + result.overflow_at;
-      check(false, "quantize: the block of ", format.name, " from weight[", position_text(at, shape),
-            "] on holds values too large for its 16-bit scale. ", wider_scale(format.name), ".");
+      refuse_block(format.name, e * matrix_weights + result.overflow_at, shape);
     }
   }
   return out;
@@ -144,18 +74,16 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
 Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
   const PackedMatrix packed("embedding", weight, format_name, true);
   const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
-  const ScalarType id_type = ids.scalar_type();
-  check(id_type == ScalarType::Long || id_type == ScalarType::Int, "embedding: ids must be int64 or int32, got ",
-        name_of(id_type), ".");
+  const bool wide = checked_ids(ids);
   const Tensor flat = dense(ids);
   const int64_t count = flat.numel();
   std::vector<int64_t> rows(count);
   const void* data = flat.const_data_ptr();
   for (int64_t i = 0; i < count; ++i) {
-    rows[i] = id_type == ScalarType::Long ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    rows[i] = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
     if (rows[i] < 0 || rows[i] >= packed.rows) {
-      throw std::out_of_range(text("embedding: ids[", position_text(i, shape_of(ids)), "] is ", rows[i],
-                                   ", but the table has ", packed.rows, " rows."));
+      out_of_range("embedding: ids[", position_text(i, shape_of(ids)), "] is ", rows[i], ", but the table has ",
+                   packed.rows, " rows.");
     }
   }
   std::vector<int64_t> shape = shape_of(ids);

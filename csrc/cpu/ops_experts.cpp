@@ -40,9 +40,8 @@ void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, b
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = ids[i];
     if (id < 0 || id > experts) {
-      throw std::out_of_range(text("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but there are ",
-                                   experts, " experts; ", experts,
-                                   " itself is allowed and stands for one that is not here."));
+      out_of_range("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but there are ", experts,
+                   " experts; ", experts, " itself is allowed and stands for one that is not here.");
     }
     ++call.begins[id + 1];
   }
@@ -220,27 +219,19 @@ void multiply(const ExpertsCall& call) {
 Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_name, const Tensor& ids,
                       std::optional<Tensor> bias) {
   const PackedMatrix packed("experts_linear", weight, format_name, false);
-  check(weight.dim() == 3, "experts_linear: the weight must have 3 dimensions [E, N, row_bytes], got shape ",
-        shape_text(shape_of(weight)), ".");
-  const Dtype dtype = checked_dtype("experts_linear", "x", x.scalar_type());
-  const ScalarType id_type = ids.scalar_type();
-  check((id_type == ScalarType::Long || id_type == ScalarType::Int) && ids.dim() == 2,
-        "experts_linear: ids must be int64 or int32 [T, S], got ", name_of(id_type), " ", shape_text(shape_of(ids)),
-        ".");
-  const int64_t experts = weight.size(0), n = weight.size(1), k = packed.k;
-  const int64_t tokens = ids.size(0), slots = ids.size(1);
-  const std::vector<int64_t> shape = shape_of(x), shared = {tokens, k}, own = {tokens, slots, k};
-  check(shape == shared || shape == own, "experts_linear: x must be ", shape_text(shared), ", one row per token, or ",
-        shape_text(own), ", one per slot, for this ", format_name, " weight and these ids; got shape ",
-        shape_text(shape), ".");
+  const ExpertsShape sizes(x, weight, packed, format_name, ids);
+  const Dtype dtype = *float_dtype(x.scalar_type());
+  const int64_t experts = sizes.experts, n = sizes.n, tokens = sizes.tokens, slots = sizes.slots;
   ExpertsCall call;
   call.bias = loaded_bias("experts_linear", packed, bias, {experts, n});
 
   const Tensor dense_ids = dense(ids), dense_x = dense(x);
-  if (id_type == ScalarType::Long) {
-    sort_pairs(static_cast<const int64_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, shape == own, call);
+  if (sizes.wide_ids) {
+    sort_pairs(static_cast<const int64_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, sizes.rows_per_slot,
+               call);
   } else {
-    sort_pairs(static_cast<const int32_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, shape == own, call);
+    sort_pairs(static_cast<const int32_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, sizes.rows_per_slot,
+               call);
   }
   Tensor y = empty({tokens, slots, n}, x.scalar_type());
   if (y.numel() == 0) return y;

@@ -105,13 +105,10 @@ void linear_decoded(const Product& p, const PackedMatrix& packed, const Tensor& 
 Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
   const PackedMatrix packed("linear", weight, format_name, true);
   Product p(packed, checked_dtype("linear", "x", x.scalar_type()));
-  std::vector<int64_t> shape = shape_of(x);
-  check(!shape.empty() && shape.back() == p.k, "linear: the last dimension of x must be ", p.k,
-        ", the in_features of this ", format_name, " weight, got shape ", shape_text(shape), ".");
+  const std::vector<int64_t> shape = checked_linear(x, packed, format_name);
   const std::vector<float> bias_values = loaded_bias("linear", packed, bias, {p.n});
   p.bias = bias ? bias_values.data() : nullptr;
   p.m = x.numel() / p.k;
-  shape.back() = p.n;
   Tensor y = empty(shape, x.scalar_type());
   if (p.m == 0 || p.n == 0) return y;
   const Tensor dense_x = torch::stable::view(dense(x), {p.m, p.k});

@@ -144,9 +144,8 @@ inline std::vector<float> loaded_bias(const char* op, const PackedMatrix& packed
                                       const std::vector<int64_t>& wanted) {
   std::vector<float> values;
   if (!bias) return values;
-  check(shape_of(*bias) == wanted, op, ": bias must have shape ", shape_text(wanted), ", got ",
-        shape_text(shape_of(*bias)), ".");
-  const Dtype dtype = checked_dtype(op, "bias", bias->scalar_type());
+  check_bias(op, *bias, wanted);
+  const Dtype dtype = *float_dtype(bias->scalar_type());
   values.resize(bias->numel());
   packed.kernels->formats.load(dense(*bias).const_data_ptr(), dtype, bias->numel(), values.data());
   return values;

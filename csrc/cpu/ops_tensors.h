@@ -1,105 +1,20 @@
-// Tensors for the CPU operators, through torch's stable ABI: types, shapes, new tensors, threads, packed weights.
+// What the CPU operators share: threads, memory, packed weights.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
-#include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "check.h"
 #include "cpu/dispatch.h"
 #include "cpu/linear_choice.h"
+#include "ops_checks.h"
 
 namespace isqtorch {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kChunk = 1024;  // weights decoded at a time: 4 KB of f32, well inside the first-level cache
 constexpr int64_t kWeightsPerTask = 1 << 16;  // less than this is not worth another thread
-
-inline const char* name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another type";
-  }
-}
-
-inline std::optional<Dtype> float_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Dtype::kF32;
-    case ScalarType::Half:
-      return Dtype::kF16;
-    case ScalarType::BFloat16:
-      return Dtype::kBf16;
-    default:
-      return std::nullopt;
-  }
-}
-
-inline Dtype checked_dtype(const char* op, const char* what, ScalarType dtype) {
-  const auto known = float_dtype(dtype);
-  check(known.has_value(), op, ": ", what, " must be one of float32, float16, bfloat16, got ", name_of(dtype), ".");
-  return *known;
-}
-
-inline int64_t item_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
-inline std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
-  return shape;
-}
-
-inline std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string s = "[";
-  for (size_t i = 0; i < shape.size(); ++i) s += text(i ? ", " : "", shape[i]);
-  return s + "]";
-}
-
-// A new contiguous CPU tensor.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(shape[i], 1);
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
-                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  return Tensor(handle);
-}
-
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline void parallel(int64_t count, int64_t grain, RangeFn body) {
   torch::stable::parallel_for(0, count, grain,
@@ -152,32 +67,15 @@ class Scratch {
 };
 
 // A packed weight [..., N, row_bytes], understood.
-struct PackedMatrix {
+struct PackedMatrix : PackedShape {
   const KernelTable* kernels;
   const FormatKernels* format;
   LinearKernels linear;
   Tensor keep_alive;
   const uint8_t* bytes;
-  int64_t rows, row_bytes, k;
 
   PackedMatrix(const char* op, const Tensor& weight, const std::string& name, bool must_be_matrix)
-      : kernels(&selected_table()), keep_alive(dense(weight)) {
-    const int index = find_format(op, name);
-    format = &kernels->formats.formats[index];
-    linear = linear_kernels(*kernels, index);
-    check(weight.scalar_type() == ScalarType::Byte, op, ": a packed weight is uint8, got ",
-          name_of(weight.scalar_type()), ". Pack it with isqtorch.quantize.");
-    check(weight.dim() == 2 || (!must_be_matrix && weight.dim() > 2), op, ": a packed weight must have ",
-          must_be_matrix ? "" : "at least ", "2 dimensions [N, row_bytes], got shape ", shape_text(shape_of(weight)),
-          ".");
-    row_bytes = weight.size(weight.dim() - 1);
-    check(row_bytes > 0 && row_bytes % format->block_bytes == 0, name, ": a packed row must be a positive multiple of ",
-          format->block_bytes, " bytes, got ", row_bytes,
-          ". The weight was packed in another format, or cut inside a block.");
-    k = row_bytes / format->block_bytes * format->block;
-    rows = weight.numel() / row_bytes;
-    bytes = static_cast<const uint8_t*>(keep_alive.const_data_ptr());
-  }
+      : PackedMatrix(op, weight, must_be_matrix, selected_table(), find_format(op, name)) {}
 
   // Weights [begin, begin + count) of a row as f32; both multiples of the block.
   void decode(int64_t row, int64_t begin, int64_t count, float* w) const {
@@ -193,6 +91,16 @@ struct PackedMatrix {
       kernels->formats.store(w, count, dtype, out + begin * item_bytes(dtype));
     }
   }
+
+ private:
+  PackedMatrix(const char* op, const Tensor& weight, bool must_be_matrix, const KernelTable& table, int index)
+      : PackedShape(op, weight, table.formats.formats[index].name, table.formats.formats[index].block,
+                    table.formats.formats[index].block_bytes, must_be_matrix),
+        kernels(&table),
+        format(&table.formats.formats[index]),
+        linear(linear_kernels(table, index)),
+        keep_alive(dense(weight)),
+        bytes(static_cast<const uint8_t*>(keep_alive.const_data_ptr())) {}
 };
 
 }  // namespace isqtorch

@@ -13,9 +13,14 @@
   type* const name = reinterpret_cast<type*>(isq_dynamic_shared)
 #define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+// Whatever NDEBUG says: ids come from users.
+#define ISQ_ASSERT(condition, message) \
+  if (!(condition)) __assert_fail(message, __FILE__, __LINE__, __func__)
 #else
 #include "cuda.h"
 #include "tensor_core.h"
+#define ISQ_ASSERT(condition, message) \
+  if (!(condition)) ::simt::fail(message)
 #endif
 
 #define ISQ_DEVICE __device__ __forceinline__

@@ -1,5 +1,6 @@
 """Check the installation: versions, what was compiled, what this machine supports, which kernels are selected and why; then
-run quantize, dequantize, linear (each of its kernels) and embedding of every format against the plain PyTorch reference.
+run quantize, dequantize, linear (each of its kernels) and embedding of every format against the plain PyTorch reference, on the CPU
+and, where there are kernels for it, on the GPU.
 
     isqtorch doctor
     isqtorch doctor --json
@@ -23,8 +24,8 @@ import torch
 
 from .._version import __version__
 from ..formats import QuantFormat, formats, get_format
-from ..ops import CpuInfo, cpu_info
-from ..ops.native import LIBRARY
+from ..ops import LinearKernel, cpu_info, cuda_info
+from ..ops.native import CUDA_LIBRARY, LIBRARY, NATIVE_DEVICES, NO_CUDA, missing_kernels
 from ._common import add_json, text_table
 
 HELP = "check the installation and every kernel"
@@ -45,10 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     info = cpu_info()
     checks = {name: check_format(get_format(name)) for name in formats(variants=args.variants)}
-    healthy = all(result["ok"] for result in checks.values())
+    on_gpu = {name: check_format(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
+    healthy = all(result["ok"] for result in [*checks.values(), *on_gpu.values()])
     if args.json:
         native = {"library": str(LIBRARY), **asdict(info)}
         found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
+        compiled = cuda_info()
+        found["cuda"] = {"compiled": asdict(compiled) if compiled else None, "missing": NO_CUDA, "formats": on_gpu}
         print(json.dumps(found, indent=2))
         return 0 if healthy else 1
 
@@ -58,22 +62,50 @@ def run(args: argparse.Namespace) -> int:
     print(f"native library: {LIBRARY}")
     print(f"  compiled: {', '.join(info.isa_compiled)}; this machine runs: {', '.join(info.isa_supported)}")
     print(f"  selected: {info.isa_selected}, {info.reason}")
-    print(f"other devices: {other_devices()}\n")
+    print(f"CUDA kernels: {cuda_kernels()}")
+    print(f"other devices: {other_devices()}")
+    _show(checks, "cpu")
+    if on_gpu:
+        _show(on_gpu, "cuda")
+    return 0 if healthy else 1
+
+
+def _show(checks: dict[str, dict[str, Any]], device: str) -> None:
     rows = [
-        [name, "ok" if result["ok"] else "FAIL", result["detail"], _linear_kernels(info, name)]
+        [name, "ok" if result["ok"] else "FAIL", result["detail"], _kernel_names(kernels_of_linear(name, device))]
         for name, result in checks.items()
     ]
+    print(f"\n{device}")
     print(text_table(("format", "", "linear error / allowed", "kernel of linear, by rows of x"), rows))
     failed = [name for name, result in checks.items() if not result["ok"]]
     print(
         f"\n{len(checks) - len(failed)} of {len(checks)} formats ok"
         + (f"; FAIL: {', '.join(failed)}" if failed else "")
     )
-    return 0 if healthy else 1
 
 
-def _linear_kernels(info: CpuInfo, format: str) -> str:
-    return "; ".join(f"{use.rows}: {use.kernel}" for use in info.linear.get(format, ())) or "reference"
+def _kernel_names(kernels: tuple[LinearKernel, ...]) -> str:
+    return "; ".join(f"{use.rows}: {use.kernel}" for use in kernels) or "reference"
+
+
+def kernels_of_linear(format: str, device: str) -> tuple[LinearKernel, ...]:
+    """By rows of x; none where the reference runs."""
+    if device == "cpu":
+        return cpu_info().linear.get(format, ())
+    info = cuda_info()
+    return info.linear(format) if info and device == "cuda" else ()
+
+
+def _gpu_runs() -> bool:
+    return "cuda" in NATIVE_DEVICES and torch.cuda.is_available()
+
+
+def cuda_kernels() -> str:
+    """What there is of them, or why there is nothing."""
+    info = cuda_info()
+    if info is None:
+        return f"none, {NO_CUDA}"
+    return f"{CUDA_LIBRARY}, toolkit {info.toolkit}, for {', '.join(f'sm_{arch}' for arch in info.archs)}"
 
 
 def machine_facts() -> list[str]:
@@ -121,14 +153,21 @@ def cpu() -> dict[str, Any]:
 
 def other_devices() -> str:
     """GPUs that torch sees, and what runs there."""
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {torch.cuda.get_device_name(i): "cuda" for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
-        names.append("Metal (mps)")
-    return ", ".join(names) + ": the plain PyTorch reference runs there" if names else "none"
+        found["Metal"] = "mps"
+    runs = dict.fromkeys(NATIVE_DEVICES, "native kernels")
+    return (
+        "; ".join(
+            f"{name}: {runs.get(device) or f'plain PyTorch, {missing_kernels(device)}'}"
+            for name, device in found.items()
+        )
+        or "none"
+    )
 
 
-def check_format(fmt: QuantFormat) -> dict[str, Any]:
-    """Compare the four ops of a format with the reference on a small weight, `linear` with each of its kernels.
+def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
+    """Compare the four ops of a format with the reference on a small weight, `linear` with each of the device's kernels.
 
     Returns:
         `ok`; `kernel`, "native" or "reference"; `detail`, the largest error of linear and its bound, or what went wrong.
@@ -140,20 +179,21 @@ def check_format(fmt: QuantFormat) -> dict[str, Any]:
     ids = torch.tensor([0, _ROWS - 1])
     expected = reference.quantize(w, fmt.name)
     weights = reference.dequantize(expected, fmt.name, torch.float32)
-    kernels = cpu_info().linear.get(fmt.name, ())
+    kernels = kernels_of_linear(fmt.name, device)
     wrong, errors = [], []
     try:
         ops = torch.ops.isqtorch
-        differing = float((ops.quantize(w, fmt.name) != expected).double().mean())
+        packed = expected.to(device)
+        differing = float((ops.quantize(w.to(device), fmt.name).cpu() != expected).double().mean())
         if differing > _BYTES_ALLOWED:
             wrong.append(f"quantize gives other bytes ({100 * differing:.2g} %)")
-        if not torch.equal(ops.dequantize(expected, fmt.name, torch.float32), weights):
+        if not torch.equal(ops.dequantize(packed, fmt.name, torch.float32).cpu(), weights):
             wrong.append("dequantize gives other weights")
-        if not torch.equal(ops.embedding(ids, expected, fmt.name, torch.float32), weights[ids]):
+        if not torch.equal(ops.embedding(ids.to(device), packed, fmt.name, torch.float32).cpu(), weights[ids]):
             wrong.append("embedding gives other rows")
         for first, rows in [(use.first, use.rows) for use in kernels] or [(1, "any")]:
             x = torch.randn(first + 2, w.shape[1], generator=generator)
-            errors.append(_linear_error(ops.linear(x, expected, fmt.name), x, weights))
+            errors.append(_linear_error(ops.linear(x.to(device), packed, fmt.name).cpu(), x, weights))
             if not errors[-1] <= fmt.linear_error:
                 wrong.append(f"linear is too far off with {rows} rows of x")
     except Exception as error:  # whatever a broken build throws is a finding, not a crash of the doctor

@@ -7,12 +7,14 @@ those operators. `reference` is their definition in plain PyTorch.
 import torch
 
 from . import schema
-from .native import CpuInfo, LinearKernel, cpu_info, set_cpu_isa
+from .native import CpuInfo, CudaInfo, LinearKernel, cpu_info, cuda_info, set_cpu_isa
 
 __all__ = [
     "CpuInfo",
+    "CudaInfo",
     "LinearKernel",
     "cpu_info",
+    "cuda_info",
     "dequantize",
     "embedding",
     "experts_linear",

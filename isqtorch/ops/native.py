@@ -1,11 +1,14 @@
-"""Loads the compiled extension, which defines the operators `torch.ops.isqtorch.*` and their CPU kernels.
+"""Loads the compiled extension, which defines the operators `torch.ops.isqtorch.*` and their CPU kernels, and where torch knows
+CUDA the one with the CUDA kernels.
 
-The library holds no Python symbols, so it is loaded as a plain shared library and not imported.
+The libraries hold no Python symbols, so they are loaded as plain shared libraries and not imported.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,40 @@ def _load() -> Path:
     return found[0]
 
 
-LIBRARY = _load()
+def _load_cuda(cuda: str | None, folder: Path) -> tuple[Path | None, str]:
+    """The library with the CUDA kernels, loaded; or None and why.
 
-NATIVE_DEVICES = ("cpu",)
+    Args:
+        cuda: the CUDA version of torch.
+        folder: with the library.
+    """
+    path = folder / "_CUDA.abi3.so"
+    if cuda is None:
+        return None, "this torch knows no CUDA"
+    if os.environ.get("ISQTORCH_CUDA") == "0":
+        return None, "ISQTORCH_CUDA is 0"
+    if not path.exists():
+        return None, f"they are not compiled; rebuild isqtorch where nvcc {cuda.split('.')[0]} is installed"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        why = f"{path.name} does not load with torch {torch.__version__}: {error}"
+        warnings.warn(f"isqtorch: plain PyTorch computes on CUDA, because {why}", stacklevel=2)
+        return None, why
+    return path, ""
+
+
+LIBRARY = _load()
+CUDA_LIBRARY, NO_CUDA = _load_cuda(torch.version.cuda, LIBRARY.parent)
+"""The library with the CUDA kernels; where there is none, the reason."""
+
+NATIVE_DEVICES = ("cpu", "cuda") if CUDA_LIBRARY else ("cpu",)
 """Device types with compiled kernels. On others the plain PyTorch reference runs."""
+
+
+def missing_kernels(device: str) -> str:
+    """Why a device type is not among NATIVE_DEVICES, as the beginning of a sentence."""
+    return f"there are no native kernels for {device}" + (f" ({NO_CUDA})" if device == "cuda" else " yet")
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,40 @@ def cpu_info() -> CpuInfo:
         name: tuple(LinearKernel(**kernel) for kernel in kernels) for name, kernels in raw["linear"].items()
     }
     return CpuInfo(**fields)
+
+
+@dataclass(frozen=True)
+class CudaInfo:
+    """What the CUDA kernels were compiled for."""
+
+    toolkit: str  # nvcc's version
+    archs: tuple[str, ...]  # GPUs: "80", "90a", ...
+    formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes, "max_rows": rows}
+
+    def linear(self, format: str) -> tuple[LinearKernel, ...]:
+        """The kernels of `linear` for a format, by rows of x."""
+        most, few = self.formats[format]["max_rows"], 8
+        return (
+            LinearKernel(1, few, "rows (CUDA)", "", "each weight is read once; warps share the columns of a row"),
+            LinearKernel(
+                few + 1, most, "tiles (CUDA)", "", "weights are unpacked in shared memory for all rows of x at once"
+            ),
+            LinearKernel(
+                most + 1,
+                None,
+                "decoded, then torch's product (CUDA)",
+                "",
+                "slices of weights are decoded into the cache",
+            ),
+        )
+
+
+def cuda_info() -> CudaInfo | None:
+    """Describe the CUDA kernels; None where there are none (`isqtorch doctor` says why)."""
+    if CUDA_LIBRARY is None:
+        return None
+    raw: dict[str, Any] = json.loads(torch.ops.isqtorch.cuda_info())
+    return CudaInfo(raw["toolkit"], tuple(raw["archs"].split()), raw["formats"])
 
 
 def set_cpu_isa(name: str) -> None:

@@ -15,24 +15,25 @@ from torch import Tensor
 from ..formats import get_format
 from . import reference
 from .checks import check_expert_rows
-from .native import LIBRARY
+from .native import LIBRARY, NATIVE_DEVICES
 
 assert LIBRARY  # the operators exist from here on
 
-_DEVICES_WITHOUT_KERNELS = ("CUDA", "MPS", "XPU")
+_OTHER_DEVICES = ("cuda", "mps", "xpu")
+_REFERENCE = (
+    reference.quantize,
+    reference.dequantize,
+    reference.linear,
+    reference.embedding,
+    reference.experts_linear,
+)
 
-for _device in _DEVICES_WITHOUT_KERNELS:
-    for _op in (
-        reference.quantize,
-        reference.dequantize,
-        reference.linear,
-        reference.embedding,
-        reference.experts_linear,
-        reference.square_sums,
-    ):
-        torch.library.impl(f"isqtorch::{_op.__name__}", _device.lower(), _op)
-for _device in ("CPU", *_DEVICES_WITHOUT_KERNELS):  # dequantizes with whatever the device has
-    torch.library.impl("isqtorch::experts_linear_dx", _device.lower(), reference.experts_linear_dx)
+for _device in _OTHER_DEVICES:
+    for _op in _REFERENCE if _device not in NATIVE_DEVICES else ():
+        torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
+    torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
+for _device in ("cpu", *_OTHER_DEVICES):  # dequantizes with whatever the device has
+    torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
 
 
 # On a device whose kernels do not include it, it is `linear`.

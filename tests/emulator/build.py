@@ -1,13 +1,13 @@
 """Builds the emulator with GPU sources into a library, as an ordinary or a sanitizer build.
 
-Only the GPU sources are instrumented: the emulator's own bookkeeping is shared by all fibers on purpose.
+Only the GPU sources are instrumented: the emulator's own bookkeeping is shared by all fibers on purpose. Objects are
+kept by the content of everything that went into them, so a change compiles again what it touches and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,36 +34,65 @@ INSTRUMENT = {
 }
 
 
-def library(name: str, sources: list[Path], variant: str = "plain", flags: tuple[str, ...] = ()) -> Path:
-    """The path of a shared library with the emulator and `sources`; compiled unless one of the same content is there."""
-    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    digest = hashlib.sha256(repr((COMPILER, FLAGS, CORE_FLAGS, INSTRUMENT, flags)).encode())
-    for path in sorted([*headers, *CORE, *sources]):
-        digest.update(path.read_bytes())
-    target = BUILD / f"{name}-{variant}-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder = BUILD / f"{name}-{variant}.{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            core = pool.map(lambda path: _compile(path, folder, [*CORE_FLAGS, *DEFINES[variant]]), CORE)
-            gpu = pool.map(
-                lambda path: _compile(path, folder, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources
-            )
-            objects = [str(path) for path in [*core, *gpu]]
-        linked = folder / target.name
-        _run([COMPILER, "-shared", *INSTRUMENT[variant], *objects, "-o", str(linked), "-lpthread", "-ldl"])
+def library(
+    name: str,
+    sources: list[Path],
+    variant: str = "plain",
+    flags: tuple[str, ...] = (),
+    *,
+    host: list[Path] | None = None,
+    host_flags: tuple[str, ...] = (),
+    link: tuple[str, ...] = (),
+) -> Path:
+    """The path of a shared library with the emulator and `sources`; what it needs is compiled unless it is there.
+
+    Args:
+        name: of the library.
+        sources: GPU code, which is instrumented.
+        variant: plain, asan or tsan.
+        flags: for `sources`.
+        host: code that calls it and is no GPU's.
+        host_flags: for `host`.
+        link: more for the linker.
+    """
+    (BUILD / "objects").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        core = pool.map(lambda path: _object(path, [*CORE_FLAGS, *DEFINES[variant]]), CORE)
+        gpu = pool.map(lambda path: _object(path, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources)
+        rest = pool.map(lambda path: _object(path, list(host_flags)), host or [])
+        objects = [*core, *gpu, *rest]
+    digest = _digest([repr([path.name for path in objects]), *link])
+    target = BUILD / f"{name}-{variant}-{digest}.so"
+    if not target.exists():
+        linked = target.with_suffix(f".{os.getpid()}.so")
+        command = [COMPILER, "-shared", *INSTRUMENT[variant], *map(str, objects), "-o", str(linked)]
+        _run([*command, *link, "-lpthread", "-ldl"])
         linked.replace(target)
-    finally:
-        shutil.rmtree(folder)
     return target
 
 
-def _compile(source: Path, folder: Path, flags: list[str]) -> Path:
-    target = folder / f"{source.stem}.{hashlib.sha256(str(source).encode()).hexdigest()[:8]}.o"
-    _run([COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+def _object(source: Path, flags: list[str]) -> Path:
+    """The object of a source. Its name has the content of the files that went into it, which the compiler lists."""
+    flags = [*FLAGS, *flags]
+    start = BUILD / "objects" / f"{source.stem}-{_digest([COMPILER, str(source), *flags])}"
+    listed = start.with_suffix(".d")
+    if listed.exists() and (found := _named(start, listed)).exists():
+        return found
+    made, inputs = start.with_suffix(f".{os.getpid()}.o"), start.with_suffix(f".{os.getpid()}.d")
+    _run([COMPILER, *flags, "-MMD", "-MF", str(inputs), "-x", "c++", "-c", str(source), "-o", str(made)])
+    inputs.replace(listed)
+    target = _named(start, listed)
+    made.replace(target)
     return target
+
+
+def _named(start: Path, listed: Path) -> Path:
+    inputs = [Path(word) for word in listed.read_text().split(":", 1)[1].replace("\\\n", " ").split()]
+    return start.with_name(f"{start.name}-{_digest([p.read_text() if p.exists() else '' for p in inputs])}.o")
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def _run(command: list[str]) -> None:
@@ -82,7 +111,7 @@ def sanitized(variant: str, command: list[str]) -> tuple[list[str], dict[str, st
             "LD_PRELOAD": " ".join(paths),
             # the emulator handles faults itself; what Python leaves allocated is not our leak
             "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_sigfpe=0:handle_sigill=0:use_sigaltstack=0",
-            "TSAN_OPTIONS": "report_signal_unsafe=0:exitcode=66",
+            "TSAN_OPTIONS": "report_signal_unsafe=0:exitcode=66:ignore_noninstrumented_modules=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
     if variant == "tsan":

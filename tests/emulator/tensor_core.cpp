@@ -40,8 +40,18 @@ uint16_t f32_to_bf16(float f) {
 }
 
 // What the hardware reads and writes for a thread. A sanitizer sees calls of memcpy, but not what this file does
-// itself.
-#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
+// itself; ThreadSanitizer is told, because it may have been asked to overlook calls (they may be Python's).
+#if defined(EMULATOR_TSAN)
+extern "C" {
+void __tsan_read_range(void*, size_t);
+void __tsan_write_range(void*, size_t);
+}
+inline void copy_bytes(void* to, const void* from, size_t bytes) {
+  __tsan_read_range(const_cast<void*>(from), bytes);
+  __tsan_write_range(to, bytes);
+  std::memcpy(to, from, bytes);
+}
+#elif defined(EMULATOR_ASAN)
 static void* (*const volatile copy_bytes)(void*, const void*, size_t) = std::memcpy;
 #else
 inline void copy_bytes(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }

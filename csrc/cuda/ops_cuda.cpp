@@ -1,0 +1,279 @@
+// The operators on CUDA tensors: checks, memory, streams, and which kernel runs. The kernels know nothing of torch
+// (launch.h). Everything but `quantize` only enqueues work: nothing waits for the device, nothing is read back, all
+// memory is torch's, so a CUDA graph can capture it. `quantize` waits, because it must refuse weights that are no
+// numbers.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops_device.h"
+#include "ops_checks.h"
+
+namespace isqtorch::cuda {
+namespace {
+
+constexpr uintptr_t kActivationAlignment = 16;
+constexpr int64_t kSliceBytes = 32 << 20;  // decoded for one of torch's products: the second-level cache holds it
+constexpr int64_t kSliceRows = 128;        // what a slice's rows are a multiple of, if the weight has as many
+
+const FormatKernels& known_format(const char* op, const std::string& name) {
+  if (const FormatKernels* format = find_format(name.c_str())) return *format;
+  std::string names;
+  for (int i = 0; i < format_count(); ++i) names += text(i ? ", " : "", format_at(i).name);
+  throw std::invalid_argument(
+      text(op, ": no CUDA kernels for the format \"", name, "\". There are kernels for ", names, "."));
+}
+
+// A packed weight on its device, understood.
+struct Packed : PackedShape {
+  const FormatKernels& format;
+  Tensor keep_alive;
+  const uint8_t* bytes;
+
+  Packed(const char* op, const Tensor& weight, const std::string& name, bool must_be_matrix)
+      : Packed(op, weight, must_be_matrix, known_format(op, name)) {}
+
+ private:
+  Packed(const char* op, const Tensor& weight, bool must_be_matrix, const FormatKernels& format)
+      : PackedShape(op, weight, format.name, format.shape.block, format.shape.block_bytes, must_be_matrix),
+        format(format),
+        keep_alive(aligned(weight, format.align)),
+        bytes(static_cast<const uint8_t*>(keep_alive.const_data_ptr())) {}
+};
+
+// ---- linear -------------------------------------------------------------------------------------------------------
+
+// A bias in the type of x; null if there is none.
+std::optional<Tensor> loaded_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& weight,
+                                  const std::vector<int64_t>& wanted, ScalarType dtype) {
+  if (!bias) return std::nullopt;
+  check_bias(op, *bias, wanted);
+  check_device(op, "bias is", *bias, weight);
+  return dense(bias->scalar_type() == dtype ? *bias : torch::stable::to(*bias, dtype));
+}
+
+const void* address_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// out = x w^T + bias, by torch.
+void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const Tensor& out) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(x), from(w), from(bias), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // owns the result, which is `out` again
+}
+
+// Many rows of x: decode some rows of the weight, multiply with torch's own product while they are in the cache, go on.
+void linear_decoded(const Place& place, const Packed& packed, Tensor x, std::optional<Tensor> bias, Tensor y,
+                    Dtype dtype) {
+  const int64_t n = packed.rows, k = packed.k;
+  int64_t rows = std::max<int64_t>(kSliceBytes / (k * item_bytes(dtype)), 1);
+  if (rows > kSliceRows) rows = rows / kSliceRows * kSliceRows;
+  rows = std::min(rows, n);
+  Tensor slice = place.empty({rows, k}, x.scalar_type());
+  for (int64_t first = 0; first < n; first += rows) {
+    const int64_t count = std::min(rows, n - first);
+    const DecodeJob job{
+        packed.bytes + first * packed.row_bytes, count, k, dtype, slice.mutable_data_ptr(), nullptr, false, 0};
+    packed.format.decode(job, packed.format.shape, place.stream());
+    place.check_launches("linear");
+    std::optional<Tensor> part;
+    if (bias) part = torch::stable::narrow(*bias, 0, first, count);
+    multiply(x, torch::stable::narrow(slice, 0, 0, count), part, torch::stable::narrow(y, 1, first, count));
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
+  const Packed packed("linear", weight, format_name, true);
+  const Dtype dtype = checked_dtype("linear", "x", x.scalar_type());
+  const std::vector<int64_t> shape = checked_linear(x, packed, format_name);
+  check_device("linear", "x is", x, weight);
+  const int64_t n = packed.rows, k = packed.k, m = x.numel() / k;
+  const Place place(weight);
+  const std::optional<Tensor> b = loaded_bias("linear", bias, weight, {n}, x.scalar_type());
+  const Tensor y = place.empty(shape, x.scalar_type());
+  if (m == 0 || n == 0) return y;
+  const Tensor rows = aligned(x, kActivationAlignment);
+  if (m > packed.format.max_rows) {
+    linear_decoded(place, packed, torch::stable::view(rows, {m, k}), b, torch::stable::view(y, {m, n}), dtype);
+    return y;
+  }
+  const LinearJob job{rows.const_data_ptr(), packed.bytes, address_of(b), y.mutable_data_ptr(), dtype, m, n, k};
+  packed.format.linear(job, packed.format.shape, place.stream());
+  place.check_launches("linear");
+  return y;
+}
+
+// ---- dequantize, embedding ----------------------------------------------------------------------------------------
+
+Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
+  const Packed packed("dequantize", weight, format_name, false);
+  const Dtype out_dtype = checked_dtype("dequantize", "dtype", dtype);
+  const Place place(weight);
+  std::vector<int64_t> shape = shape_of(weight);
+  shape.back() = packed.k;
+  const Tensor out = place.empty(shape, dtype);
+  if (packed.rows == 0) return out;
+  const DecodeJob job{packed.bytes, packed.rows, packed.k, out_dtype, out.mutable_data_ptr(), nullptr, false, 0};
+  packed.format.decode(job, packed.format.shape, place.stream());
+  place.check_launches("dequantize");
+  return out;
+}
+
+// An id that names no row is found by the kernel, which stops the device: reading ids here would wait for it.
+Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
+  const Packed packed("embedding", weight, format_name, true);
+  const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
+  const bool wide = checked_ids(ids);
+  check_device("embedding", "ids are", ids, weight);
+  const Place place(weight);
+  std::vector<int64_t> shape = shape_of(ids);
+  shape.push_back(packed.k);
+  const Tensor out = place.empty(shape, dtype), flat = dense(ids);
+  if (flat.numel() == 0) return out;
+  const DecodeJob job{packed.bytes,           packed.rows,           packed.k, out_dtype,
+                      out.mutable_data_ptr(), flat.const_data_ptr(), wide,     flat.numel()};
+  packed.format.decode(job, packed.format.shape, place.stream());
+  place.check_launches("embedding");
+  return out;
+}
+
+// ---- experts_linear -----------------------------------------------------------------------------------------------
+
+Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_name, const Tensor& ids,
+                      std::optional<Tensor> bias) {
+  const char* op = "experts_linear";
+  const Packed packed(op, weight, format_name, false);
+  const ExpertsShape sizes(x, weight, packed, format_name, ids);
+  check_device(op, "x is", x, weight);
+  check_device(op, "ids are", ids, weight);
+  const Place place(weight);
+  const std::optional<Tensor> b = loaded_bias(op, bias, weight, {sizes.experts, sizes.n}, x.scalar_type());
+  const Tensor y = place.empty({sizes.tokens, sizes.slots, sizes.n}, x.scalar_type());
+  if (y.numel() == 0) return y;
+  const Tensor rows = aligned(x, kActivationAlignment), dense_ids = dense(ids);
+  ExpertsJob job;
+  job.x = rows.const_data_ptr();
+  job.rows_per_slot = sizes.rows_per_slot;
+  job.weight = packed.bytes;
+  job.bias = address_of(b);
+  job.ids = dense_ids.const_data_ptr();
+  job.wide_ids = sizes.wide_ids;
+  job.y = y.mutable_data_ptr();
+  job.dtype = *float_dtype(x.scalar_type());
+  job.tokens = sizes.tokens;
+  job.slots = sizes.slots;
+  job.experts = sizes.experts;
+  job.n = sizes.n;
+  job.k = packed.k;
+  job.workspace = nullptr;
+  const Tensor workspace = place.empty({packed.format.experts_workspace(job, packed.format.shape)}, ScalarType::Byte);
+  job.workspace = workspace.mutable_data_ptr();
+  packed.format.experts(job, packed.format.shape, place.stream());
+  place.check_launches(op);
+  return y;
+}
+
+// ---- quantize -----------------------------------------------------------------------------------------------------
+
+torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU, 0}; }
+
+// f32 [matrices, K] on the device. The values are checked on the CPU: few numbers, and `quantize` waits anyway.
+std::optional<Tensor> loaded_importance(const Place& place, const std::optional<Tensor>& importance,
+                                        const std::vector<int64_t>& shape) {
+  if (!importance) return std::nullopt;
+  const std::vector<float> columns = checked_importance(torch::stable::to(*importance, cpu()), shape);
+  const Tensor values = empty({static_cast<int64_t>(columns.size())}, ScalarType::Float);
+  if (!columns.empty()) std::memcpy(values.mutable_data_ptr(), columns.data(), columns.size() * sizeof(float));
+  return place.upload(values);
+}
+
+Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
+                std::optional<std::string> rule) {
+  const FormatKernels& format = known_format("quantize", format_name);
+  const std::vector<int64_t> packed_shape =
+      checked_source(w, format.name, format.shape.block, format.shape.block_bytes);
+  const std::vector<int64_t> shape = shape_of(w);
+  const int64_t k = shape.back(), rows = shape[shape.size() - 2];
+  const bool mlx_rule = checked_mlx_rule(format.name, format.has_rules, rule);
+  const Place place(w);
+  const std::optional<Tensor> columns = loaded_importance(place, importance, shape);
+  const Tensor source = aligned(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w,
+                                kActivationAlignment);
+  const Dtype dtype = *float_dtype(source.scalar_type());
+  const Tensor out = place.empty(packed_shape, ScalarType::Byte);
+  const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
+  if (matrices == 0) return out;
+
+  // Every matrix reports its faults into a row of two numbers; they are read once.
+  Tensor faults = empty({matrices, 2}, ScalarType::Long);
+  std::fill_n(static_cast<int64_t*>(faults.mutable_data_ptr()), 2 * matrices, INT64_MAX);
+  faults = place.upload(faults);
+  std::optional<Tensor> workspace;
+  for (int64_t e = 0; e < matrices; ++e) {
+    QuantizeJob job;
+    job.w = static_cast<const uint8_t*>(source.const_data_ptr()) + e * rows * k * item_bytes(dtype);
+    job.dtype = dtype;
+    job.rows = rows;
+    job.k = k;
+    job.importance = columns ? static_cast<const float*>(columns->const_data_ptr()) + e * k : nullptr;
+    job.mlx_rule = mlx_rule;
+    job.out = static_cast<uint8_t*>(out.mutable_data_ptr()) + e * rows * packed_shape.back();
+    job.faults = static_cast<int64_t*>(faults.mutable_data_ptr()) + 2 * e;
+    job.workspace = nullptr;
+    if (!workspace) workspace = place.empty({format.quantize_workspace(job, format.shape)}, ScalarType::Byte);
+    job.workspace = workspace->mutable_data_ptr();
+    format.quantize(job, format.shape, place.stream());
+    place.check_launches("quantize");
+  }
+
+  const Tensor found = torch::stable::to(faults, cpu());
+  const int64_t* fault = static_cast<const int64_t*>(found.const_data_ptr());
+  for (int64_t e = 0; e < matrices; ++e, fault += 2) {
+    if (fault[0] != INT64_MAX) {
+      const int64_t at = e * rows * k + fault[0];
+      Tensor flat = torch::stable::view(source, {source.numel()});
+      const Tensor value =
+          torch::stable::to(torch::stable::to(torch::stable::narrow(flat, 0, at, 1), ScalarType::Float), cpu());
+      refuse_weight(format.name, at, shape, *static_cast<const float*>(value.const_data_ptr()));
+    }
+    if (fault[1] != INT64_MAX) refuse_block(format.name, e * rows * k + fault[1], shape);
+  }
+  return out;
+}
+
+// ---- inspection ---------------------------------------------------------------------------------------------------
+
+#if !defined(ISQTORCH_CUDA_ARCHS)
+#define ISQTORCH_CUDA_ARCHS ""
+#endif
+
+std::string cuda_info() {
+  std::string formats;
+  for (int i = 0; i < format_count(); ++i) {
+    const FormatKernels& f = format_at(i);
+    formats += text(i ? ", " : "", '"', f.name, "\": {\"block\": ", f.shape.block,
+                    ", \"block_bytes\": ", f.shape.block_bytes, ", \"max_rows\": ", f.max_rows, '}');
+  }
+  return text("{\"toolkit\": \"", toolkit_version(), "\", \"archs\": \"", ISQTORCH_CUDA_ARCHS, "\", \"formats\": {",
+              formats, "}}");
+}
+
+}  // namespace
+}  // namespace isqtorch::cuda
+
+ISQTORCH_LIBRARY_IMPL(ISQTORCH_OPERATORS, ISQTORCH_DEVICE, m) {
+  m.impl("quantize", TORCH_BOX(&isqtorch::cuda::quantize));
+  m.impl("dequantize", TORCH_BOX(&isqtorch::cuda::dequantize));
+  m.impl("linear", TORCH_BOX(&isqtorch::cuda::linear));
+  m.impl("linear_frozen", TORCH_BOX(&isqtorch::cuda::linear));
+  m.impl("embedding", TORCH_BOX(&isqtorch::cuda::embedding));
+  m.impl("experts_linear", TORCH_BOX(&isqtorch::cuda::experts_linear));
+}
+
+ISQTORCH_LIBRARY_IMPL(ISQTORCH_OPERATORS, CompositeExplicitAutograd, m) {
+  m.impl("cuda_info", TORCH_BOX(&isqtorch::cuda::cuda_info));
+}

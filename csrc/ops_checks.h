@@ -1,0 +1,195 @@
+// What the operators demand of their arguments on every device, in the reference's words (isqtorch/ops/checks.py).
+//
+// Texts are made only where a rule is broken: a decode step calls `linear` hundreds of times.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops_tensors.h"
+
+namespace isqtorch {
+
+// A flat index as text: 5 in a 2 x 3 tensor is "1, 2".
+inline std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
+  std::string position;
+  for (size_t i = shape.size(); i-- > 0;) {
+    position = text(index % shape[i], position.empty() ? "" : ", ", position);
+    index /= shape[i];
+  }
+  return position;
+}
+
+inline std::string number_text(float value) {
+  if (std::isfinite(value)) return text(value);
+  return std::isnan(value) ? "nan" : value > 0 ? "inf" : "-inf";
+}
+
+// Raises IndexError.
+template <class... Parts>
+[[noreturn]] void out_of_range(const Parts&... message) {
+  throw std::out_of_range(text(message...));
+}
+
+// ---- packed weights -----------------------------------------------------------------------------------------------
+
+// The sizes of a packed weight [..., N, row_bytes].
+struct PackedShape {
+  int64_t rows, row_bytes, k;
+
+  PackedShape(const char* op, const Tensor& weight, const std::string& format, int block, int block_bytes,
+              bool must_be_matrix) {
+    if (weight.scalar_type() != ScalarType::Byte) {
+      check(false, op, ": a packed weight is uint8, got ", name_of(weight.scalar_type()),
+            ". Pack it with isqtorch.quantize.");
+    }
+    if (weight.dim() < 2 || (must_be_matrix && weight.dim() > 2)) {
+      check(false, op, ": a packed weight must have ", must_be_matrix ? "" : "at least ",
+            "2 dimensions [N, row_bytes], got shape ", shape_text(shape_of(weight)), ".");
+    }
+    row_bytes = weight.size(weight.dim() - 1);
+    if (row_bytes <= 0 || row_bytes % block_bytes) {
+      check(false, format, ": a packed row must be a positive multiple of ", block_bytes, " bytes, got ", row_bytes,
+            ". The weight was packed in another format, or cut inside a block.");
+    }
+    k = row_bytes / block_bytes * block;
+    rows = weight.numel() / row_bytes;
+  }
+};
+
+// ---- products -----------------------------------------------------------------------------------------------------
+
+// Returns the shape of y.
+inline std::vector<int64_t> checked_linear(const Tensor& x, const PackedShape& weight, const std::string& format) {
+  std::vector<int64_t> shape = shape_of(x);
+  if (shape.empty() || shape.back() != weight.k) {
+    check(false, "linear: the last dimension of x must be ", weight.k, ", the in_features of this ", format,
+          " weight, got shape ", shape_text(shape), ".");
+  }
+  shape.back() = weight.rows;
+  return shape;
+}
+
+inline void check_bias(const char* op, const Tensor& bias, const std::vector<int64_t>& wanted) {
+  if (shape_of(bias) != wanted) {
+    check(false, op, ": bias must have shape ", shape_text(wanted), ", got ", shape_text(shape_of(bias)), ".");
+  }
+  checked_dtype(op, "bias", bias.scalar_type());
+}
+
+// The sizes of `experts_linear`.
+struct ExpertsShape {
+  int64_t experts, n, tokens, slots;
+  bool rows_per_slot, wide_ids;
+
+  ExpertsShape(const Tensor& x, const Tensor& weight, const PackedShape& packed, const std::string& format,
+               const Tensor& ids) {
+    if (weight.dim() != 3) {
+      check(false, "experts_linear: the weight must have 3 dimensions [E, N, row_bytes], got shape ",
+            shape_text(shape_of(weight)), ".");
+    }
+    checked_dtype("experts_linear", "x", x.scalar_type());
+    const ScalarType type = ids.scalar_type();
+    wide_ids = type == ScalarType::Long;
+    if ((!wide_ids && type != ScalarType::Int) || ids.dim() != 2) {
+      check(false, "experts_linear: ids must be int64 or int32 [T, S], got ", name_of(type), " ",
+            shape_text(shape_of(ids)), ".");
+    }
+    experts = weight.size(0);
+    n = weight.size(1);
+    tokens = ids.size(0);
+    slots = ids.size(1);
+    const std::vector<int64_t> shape = shape_of(x), shared = {tokens, packed.k}, own = {tokens, slots, packed.k};
+    rows_per_slot = shape == own;
+    if (!rows_per_slot && shape != shared) {
+      check(false, "experts_linear: x must be ", shape_text(shared), ", one row per token, or ", shape_text(own),
+            ", one per slot, for this ", format, " weight and these ids; got shape ", shape_text(shape), ".");
+    }
+  }
+};
+
+// Whether the ids of `embedding` are int64.
+inline bool checked_ids(const Tensor& ids) {
+  const ScalarType type = ids.scalar_type();
+  if (type != ScalarType::Long && type != ScalarType::Int) {
+    check(false, "embedding: ids must be int64 or int32, got ", name_of(type), ".");
+  }
+  return type == ScalarType::Long;
+}
+
+// ---- quantize -----------------------------------------------------------------------------------------------------
+
+// Returns the shape of the packed weight.
+inline std::vector<int64_t> checked_source(const Tensor& w, const char* format, int block, int block_bytes) {
+  const ScalarType type = w.scalar_type();
+  check(float_dtype(type) || type == ScalarType::Double,
+        "quantize: weight must be one of float32, float16, bfloat16, float64, got ", name_of(type), ".");
+  std::vector<int64_t> shape = shape_of(w);
+  check(shape.size() >= 2, "quantize: weight must have at least 2 dimensions [N, K], got shape ", shape_text(shape),
+        ". Vectors (biases, norms) are left as they are.");
+  const int64_t k = shape.back();
+  check(k > 0 && k % block == 0, format, ": in_features must be a positive multiple of ", block, ", got ", k,
+        ". Use a format with a smaller block, or leave this weight as it is.");
+  shape.back() = k / block * block_bytes;
+  return shape;
+}
+
+// Whether the rule is MLX's; there is no other.
+inline bool checked_mlx_rule(const char* format, bool has_rules, const std::optional<std::string>& rule) {
+  if (!rule) return false;
+  check(has_rules && *rule == "mlx", "quantize: ", format, " has no rule '", *rule, "'. Use rule=None",
+        has_rules ? " or 'mlx'" : "", ".");
+  return true;
+}
+
+// f32 importance [matrices, K] from a tensor on the CPU; empty if there is none.
+inline std::vector<float> checked_importance(const std::optional<Tensor>& importance,
+                                             const std::vector<int64_t>& weight_shape) {
+  if (!importance) return {};
+  const int64_t k = weight_shape.back();
+  std::vector<int64_t> own(weight_shape.begin(), weight_shape.end() - 2);  // one vector per matrix
+  int64_t matrices = 1;
+  for (const int64_t size : own) matrices *= size;
+  own.push_back(k);
+  const std::vector<int64_t> shape = shape_of(*importance);
+  const bool shared = shape == std::vector<int64_t>{k};
+  check(shared || shape == own, "quantize: importance must have shape [", k, "], one value per column of the weight",
+        own.size() > 1 ? text(", or ", shape_text(own), ", one vector per matrix") : "", "; got ", shape_text(shape),
+        ". Is this the entry of another layer?");
+  check(float_dtype(importance->scalar_type()) || importance->scalar_type() == ScalarType::Double,
+        "quantize: importance must be a float tensor, got ", name_of(importance->scalar_type()), ".");
+  const Tensor values = dense(torch::stable::to(*importance, ScalarType::Float));
+  std::vector<float> columns(matrices * k);
+  const int64_t count = shared ? k : matrices * k;
+  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()),
+              columns.begin());
+  const auto last = columns.begin() + (matrices ? count : 0);
+  const auto bad = std::find_if_not(columns.begin(), last, [](float v) { return std::isfinite(v) && v >= 0; });
+  if (bad != last) {
+    check(false, "quantize: importance[", position_text(bad - columns.begin(), shape), "] is ", number_text(*bad),
+          "; importance must be finite and not negative.");
+  }
+  for (int64_t e = 1; shared && e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
+  return columns;
+}
+
+// Weight `at` of a tensor is no number.
+[[noreturn]] inline void refuse_weight(const char* format, int64_t at, const std::vector<int64_t>& shape, float value) {
+  throw std::invalid_argument(text("quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ",
+                                   format, " needs finite values. Repair the checkpoint, or leave this weight out."));
+}
+
+// The block from weight `at` on has a scale that overflows.
+[[noreturn]] inline void refuse_block(const std::string& format, int64_t at, const std::vector<int64_t>& shape) {
+  const size_t suffix = format.find(".f16");
+  const std::string way_out = suffix == std::string::npos
+                                  ? "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
+                                  : text("Use ", format.substr(0, suffix), ", which has bf16 scales");
+  throw std::invalid_argument(text("quantize: the block of ", format, " from weight[", position_text(at, shape),
+                                   "] on holds values too large for its 16-bit scale. ", way_out, "."));
+}
+
+}  // namespace isqtorch

@@ -1,0 +1,194 @@
+"""The CUDA kernels in the emulator, called as the operators call them: with the job structs of csrc/cuda/launch.h.
+
+    with kernels.Memory() as memory:
+        weight, out = memory.put(packed, "weight", align=2), memory.new((4, 64), torch.float32, "out")
+        kernels.decode("q4_0", weight=weight, rows=4, k=64, dtype=torch.float32, out=out)
+
+Tensors of a `Memory` end where memory ends and new ones are full of NaN. `EMULATOR_VARIANT=asan` (or tsan) chooses an
+instrumented build, which needs its runtime loaded first: `sanitized_pytest` runs tests that way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build
+
+VARIANT = os.environ.get("EMULATOR_VARIANT", "plain")
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_POINTER = ctypes.c_void_p
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_I64, _BOOL, _DTYPE = ctypes.c_int64, ctypes.c_bool, ctypes.c_uint8
+JOBS = {
+    "decode": _struct(
+        "DecodeJob",
+        weight=_POINTER,
+        rows=_I64,
+        k=_I64,
+        dtype=_DTYPE,
+        out=_POINTER,
+        ids=_POINTER,
+        wide_ids=_BOOL,
+        count=_I64,
+    ),
+    "linear": _struct(
+        "LinearJob", x=_POINTER, weight=_POINTER, bias=_POINTER, y=_POINTER, dtype=_DTYPE, m=_I64, n=_I64, k=_I64
+    ),
+    "experts": _struct(
+        "ExpertsJob",
+        x=_POINTER,
+        rows_per_slot=_BOOL,
+        weight=_POINTER,
+        bias=_POINTER,
+        ids=_POINTER,
+        wide_ids=_BOOL,
+        y=_POINTER,
+        dtype=_DTYPE,
+        tokens=_I64,
+        slots=_I64,
+        experts=_I64,
+        n=_I64,
+        k=_I64,
+        workspace=_POINTER,
+    ),
+    "quantize": _struct(
+        "QuantizeJob",
+        w=_POINTER,
+        dtype=_DTYPE,
+        rows=_I64,
+        k=_I64,
+        importance=_POINTER,
+        mlx_rule=_BOOL,
+        out=_POINTER,
+        faults=_POINTER,
+        workspace=_POINTER,
+    ),
+}
+
+
+class KernelError(RuntimeError):
+    """A launch failed, or there is no such kernel."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    sources = [build.HERE / "kernels.cpp", *sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))]
+    loaded = ctypes.CDLL(str(build.library("kernels", sources, VARIANT, ("-O1",))))
+    loaded.kernels_error.restype = ctypes.c_char_p
+    loaded.kernels_name.restype = ctypes.c_char_p
+    loaded.emulator_new_buffer.restype = ctypes.c_void_p
+    loaded.emulator_new_buffer.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
+    loaded.emulator_delete_buffer.argtypes = [ctypes.c_void_p]
+    for job in [*JOBS, "experts_workspace", "quantize_workspace"]:
+        function = getattr(loaded, f"kernels_{job}")
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    sizes = (ctypes.c_int64 * len(JOBS))()
+    loaded.kernels_job_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(job) for job in JOBS.values()], "JOBS does not agree with launch.h"
+    return loaded
+
+
+def names() -> list[str]:
+    """The formats of the kernels' table."""
+    return [library().kernels_name(i).decode() for i in range(library().kernels_count())]
+
+
+def facts(name: str) -> dict[str, int]:
+    """What the table says of a format."""
+    values = (ctypes.c_int64 * 5)()
+    library().kernels_facts(name.encode(), values)
+    return dict(zip(["block", "block_bytes", "align", "has_rules", "max_rows"], values, strict=True))
+
+
+@contextmanager
+def schedule(order: str = "forward", late_copies: bool = True, seed: int = 1) -> Iterator[None]:
+    """In which order threads get their turn, and when asynchronous copies are made."""
+    library().emulator_options(ORDERS[order], seed, 0, int(late_copies))
+    yield
+    library().emulator_options(0, 1, 0, 1)
+
+
+class Memory:
+    """The GPU's memory: every tensor on pages of its own, with nothing behind its last byte."""
+
+    def __init__(self) -> None:
+        self._buffers: list[int] = []
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for buffer in self._buffers:
+            library().emulator_delete_buffer(buffer)
+        self._buffers = []
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, name: str, align: int = 16) -> Tensor:
+        """A tensor full of 0xff bytes, NaN for floats. It is gone when the `with` ends: clone what you keep.
+
+        Args:
+            align: of the first byte. Where it is less than 16 the tensor is cut off by the byte; it starts at no
+                better an address than that if its size says so.
+        """
+        size = int(torch.Size(shape).numel()) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        buffer = library().emulator_new_buffer(size, align, name.encode())
+        if not buffer:
+            raise MemoryError(f"{size} bytes for {name}")
+        self._buffers.append(buffer)
+        raw = (ctypes.c_uint8 * size).from_address(buffer)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(shape)
+
+    def put(self, tensor: Tensor, name: str, align: int = 16) -> Tensor:
+        """A copy of `tensor`."""
+        copy = self.new(tuple(tensor.shape), tensor.dtype, name, align)
+        return copy.copy_(tensor)
+
+
+def run(what: str, format: str, **fields: Any) -> int:
+    """Call a function of the format's table: "decode", "linear", "experts", "quantize", "experts_workspace", ...
+
+    Args:
+        fields: members of its job. Tensors stand for their addresses; a member not given is 0 or null.
+
+    Returns:
+        What a workspace function returns; 0 for others.
+    """
+    job = JOBS[what.removesuffix("_workspace")]()
+    for name, value in fields.items():
+        if not any(name == field for field, _ in job._fields_):
+            raise TypeError(f"{type(job).__name__} has no {name}")
+        if isinstance(value, Tensor):
+            assert value.is_contiguous()
+            value = value.data_ptr()
+        setattr(job, name, _DTYPES.get(value, value) if isinstance(value, torch.dtype) else value)
+    result = getattr(library(), f"kernels_{what}")(format.encode(), ctypes.byref(job))
+    if result < 0:
+        raise KernelError(library().kernels_error().decode())
+    return int(result)
+
+
+def sanitized_pytest(variant: str, *arguments: str) -> None:
+    """Run tests again under a sanitizer; what it says is in the error."""
+    command, environment = build.sanitized(variant, [sys.executable, "-m", "pytest", "-q", "-x", "-s", *arguments])
+    environment |= {"EMULATOR_VARIANT": variant, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
