@@ -177,7 +177,7 @@ def sorted_tiles(ids: Tensor, experts: int, height: int) -> tuple[Tensor, tuple[
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """Contiguous, and where a kernel may read two bytes at a time (four, for AFQ and others, is not asked for)."""
+    """Contiguous, and where a kernel may read two bytes at a time."""
     weight = weight.contiguous()
     return weight.clone() if weight.storage_offset() % 2 else weight
 

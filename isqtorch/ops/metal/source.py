@@ -7,23 +7,22 @@ tells the compiler where each line comes from; its messages then name the file a
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 _INCLUDE = re.compile(r'^#include "(metal/[\w/.]+)"$', re.MULTILINE)
 
 
-def _folder() -> Path:
+@cache
+def folder() -> Path:
     """Where metal/ lies: in the installed package, or in csrc/ of a checkout."""
     package = Path(__file__).resolve().parents[2]
-    for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "metal" / "kernels").is_dir():
-            return folder
+    for found in (package / "csrc", package.parent / "csrc"):
+        if (found / "metal" / "kernels").is_dir():
+            return found
     raise ImportError(
         f"isqtorch: the Metal sources are neither in {package} nor beside it; the installation is incomplete"
     )
-
-
-FOLDER = _folder()
 
 
 def assemble(kernel_file: str, header: str, instances: dict[str, str]) -> str:
@@ -45,7 +44,7 @@ def _inlined(name: str, seen: set[str]) -> str:
     if name in seen:
         return ""
     seen.add(name)
-    text = (FOLDER / name).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
+    text = (folder() / name).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
     parts, line, end = [f'#line 1 "csrc/{name}"\n'], 1, 0
     for match in _INCLUDE.finditer(text):
         line += text.count("\n", end, match.end()) + 1
