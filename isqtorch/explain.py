@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -210,7 +210,7 @@ def _metal_kernels(op: str) -> tuple[KernelUse, ...]:
         ),
     )
     if op == "experts_linear":
-        return (uses[0], KernelUse(f"{few + 1}+", *uses[1][1:]))
+        return (uses[0], replace(uses[1], rows=f"{few + 1}+"))
     why = "there torch's own product is faster, and decoding costs little beside it"
     return (*uses, KernelUse(f"{many + 1}+", "decoded, then torch's product (Metal)", "", why))
 

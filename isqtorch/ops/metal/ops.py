@@ -131,13 +131,13 @@ def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Te
     buffers = (_aligned(weight), rows, y if bias is None else bias)
     if pairs <= limits().gemv * slots:
         function = kernel("gemv", f"experts_gemv_{IDS[ids.dtype]}", fmt.name, x.dtype)
-        numbers = (n, k, int(bias is not None), experts, slots, int(x.ndim == 3))
-        _by_groups(function, (*buffers, ids, y, *numbers), n, _GEMV, pairs)
+        sizes = (n, k, int(bias is not None), experts, slots, int(x.ndim == 3))
+        _by_groups(function, (*buffers, ids, y, *sizes), n, _GEMV, pairs)
     else:
         order, tiles = sorted_tiles(ids.reshape(-1), experts, tile_rows(x.dtype))
         function = kernel("gemm", "experts_gemm", fmt.name, x.dtype)
-        numbers = (n, k, int(bias is not None), 1 if x.ndim == 3 else slots)
-        _by_groups(function, (*buffers, y, order, *tiles, *numbers), n, _GEMM, len(tiles[0]))
+        rest = (n, k, int(bias is not None), 1 if x.ndim == 3 else slots)
+        _by_groups(function, (*buffers, y, order, *tiles, *rest), n, _GEMM, len(tiles[0]))
     return y
 
 
