@@ -1,0 +1,1 @@
+"""Metal: shaders for Apple's GPUs, compiled by torch on first use."""

@@ -1,0 +1,187 @@
+"""What Metal refuses and clang++ does not see: pointers without an address space, constants that are not `constant`, ...
+
+A complaint is a line of text that begins with file and line. The rules are those of docs/development.md's Metal section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .tokens import Token, closing, split, text, tokenize, without_attributes
+from .translate import SPACES
+
+FORBIDDEN = {
+    "asm", "catch", "delete", "double", "dynamic_cast", "goto", "new", "std", "thread_local", "throw", "try", "typeid",
+    "virtual",
+}  # fmt: skip
+ATTRIBUTES = {
+    "function_constant": "torch cannot set function constants: use a template",
+    "threadgroup": "torch cannot give threadgroup memory to a parameter: declare it in the kernel",
+}
+FLAGS = {"mem_flags"}
+STATEMENTS = {"return", "case", "else", "delete", "goto", "using", "typedef", "template", "throw"}
+MARKER = re.compile(r'# (\d+) "(.*?)"')
+
+
+def lint(source: str) -> list[str]:
+    """Complaints about preprocessed source."""
+    return [f"{place}: {what}" for place, what in _Lint(source).run()]
+
+
+class _Lint:
+    def __init__(self, source: str) -> None:
+        self.tokens: list[Token] = []
+        self.places: list[str] = []
+        file, line = "shader", 1
+        for token in tokenize(source):
+            if token.kind == "marker":
+                match = MARKER.match(token)
+                if match:
+                    file, line = match[2].replace("<stdin>", "shader"), int(match[1]) - 1
+            if token.counts:
+                self.tokens.append(token)
+                self.places.append(f"{file}:{line}")
+            line += token.count("\n")
+        self.body_of: list[str] = []  # by open brace: kernel, function, type or block
+
+    def run(self) -> Iterator[tuple[str, str]]:
+        tokens = self.tokens
+        statement = 0  # where it begins
+        for i, token in enumerate(tokens):
+            place = self.places[i]
+            if token in FORBIDDEN and token.kind == "name":
+                yield place, f"'{token}' does not exist in Metal, or is not used here"
+            for what in self.brackets(i):
+                yield place, what
+            if token == "{":
+                self.body_of.append(self.kind_of_body(tokens[statement:i]))
+            if token in ("{", "}", ";"):
+                for what in self.declaration(without_attributes(tokens[statement:i]), token):
+                    yield self.places[statement], what
+                statement = i + 1
+            if token == "}" and self.body_of:
+                self.body_of.pop()
+
+    def kind_of_body(self, head: list[Token]) -> str:
+        if "kernel" in head:
+            return "kernel"
+        if any(word in head for word in ("struct", "class", "namespace", "union")) and "(" not in head:
+            return "type"
+        return "block" if self.inside("kernel", "function") else "function"
+
+    def inside(self, *kinds: str) -> bool:
+        return any(kind in self.body_of for kind in kinds)
+
+    def brackets(self, i: int) -> Iterator[str]:
+        """About token i, if it opens a bracket, or ends a type."""
+        tokens = self.tokens
+        if tokens[i] == "(":
+            inner = tokens[i + 1 : closing(tokens, i)]
+            for part in split(inner):
+                yield from self.parameter(without_attributes(part))
+        if tokens[i] == "<" and i and tokens[i - 1].kind == "name":
+            depth = 1
+            for j in range(i + 1, min(i + 60, len(tokens))):
+                depth += (tokens[j] == "<") - (tokens[j] == ">")
+                if depth == 0:
+                    for part in split(tokens[i + 1 : j]):
+                        if part[-1] in ("*", "&"):
+                            yield from _needs_space(part)
+                    break
+                if tokens[j] in (";", "{", "}", "(", "&&", "||"):
+                    break
+        if tokens[i] == "[" and tokens[i + 1] == "[":
+            for name in (token for token in tokens[i + 2 : closing(tokens, i)] if token in ATTRIBUTES):
+                yield ATTRIBUTES[name]
+        elif tokens[i] == "[" and i and tokens[i - 1] in ("=", "(", ",", "return", "{"):
+            yield "lambdas do not exist in Metal"
+
+    def parameter(self, part: list[Token]) -> Iterator[str]:
+        """About one of the parts in a pair of parentheses: a parameter, a cast, or an expression."""
+        head = not self.inside("kernel", "function")  # where x * y can only be a parameter
+        if (head and _declares(part)) or (len(part) > 1 and part[-1] in ("*", "&") and _is_type(part[:-1])):
+            yield from _needs_space(part)
+
+    def declaration(self, statement: list[Token], end: str) -> Iterator[str]:
+        """About a statement, or the head of a body."""
+        head = statement
+        while head and head[0] == "template" and "<" in head:
+            depth = 0
+            for j, token in enumerate(head):
+                depth += (token == "<") - (token == ">")
+                if depth == 0 and j > 0:
+                    head = head[j + 1 :]
+                    break
+            else:
+                return
+        if head and head[0] in ("public", "private", "protected") and ":" in head:
+            head = head[head.index(":") + 1 :]
+        if head and head[0] in ("for", "if", "while") and "(" in head:
+            head = head[head.index("(") + 1 :]
+        if not head:
+            return
+        if _declares(head):
+            yield from _needs_space(head)
+        if head[0] in STATEMENTS:
+            return
+        in_function = self.inside("kernel", "function")
+        is_variable = "(" not in head[: head.index("=")] if "=" in head else "(" not in head and end == ";"
+        names_type = any(
+            word in head for word in ("struct", "class", "enum", "namespace", "union", "operator", "friend")
+        )
+        if not names_type and is_variable and "constant" not in head:
+            if "static" in head:
+                yield f"a static variable must be constant: {text(head)}"
+            elif not in_function and not self.inside("type") and len(head) > 1:
+                yield f"a variable outside of functions must be constant: {text(head)}"
+        if head[0] == "threadgroup" and is_variable and end == ";" and not {"*", "&"} & set(head):
+            if in_function and "kernel" not in self.body_of:
+                yield f"threadgroup variables are declared in kernels, not in functions: {text(head)}"
+
+
+def _is_type(part: list[Token]) -> bool:
+    """Whether tokens can name a type: names, ::, template arguments."""
+    if not part or part[0].kind != "name" or part[-1] in ("::", "<", ","):
+        return False
+    depth = 0
+    for i, token in enumerate(part):
+        depth += (token == "<") - (token == ">")
+        if depth == 0 and not (token.kind == "name" or token in ("::", ">", "*", "&")):
+            return False
+        if depth == 0 and i and token.kind == "name" and part[i - 1].kind == "name":
+            if part[i - 1] not in SPACES | {
+                "const",
+                "volatile",
+                "typename",
+                "static",
+                "constexpr",
+                "inline",
+                "unsigned",
+            }:
+                return token in SPACES | {"const", "volatile"}
+    return depth == 0
+
+
+def _declares(part: list[Token]) -> bool:
+    """Whether tokens begin as the declaration of a pointer or reference: TYPE * NAME, then =, [, (, or the end."""
+    depth = 0
+    for i, token in enumerate(part):
+        depth += (token == "<") - (token == ">")
+        if depth == 0 and token in ("*", "&") and 0 < i < len(part) - 1:
+            after = part[i + 1 :]
+            while after and after[0] in ("*", "&", "const", "thread", "device", "constant", "threadgroup"):
+                after = after[1:]
+            named = bool(after) and after[0].kind == "name"
+            return named and _is_type(part[:i]) and (len(after) == 1 or after[1] in ("=", "[", "(", ":", ","))
+    return False
+
+
+def _needs_space(part: list[Token]) -> Iterator[str]:
+    depth = 0
+    for i, token in enumerate(part):
+        depth += (token == "<") - (token == ">")
+        if depth == 0 and token in ("*", "&"):
+            if not SPACES.intersection(part[:i]):
+                yield f"a pointer or reference without address space: {text(part[: i + 2])}"
+            return
