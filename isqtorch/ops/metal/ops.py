@@ -159,18 +159,19 @@ def sorted_tiles(ids: Tensor, experts: int, height: int) -> tuple[Tensor, tuple[
     Returns:
         int32 `[pairs]`, the pairs in order; and of every tile its expert, its first place in that order, and its height.
     """
-    here = torch.where((ids >= 0) & (ids < experts), ids, experts).long()
-    order = torch.argsort(here, stable=True)
-    counts = torch.zeros(experts + 1, dtype=torch.long, device=ids.device)
-    counts = counts.scatter_add_(0, here, torch.ones_like(here))[:experts]
+    # int32 throughout: MPS has not every function of int64
+    names = torch.arange(experts, dtype=torch.int32, device=ids.device)
+    here = torch.where((ids >= 0) & (ids < experts), ids, experts).int()
+    order = torch.argsort(here, stable=True).int()
+    counts = (here[:, None] == names).sum(0, dtype=torch.int32)  # [experts]
     tiles_of = (counts + height - 1) // height
-    ends = tiles_of.cumsum(0)  # [experts], in tiles
-    tile = torch.arange(-(-len(ids) // height) + experts, device=ids.device)
-    owner = torch.searchsorted(ends, tile, right=True).clamp(max=experts - 1)
+    ends = tiles_of.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(-(-len(ids) // height) + experts, dtype=torch.int32, device=ids.device)
+    owner = torch.searchsorted(ends, tile, right=True, out_int32=True).clamp(max=experts - 1)
     of_owner = tile - (ends - tiles_of)[owner]  # which of its owner's tiles
-    firsts = (counts.cumsum(0) - counts)[owner] + of_owner * height
+    firsts = (counts.cumsum(0, dtype=torch.int32) - counts)[owner] + of_owner * height
     heights = (counts[owner] - of_owner * height).clamp(0, height)
-    return order.int(), (owner.int(), firsts.int(), heights.int())
+    return order, (owner, firsts, heights)
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
