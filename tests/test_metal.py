@@ -296,7 +296,7 @@ def test_a_compile_error_names_file_format_and_kernels() -> None:
 
     library.use_compiler(refuse)
     try:
-        with pytest.raises(RuntimeError, match=r"(?s)kernels/gemv\.metal does not compile for q4k and half \(gemv_1, .*:7: error"):
+        with pytest.raises(RuntimeError, match=r"(?s)kernels/dequantize\.metal does not compile for q4k and half \(dequantize, .*:7: error"):
             library.compile_all("q4k", torch.float16)
     finally:
         library.use_compiler(None)
