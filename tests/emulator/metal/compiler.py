@@ -33,6 +33,7 @@ RUN = [
     *COMMON,
     *"-std=c++20 -O1 -g1 -fPIC -w -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off".split(),
     *"-Xclang -ffloat16-excess-precision=none".split(),  # half is rounded by every operation
+    "-fdebug-compilation-dir=.",
     "-ftrivial-auto-var-init=pattern",  # what nobody has written is NaN
     *(["-march=x86-64-v3"] if X86 else []),
 ]
@@ -58,14 +59,15 @@ def compiler_command() -> list[str] | None:
     if named:
         return named.split()
     for name in ("clang++-19", "clang++-20", "clang++-21", "clang++-22", "clang++"):
-        if shutil.which(name) and _version([name]) >= 19:
+        if shutil.which(name) and _version(name) >= 19:
             return [name]
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "c++"]
     return None
 
 
-def _version(command: list[str]) -> int:
+@functools.cache
+def _version(*command: str) -> int:
     said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     match = re.search(r"clang version (\d+)", said)
     return int(match[1]) if match else 0
@@ -98,7 +100,7 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
         CompileError: with what lint or the compiler says.
         FileNotFoundError: without clang++.
     """
-    command, tools = _toolchain()
+    _, tools = _toolchain()
     digest = hashlib.sha256(repr((tools, source, variant, only, strict)).encode()).hexdigest()[:20]
     target = build.BUILD / f"metal-{variant}-{digest}.so"
     if target.exists():
@@ -107,8 +109,10 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
     core = _core(variant)
     temporary = target.with_suffix(f".{os.getpid()}")
     code = translation.to_run()
+    # One trap per check, so that its address tells the line.
+    apart = ["-fno-sanitize-merge"] if _version(*_toolchain()[0]) >= 20 else ["-mllvm", "-ubsan-unique-traps"]
     try:
-        done = _clang([*RUN, *INSTRUMENT[variant], "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code)
+        done = _clang([*RUN, *INSTRUMENT[variant], *apart, "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code)
         if done.returncode:
             raise CompileError(done.stderr)
         temporary.replace(target)
@@ -119,7 +123,7 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
 
 def translated(source: str, only: str | None = None) -> tuple[Translation, str]:
     """A source in C++, and preprocessed."""
-    done = _clang([*PREPROCESS, "-x", "c++", "-"], INCLUDE.sub("", source))
+    done = _clang([*PREPROCESS, "-x", "c++", "-"], '#line 1 "shader"\n' + INCLUDE.sub("", source))
     if done.returncode:
         raise CompileError(done.stderr)
     try:

@@ -5,10 +5,9 @@ A complaint is a line of text that begins with file and line. The rules are thos
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from .tokens import Token, closing, split, text, tokenize, without_attributes
+from .tokens import Token, closing, places, split, text, tokenize, without_attributes
 from .translate import SPACES
 
 FORBIDDEN = {
@@ -19,9 +18,7 @@ ATTRIBUTES = {
     "function_constant": "torch cannot set function constants: use a template",
     "threadgroup": "torch cannot give threadgroup memory to a parameter: declare it in the kernel",
 }
-FLAGS = {"mem_flags"}
 STATEMENTS = {"return", "case", "else", "delete", "goto", "using", "typedef", "template", "throw"}
-MARKER = re.compile(r'# (\d+) "(.*?)"')
 
 
 def lint(source: str) -> list[str]:
@@ -31,18 +28,9 @@ def lint(source: str) -> list[str]:
 
 class _Lint:
     def __init__(self, source: str) -> None:
-        self.tokens: list[Token] = []
-        self.places: list[str] = []
-        file, line = "shader", 1
-        for token in tokenize(source):
-            if token.kind == "marker":
-                match = MARKER.match(token)
-                if match:
-                    file, line = match[2].replace("<stdin>", "shader"), int(match[1]) - 1
-            if token.counts:
-                self.tokens.append(token)
-                self.places.append(f"{file}:{line}")
-            line += token.count("\n")
+        tokens = tokenize(source)
+        self.tokens = [token for token in tokens if token.counts]
+        self.places = [place for token, place in zip(tokens, places(tokens), strict=True) if token.counts]
         self.body_of: list[str] = []  # by open brace: kernel, function, type or block
 
     def run(self) -> Iterator[tuple[str, str]]:
@@ -54,11 +42,12 @@ class _Lint:
                 yield place, f"'{token}' does not exist in Metal, or is not used here"
             for what in self.brackets(i):
                 yield place, what
-            if token == "{":
-                self.body_of.append(self.kind_of_body(tokens[statement:i]))
             if token in ("{", "}", ";"):
-                for what in self.declaration(without_attributes(tokens[statement:i]), token):
+                head = tokens[statement:i]
+                for what in self.declaration(without_attributes(head), token):
                     yield self.places[statement], what
+                if token == "{":
+                    self.body_of.append(self.kind_of_body(head))
                 statement = i + 1
             if token == "}" and self.body_of:
                 self.body_of.pop()
