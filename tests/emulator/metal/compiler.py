@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from .. import build
+from .compiler_command import compiler_command, version
 from .lint import lint
 from .translate import Translation, translate
 
@@ -53,27 +52,6 @@ class CompileError(SyntaxError):
 
 
 @functools.cache
-def compiler_command() -> list[str] | None:
-    """clang++: what ISQTORCH_CLANG says, Debian's, or the one in PyPI's ziglang; None where there is none."""
-    named = os.environ.get("ISQTORCH_CLANG")
-    if named:
-        return named.split()
-    for name in ("clang++-19", "clang++-20", "clang++-21", "clang++-22", "clang++"):
-        if shutil.which(name) and _version(name) >= 19:
-            return [name]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++"]
-    return None
-
-
-@functools.cache
-def _version(*command: str) -> int:
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"clang version (\d+)", said)
-    return int(match[1]) if match else 0
-
-
-@functools.cache
 def _toolchain() -> tuple[list[str], str]:
     """The compiler's command, and a digest of everything but the shader that a library depends on."""
     command = compiler_command()
@@ -110,9 +88,11 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
     temporary = target.with_suffix(f".{os.getpid()}")
     code = translation.to_run()
     # One trap per check, so that its address tells the line.
-    apart = ["-fno-sanitize-merge"] if _version(*_toolchain()[0]) >= 20 else ["-mllvm", "-ubsan-unique-traps"]
+    apart = ["-fno-sanitize-merge"] if version(*_toolchain()[0]) >= 20 else ["-mllvm", "-ubsan-unique-traps"]
     try:
-        done = _clang([*RUN, *INSTRUMENT[variant], *apart, "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code)
+        done = _clang(
+            [*RUN, *INSTRUMENT[variant], *apart, "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code
+        )
         if done.returncode:
             raise CompileError(done.stderr)
         temporary.replace(target)
