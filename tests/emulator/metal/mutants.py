@@ -82,8 +82,8 @@ def killed_by(site: Site, launches: list[runner.Launch]) -> str:
             compiler.checked(mutant, kernel)
         except compiler.CompileError:
             return "compiler"
-    if site.what in SPACES:
-        return ""  # address spaces mean nothing to the code that runs here
+    if site.what in SPACES - {"threadgroup"}:
+        return ""  # to the code that runs here, these mean nothing
     for source, mutant, kernel, plan in concerned:
         expected = _outputs(source, kernel, plan, "forward")
         for order in ("forward", "reverse", "shuffled"):
