@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).resolve().parent
@@ -57,6 +58,18 @@ class Build(BuildExtension):
         self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
 
+class BuildPackage(build_py):
+    """Puts the Metal shaders, which torch compiles on the user's machine, into the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # isqtorch.metal.shaders finds csrc/metal itself
+            for name in files("metal/**/*.metal", "metal/**/*.h"):
+                target = Path(self.build_lib, "isqtorch", "metal", "source", Path(name).relative_to("csrc/metal"))
+                self.mkpath(str(target.parent))
+                self.copy_file(name, str(target))
+
+
 if "clang" not in subprocess.run([get_cxx_compiler(), "--version"], capture_output=True, text=True).stdout:
     # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
     COMPILE_ARGS += ["--param", "max-completely-peel-times=8"]
@@ -80,6 +93,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

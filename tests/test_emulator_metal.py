@@ -381,3 +381,65 @@ kernel void idle(device float* y [[buffer(0)]], uint i [[thread_position_in_grid
     killed = {str(site): mutants.killed_by(site, launches) for site in mutants.sites(launches)}
     assert killed.pop("shader:5: threadgroup_barrier") == ""
     assert all(killed.values()) and len(killed) == 1
+
+
+# ---- how the package loads its shaders
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shaders of a package: a kernel, which includes two headers, one of which includes the other."""
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "one.h").write_text(
+        "#pragma once\nstruct one {\n  static float get(device const float* x) { return x[0]; }\n};\n"
+    )
+    (tmp_path / "formats" / "all.h").write_text('#pragma once\n#include "formats/one.h"\n')
+    (tmp_path / "copy.metal").write_text(
+        """#include <metal_stdlib>
+#include "formats/one.h"
+#include "formats/all.h"
+using namespace metal;
+template <typename F, typename T>
+kernel void copy(device const float* x [[buffer(0)]], device T* y [[buffer(1)]], uint i [[thread_position_in_grid]]) {
+  y[i] = T(F::get(x + i));
+}
+"""
+    )
+    monkeypatch.setattr(shaders, "FOLDERS", [tmp_path / "missing", tmp_path])
+    return tmp_path
+
+
+def test_the_package_runs_its_shaders_on_the_emulator(folder: Path) -> None:
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        library = shaders.library("copy.metal", shaders.instance("copy_f16", "copy<one, half>"))
+        y = torch.empty(4, dtype=torch.float16)
+        assert y.isnan().all()
+        library.copy_f16(x, y, threads=4, group_size=4)
+        return y
+
+    with runner.emulated():
+        assert copied(torch.arange(4.0)).tolist() == [0, 1, 2, 3]
+        assert shaders.read("copy.metal").count("struct one") == 1
+        instances = shaders.instance("copy_f16", "copy<one, half>")
+        assert shaders.library("copy.metal", instances) is shaders.library("copy.metal", instances)
+    assert shaders.compile_source is not runner.compile_shader
+
+
+def test_errors_name_the_line_of_the_file(folder: Path) -> None:
+    header = folder / "formats" / "one.h"
+    with runner.emulated():
+        library = shaders.library("copy.metal", shaders.instance("copy_f32", "copy<one, float>"))
+        with pytest.raises(runner.MetalError, match=r"byte 16 of 'argument 0' \(16 bytes\) at formats/one.h:3: "):
+            library.copy_f32(torch.zeros(4), torch.zeros(8), threads=8, group_size=8)
+        header.write_text(header.read_text().replace("device ", ""))
+        with pytest.raises(RuntimeError, match=r"refuses copy.metal with\n.*copy_bf16.*\nformats/one.h:3: a pointer"):
+            shaders.library("copy.metal", shaders.instance("copy_bf16", "copy<one, bfloat>"))
+        (folder / "formats" / "all.h").unlink()
+        with pytest.raises(FileNotFoundError, match=r"all.h"):
+            shaders.read("copy.metal")
+
+
+def test_an_installation_without_shaders_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shaders, "FOLDERS", [tmp_path / "source"])
+    with pytest.raises(FileNotFoundError, match="no Metal shaders in .*source; install isqtorch again"):
+        shaders.read("gemv.metal")

@@ -1,6 +1,6 @@
 """What Metal refuses and clang++ does not see: pointers without an address space, constants that are not `constant`, ...
 
-A complaint is a line of text that begins with file and line. The rules are those of docs/development.md's Metal section.
+A complaint is a line of text that begins with file and line. tests/emulator/README.md lists the rules.
 """
 
 from __future__ import annotations
