@@ -263,6 +263,10 @@ BODY = "kernel void f(device float* y [[buffer(0)]], device half* h [[buffer(1)]
 REFUSED = {
     "pointer parameter": ("float g(float* p) { return p[0]; }", "without address space: float * p"),
     "reference parameter": ("void g(const float& p);", "without address space: const float & p"),
+    "pointer parameter of a method": (
+        "struct s { public: template <int n = 4> float g(float* p) { return p[n]; } };",
+        "without address space: float * p",
+    ),
     "local pointer": (BODY.format("float a[2] = {1, 2}; float* p = a; y[i] = p[1];"), "without address space: float * p"),
     "cast": (BODY.format("y[i] = float(((uint*)(y))[0]);"), "without address space: uint *"),
     "pointer of another space": (BODY.format("threadgroup float* p = y; p[i] = 0;"), "cannot initialize a variable"),
@@ -283,6 +287,23 @@ REFUSED = {
     "unknown attribute": ("kernel void f(uint i [[somewhere]]) {}", "neither a buffer nor a known attribute"),
     "unknown function": (BODY.format("y[i] = quad_magic(1.0);"), "quad_magic"),
 }  # fmt: skip
+
+
+def test_products_are_not_taken_for_pointers() -> None:
+    source = """
+template <int a, int b>
+struct shape {
+  static constant constexpr const int size = (a * b) / 4;
+  int rows;
+  shape(int row, int column) : rows(row * column) {}
+};
+kernel void f(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  const int n = int(i) * shape<2, 2>::size, m = n & 3;
+  for (int j = 0; j * n < 4; j += (n * m)) y[j] = float((n * m) + (n & m)) * (2.0 * y[j]);
+  y[i] *= float(shape<4, 2>(n, m).rows);
+}
+"""
+    assert dir(runner.compile_shader(f"using namespace metal;\n{source}")) == ["f"]
 
 
 @pytest.mark.parametrize("fault", REFUSED)

@@ -31,11 +31,11 @@ class _Lint:
         tokens = tokenize(source)
         self.tokens = [token for token in tokens if token.counts]
         self.places = [place for token, place in zip(tokens, places(tokens), strict=True) if token.counts]
+        self.statement = 0  # where the one that is looked at begins
         self.body_of: list[str] = []  # by open brace: kernel, function, type or block
 
     def run(self) -> Iterator[tuple[str, str]]:
         tokens = self.tokens
-        statement = 0  # where it begins
         for i, token in enumerate(tokens):
             place = self.places[i]
             if token in FORBIDDEN and token.kind == "name":
@@ -43,12 +43,12 @@ class _Lint:
             for what in self.brackets(i):
                 yield place, what
             if token in ("{", "}", ";"):
-                head = tokens[statement:i]
+                head = tokens[self.statement : i]
                 for what in self.declaration(without_attributes(head), token):
-                    yield self.places[statement], what
+                    yield self.places[self.statement], what
                 if token == "{":
                     self.body_of.append(self.kind_of_body(head))
-                statement = i + 1
+                self.statement = i + 1
             if token == "}" and self.body_of:
                 self.body_of.pop()
 
@@ -66,9 +66,8 @@ class _Lint:
         """About token i, if it opens a bracket, or ends a type."""
         tokens = self.tokens
         if tokens[i] == "(":
-            inner = tokens[i + 1 : closing(tokens, i)]
-            for part in split(inner):
-                yield from self.parameter(without_attributes(part))
+            for part in split(tokens[i + 1 : closing(tokens, i)]):
+                yield from self.parameter(without_attributes(part), i)
         if tokens[i] == "<" and i and tokens[i - 1].kind == "name":
             depth = 1
             for j in range(i + 1, min(i + 60, len(tokens))):
@@ -86,26 +85,19 @@ class _Lint:
         elif tokens[i] == "[" and i and tokens[i - 1] in ("=", "(", ",", "return", "{"):
             yield "lambdas do not exist in Metal"
 
-    def parameter(self, part: list[Token]) -> Iterator[str]:
-        """About one of the parts in a pair of parentheses: a parameter, a cast, or an expression."""
-        head = not self.inside("kernel", "function")  # where x * y can only be a parameter
-        if (head and _declares(part)) or (len(part) > 1 and part[-1] in ("*", "&") and _is_type(part[:-1])):
+    def parameter(self, part: list[Token], i: int) -> Iterator[str]:
+        """About one of the parts in the parentheses that open at i: a parameter, a cast, or an expression."""
+        before = _without_prefix(self.tokens[self.statement : i])
+        # where x * y can only be a parameter: not in initializers
+        head = not self.inside("kernel", "function") and not {"=", ":", "static_assert"} & set(before)
+        parameter = head and before and before[-1].kind == "name" and _declares(part)
+        cast = len(part) > 1 and part[-1] in ("*", "&") and _is_type(part[:-1])
+        if parameter or cast:
             yield from _needs_space(part)
 
     def declaration(self, statement: list[Token], end: str) -> Iterator[str]:
         """About a statement, or the head of a body."""
-        head = statement
-        while head and head[0] == "template" and "<" in head:
-            depth = 0
-            for j, token in enumerate(head):
-                depth += (token == "<") - (token == ">")
-                if depth == 0 and j > 0:
-                    head = head[j + 1 :]
-                    break
-            else:
-                return
-        if head and head[0] in ("public", "private", "protected") and ":" in head:
-            head = head[head.index(":") + 1 :]
+        head = _without_prefix(statement)
         if head and head[0] in ("for", "if", "while") and "(" in head:
             head = head[head.index("(") + 1 :]
         if not head:
@@ -127,6 +119,20 @@ class _Lint:
         if head[0] == "threadgroup" and is_variable and end == ";" and not {"*", "&"} & set(head):
             if in_function and "kernel" not in self.body_of:
                 yield f"threadgroup variables are declared in kernels, not in functions: {text(head)}"
+
+
+def _without_prefix(statement: list[Token]) -> list[Token]:
+    """Without `public:` and `template <...>` at the beginning."""
+    if len(statement) > 1 and statement[0] in ("public", "private", "protected") and statement[1] == ":":
+        return _without_prefix(statement[2:])
+    if statement and statement[0] == "template":
+        depth = 0
+        for j, token in enumerate(statement):
+            depth += (token == "<") - (token == ">")
+            if depth == 0 and j > 0:
+                return _without_prefix(statement[j + 1 :])
+        return []
+    return statement
 
 
 def _is_type(part: list[Token]) -> bool:
