@@ -267,6 +267,7 @@ REFUSED = {
         "struct s { public: template <int n = 4> float g(float* p) { return p[n]; } };",
         "without address space: float * p",
     ),
+    "pointer to pointers": ("void g(device float** p);", "without address space: device float * * p"),
     "local pointer": (BODY.format("float a[2] = {1, 2}; float* p = a; y[i] = p[1];"), "without address space: float * p"),
     "cast": (BODY.format("y[i] = float(((uint*)(y))[0]);"), "without address space: uint *"),
     "pointer of another space": (BODY.format("threadgroup float* p = y; p[i] = 0;"), "cannot initialize a variable"),

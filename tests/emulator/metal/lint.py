@@ -173,10 +173,16 @@ def _declares(part: list[Token]) -> bool:
 
 
 def _needs_space(part: list[Token]) -> Iterator[str]:
-    depth = 0
+    """About a declaration or type: every * and & needs an address space of its own before it."""
+    depth = begin = 0
     for i, token in enumerate(part):
         depth += (token == "<") - (token == ">")
         if depth == 0 and token in ("*", "&"):
-            if not SPACES.intersection(part[:i]):
+            if token == "&" and begin:
+                return  # a reference to a pointer: Apple's compiler takes it for one to `thread`
+            if not SPACES.intersection(part[begin:i]):
                 yield f"a pointer or reference without address space: {text(part[: i + 2])}"
+                return
+            begin = i + 1
+        elif depth == 0 and token in ("=", "(", "[", ":", ","):
             return
