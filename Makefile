@@ -19,7 +19,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models test test-integrations test-all test-neon sanitize lint format tables build clean
+.PHONY: help demo bench bench-models test test-integrations test-all test-neon mutants sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-all: build  ## the test suite with its slow tests
 
 test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_neon.py
+
+mutants: build  ## every barrier and address space of the Metal shaders is needed; SAMPLE=20 for some of them (needs clang-19)
+	PYTHONPATH=.:tests $(PYTHON) -m emulator.metal.mutants $(if $(SAMPLE),--sample $(SAMPLE))
 
 # A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
 # runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.

@@ -28,29 +28,21 @@ SEEN = 1e-3  # of an output: what sums in another order, and weights in f16 tile
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param("emulator", marks=pytest.mark.clang), pytest.param("mps", marks=pytest.mark.mps)]
+    scope="module",
+    params=[pytest.param("emulator", marks=pytest.mark.clang), pytest.param("mps", marks=pytest.mark.mps)],
 )
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the tensors lie: on the CPU, for the emulator, or on a Mac's GPU."""
     if request.param == "mps":
         yield "mps"
         return
-    from emulator.metal import compile_shader
+    from emulator.metal import runner
 
-    library.use_compiler(compile_shader)
-    wanted = [(fmt.name, dtype) for fmt in FORMATS for dtype in DTYPES] + [(fmt.name, torch.float32) for fmt in OTHERS]
-    with ThreadPoolExecutor(2) as pool:  # compilers are processes of their own
-        list(pool.map(lambda pair: library.compile_all(*pair), wanted))
-    yield "cpu"
-    library.use_compiler(None)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what torch.empty returns with NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with runner.emulated():
+        with ThreadPoolExecutor(2) as pool:  # compilers are processes of their own
+            pairs = [(fmt.name, dtype) for fmt in FORMATS for dtype in DTYPES]
+            list(pool.map(lambda pair: library.compile_all(*pair), pairs))
+        yield "cpu"
 
 
 @cache
@@ -92,7 +84,9 @@ def test_dequantize(fmt: QuantFormat, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 def test_dequantize_any_bytes(fmt: QuantFormat, device: str) -> None:
     """Every bit pattern of codes and scales; numbers that a GPU may round to zero stay out, and NaN has many patterns."""
-    blocks = torch.randint(0, 256, (64, 3 * fmt.block_bytes), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    blocks = torch.randint(
+        0, 256, (64, 3 * fmt.block_bytes), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     exact = reference.dequantize(blocks, fmt.name, torch.float32)
     got = metal.dequantize(blocks.to(device), fmt.name, torch.float32).cpu()
     normal = (exact == 0) | (exact.abs() >= 2.0**-126)
@@ -159,7 +153,9 @@ def test_bias_shapes_and_strides(dtype: torch.dtype, device: str) -> None:
             want = reference.linear(rows, weights, "q4k", bias)
             assert got.shape == want.shape
             torch.testing.assert_close(got, want, rtol=2 * ROUNDING[dtype] + 1e-4, atol=20 * (ROUNDING[dtype] + 1e-5))
-    view = torch.cat([torch.zeros(1, dtype=torch.uint8), weights.flatten()])[1:].view(weights.shape)  # at an odd address
+    view = torch.cat([torch.zeros(1, dtype=torch.uint8), weights.flatten()])[1:].view(
+        weights.shape
+    )  # at an odd address
     x = torch.randn(3, 512, dtype=dtype).to(device)
     assert metal.linear(x, view.to(device), "q4k").equal(metal.linear(x, weights.to(device), "q4k"))
 
@@ -229,7 +225,11 @@ def test_quantize(fmt: QuantFormat, device: str) -> None:
             w[5, ::7] *= 20
             w = w.to(dtype)
             for rule in (None, "mlx") if fmt.solver == "affine" else (None,):
-                assert metal.quantize(w.to(device), fmt.name, None, rule).cpu().equal(ops.quantize(w, fmt.name, None, rule))
+                assert (
+                    metal.quantize(w.to(device), fmt.name, None, rule)
+                    .cpu()
+                    .equal(ops.quantize(w, fmt.name, None, rule))
+                )
 
 
 @every_format
@@ -249,7 +249,9 @@ def test_quantize_refuses_what_the_cpu_refuses(fmt: QuantFormat, device: str) ->
         w[2, fmt.block + 5] = value
         wants = refusal(ops.quantize, w, fmt)
         assert refusal(metal.quantize, w.to(device), fmt) == wants
-        assert (wants is None) == (value == 3e38 and fmt.name in ("fp8", *(f.name for f in ON_GPU if is_bf16(f)))), wants
+        assert (wants is None) == (value == 3e38 and fmt.name in ("fp8", *(f.name for f in ON_GPU if is_bf16(f)))), (
+            wants
+        )
 
 
 def is_bf16(fmt: QuantFormat) -> bool:
@@ -275,6 +277,37 @@ def test_afq_by_the_mlx_rule_are_the_golden_codes(bits: int, device: str) -> Non
         assert got["scale"].view(-1).equal(goldens[f"{key}/scales"].view(-1).to(torch.bfloat16))
 
 
+# ---- order and races -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.clang
+@every_format
+def test_any_order_of_threads_and_no_races(fmt: QuantFormat) -> None:
+    from emulator.metal import races, runner
+
+    x, k, bias = activations(37, 3 * fmt.block), 3 * fmt.block, torch.randn(33)
+    weights = packed(fmt, 66, 3)
+    experts, ids = weights.view(2, 33, -1), torch.tensor([[0, 1], [1, 2], [1, 0]] * 8)
+
+    def everything() -> list[Tensor]:
+        found = [metal.linear(x[:m], weights[:33], fmt.name, bias) for m in (1, 3, 37)]
+        found += [metal.experts_linear(x[: len(i)], experts, fmt.name, i) for i in (ids[:2], ids)]
+        found += [metal.dequantize(weights[:5], fmt.name, torch.float32)]
+        if struct_of(fmt.name).quantizes:
+            found += [metal.quantize(weight(fmt, rows=5, blocks=3), fmt.name)]
+        return found
+
+    with runner.emulated(), runner.recording() as launches:
+        results = everything()
+    assert results[0].shape == (1, 33) and k % fmt.block == 0
+    with runner.emulated():
+        for order in ("reverse", "shuffled"):
+            with runner.schedule(order):
+                assert all(a.equal(b) for a, b in zip(results, everything(), strict=True)), order
+    if races.available():
+        assert races.find(launches) == ""
+
+
 # ---- the host --------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +329,10 @@ def test_a_compile_error_names_file_format_and_kernels() -> None:
 
     library.use_compiler(refuse)
     try:
-        with pytest.raises(RuntimeError, match=r"(?s)kernels/dequantize\.metal does not compile for q4k and half \(dequantize, .*:7: error"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"(?s)kernels/dequantize\.metal does not compile for q4k and half \(dequantize, .*:7: error",
+        ):
             library.compile_all("q4k", torch.float16)
     finally:
         library.use_compiler(None)

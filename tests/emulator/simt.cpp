@@ -92,6 +92,17 @@ void go_to(GpuThread& from, GpuThread& to) {
   Fiber::switch_to(from.fiber, to.fiber);
 }
 
+// The next thread of a warp, after this lane, that can go on, or null.
+GpuThread* next_ready_lane(int warp, int lane) {
+  const int step = options.order == Order::kReverse ? kWarp - 1 : 1;
+  for (int i = 0; i < kWarp; ++i) {
+    lane = (lane + step) % kWarp;
+    const int at = warp * kWarp + lane;
+    if (at < current->size && current->threads[at]->state == State::kReady) return current->threads[at].get();
+  }
+  return nullptr;
+}
+
 // The next thread after this turn that can go on, or null.
 GpuThread* next_ready(int turn) {
   for (int i = 1; i <= current->size; ++i) {
@@ -125,7 +136,10 @@ GpuThread* next_ready(int turn) {
 void wait_here() {
   GpuThread& me = *current->running;
   me.state = State::kWaiting;
-  GpuThread* const next = next_ready(me.turn);
+  GpuThread* next = nullptr;
+  // A warp goes as far as it can before another one has its turn; shuffled, all advance together.
+  if (options.order != Order::kShuffled) next = next_ready_lane(me.view.warp, me.view.lane);
+  if (!next) next = next_ready(me.turn);
   if (!next) fail_stuck();
   go_to(me, *next);
 }
@@ -307,12 +321,14 @@ void* block_memory(const void* id, const char* name, size_t bytes, size_t alignm
       used += piece.bytes;
     }
   }
+  if (mine) happens_after(mine->memory);
   if (mine && mine->given) return mine->memory;
   if (used > limit)
     fail("the block's memory: " + std::to_string(used) + " bytes with '" + name + "', of " + std::to_string(limit));
   if (!mine) {
     char* const memory = static_cast<char*>(new_buffer(bytes, std::max<size_t>(alignment, 8), name));
     mine = &current->memory.emplace_back(BlockMemory{id, memory, bytes, false});
+    happens_before(memory);  // to ThreadSanitizer, new memory was written by this thread
   }
   mine->given = true;
   fill(mine->memory, bytes);

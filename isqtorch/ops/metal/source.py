@@ -35,8 +35,12 @@ def assemble(kernel_file: str, header: str, instances: dict[str, str]) -> str:
     """
     seen: set[str] = set()
     parts = [_inlined(header, seen), _inlined(kernel_file, seen), '#line 1 "instances"']
-    parts += [f'template [[host_name("{name}")]] [[kernel]] decltype({it}) {it};' for name, it in instances.items()]
-    return "\n".join([*parts, ""])
+    return "\n".join([*parts, *(instance(*named) for named in instances.items()), ""])
+
+
+def instance(name: str, template: str) -> str:
+    """The line that makes a kernel of a template, in the form that MLX's kernels have, known to Apple's compiler."""
+    return f'template [[host_name("{name}")]] [[kernel]] decltype({template}) {template};'
 
 
 def _inlined(name: str, seen: set[str]) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from .. import build
+from .compiler_command import compiler_command, version
 from .lint import lint
 from .translate import Translation, translate
 
@@ -33,6 +32,7 @@ RUN = [
     *COMMON,
     *"-std=c++20 -O1 -g1 -fPIC -w -fno-exceptions -fno-rtti -fno-strict-aliasing -ffp-contract=off".split(),
     *"-Xclang -ffloat16-excess-precision=none".split(),  # half is rounded by every operation
+    "-fdebug-compilation-dir=.",
     "-ftrivial-auto-var-init=pattern",  # what nobody has written is NaN
     *(["-march=x86-64-v3"] if X86 else []),
 ]
@@ -49,26 +49,6 @@ CORE_FLAGS = [*"-x c++ -std=c++20 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra"
 
 class CompileError(SyntaxError):
     """Source that Metal would refuse, or that this compiler does not understand."""
-
-
-@functools.cache
-def compiler_command() -> list[str] | None:
-    """clang++: what ISQTORCH_CLANG says, Debian's, or the one in PyPI's ziglang; None where there is none."""
-    named = os.environ.get("ISQTORCH_CLANG")
-    if named:
-        return named.split()
-    for name in ("clang++-19", "clang++-20", "clang++-21", "clang++-22", "clang++"):
-        if shutil.which(name) and _version([name]) >= 19:
-            return [name]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++"]
-    return None
-
-
-def _version(command: list[str]) -> int:
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"clang version (\d+)", said)
-    return int(match[1]) if match else 0
 
 
 @functools.cache
@@ -98,7 +78,7 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
         CompileError: with what lint or the compiler says.
         FileNotFoundError: without clang++.
     """
-    command, tools = _toolchain()
+    _, tools = _toolchain()
     digest = hashlib.sha256(repr((tools, source, variant, only, strict)).encode()).hexdigest()[:20]
     target = build.BUILD / f"metal-{variant}-{digest}.so"
     if target.exists():
@@ -107,8 +87,12 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
     core = _core(variant)
     temporary = target.with_suffix(f".{os.getpid()}")
     code = translation.to_run()
+    # One trap per check, so that its address tells the line.
+    apart = ["-fno-sanitize-merge"] if version(*_toolchain()[0]) >= 20 else ["-mllvm", "-ubsan-unique-traps"]
     try:
-        done = _clang([*RUN, *INSTRUMENT[variant], "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code)
+        done = _clang(
+            [*RUN, *INSTRUMENT[variant], *apart, "-shared", "-", "-x", "none", str(core), "-o", str(temporary)], code
+        )
         if done.returncode:
             raise CompileError(done.stderr)
         temporary.replace(target)
@@ -119,7 +103,7 @@ def library(source: str, variant: str = "plain", only: str | None = None, strict
 
 def translated(source: str, only: str | None = None) -> tuple[Translation, str]:
     """A source in C++, and preprocessed."""
-    done = _clang([*PREPROCESS, "-x", "c++", "-"], INCLUDE.sub("", source))
+    done = _clang([*PREPROCESS, "-x", "c++", "-"], '#line 1 "shader"\n' + INCLUDE.sub("", source))
     if done.returncode:
         raise CompileError(done.stderr)
     try:

@@ -1,14 +1,13 @@
 """What Metal refuses and clang++ does not see: pointers without an address space, constants that are not `constant`, ...
 
-A complaint is a line of text that begins with file and line. The rules are those of docs/development.md's Metal section.
+A complaint is a line of text that begins with file and line. tests/emulator/README.md lists the rules.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from .tokens import Token, closing, split, text, tokenize, without_attributes
+from .tokens import Token, closing, places, split, text, tokenize, without_attributes
 from .translate import SPACES
 
 FORBIDDEN = {
@@ -19,9 +18,7 @@ ATTRIBUTES = {
     "function_constant": "torch cannot set function constants: use a template",
     "threadgroup": "torch cannot give threadgroup memory to a parameter: declare it in the kernel",
 }
-FLAGS = {"mem_flags"}
 STATEMENTS = {"return", "case", "else", "delete", "goto", "using", "typedef", "template", "throw"}
-MARKER = re.compile(r'# (\d+) "(.*?)"')
 
 
 def lint(source: str) -> list[str]:
@@ -31,35 +28,27 @@ def lint(source: str) -> list[str]:
 
 class _Lint:
     def __init__(self, source: str) -> None:
-        self.tokens: list[Token] = []
-        self.places: list[str] = []
-        file, line = "shader", 1
-        for token in tokenize(source):
-            if token.kind == "marker":
-                match = MARKER.match(token)
-                if match:
-                    file, line = match[2].replace("<stdin>", "shader"), int(match[1]) - 1
-            if token.counts:
-                self.tokens.append(token)
-                self.places.append(f"{file}:{line}")
-            line += token.count("\n")
+        tokens = tokenize(source)
+        self.tokens = [token for token in tokens if token.counts]
+        self.places = [place for token, place in zip(tokens, places(tokens), strict=True) if token.counts]
+        self.statement = 0  # where the one that is looked at begins
         self.body_of: list[str] = []  # by open brace: kernel, function, type or block
 
     def run(self) -> Iterator[tuple[str, str]]:
         tokens = self.tokens
-        statement = 0  # where it begins
         for i, token in enumerate(tokens):
             place = self.places[i]
             if token in FORBIDDEN and token.kind == "name":
                 yield place, f"'{token}' does not exist in Metal, or is not used here"
             for what in self.brackets(i):
                 yield place, what
-            if token == "{":
-                self.body_of.append(self.kind_of_body(tokens[statement:i]))
             if token in ("{", "}", ";"):
-                for what in self.declaration(without_attributes(tokens[statement:i]), token):
-                    yield self.places[statement], what
-                statement = i + 1
+                head = tokens[self.statement : i]
+                for what in self.declaration(without_attributes(head), token):
+                    yield self.places[self.statement], what
+                if token == "{":
+                    self.body_of.append(self.kind_of_body(head))
+                self.statement = i + 1
             if token == "}" and self.body_of:
                 self.body_of.pop()
 
@@ -77,9 +66,8 @@ class _Lint:
         """About token i, if it opens a bracket, or ends a type."""
         tokens = self.tokens
         if tokens[i] == "(":
-            inner = tokens[i + 1 : closing(tokens, i)]
-            for part in split(inner):
-                yield from self.parameter(without_attributes(part))
+            for part in split(tokens[i + 1 : closing(tokens, i)]):
+                yield from self.parameter(without_attributes(part), i)
         if tokens[i] == "<" and i and tokens[i - 1].kind == "name":
             depth = 1
             for j in range(i + 1, min(i + 60, len(tokens))):
@@ -97,26 +85,19 @@ class _Lint:
         elif tokens[i] == "[" and i and tokens[i - 1] in ("=", "(", ",", "return", "{"):
             yield "lambdas do not exist in Metal"
 
-    def parameter(self, part: list[Token]) -> Iterator[str]:
-        """About one of the parts in a pair of parentheses: a parameter, a cast, or an expression."""
-        head = not self.inside("kernel", "function")  # where x * y can only be a parameter
-        if (head and _declares(part)) or (len(part) > 1 and part[-1] in ("*", "&") and _is_type(part[:-1])):
+    def parameter(self, part: list[Token], i: int) -> Iterator[str]:
+        """About one of the parts in the parentheses that open at i: a parameter, a cast, or an expression."""
+        before = _without_prefix(self.tokens[self.statement : i])
+        # where x * y can only be a parameter: not in initializers
+        head = not self.inside("kernel", "function") and not {"=", ":", "static_assert"} & set(before)
+        parameter = head and before and before[-1].kind == "name" and _declares(part)
+        cast = len(part) > 1 and part[-1] in ("*", "&") and _is_type(part[:-1])
+        if parameter or cast:
             yield from _needs_space(part)
 
     def declaration(self, statement: list[Token], end: str) -> Iterator[str]:
         """About a statement, or the head of a body."""
-        head = statement
-        while head and head[0] == "template" and "<" in head:
-            depth = 0
-            for j, token in enumerate(head):
-                depth += (token == "<") - (token == ">")
-                if depth == 0 and j > 0:
-                    head = head[j + 1 :]
-                    break
-            else:
-                return
-        if head and head[0] in ("public", "private", "protected") and ":" in head:
-            head = head[head.index(":") + 1 :]
+        head = _without_prefix(statement)
         if head and head[0] in ("for", "if", "while") and "(" in head:
             head = head[head.index("(") + 1 :]
         if not head:
@@ -138,6 +119,20 @@ class _Lint:
         if head[0] == "threadgroup" and is_variable and end == ";" and not {"*", "&"} & set(head):
             if in_function and "kernel" not in self.body_of:
                 yield f"threadgroup variables are declared in kernels, not in functions: {text(head)}"
+
+
+def _without_prefix(statement: list[Token]) -> list[Token]:
+    """Without `public:` and `template <...>` at the beginning."""
+    if len(statement) > 1 and statement[0] in ("public", "private", "protected") and statement[1] == ":":
+        return _without_prefix(statement[2:])
+    if statement and statement[0] == "template":
+        depth = 0
+        for j, token in enumerate(statement):
+            depth += (token == "<") - (token == ">")
+            if depth == 0 and j > 0:
+                return _without_prefix(statement[j + 1 :])
+        return []
+    return statement
 
 
 def _is_type(part: list[Token]) -> bool:
@@ -178,10 +173,16 @@ def _declares(part: list[Token]) -> bool:
 
 
 def _needs_space(part: list[Token]) -> Iterator[str]:
-    depth = 0
+    """About a declaration or type: every * and & needs an address space of its own before it."""
+    depth = begin = 0
     for i, token in enumerate(part):
         depth += (token == "<") - (token == ">")
         if depth == 0 and token in ("*", "&"):
-            if not SPACES.intersection(part[:i]):
+            if token == "&" and begin:
+                return  # a reference to a pointer: Apple's compiler takes it for one to `thread`
+            if not SPACES.intersection(part[begin:i]):
                 yield f"a pointer or reference without address space: {text(part[: i + 2])}"
+                return
+            begin = i + 1
+        elif depth == 0 and token in ("=", "(", "[", ":", ","):
             return

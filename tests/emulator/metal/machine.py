@@ -131,5 +131,7 @@ def _with_line(error: str) -> str:
     if not match or not shutil.which("addr2line"):
         return error
     said = subprocess.run(["addr2line", "-i", "-e", match[1], match[2]], capture_output=True, text=True).stdout
-    lines = [line.split(" (")[0] for line in said.splitlines() if "?" not in line and "/shim/" not in line]
+    lines = [
+        line.split(" (")[0].replace("./", "") for line in said.splitlines() if "?" not in line and "/shim/" not in line
+    ]
     return error.replace(match[0], f" at {lines[0]}" if lines else match[0])

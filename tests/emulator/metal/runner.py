@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from isqtorch.metal import shaders
+from isqtorch.ops.metal import library
 
 from . import compiler
 from .machine import Kernel, Machine, MetalError, bound_memory
@@ -28,7 +28,7 @@ MOST_BYTES = 4096  # of what is passed by value
 MOST_BUFFERS = 31
 
 Launch = tuple[str, str | None, dict[str, Any]]  # source, filter, and what replay.py needs
-_recorded: list[Launch] | None = None
+_sinks: list[list[Launch]] = []  # of the recordings that go on
 _options: dict[str, Any] = {}
 
 
@@ -45,31 +45,31 @@ def schedule(order: str = "forward", seed: int = 1, workers: int = 1) -> Iterato
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, isqtorch.metal runs its shaders here, and torch.empty() gives NaN, or the largest integer."""
-    compiled, shaders.compile_source = shaders.compile_source, compile_shader
+    """Inside, isqtorch.ops.metal runs its shaders here, and torch.empty() gives NaN, or the largest integer."""
+    library.use_compiler(compile_shader)
     deterministic, filled = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
     )
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        shaders.compile_source = compiled
+        library.use_compiler(None)
         torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collects the launches made inside, with their memory, for races.find()."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(launches: list[Launch] | None = None) -> Iterator[list[Launch]]:
+    """Appends the launches made inside, those that succeed, with the memory they found, to a list for races.find()."""
+    mine: list[Launch] = [] if launches is None else launches
+    _sinks.append(mine)
     try:
-        yield _recorded
+        yield mine
     finally:
-        _recorded = before
+        _sinks.pop()
 
 
 def compile_shader(source: str, only: str | None = None, strict: bool = True) -> Library:
@@ -201,14 +201,14 @@ class Function:
             has = _size(plan["args"][i], plan["memories"])
             if has < expected.bytes:
                 raise MetalError(f"{self._kernel.name}: buffer({i}) has {has} bytes, of {expected.bytes} that are read")
-        if _recorded is not None:
-            _recorded.append((self._source, self._only, plan))
         self._machine.set_options(**_options)
         with bound_memory(self._machine, plan) as (addresses, buffers):
             self._kernel.launch(addresses, grid, group)
             for memory, address in zip(memories, buffers, strict=True):
                 if memory.writes:
                     ctypes.memmove(memory.begin, address, memory.end - memory.begin)
+        for sink in _sinks:
+            sink.append((self._source, self._only, plan))
 
     def _memories(self, args: Sequence[Any]) -> list[Memory]:
         """The memory that the tensors reach; tensors that overlap share theirs, as on a GPU."""

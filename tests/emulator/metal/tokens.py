@@ -16,6 +16,7 @@ PATTERN = re.compile(
     """,
     re.MULTILINE | re.VERBOSE,
 )
+MARKER = re.compile(r'#\s*(?:line\s+)?(\d+) "(.*?)"')
 OPEN, CLOSE = "([{", ")]}"
 
 
@@ -45,6 +46,18 @@ def tokenize(source: str) -> list[Token]:
         tokens.append(Token(match.group(), str(match.lastgroup)))
         at = match.end()
     return tokens
+
+
+def places(tokens: list[Token]) -> list[str]:
+    """Where each token is: "file:line", by the markers."""
+    found, file, line = [], "shader", 1
+    for token in tokens:
+        found.append(f"{file}:{line}")
+        match = MARKER.match(token) if token.kind == "marker" else None
+        if match:
+            file, line = match[2], int(match[1]) - 1
+        line += token.count("\n")
+    return found
 
 
 def following(tokens: list[Token], i: int) -> int:

@@ -20,6 +20,7 @@ from .tokens import (
     closing_angle,
     following,
     opening_angle,
+    places,
     preceding,
     split,
     text,
@@ -134,7 +135,10 @@ class _Translator:
     def run(self) -> Translation:
         tokens, i = self.tokens, 0
         while i < len(tokens):
-            i = self.step(i, tokens[i])
+            try:
+                i = self.step(i, tokens[i])
+            except SyntaxError as error:
+                raise SyntaxError(f"{places(tokens)[i]}: {error}") from None
             before = preceding(tokens, i)
             self.last = tokens[before] if before >= 0 else self.last
         self.result.code = "".join(self.out)

@@ -38,7 +38,7 @@ template <unsigned long... i, class... Ts>
 struct Entry<std::integer_sequence<unsigned long, i...>, Ts...> {
   template <void (*function)(Ts...)>
   static void run(const Parameter* parameters, void* const* buffers) {
-    function(argument<Ts>(parameters[i], buffers)...);
+    [[clang::noinline]] function(argument<Ts>(parameters[i], buffers)...);
   }
   template <void (*function)(Ts...)>
   static Kernel make(const char* name, const Parameter* attributes, int most_threads) {

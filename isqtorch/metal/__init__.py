@@ -1,1 +1,0 @@
-"""Metal: shaders for Apple's GPUs, compiled by torch on first use."""
