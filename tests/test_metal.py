@@ -280,8 +280,15 @@ def test_afq_by_the_mlx_rule_are_the_golden_codes(bits: int, device: str) -> Non
 # ---- order and races -------------------------------------------------------------------------------------------------
 
 
+FIRST = ("q4_0", "q8_1", "q3k", "q5k", "afq3", "fp8")  # a format of every struct; the others are slow tests
+
+
 @pytest.mark.clang
-@every_format
+@pytest.mark.parametrize(
+    "fmt",
+    [pytest.param(fmt, marks=() if fmt.name in FIRST else pytest.mark.slow) for fmt in FORMATS],
+    ids=[fmt.name for fmt in FORMATS],
+)
 def test_any_order_of_threads_and_no_races(fmt: QuantFormat) -> None:
     from emulator.metal import races, runner
 
@@ -331,7 +338,7 @@ def test_a_compile_error_names_file_format_and_kernels() -> None:
     try:
         with pytest.raises(
             RuntimeError,
-            match=r"(?s)kernels/dequantize\.metal does not compile for q4k and half \(dequantize, .*:7: error",
+            match=r"(?s)/dequantize\.metal does not compile for q4k and half \(dequantize, .*:7: error",
         ):
             library.compile_all("q4k", torch.float16)
     finally:

@@ -9,6 +9,7 @@
 #include "metal/formats/stream.h"
 
 constant constexpr const float kLargestFloat = 3.402823466e38f;
+// No block with f16 scales reaches this (csrc/cpu/quantize/blockwise.h).
 constant constexpr const float kLargestWithF16Scales = 0x1p30f;
 
 // What a format's `choose` says of a block.
@@ -18,6 +19,8 @@ inline float reciprocal_or_zero(float d) {
   const float inverse = 1.0f / d;
   return fabs(inverse) <= kLargestFloat ? inverse : 0.0f;
 }
+// A number rounded down, 0 .. nmax; 0 for a NaN, which no integer stands for.
+inline int code_of(float f, int nmax) { return f > 0.0f ? int(min(f, float(nmax))) : 0; }
 inline bool fits(half h) { return fabs(float(h)) <= 65504.0f; }
 inline void store_f16(device uchar* p, half h) { *(device ushort*)p = as_type<ushort>(h); }
 inline void store_f32(device uchar* p, float f) {
@@ -58,12 +61,16 @@ inline void store_codes(const thread int* codes, device uchar* fifths_at, device
   }
 }
 
+// A format's rule. choose(x, largest magnitude, whether by MLX's rule, out) writes a block; x is finite, and below the
+// limit above if f16_scales.
 template <class F>
 struct Quantizer;
 
 template <int bits>
 struct Quantizer<Nibbles<bits, false>> {
-  static Fault choose(const thread float* x, float largest, int, device uchar* out) {
+  static constant constexpr const bool f16_scales = true;
+
+  static Fault choose(const thread float* x, float, int, device uchar* out) {
     constexpr int nhalf = 1 << (bits - 1);
     float extreme = 0.0f, magnitude = 0.0f;
     for (int i = 0; i < 32; ++i) {
@@ -76,18 +83,20 @@ struct Quantizer<Nibbles<bits, false>> {
     int codes[32];
     for (int i = 0; i < 32; ++i) {
       const float scaled = x[i] * inverse;
-      codes[i] = clamp(int(scaled + (float(nhalf) + 0.5f)), 0, 2 * nhalf - 1);
+      codes[i] = code_of(scaled + (float(nhalf) + 0.5f), 2 * nhalf - 1);
     }
     const half stored = half(d);
     store_f16(out, stored);
     store_codes<bits>(codes, out + 2, out + (bits == 5 ? 6 : 2));
-    return fits(stored) && largest <= kLargestWithF16Scales ? Fault::none : Fault::overflow;
+    return fits(stored) ? Fault::none : Fault::overflow;
   }
 };
 
 template <int bits>
 struct Quantizer<Nibbles<bits, true>> {
-  static Fault choose(const thread float* x, float largest, int, device uchar* out) {
+  static constant constexpr const bool f16_scales = true;
+
+  static Fault choose(const thread float* x, float, int, device uchar* out) {
     constexpr int nmax = (1 << bits) - 1;
     float low, high;
     first_min_max(x, 32, low, high);
@@ -95,18 +104,20 @@ struct Quantizer<Nibbles<bits, true>> {
     int codes[32];
     for (int i = 0; i < 32; ++i) {
       const float scaled = (x[i] - low) * inverse;
-      codes[i] = clamp(int(scaled + 0.5f), 0, nmax);
+      codes[i] = code_of(scaled + 0.5f, nmax);
     }
     const half stored = half(d), offset = half(low);
     store_f16(out, stored);
     store_f16(out + 2, offset);
     store_codes<bits>(codes, out + 4, out + (bits == 5 ? 8 : 4));
-    return fits(stored) && fits(offset) && largest <= kLargestWithF16Scales ? Fault::none : Fault::overflow;
+    return fits(stored) && fits(offset) ? Fault::none : Fault::overflow;
   }
 };
 
 template <bool sums>
 struct Quantizer<Bytes<sums>> {
+  static constant constexpr const bool f16_scales = true;
+
   static Fault choose(const thread float* x, float largest, int, device uchar* out) {
     const float d = largest / 127.0f, inverse = reciprocal_or_zero(d);
     int sum = 0, codes[32];
@@ -122,7 +133,7 @@ struct Quantizer<Bytes<sums>> {
     for (int j = 0; j < 16; ++j) {
       *(device ushort*)(out + (sums ? 4 : 2) + 2 * j) = ushort(uint(codes[2 * j] & 255) | uint(codes[2 * j + 1] & 255) << 8);
     }
-    return fits(stored) && largest <= kLargestWithF16Scales ? Fault::none : Fault::overflow;
+    return fits(stored) ? Fault::none : Fault::overflow;
   }
 };
 
@@ -154,9 +165,11 @@ inline Rounded round_scale_f16(float f) {
 
 template <int bits, int group, Header header>
 struct Quantizer<Stream<bits, group, header>> {
-  static Fault choose(const thread float* x, float largest, int as_mlx, device uchar* out) {
+  static constant constexpr const bool f16_scales = header == Header::scale_bias_f16;
+
+  static Fault choose(const thread float* x, float, int as_mlx, device uchar* out) {
     constexpr int nmax = (1 << bits) - 1;
-    constexpr bool f16 = header == Header::scale_bias_f16;
+    constexpr bool f16 = f16_scales;
     float low, high;
     first_min_max(x, group, low, high);
     const bool negative = fabs(low) > fabs(high);
@@ -176,8 +189,7 @@ struct Quantizer<Stream<bits, group, header>> {
     ulong stream = 0;  // bits that are not yet written
     int waiting = 0, at = 4;
     for (int i = 0; i < group; ++i) {
-      const float code = clamp(rint((x[i] - bias) / scale), 0.0f, float(nmax));
-      stream |= ulong(uint(code)) << waiting;
+      stream |= ulong(code_of(rint((x[i] - bias) / scale), nmax)) << waiting;
       waiting += bits;
       while (waiting >= 16) {
         *(device ushort*)(out + at) = ushort(stream & 0xffffu);
@@ -187,7 +199,7 @@ struct Quantizer<Stream<bits, group, header>> {
       }
     }
     const bool kept = fabs(stored.value) <= kLargestFloat && fabs(offset.value) <= kLargestFloat;
-    return kept && (!f16 || largest <= kLargestWithF16Scales) ? Fault::none : Fault::overflow;
+    return kept ? Fault::none : Fault::overflow;
   }
 };
 
@@ -195,6 +207,8 @@ struct Quantizer<Stream<bits, group, header>> {
 
 template <>
 struct Quantizer<Fp8> {
+  static constant constexpr const bool f16_scales = false;
+
   // To nearest even, saturating.
   static uint encode(float f) {
     const float magnitude = min(fabs(f), 448.0f);
@@ -225,10 +239,14 @@ kernel void quantize(const device T* weight [[buffer(0)]], device uchar* out [[b
     x[i] = float(weight[ulong(block) * F::block + ulong(i)]);
     finite = finite && (as_type<uint>(x[i]) & 0x7f800000u) != 0x7f800000u;
   }
-  const Fault fault = Quantizer<F>::choose(x, largest_magnitude(x, F::block), as_mlx, out + ulong(block) * F::bytes);
   if (!finite) {
     atomic_fetch_min_explicit(&faults[0], int(block), memory_order_relaxed);
-  } else if (fault != Fault::none) {
-    atomic_fetch_min_explicit(&faults[1], int(block), memory_order_relaxed);
+    return;
   }
+  const float largest = largest_magnitude(x, F::block);
+  Fault fault = Fault::overflow;
+  if (!Quantizer<F>::f16_scales || largest <= kLargestWithF16Scales) {
+    fault = Quantizer<F>::choose(x, largest, as_mlx, out + ulong(block) * F::bytes);
+  }
+  if (fault != Fault::none) atomic_fetch_min_explicit(&faults[1], int(block), memory_order_relaxed);
 }
