@@ -19,7 +19,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon test-emulator cuda-check gpu-check sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon test-emulator cuda-check gpu-check mutants sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_
 gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-sanitizer if installed, speed against the targets; 9 minutes
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.cuda.gpu_check $(if $(QUICK),--quick)
+
+mutants: build  ## every barrier and address space of the Metal shaders is needed; SAMPLE=20 for some of them (needs clang-19)
+	PYTHONPATH=.:tests $(PYTHON) -m emulator.metal.mutants $(if $(SAMPLE),--sample $(SAMPLE))
 
 # A package tree of its own, so that the library in isqtorch/ stays what it was. Python itself is not instrumented: the
 # runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.

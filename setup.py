@@ -6,14 +6,19 @@ sources and chosen at run time, so no flag here depends on the machine that buil
 
 A second library, `isqtorch/_CUDA.abi3.so`, has the CUDA kernels. It is built where torch knows CUDA and there is an nvcc, GPU or
 not: csrc/cuda/build.py.
+
+Metal kernels are text that torch compiles when they are used; the package takes their sources along. So a Mac needs no compiler:
+without one, plain PyTorch computes on its CPU.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).resolve().parent
@@ -51,6 +56,20 @@ SANITIZE_ARGS = [
 ]
 
 
+MAC = sys.platform == "darwin"
+
+
+class BuildPackage(build_py):
+    """Takes along what is read at run time: the Metal sources, and the operators' schemas."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "isqtorch" / "csrc"
+            shutil.copytree(ROOT / "csrc" / "metal", target / "metal", dirs_exist_ok=True)
+            shutil.copy(ROOT / "csrc" / "ops.cpp", target)
+
+
 class Build(BuildExtension):
     """Keeps objects between calls: an editable install would compile everything again, in a temporary folder."""
 
@@ -63,7 +82,13 @@ class Build(BuildExtension):
         self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
     def run(self) -> None:
-        super().run()
+        try:
+            super().run()
+        except Exception as error:
+            if not MAC:
+                raise
+            self.extensions = []
+            print(f"isqtorch: no CPU kernels; plain PyTorch computes on the CPU. {error}", file=sys.stderr)
         if not SANITIZE:
             build_cuda((ROOT if self.inplace else Path(self.build_lib)) / "isqtorch" / cuda.NAME)
 
@@ -91,7 +116,10 @@ def build_cuda(target: Path) -> None:
         print(f"isqtorch: no CUDA kernels; plain PyTorch computes there. {reason}", file=sys.stderr)
 
 
-if "clang" not in subprocess.run([get_cxx_compiler(), "--version"], capture_output=True, text=True).stdout:
+COMPILER = shutil.which(get_cxx_compiler())
+if not COMPILER and not MAC:
+    raise SystemExit(f"isqtorch: the C++ compiler {get_cxx_compiler()} is not there. Install one, or name it in CXX.")
+if COMPILER and "clang" not in subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout:
     # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
     COMPILE_ARGS += ["--param", "max-completely-peel-times=8"]
 
@@ -118,7 +146,8 @@ setup(
             extra_link_args=SANITIZE_ARGS[-2:] if SANITIZE else [],
             py_limited_api=True,
         )
-    ],
-    cmdclass={"build_ext": Build},
+    ]
+    * bool(COMPILER),
+    cmdclass={"build_ext": Build, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

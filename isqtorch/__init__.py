@@ -15,6 +15,7 @@ from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
 from .imatrix import Imatrix, read_imatrix
 from .modules import QuantEmbedding, QuantLinear
+from .ops import metal
 from .plan import plan
 from .quantize import dequantize_, quantize_
 from .report import LayerReport, QuantReport
@@ -48,6 +49,7 @@ __all__ = [
     "formats",
     "get_format",
     "kl_divergence",
+    "metal",
     "optimize_",
     "perplexity",
     "plan",

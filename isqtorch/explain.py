@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from .formats import get_format
 from .modules import PackedModule, QuantEmbedding, QuantExperts
 from .modules.convert import name_of
 from .ops import CpuInfo, cpu_info, cuda_info
+from .ops.metal.chips import limits
 from .ops.native import NATIVE_DEVICES, missing_kernels
 
 JSON_VERSION = 1
@@ -177,6 +178,8 @@ def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUs
         return (KernelUse(_ANY, "plain PyTorch reference", "", why),)
     if device == "cuda":
         return _cuda_kernels(op, format)
+    if device == "mps":
+        return _metal_kernels(op)
     if op == "embedding":
         return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
     if op == "experts_linear" and info.linear[format][-1].kernel.startswith("decoded"):
@@ -194,6 +197,22 @@ def _cuda_kernels(op: str, format: str) -> tuple[KernelUse, ...]:
         why = "pairs of a token and an expert, sorted on the GPU where there are many"
         return (KernelUse(_ANY, "rows or tiles (CUDA)", "", why),)
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear(format))
+
+
+def _metal_kernels(op: str) -> tuple[KernelUse, ...]:
+    if op == "embedding":
+        return (KernelUse(_ANY, "decoded rows (Metal)", "", "only the rows that the ids name are decoded"),)
+    few, many = limits()
+    uses = (
+        KernelUse(f"1-{few}", "rows (Metal)", "", "each weight is read once, and used for all rows of x"),
+        KernelUse(
+            f"{few + 1}-{many}", "tiles (Metal)", "", "weights are decoded into threadgroup memory, for matrix units"
+        ),
+    )
+    if op == "experts_linear":
+        return (uses[0], replace(uses[1], rows=f"{few + 1}+"))
+    why = "there torch's own product is faster, and decoding costs little beside it"
+    return (*uses, KernelUse(f"{many + 1}+", "decoded, then torch's product (Metal)", "", why))
 
 
 # ---- names of groups -------------------------------------------------------------------------------------------------

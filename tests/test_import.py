@@ -63,7 +63,7 @@ def test_public_names_exist_and_are_not_modules() -> None:
 
     for name in isqtorch.__all__:
         value = getattr(isqtorch, name)
-        assert name == "checkpoint" or not isinstance(value, types.ModuleType), name
+        assert name in ("checkpoint", "metal") or not isinstance(value, types.ModuleType), name
 
 
 def test_a_function_keeps_its_name_when_its_module_is_imported_later() -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     ["_version", "binary", "gguf_file", "gguf_names"],  # know nothing of quantization
     ["formats"],
     ["quantizers"],
-    ["ops"],
+    ["ops", "metal"],
     ["tensor"],
     ["modules"],
     [

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = {name: check_format(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
     healthy = all(result["ok"] for result in [*checks.values(), *on_gpu.values()])
     if args.json:
-        native = {"library": str(LIBRARY), **asdict(info)}
+        native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
         found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
         compiled = cuda_info()
         found["cuda"] = {"compiled": asdict(compiled) if compiled else None, "missing": NO_CUDA, "formats": on_gpu}
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(machine_facts()))
     print("packages: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"CPU features: {' '.join(cpu()['features']) or 'unknown'}")
-    print(f"native library: {LIBRARY}")
+    print(f"native library: {LIBRARY or 'none: plain PyTorch computes on the CPU'}")
     print(f"  compiled: {', '.join(info.isa_compiled)}; this machine runs: {', '.join(info.isa_supported)}")
     print(f"  selected: {info.isa_selected}, {info.reason}")
     print(f"CUDA kernels: {cuda_kernels()}")

@@ -6,7 +6,7 @@ those operators. `reference` is their definition in plain PyTorch.
 
 import torch
 
-from . import schema
+from . import metal, schema
 from .native import CpuInfo, CudaInfo, LinearKernel, cpu_info, cuda_info, set_cpu_isa
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "embedding",
     "experts_linear",
     "linear",
+    "metal",
     "quantize",
     "set_cpu_isa",
     "square_sums",

@@ -6,6 +6,7 @@ Each returns what the caller computes with. The ones that look at values (finite
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -88,13 +89,17 @@ def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
     if scales[0].dtype == torch.float16:
         bad |= (w.reshape(bad.numel(), fmt.block).abs() > 2.0**30).any(dim=1)
     first = _first(bad)
-    if first is None:
-        return
+    if first is not None:
+        refuse_scale(first, w.shape, fmt)
+
+
+def refuse_scale(block: int, shape: torch.Size, fmt: QuantFormat) -> NoReturn:
+    """The error for a weight of this shape whose block number `block` needs a scale that 16 bits cannot hold."""
     way_out = "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
     if fmt.name.endswith(".f16"):
         way_out = f"Use {fmt.name.removesuffix('.f16')}, which has bf16 scales"
     raise ValueError(
-        f"quantize: the block of {fmt.name} from weight[{_position(first * fmt.block, w.shape)}] on holds values too large "
+        f"quantize: the block of {fmt.name} from weight[{_position(block * fmt.block, shape)}] on holds values too large "
         f"for its 16-bit scale. {way_out}."
     )
 
@@ -174,6 +179,14 @@ def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | Non
     return columns
 
 
+def check_ids_type(ids: Tensor, weight: Tensor) -> None:
+    """Ids of `embedding` must be integers on the weight's device."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"embedding: ids must be int64 or int32, got {_spelled(ids.dtype)}.")
+    if ids.device != weight.device:
+        raise ValueError(f"embedding: ids are on {ids.device}, the weight on {weight.device}. Move one of them.")
+
+
 def check_ids(ids: Tensor, weight: Tensor) -> None:
     """Ids of `embedding` must be integers on the weight's device and name rows that exist.
 
@@ -181,10 +194,7 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
         ValueError: wrong type or device.
         IndexError: an id out of range.
     """
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"embedding: ids must be int64 or int32, got {_spelled(ids.dtype)}.")
-    if ids.device != weight.device:
-        raise ValueError(f"embedding: ids are on {ids.device}, the weight on {weight.device}. Move one of them.")
+    check_ids_type(ids, weight)
     first = _first((ids < 0) | (ids >= weight.shape[0]))
     if first is not None:
         raise IndexError(
@@ -193,13 +203,8 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
         )
 
 
-def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
-    """The arguments of `experts_linear` must fit each other, and ids name experts, or E for one that is not here.
-
-    Raises:
-        ValueError: wrong types, shapes or devices.
-        IndexError: an id out of range.
-    """
+def check_experts_shapes(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
+    """The arguments of `experts_linear` must fit each other; values of ids are not looked at."""
     op = "experts_linear"
     columns = check_packed(op, weight, fmt)
     if weight.ndim != 3:
@@ -219,11 +224,21 @@ def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias
             raise ValueError(f"{op}: bias must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(bias.dtype)}.")
         if bias.device != weight.device:
             raise ValueError(f"{op}: bias is on {bias.device}, the weight on {weight.device}. Move one of them.")
+
+
+def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
+    """The arguments of `experts_linear` must fit each other, and ids name experts, or E for one that is not here.
+
+    Raises:
+        ValueError: wrong types, shapes or devices.
+        IndexError: an id out of range.
+    """
+    check_experts_shapes(x, weight, fmt, ids, bias)
     experts = weight.shape[0]
     first = _first((ids < 0) | (ids > experts))
     if first is not None:
         raise IndexError(
-            f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
+            f"experts_linear: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
             f"{experts} itself is allowed and stands for one that is not here."
         )
 

@@ -1,5 +1,5 @@
 """Loads the compiled extension, which defines the operators `torch.ops.isqtorch.*` and their CPU kernels, and where torch knows
-CUDA the one with the CUDA kernels.
+CUDA the one with the CUDA kernels. Metal kernels are text, compiled by torch (`ops/metal`).
 
 The libraries hold no Python symbols, so they are loaded as plain shared libraries and not imported.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,25 @@ from typing import Any
 
 import torch
 
+from . import uncompiled
 
-def _load() -> Path:
-    folder = Path(__file__).resolve().parent.parent
-    found = sorted([*folder.glob("_C*.so"), *folder.glob("_C*.pyd")])
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _load() -> Path | None:
+    """The compiled extension, loaded; on a Mac None if there is none, and the operators are defined without it."""
+    found = sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("_C*.pyd")])
+    if not found and sys.platform == "darwin":
+        warnings.warn(
+            "isqtorch is installed without compiled CPU kernels: plain PyTorch computes on the CPU, correct and slow. MPS is "
+            "not concerned. To compile them: xcode-select --install, then reinstall isqtorch.",
+            stacklevel=2,
+        )
+        uncompiled.define()
+        return None
     if not found:
         raise ImportError(
-            f"isqtorch is not compiled: there is no _C library in {folder}. Build it with `make build` in a checkout, or "
+            f"isqtorch is not compiled: there is no _C library in {PACKAGE}. Build it with `make build` in a checkout, or "
             "install the package with `pip install --no-build-isolation .`"
         )
     try:
@@ -58,16 +71,17 @@ def _load_cuda(cuda: str | None, folder: Path) -> tuple[Path | None, str]:
 
 
 LIBRARY = _load()
-CUDA_LIBRARY, NO_CUDA = _load_cuda(torch.version.cuda, LIBRARY.parent)
+CUDA_LIBRARY, NO_CUDA = _load_cuda(torch.version.cuda, PACKAGE)
 """The library with the CUDA kernels; where there is none, the reason."""
 
-NATIVE_DEVICES = ("cpu", "cuda") if CUDA_LIBRARY else ("cpu",)
-"""Device types with compiled kernels. On others the plain PyTorch reference runs."""
+NATIVE_DEVICES = (*["cpu"] * bool(LIBRARY), *["cuda"] * bool(CUDA_LIBRARY), "mps")
+"""Device types with kernels of ours. On others the plain PyTorch reference runs."""
 
 
 def missing_kernels(device: str) -> str:
     """Why a device type is not among NATIVE_DEVICES, as the beginning of a sentence."""
-    return f"there are no native kernels for {device}" + (f" ({NO_CUDA})" if device == "cuda" else " yet")
+    why = {"cuda": f" ({NO_CUDA})", "cpu": " (the extension is not compiled)"}.get(device, " yet")
+    return f"there are no native kernels for {device}{why}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,8 @@ class CpuInfo:
 
 def cpu_info() -> CpuInfo:
     """Describe the CPU kernels. The level is the best supported one, unless ISQTORCH_CPU_ISA names another."""
+    if LIBRARY is None:
+        return CpuInfo((), (), (), "none", "none", "the extension is not compiled", torch.get_num_threads(), {}, {})
     raw: dict[str, Any] = json.loads(torch.ops.isqtorch.cpu_info())
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
     fields["linear"] = {
@@ -151,4 +167,6 @@ def set_cpu_isa(name: str) -> None:
     Raises:
         ValueError: there is no such level, or this machine cannot run it.
     """
+    if LIBRARY is None:
+        raise ValueError(f"set_cpu_isa: there is no level {name!r}: the extension is not compiled")
     torch.ops.isqtorch.set_cpu_isa(name)

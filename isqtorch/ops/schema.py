@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
-from . import reference
+from . import native, reference  # native: the operators exist from here on
 from .checks import check_expert_rows
-from .native import LIBRARY, NATIVE_DEVICES
+from .metal import ops as metal
 
-assert LIBRARY  # the operators exist from here on
-
-_OTHER_DEVICES = ("cuda", "mps", "xpu")
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _REFERENCE = (
     reference.quantize,
     reference.dequantize,
@@ -28,12 +26,16 @@ _REFERENCE = (
     reference.experts_linear,
 )
 
-for _device in _OTHER_DEVICES:
-    for _op in _REFERENCE if _device not in NATIVE_DEVICES else ():
+for _op in (metal.quantize, metal.dequantize, metal.linear, metal.embedding, metal.experts_linear):
+    torch.library.impl(f"isqtorch::{_op.__name__}", "mps", _op)
+for _device in _DEVICES:
+    for _op in _REFERENCE if _device not in native.NATIVE_DEVICES else ():
         torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
-    torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
-for _device in ("cpu", *_OTHER_DEVICES):  # dequantizes with whatever the device has
-    torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
+    if _device != "cpu" or native.LIBRARY is None:
+        torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
+    torch.library.impl(
+        "isqtorch::experts_linear_dx", _device, reference.experts_linear_dx
+    )  # decodes with what there is
 
 
 # On a device whose kernels do not include it, it is `linear`.

@@ -29,12 +29,33 @@ struct GpuThread {
   int turn = 0;  // place in the order
 };
 
-struct Warp {
-  uint32_t alive = 0, arrived = 0, mask = 0;
+// Lanes that are meeting, or none.
+struct Group {
+  uint32_t arrived = 0, mask = 0;
   Meeting kind = Meeting::kNone;
-  int parity = 0;  // the next meeting uses the other words: slow lanes still read these
-  Words words[2][kWarp];
+  Place place;
+  int parity = 0;        // the next meeting uses the other words: slow lanes still read these
   char barrier[2] = {};  // tokens for happens_before, by parity: nobody is two meetings behind
+};
+
+struct Warp {
+  uint32_t started = 0, alive = 0;
+  Group all, quads[kWarp / kQuad];
+  Words words[2][kWarp], quad_words[2][kWarp];
+
+  void restart() {
+    started = alive = 0;
+    all = {};
+    for (Group& quad : quads) quad = {};
+  }
+};
+
+// What block_memory() gave, in a buffer that later blocks use again.
+struct BlockMemory {
+  const void* id;
+  char* memory;
+  size_t bytes;
+  bool given;  // to the block that runs
 };
 
 // One block at a time, on one OS thread.
@@ -44,6 +65,8 @@ struct Block {
   std::vector<int> order;  // thread by turn
   std::vector<std::max_align_t> shared;
   std::vector<void*> poisoned;
+  std::vector<BlockMemory> memory;
+  Place barrier_place;
   Fiber main;
   GpuThread* running = nullptr;
   const std::function<void()>* body = nullptr;
@@ -52,6 +75,12 @@ struct Block {
   std::string error;
   int parity = 0;                                // of the next block barrier
   char started = 0, ended = 0, barrier[2] = {};  // tokens for happens_before
+
+  ~Block() { free_memory(); }
+  void free_memory() {
+    for (const BlockMemory& piece : memory) delete_buffer(piece.memory);
+    memory.clear();
+  }
 };
 thread_local Block* current = nullptr;
 thread_local std::string last_error;
@@ -61,6 +90,17 @@ void go_to(GpuThread& from, GpuThread& to) {
   ++current->switches;
   self = &to.view;
   Fiber::switch_to(from.fiber, to.fiber);
+}
+
+// The next thread of a warp, after this lane, that can go on, or null.
+GpuThread* next_ready_lane(int warp, int lane) {
+  const int step = options.order == Order::kReverse ? kWarp - 1 : 1;
+  for (int i = 0; i < kWarp; ++i) {
+    lane = (lane + step) % kWarp;
+    const int at = warp * kWarp + lane;
+    if (at < current->size && current->threads[at]->state == State::kReady) return current->threads[at].get();
+  }
+  return nullptr;
 }
 
 // The next thread after this turn that can go on, or null.
@@ -78,15 +118,16 @@ GpuThread* next_ready(int turn) {
 }
 
 [[noreturn]] void fail_stuck() {
-  static const char* const kPlaces[] = {"nothing",          "a shuffle",     "a vote",         "a warp barrier",
-                                        "a matrix product", "a matrix load", "a block barrier"};
-  int waiting[7] = {};
+  static const char* const kPlaces[] = {"nothing",           "a shuffle",        "a vote",
+                                        "a warp barrier",    "a matrix product", "a matrix load",
+                                        "a quad's exchange", "a block barrier"};
+  int waiting[8] = {};
   for (int i = 0; i < current->size; ++i) {
     const GpuThread& thread = *current->threads[i];
     if (thread.state == State::kWaiting) ++waiting[(int)thread.at];
   }
   std::string text = "deadlock:";
-  for (int i = 0; i < 7; ++i) {
+  for (int i = 0; i < 8; ++i) {
     if (waiting[i]) text += " " + std::to_string(waiting[i]) + " threads wait at " + kPlaces[i] + ",";
   }
   fail(text + " and " + std::to_string(current->size - current->alive) + " have ended");
@@ -95,7 +136,10 @@ GpuThread* next_ready(int turn) {
 void wait_here() {
   GpuThread& me = *current->running;
   me.state = State::kWaiting;
-  GpuThread* const next = next_ready(me.turn);
+  GpuThread* next = nullptr;
+  // A warp goes as far as it can before another one has its turn; shuffled, all advance together.
+  if (options.order != Order::kShuffled) next = next_ready_lane(me.view.warp, me.view.lane);
+  if (!next) next = next_ready(me.turn);
   if (!next) fail_stuck();
   go_to(me, *next);
 }
@@ -134,6 +178,13 @@ void thread_main() {
   std::abort();
 }
 
+// With 0xff. An ordinary memset would be a race to ThreadSanitizer.
+void fill(char* memory, size_t bytes) {
+  volatile uint64_t* const words = reinterpret_cast<volatile uint64_t*>(memory);
+  for (size_t i = 0; i < bytes / 8; ++i) words[i] = ~uint64_t{0};
+  for (size_t i = bytes / 8 * 8; i < bytes; ++i) const_cast<volatile char&>(memory[i]) = (char)0xff;
+}
+
 // An order of n things.
 std::vector<int> ordered(int n) {
   std::vector<int> order(n);
@@ -148,23 +199,36 @@ std::vector<int> ordered(int n) {
   return order;
 }
 
-void prepare(Block& block, Dim threads, size_t shared_bytes, const std::function<void()>& body) {
-  block.size = threads.count();
-  block.body = &body;
-  while ((int)block.threads.size() < block.size) block.threads.push_back(std::make_unique<GpuThread>());
-  block.warps.resize((block.size + kWarp - 1) / kWarp);
-  block.shared.resize((shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
-  block.order = ordered(block.size);
-  for (int i = 0; i < block.size; ++i) block.threads[block.order[i]]->turn = i;
+// What run() was asked for.
+struct Grid {
+  Dim blocks, block, threads;
+
+  // The size of a block, which the grid's edge may cut.
+  Dim size_of(Dim index) const {
+    return {std::min(block.x, threads.x - index.x * block.x), std::min(block.y, threads.y - index.y * block.y),
+            std::min(block.z, threads.z - index.z * block.z)};
+  }
+};
+
+void resize(Block& block, int size) {
+  if (block.size == size && !block.order.empty()) return;
+  block.size = size;
+  while ((int)block.threads.size() < size) block.threads.push_back(std::make_unique<GpuThread>());
+  block.warps.resize((size + kWarp - 1) / kWarp);
+  block.order = ordered(size);
+  for (int i = 0; i < size; ++i) block.threads[block.order[i]]->turn = i;
 }
 
-void run_block(Block& block, Dim index, Dim grid, Dim threads) {
+void run_block(Block& block, Dim index, const Grid& grid) {
+  const Dim threads = grid.size_of(index);
+  resize(block, threads.count());
   block.alive = block.size;
   block.at_barrier = 0;
   block.poisoned.clear();
+  for (BlockMemory& piece : block.memory) piece.given = false;
   char* const shared = reinterpret_cast<char*>(block.shared.data());
   std::fill(shared, shared + block.shared.size() * sizeof(std::max_align_t), (char)0xff);
-  for (Warp& warp : block.warps) warp = Warp();
+  for (Warp& warp : block.warps) warp.restart();
   for (int i = 0; i < block.size; ++i) {
     GpuThread& thread = *block.threads[i];
     const unsigned u = i;
@@ -173,12 +237,15 @@ void run_block(Block& block, Dim index, Dim grid, Dim threads) {
     thread.copies.clear();
     thread.view = {{u % threads.x, u / threads.x % threads.y, u / (threads.x * threads.y)},
                    index,
-                   grid,
+                   grid.blocks,
                    threads,
                    i % kWarp,
                    i / kWarp,
+                   grid.block,
+                   grid.threads,
                    shared,
                    &thread.copies};
+    block.warps[i / kWarp].started |= 1u << i % kWarp;
     block.warps[i / kWarp].alive |= 1u << i % kWarp;
     thread.fiber.start(thread_main);
   }
@@ -206,44 +273,94 @@ void fail(const std::string& what) {
   leave(*current->running);
 }
 
-void meet_block() {
+namespace {
+
+std::string to_string(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+
+// Threads that meet come from one line, if their lines are known.
+bool same(Place a, Place b) {
+  return a.line == b.line && (a.file == b.file || !a.file || !b.file || !std::strcmp(a.file, b.file));
+}
+
+}  // namespace
+
+void meet_block(bool orders, Place place) {
   GpuThread& me = *current->running;
   if (current->alive != current->size) {
     fail("a block barrier after " + std::to_string(current->size - current->alive) +
          " threads of the block have ended");
   }
+  if (!current->at_barrier) current->barrier_place = place;
+  if (!same(current->barrier_place, place))
+    fail("block barriers at two lines meet: " + to_string(current->barrier_place) + " and " + to_string(place));
   me.at = Meeting::kBlockBarrier;
   char* const token = &current->barrier[current->parity];
-  happens_before(token);
+  if (orders) happens_before(token);
   if (++current->at_barrier == current->alive) {
     open_block_barrier();
   } else {
     wait_here();
   }
-  happens_after(token);
+  if (orders) happens_after(token);
   me.at = Meeting::kNone;
 }
 
-Words* meet(Meeting kind, uint32_t mask, const uint64_t* words, int count, bool orders, void (*complete)(Words*)) {
+uint32_t started_lanes(bool quad) {
+  const GpuThread& me = *current->running;
+  const uint32_t all = current->warps[me.view.warp].started;
+  return quad ? all & 15u << me.view.lane / kQuad * kQuad : all;
+}
+
+void* block_memory(const void* id, const char* name, size_t bytes, size_t alignment, size_t limit) {
+  size_t used = bytes;
+  BlockMemory* mine = nullptr;
+  for (BlockMemory& piece : current->memory) {
+    if (piece.id == id) {
+      mine = &piece;
+    } else if (piece.given) {
+      used += piece.bytes;
+    }
+  }
+  if (mine) happens_after(mine->memory);
+  if (mine && mine->given) return mine->memory;
+  if (used > limit)
+    fail("the block's memory: " + std::to_string(used) + " bytes with '" + name + "', of " + std::to_string(limit));
+  if (!mine) {
+    char* const memory = static_cast<char*>(new_buffer(bytes, std::max<size_t>(alignment, 8), name));
+    mine = &current->memory.emplace_back(BlockMemory{id, memory, bytes, false});
+    happens_before(memory);  // to ThreadSanitizer, new memory was written by this thread
+  }
+  mine->given = true;
+  fill(mine->memory, bytes);
+  return mine->memory;
+}
+
+Words* meet(Meeting kind, uint32_t mask, const uint64_t* words, int count, bool orders, void (*complete)(Words*),
+            Place place) {
   GpuThread& me = *current->running;
   Warp& warp = current->warps[me.view.warp];
   const int lane = me.view.lane;
+  const bool quad = kind == Meeting::kQuad;
+  Group& group = quad ? warp.quads[lane / kQuad] : warp.all;
   if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " calls a warp function whose mask leaves it out");
   if (mask & ~warp.alive) fail("the mask of a warp function names lanes that have ended or do not exist");
-  if (warp.arrived && (warp.kind != kind || warp.mask != mask))
+  if (group.arrived && (group.kind != kind || group.mask != mask))
     fail("warp divergence: two different functions, or masks, meet");
-  warp.kind = kind;
-  warp.mask = mask;
-  warp.arrived |= 1u << lane;
+  if (group.arrived && !same(group.place, place))
+    fail("warp divergence: " + to_string(group.place) + " and " + to_string(place) + " meet");
+  group.kind = kind;
+  group.mask = mask;
+  group.place = place;
+  group.arrived |= 1u << lane;
   me.at = kind;
-  Words* const meeting = warp.words[warp.parity];
-  char* const token = &warp.barrier[warp.parity];
+  Words* const meeting = (quad ? warp.quad_words : warp.words)[group.parity];
+  char* const token = &group.barrier[group.parity];
   if (orders) happens_before(token);
   for (int i = 0; i < count; ++i) meeting[lane][i] = words[i];
-  if (warp.arrived == mask) {
+  if (group.arrived == mask) {
     if (complete) complete(meeting);
-    warp.arrived = 0;
-    warp.parity ^= 1;
+    group.arrived = 0;
+    group.parity ^= 1;
     for (int l = 0; l < kWarp; ++l) {
       if (!(mask >> l & 1)) continue;
       GpuThread& other = *current->threads[me.view.warp * kWarp + l];
@@ -277,14 +394,15 @@ uint32_t ballot(uint32_t mask, bool vote) {
 void poison(void* memory, size_t bytes) {
   if (std::find(current->poisoned.begin(), current->poisoned.end(), memory) != current->poisoned.end()) return;
   current->poisoned.push_back(memory);
-  volatile char* const at = static_cast<char*>(memory);  // an ordinary memset would be a race to ThreadSanitizer
-  for (size_t i = 0; i < bytes; ++i) at[i] = (char)0xff;
+  fill(static_cast<char*>(memory), bytes);
 }
 
-std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<void()>& body) {
+std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<void()>& body, Dim all) {
   if (grid.count() == 0) return "a launch of no blocks";
   if (threads.count() == 0 || threads.count() > 1024)
     return "a launch with " + std::to_string(threads.count()) + " threads per block";
+  if (!all.count()) all = {grid.x * threads.x, grid.y * threads.y, grid.z * threads.z};
+  const Grid launch = {grid, threads, all};
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
   std::atomic<uint64_t> next{0}, switches{0};
   std::mutex mutex;
@@ -292,7 +410,9 @@ std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<
   const auto work = [&] {
     static thread_local Block block;
     use_signal_stack();
-    prepare(block, threads, shared_bytes, body);
+    block.body = &body;
+    block.shared.resize((shared_bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+    block.order.clear();  // options may have changed
     block.switches = 0;
     block.error.clear();
     current = &block;
@@ -300,10 +420,11 @@ std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<
       const uint64_t i = options.order == Order::kReverse ? blocks - 1 - turn : turn;
       const Dim index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
                          (unsigned)(i / ((uint64_t)grid.x * grid.y))};
-      run_block(block, index, grid, threads);
+      run_block(block, index, launch);
       if (!block.error.empty()) next = blocks;  // nobody starts another one
     }
     current = nullptr;
+    block.free_memory();
     switches += block.switches;
     const std::lock_guard lock(mutex);
     if (error.empty()) error = block.error;

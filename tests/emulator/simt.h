@@ -19,7 +19,7 @@
 
 namespace simt {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kQuad = 4;
 
 struct Dim {
   unsigned x = 1, y = 1, z = 1;
@@ -55,12 +55,20 @@ struct Copy {
 struct Thread {
   Dim index, block, grid_size, block_size;  // of the thread in the block, of the block in the grid
   int lane = 0, warp = 0;
-  char* shared = nullptr;  // dynamic shared memory of the block
+  Dim whole_block, all_threads;  // Metal: the size of a block that the grid's edge does not cut, of the grid in threads
+  char* shared = nullptr;        // dynamic shared memory of the block
   std::vector<Copy>* copies = nullptr;
 };
 extern thread_local Thread* self;
 
-enum class Meeting : uint8_t { kNone, kShuffle, kVote, kWarpBarrier, kMatrix, kMatrixLoad, kBlockBarrier };
+// kQuad: an exchange in four lanes, which meet independently of their warp and of the other quads.
+enum class Meeting : uint8_t { kNone, kShuffle, kVote, kWarpBarrier, kMatrix, kMatrixLoad, kQuad, kBlockBarrier };
+
+// A line of the GPU's source: threads that meet must come from the same one. Without a file, it is not looked at.
+struct Place {
+  const char* file = nullptr;
+  int line = 0;
+};
 
 // What a lane brings to a meeting, and what it finds there.
 using Words = uint64_t[8];
@@ -68,8 +76,16 @@ using Words = uint64_t[8];
 // Waits until all lanes of `mask` have come to this kind of meeting with their words; gives all words by lane.
 // `complete` works on them once, when everyone is there. `orders`: the meeting is a memory barrier between the lanes.
 Words* meet(Meeting kind, uint32_t mask, const uint64_t* words, int count, bool orders,
-            void (*complete)(Words*) = nullptr);
-void meet_block();
+            void (*complete)(Words*) = nullptr, Place place = {});
+// Waits for all threads of the block. `orders`: as above, between the threads.
+void meet_block(bool orders = true, Place place = {});
+
+// The lanes of the running thread's warp, or quad, that were started: fewer than all where a block ends.
+uint32_t started_lanes(bool quad = false);
+
+// The block's memory for what `id` stands for, the same for all its threads, full of 0xff at first, and guarded at both
+// ends. A block that wants more than `limit` bytes in all fails.
+void* block_memory(const void* id, const char* name, size_t bytes, size_t alignment, size_t limit);
 
 // Called where shared memory is declared: fills it with 0xff (NaN) once per block.
 void poison(void* memory, size_t bytes);
@@ -77,8 +93,9 @@ void poison(void* memory, size_t bytes);
 // Ends the launch with this message, where the running thread is.
 [[noreturn]] void fail(const std::string& what);
 
-// Runs body() as every thread of the grid. The error is empty if all went well.
-std::string run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body);
+// Runs body() as every thread of the grid. The error is empty if all went well. `threads`: where the grid ends inside
+// its last blocks, which are then smaller; all zero if it does not.
+std::string run(Dim grid, Dim block, size_t shared_bytes, const std::function<void()>& body, Dim threads = {0, 0, 0});
 
 // The error of this OS thread's launches since the last call, and clears it.
 std::string take_error();
