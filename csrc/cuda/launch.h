@@ -70,7 +70,7 @@ struct QuantizeJob {
 struct FormatKernels {
   const char* name;
   Shape shape;
-  int align;  // of every block's address
+  int align;      // of every block's address
   uint8_t rules;  // bits of those that the operator takes besides the default
   void (*decode)(const DecodeJob&, const Shape&, Stream);
   int64_t max_rows;  // of x that `linear` is meant for; more are faster decoded and multiplied by torch

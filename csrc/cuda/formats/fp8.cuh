@@ -28,8 +28,7 @@ struct Fp8 {
   static ISQ_DEVICE Row open(const uint8_t*, const Shape&) { return {}; }
 
   template <Element element>
-  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&,
-                               uint32_t (&pairs)[1][4]) {
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&, uint32_t (&pairs)[1][4]) {
     const uint8_t* const at = chunk + slice / 4 * sizeof(Block) + 4 + 32 * (slice % 4) + 4 * t;
     for (int half = 0; half < 2; ++half) {
       const uint32_t quad = load_u32<4>(at + 16 * half);

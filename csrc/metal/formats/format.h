@@ -1,9 +1,9 @@
-// What the shaders know of a format: one struct each (ggml32.h, kquants.h, stream.h, fp8.h), the only place that knows its
-// bytes. Everything else is generic: multiplying, decoding, gathering.
+// What the shaders know of a format: one struct each (ggml32.h, kquants.h, stream.h, fp8.h), the only place that knows
+// its bytes. Everything else is generic: multiplying, decoding, gathering.
 //
 // A lane takes a unit of 16 or 32 weights of a block: those whose codes lie together in memory. Codes are masked out of
-// 16-bit words and not shifted down, so code i comes as code * 2^s; part(i) is 2^-s. A product multiplies x with it once
-// and uses it for many rows.
+// 16-bit words and not shifted down, so code i comes as code * 2^s; part(i) is 2^-s. A product multiplies x with it
+// once and uses it for many rows.
 //
 // The rules for a format's struct, called F:
 //
@@ -71,4 +71,3 @@ inline void decode(const device uchar* row, int unit, thread float (&w)[F::unit]
     }
   }
 }
-

@@ -27,4 +27,3 @@ struct Fp8 {
   }
   static Scale scale(const device uchar* b, int, int) { return {load_f32(b), 0.0f, -0.0f}; }
 };
-

@@ -1,5 +1,5 @@
-// The formats with 32 weights in a block: two units. Byte j of 4-bit codes holds weight j in its low nibble and j + 16 in
-// the high one, so eight bytes are eight weights of either half.
+// The formats with 32 weights in a block: two units. Byte j of 4-bit codes holds weight j in its low nibble and j + 16
+// in the high one, so eight bytes are eight weights of either half.
 #pragma once
 
 #include "metal/formats/format.h"
@@ -46,9 +46,7 @@ struct Bytes {
   static int at(int u) { return 16 * u; }
   static constexpr int offset(int i) { return i; }
   static constexpr float part(int) { return 1.0f; }
-  static void codes(const device uchar* b, int u, thread float (&q)[16]) {
-    signed_bytes(b + bytes - 32 + 16 * u, q);
-  }
+  static void codes(const device uchar* b, int u, thread float (&q)[16]) { signed_bytes(b + bytes - 32 + 16 * u, q); }
   static Scale scale(const device uchar* b, int, int) { return {load_f16(b), 0.0f, -0.0f}; }
 };
 
@@ -58,4 +56,3 @@ using Q5_0 = Nibbles<5, false>;
 using Q5_1 = Nibbles<5, true>;
 using Q8_0 = Bytes<false>;
 using Q8_1 = Bytes<true>;
-

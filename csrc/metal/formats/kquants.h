@@ -1,5 +1,5 @@
-// ggml's K-quants: 256 weights in a block, in sub-blocks of 16 or 32 with small integer scales. Their layouts are drawn in
-// csrc/blocks.h.
+// ggml's K-quants: 256 weights in a block, in sub-blocks of 16 or 32 with small integer scales. Their layouts are drawn
+// in csrc/blocks.h.
 #pragma once
 
 #include "metal/formats/format.h"
@@ -123,4 +123,3 @@ struct Q8K {
   static void codes(const device uchar* b, int u, thread float (&q)[16]) { signed_bytes(b + 4 + 16 * u, q); }
   static Scale scale(const device uchar* b, int, int) { return {load_f32(b), 0.0f, -0.0f}; }
 };
-

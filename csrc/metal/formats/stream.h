@@ -31,4 +31,3 @@ struct Stream {
     return {load_f16(b), load_f16(b + 2), -0.0f};
   }
 };
-
