@@ -49,8 +49,8 @@ test-all: build  ## the test suite with its slow tests
 test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_neon.py
 
-test-emulator: build  ## the CUDA kernels in an emulator of a GPU, all tests of it, also under ThreadSanitizer and AddressSanitizer
-	$(PYTHON) -m pytest -m "(slow or not slow) and not cuda" tests/test_emulator.py $(wildcard tests/test_cuda_*.py)
+test-emulator: build  ## the CUDA and Metal kernels in an emulator of a GPU, all tests of it, also under sanitizers
+	$(PYTHON) -m pytest -m "not cuda and not mps" $(wildcard tests/test_emulator*.py tests/test_cuda_*.py tests/test_metal*.py)
 
 cuda-check: build  ## compile the CUDA kernels without a GPU; fails on spills and slower inner loops; ARCHS=all for every GPU
 	@$(PYTHON) -m pip install --quiet nvidia-cuda-nvdisasm

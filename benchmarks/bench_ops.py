@@ -4,6 +4,7 @@
     ... -m "slow or not slow"        all numbers of rows, shapes, and two threads
     ... -k "linear and dram"
     python -m benchmarks.bench_ops --device cuda    the CUDA kernels: benchmarks/cuda/report.py, which has more options
+    python -m benchmarks.bench_ops --device mps     the Metal kernels: benchmarks/metal.py
 
 On one thread the clock is the CPU time of the process, so that other work on the machine hardly shows; on two it is wall time.
 "hot" multiplies with one matrix again and again, "dram" with copies that rotate through memory.
@@ -122,14 +123,18 @@ def test_embedding(benchmark: Any, fmt: str, count: int, threads: int, rates: Ra
 
 
 def main(arguments: list[str]) -> int:
-    """This file's benchmarks, or those of the CUDA kernels."""
+    """This file's benchmarks, or those of a GPU's kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     args, rest = parser.parse_known_args(arguments)
     if args.device == "cuda":
         from .cuda.report import main as measure_cuda
 
         return measure_cuda(rest)
+    if args.device == "mps":
+        from .metal import main as measure_metal
+
+        return measure_metal(rest)
     return int(pytest.main([__file__, *rest]))
 
 

@@ -94,8 +94,9 @@ class Ours:
 def check(x: Tensor, packed: Tensor, format: str) -> None:
     """A kernel that computes something else is not worth timing; AssertionError with the error."""
     rows = slice(0, 128)  # of the weight; each is computed as all others are
-    exact = x.double() @ ops.reference.dequantize(packed[rows], format, torch.float32).double().t()
-    error = float((ops.linear(x, packed, format)[..., rows].double() - exact).norm() / exact.norm())
+    w = ops.reference.dequantize(packed[rows].cpu(), format, torch.float32)
+    exact = x.cpu().double() @ w.double().t()
+    error = float((ops.linear(x, packed, format)[..., rows].cpu().double() - exact).norm() / exact.norm())
     allowed = get_format(format).linear_error + ROUNDING
     assert error < allowed, f"linear of {format}, {len(x)} rows, is off by {error:.2g}; {allowed:.2g} is allowed"
 
