@@ -135,7 +135,7 @@ setup(
             "isqtorch._C",
             [path for path in files("*.cpp") if not path.startswith("csrc/cuda/")],
             depends=[
-                *files("*.h", "*.inl", "*.cu", "*.cuh"),
+                *files("*.h", "*.inl", "*.cu", "*.cuh", "*.metal"),
                 "csrc/cuda/ops_cuda.cpp",
                 "csrc/cuda/build.py",
                 "setup.py",

@@ -270,6 +270,7 @@ def test_order_does_not_matter(fmt: QuantFormat, order: str) -> None:
 SANITIZED = "test_nothing_need_align and bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernels.VARIANT != "plain", reason="runs these tests under a sanitizer")
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_sanitizers_have_nothing_to_say(variant: str) -> None:

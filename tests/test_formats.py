@@ -33,13 +33,13 @@ FACTS = {
     "afq5": (64, 44, "afq5g32", "afq8"),
     "afq6": (64, 52, "afq6g32", "afq8"),
     "afq8": (64, 68, "afq8g32", None),
-    "hqq4": (64, 36, "hqq4g32", None),
+    "hqq4": (64, 36, "hqq4g32", "hqq8"),
     "hqq8": (64, 68, "hqq8g32", None),
     "fp8": (128, 132, "q8_0", None),
     "afq4g32": (32, 20, None, "afq6g32"),
     "afq4g128.f16": (128, 68, "afq4g32.f16", "afq6g128.f16"),
     "afq3.f16": (64, 28, "afq3g32.f16", "afq6.f16"),
-    "hqq4g128": (128, 68, "hqq4g32", None),
+    "hqq4g128": (128, 68, "hqq4g32", "hqq8g128"),
     "hqq8g32": (32, 36, None, None),
 }
 

@@ -572,9 +572,11 @@ def test_the_report_says_where_the_reference_runs() -> None:
     from isqtorch.policy import LayerInfo, Request, decide
     from isqtorch.prepare import _kernel_notes
 
-    layers = [LayerInfo(f"{d}.up", "linear", (8, 256), torch.bfloat16, device_type=d) for d in ("cpu", "cuda", "mps")]
+    layers = [
+        LayerInfo(f"{d}.up", "linear", (8, 256), torch.bfloat16, device_type=d) for d in ("cpu", "mps", "cuda", "xpu")
+    ]
     notes = _kernel_notes(Inventory(layers, 0, 0), decide(layers, Request("q4k")))
-    assert [note.split(" for ")[1].split(" ")[0] for note in notes] == ["cuda", "mps"]
+    assert [note.split(" for ")[1].split(" ")[0] for note in notes] == ["cuda", "xpu"]
     assert _kernel_notes(Inventory(layers[:1], 0, 0), decide(layers[:1], Request("q4k"))) == []
 
 

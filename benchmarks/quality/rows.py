@@ -12,7 +12,10 @@ from typing import Any
 from isqtorch.formats import formats, get_format
 from isqtorch.quantizers import has_rule, uses_importance
 
-ALSO: tuple[str, ...] = ()
+ALSO = (
+    *("q3k_m+imatrix", "q4k_m+imatrix", "q5k_m+imatrix"),
+    *(f"auto+target_bpw={bpw}+imatrix" for bpw in (3.0, 3.5, 4.0, 4.5, 5.5)),
+)
 """Rows besides those of the registry's formats."""
 
 _SCRATCH = ("q8_1", "q8k")  # ggml's for activations: larger than q8_0 or as good

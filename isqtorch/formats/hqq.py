@@ -45,6 +45,7 @@ for _group in _GROUPS:
                 source="mobiusml/hqq, core/optimize.py, optimize_weights_proximal_legacy()",
                 solver="hqq",
                 fallback=f"hqq{_bits}g32" if _group > 32 else None,
+                promoted=("hqq8" if _default else f"hqq8g{_group}") if _bits == 4 else None,
                 aliases=(f"hqq{_bits}g{_group}",) if _default else (),
                 weight_error=_WEIGHT_ERROR[_bits][_group],
             ),
