@@ -262,6 +262,7 @@ def test_what_nobody_wrote_is_nan(library: runner.Library, order: str) -> None:
 BODY = "kernel void f(device float* y [[buffer(0)]], device half* h [[buffer(1)]], uint i [[thread_position_in_grid]]) {{ {} }}"
 REFUSED = {
     "pointer parameter": ("float g(float* p) { return p[0]; }", "without address space: float * p"),
+    "reference to an array": ("void g(int n, float (&v)[4]);", "without address space: float ( & v"),
     "reference parameter": ("void g(const float& p);", "without address space: const float & p"),
     "pointer parameter of a method": (
         "struct s { public: template <int n = 4> float g(float* p) { return p[n]; } };",

@@ -303,6 +303,7 @@ def test_any_order_of_threads_and_no_races(fmt: QuantFormat) -> None:
         found = [metal.linear(x[:m], weights[:33], fmt.name, bias) for m in (1, 3, 37)]
         found += [metal.experts_linear(x[: len(i)], experts, fmt.name, i) for i in (ids[:2], ids)]
         found += [metal.dequantize(weights[:5], fmt.name, torch.float32)]
+        found += [metal.embedding(ids[:2], weights, fmt.name, torch.float32)]
         if struct_of(fmt.name).quantizes:
             found += [metal.quantize(weight(fmt, rows=5, blocks=3), fmt.name)]
         return found

@@ -121,6 +121,16 @@ def test_importance_gives_the_reference_bytes(fmt: QuantFormat, isa: str) -> Non
     assert torch.equal(ops.quantize(w, fmt.name, importance), expected)
 
 
+@pytest.mark.parametrize("fmt", [fmt for fmt in ALL_FORMATS if fmt.solver == "affine"], ids=lambda f: f.name)
+def test_groups_of_one_huge_number_give_the_reference_bytes(fmt: QuantFormat, isa: str) -> None:
+    """Their scale is 0, so that codes would be NaN, which no bits of neighbours may be lost to."""
+    for value in (1e34, -1e34, float(torch.tensor(1e34).bfloat16())):
+        w = torch.full((2, 2 * fmt.block), value if not fmt.name.endswith(".f16") else value / 1e30)
+        for rule in (None, "mlx"):
+            packed = ops.quantize(w, fmt.name, None, rule)
+            assert torch.equal(packed, ops.reference.quantize(w, fmt.name, None, rule)), (value, rule)
+
+
 def test_levels_are_listed_forced_and_refused() -> None:
     info = ops.cpu_info()
     assert set(info.isa_supported) <= set(info.isa_compiled) and info.isa_compiled[0] == "baseline"

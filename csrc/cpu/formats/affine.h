@@ -58,7 +58,9 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
     scale = stored_scale->value;
     bias = stored_bias->value;
   }
-  for (int i = 0; i < kGroup; ++i) codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)nmax));
+  for (int i = 0; i < kGroup; ++i) {  // & nmax: a group of one huge number has the scale 0, and NaN for codes
+    codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)nmax)) & nmax;
+  }
   if (in.rule != Rule::kSearch) return;
   AffineLine line = {scale, bias};
   fit_lines(in, nmax, f16, &line, codes);

@@ -65,6 +65,8 @@ class _Lint:
     def brackets(self, i: int) -> Iterator[str]:
         """About token i, if it opens a bracket, or ends a type."""
         tokens = self.tokens
+        if tokens[i] == "(" and tokens[i + 1] in ("*", "&") and tokens[i + 3 : i + 5] == [")", "["]:
+            yield from self.array(i)
         if tokens[i] == "(":
             for part in split(tokens[i + 1 : closing(tokens, i)]):
                 yield from self.parameter(without_attributes(part), i)
@@ -84,6 +86,12 @@ class _Lint:
                 yield ATTRIBUTES[name]
         elif tokens[i] == "[" and i and tokens[i - 1] in ("=", "(", ",", "return", "{"):
             yield "lambdas do not exist in Metal"
+
+    def array(self, i: int) -> Iterator[str]:
+        """About TYPE (&NAME)[SIZE], where the parenthesis before & is token i."""
+        begin = next(j for j in range(i - 1, -1, -1) if self.tokens[j] in ("(", ",", ";", "{", "}"))
+        if not SPACES.intersection(self.tokens[begin:i]):
+            yield f"a pointer or reference without address space: {text(self.tokens[begin + 1 : i + 4])}"
 
     def parameter(self, part: list[Token], i: int) -> Iterator[str]:
         """About one of the parts in the parentheses that open at i: a parameter, a cast, or an expression."""

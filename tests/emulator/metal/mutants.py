@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import random
 import re
 import sys
@@ -41,6 +42,7 @@ class Site:
         return f"{self.place}: {self.what}"
 
 
+@functools.cache  # the same source is looked at for every site
 def _spans(source: str) -> dict[Site, tuple[int, int]]:
     """Where in a source the sites are."""
     plain = COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), source)
@@ -133,12 +135,12 @@ def _size(launch: runner.Launch) -> int:
     return sum(len(memory["data"]) for memory in launch[2]["memories"])
 
 
-def _record(tests: list[Path]) -> list[runner.Launch]:
+def _record(tests: list[Path], chosen: str) -> list[runner.Launch]:
     """Launches of tests that pass."""
     import pytest
 
     with runner.recording(_Few()) as launches:
-        if pytest.main(["-q", "-x", "-p", "no:cacheprovider", *map(str, tests)]):
+        if pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *map(str, tests)]):
             raise SystemExit("mutants: the tests must pass without mutations first")
     return launches
 
@@ -147,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sample", type=int, help="so many sites, chosen at random; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("-k", default="any_order", help="which tests, as pytest has it (default: %(default)s)")
     parser.add_argument("tests", nargs="*", type=Path, default=sorted(TESTS.glob("test_metal*.py")))
     options = parser.parse_args()
     if not options.tests:
@@ -154,7 +157,7 @@ def main() -> None:
         return
     if compiler.compiler_command() is None:
         raise SystemExit("mutants: no clang++ >= 19: Debian's clang-19, PyPI's ziglang, or ISQTORCH_CLANG")
-    launches = _record(options.tests)
+    launches = _record(options.tests, options.k)
     chosen = sites(launches)
     if options.sample is not None and options.sample < len(chosen):
         chosen = random.Random(options.seed).sample(chosen, options.sample)
