@@ -353,7 +353,10 @@ def test_what_calibration_showed_serves_every_format(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         (["--isq", "4", "--calibration-file", "no-such.txt"], "no calibration text no-such.txt"),
-        (["--calibration-file", MODEL + "/config.json"], "--calibration-file, --rule and the options of auto need --isq"),
+        (
+            ["--calibration-file", MODEL + "/config.json"],
+            "--calibration-file, --rule and the options of auto need --isq",
+        ),
     ],
 )
 def test_mistakes_with_a_calibration_file(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
