@@ -40,18 +40,18 @@ def run(fmt: QuantFormat, x: Tensor, packed: Tensor, bias: Tensor | None = None)
     (m, k), n = x.shape, packed.shape[0]
     with kernels.Memory() as memory:
         y = memory.new((m, n), x.dtype, "y")
-        kernels.run(
-            "linear",
-            fmt.name,
-            x=memory.put(x, "x"),
-            weight=memory.put(packed, "weight", align=kernels.facts(fmt.name)["align"]),
-            bias=None if bias is None else memory.put(bias, "bias", align=2),
-            y=y,
-            dtype=x.dtype,
-            m=m,
-            n=n,
-            k=k,
-        )
+        job = {
+            "x": memory.put(x, "x"),
+            "weight": memory.put(packed, "weight", align=kernels.facts(fmt.name)["align"]),
+            "bias": None if bias is None else memory.put(bias, "bias", align=2),
+            "y": y,
+            "dtype": x.dtype,
+            "m": m,
+            "n": n,
+            "k": k,
+        }
+        size = kernels.run("linear_workspace", fmt.name, **job)
+        kernels.run("linear", fmt.name, workspace=memory.new((size,), torch.uint8, "workspace"), **job)
         return y.clone()
 
 

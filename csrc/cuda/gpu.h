@@ -228,14 +228,23 @@ ISQ_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 // ---- asynchronous copies
 // -----------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, both aligned so; only the first `bytes` are read, zeros stand for the rest.
-ISQ_DEVICE void copy_async(void* to, const void* from, int bytes = 16) {
+// An address in shared memory, worked out once for copies at constant distances from it.
+struct SharedAddress {
 #if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(bytes)
-               : "memory");
+  uint32_t at;
+  __device__ explicit SharedAddress(const void* p) : at((uint32_t)__cvta_generic_to_shared(p)) {}
 #else
-  simt::copy_async(to, from, bytes);
+  uint8_t* at;
+  explicit SharedAddress(void* p) : at(static_cast<uint8_t*>(p)) {}
+#endif
+};
+
+// 16 bytes from global to shared memory, both aligned so; only the first `bytes` are read, zeros stand for the rest.
+ISQ_DEVICE void copy_async(SharedAddress to, int offset, const void* from, int bytes = 16) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.at + offset), "l"(from), "r"(bytes) : "memory");
+#else
+  simt::copy_async(to.at + offset, from, bytes);
 #endif
 }
 // Ends a group of copies.

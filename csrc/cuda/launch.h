@@ -37,6 +37,7 @@ struct LinearJob {
   void* y;           // [m, n] of dtype
   Dtype dtype;
   int64_t m, n, k;
+  void* workspace;  // linear_workspace(job) bytes, 16-byte aligned
 };
 
 // Row (t, s) of y = x[t] (or x[t, s]) w[ids[t, s]]^T + bias[ids[t, s]]; zeros where ids[t, s] == experts.
@@ -73,7 +74,9 @@ struct FormatKernels {
   int align;      // of every block's address
   uint8_t rules;  // bits of those that the operator takes besides the default
   void (*decode)(const DecodeJob&, const Shape&, Stream);
-  int64_t max_rows;  // of x that `linear` is meant for; more are faster decoded and multiplied by torch
+  int64_t few_rows;  // of x that cost `linear` what one costs
+  int64_t max_rows;  // that it is meant for; more are faster decoded and multiplied by torch
+  int64_t (*linear_workspace)(const LinearJob&, const Shape&);
   void (*linear)(const LinearJob&, const Shape&, Stream);
   int64_t (*experts_workspace)(const ExpertsJob&, const Shape&);
   void (*experts)(const ExpertsJob&, const Shape&, Stream);

@@ -10,6 +10,8 @@ template <class F>
 void launch_decode(const DecodeJob&, const Shape&, Stream);
 
 template <class F>
+int64_t linear_workspace(const LinearJob&, const Shape&);
+template <class F>
 void launch_linear(const LinearJob&, const Shape&, Stream);
 
 template <class F>
@@ -22,9 +24,12 @@ int64_t quantize_workspace(const QuantizeJob&, const Shape&);
 template <class F>
 void launch_quantize(const QuantizeJob&, const Shape&, Stream);
 
+constexpr int64_t kFewRows = 8;  // of x: the width of a matrix unit's operand
+
 // Of x, for `linear`; more are faster decoded and multiplied by torch. By arithmetic, to be measured: with n = k = 8192
-// on an H100, 64 rows take 35 us (0.17 GB from L2 in 31, instructions and matrix units 27), in proportion from there
-// on; decoding takes 45, and cuBLAS 40 to 60 more. They meet between 128 and 192 rows.
-constexpr int64_t kMaxLinearRows = 128;
+// on an H100, the matrix units need 29 us for every 128 rows as the tile kernel feeds them, and 34 if they are busy 85 %
+// of the time. Decoding takes 45 us or more, and cuBLAS 105 for 512 rows, which it multiplies with instructions that
+// need two thirds of the time. They meet between 512 and 768 rows.
+constexpr int64_t kMaxLinearRows = 512;
 
 }  // namespace isqtorch::cuda

@@ -101,7 +101,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
     linear_decoded(place, packed, torch::stable::view(rows, {m, k}), b, torch::stable::view(y, {m, n}), dtype);
     return y;
   }
-  const LinearJob job{rows.const_data_ptr(), packed.bytes, address_of(b), y.mutable_data_ptr(), dtype, m, n, k};
+  LinearJob job{rows.const_data_ptr(), packed.bytes, address_of(b), y.mutable_data_ptr(), dtype, m, n, k, nullptr};
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = packed.format.linear_workspace(job, packed.format.shape)) {
+    workspace = place.empty({bytes}, ScalarType::Byte);
+    job.workspace = workspace->mutable_data_ptr();
+  }
   packed.format.linear(job, packed.format.shape, place.stream());
   place.check_launches("linear");
   return y;
@@ -273,7 +278,8 @@ std::string cuda_info() {
   for (int i = 0; i < format_count(); ++i) {
     const FormatKernels& f = format_at(i);
     formats += text(i ? ", " : "", '"', f.name, "\": {\"block\": ", f.shape.block,
-                    ", \"block_bytes\": ", f.shape.block_bytes, ", \"max_rows\": ", f.max_rows, '}');
+                    ", \"block_bytes\": ", f.shape.block_bytes, ", \"few_rows\": ", f.few_rows,
+                    ", \"max_rows\": ", f.max_rows, '}');
   }
   return text("{\"toolkit\": \"", toolkit_version(), "\", \"archs\": \"", ISQTORCH_CUDA_ARCHS, "\", \"formats\": {",
               formats, "}}");

@@ -133,11 +133,11 @@ class CudaInfo:
 
     toolkit: str  # nvcc's version
     archs: tuple[str, ...]  # GPUs: "80", "90a", ...
-    formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes, "max_rows": rows}
+    formats: dict[str, dict[str, int]]  # name -> "block", "block_bytes", and how many rows of x are few_rows, max_rows
 
     def linear(self, format: str) -> tuple[LinearKernel, ...]:
         """The kernels of `linear` for a format, by rows of x."""
-        most, few = self.formats[format]["max_rows"], 8
+        few, most = self.formats[format]["few_rows"], self.formats[format]["max_rows"]
         return (
             LinearKernel(1, few, "rows (CUDA)", "", "each weight is read once; warps share the columns of a row"),
             LinearKernel(

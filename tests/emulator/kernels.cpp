@@ -40,6 +40,9 @@ EXPORT const char* kernels_error() { return error.c_str(); }
 EXPORT int64_t kernels_decode(const char* format, const DecodeJob* job) {
   return run(format, "decode", &FormatKernels::decode, job, Stream());
 }
+EXPORT int64_t kernels_linear_workspace(const char* format, const LinearJob* job) {
+  return run(format, "linear_workspace", &FormatKernels::linear_workspace, job);
+}
 EXPORT int64_t kernels_linear(const char* format, const LinearJob* job) {
   return run(format, "linear", &FormatKernels::linear, job, Stream());
 }
@@ -58,14 +61,15 @@ EXPORT int64_t kernels_quantize(const char* format, const QuantizeJob* job) {
 
 EXPORT int kernels_count() { return format_count(); }
 EXPORT const char* kernels_name(int index) { return format_at(index).name; }
-// block, block_bytes, align, rules, max_rows
+// block, block_bytes, align, rules, few_rows, max_rows
 EXPORT void kernels_facts(const char* format, int64_t* facts) {
   const FormatKernels& kernels = *find_format(format);
   facts[0] = kernels.shape.block;
   facts[1] = kernels.shape.block_bytes;
   facts[2] = kernels.align;
   facts[3] = kernels.rules;
-  facts[4] = kernels.max_rows;
+  facts[4] = kernels.few_rows;
+  facts[5] = kernels.max_rows;
 }
 // What the ctypes structures must agree with.
 EXPORT void kernels_job_sizes(int64_t* sizes) {

@@ -51,7 +51,16 @@ JOBS = {
         count=_I64,
     ),
     "linear": _struct(
-        "LinearJob", x=_POINTER, weight=_POINTER, bias=_POINTER, y=_POINTER, dtype=_DTYPE, m=_I64, n=_I64, k=_I64
+        "LinearJob",
+        x=_POINTER,
+        weight=_POINTER,
+        bias=_POINTER,
+        y=_POINTER,
+        dtype=_DTYPE,
+        m=_I64,
+        n=_I64,
+        k=_I64,
+        workspace=_POINTER,
     ),
     "experts": _struct(
         "ExpertsJob",
@@ -103,7 +112,7 @@ def library() -> ctypes.CDLL:
     loaded.emulator_new_buffer.restype = ctypes.c_void_p
     loaded.emulator_new_buffer.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p]
     loaded.emulator_delete_buffer.argtypes = [ctypes.c_void_p]
-    for job in [*JOBS, "experts_workspace", "quantize_workspace"]:
+    for job in [*JOBS, "linear_workspace", "experts_workspace", "quantize_workspace"]:
         function = getattr(loaded, f"kernels_{job}")
         function.restype = ctypes.c_int64
         function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -120,9 +129,9 @@ def names() -> list[str]:
 
 def facts(name: str) -> dict[str, int]:
     """What the table says of a format."""
-    values = (ctypes.c_int64 * 5)()
+    values = (ctypes.c_int64 * 6)()
     library().kernels_facts(name.encode(), values)
-    return dict(zip(["block", "block_bytes", "align", "rules", "max_rows"], values, strict=True))
+    return dict(zip(["block", "block_bytes", "align", "rules", "few_rows", "max_rows"], values, strict=True))
 
 
 @contextmanager

@@ -85,7 +85,7 @@ __global__ void masked_out(const float* x, float* y) { y[threadIdx.x] = __shfl_s
 template <bool wait, bool barrier>
 __global__ void copy_through(const float* x, float* y) {
   ISQ_SHARED(float, values, [128]);
-  copy_async(values + 4 * threadIdx.x, x + 4 * threadIdx.x);
+  copy_async(SharedAddress(values), 16 * (int)threadIdx.x, x + 4 * threadIdx.x);
   end_copies();
   if (wait) wait_for_copies<0>();
   if (barrier) __syncthreads();

@@ -1,11 +1,14 @@
 // What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place
 // that knows its bytes.
 //
-// Two faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
+// Three faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
 // floats. `codes` and `affine` give a product its operands without ever making a weight: integer codes as bf16 or f16
 // numbers, which a matrix unit multiplies with the activations, and what scales the sum afterwards:
 //
 //   sum of w x  =  scale * sum of (zero + code) x  +  (offset - zero * scale) * sum of x     over a group of weights
+//
+// `floats` and `affine` give weights to within an f32 rounding, w = scale * (zero + code) + (offset - zero * scale),
+// for a product with so many tokens that unpacking costs less than scaling sums.
 //
 // A product takes a row in chunks of 256 weights, which every block size divides, so a chunk is whole blocks (the last
 // chunk of a row may have fewer). A chunk's bytes are copied to shared memory as they are and unpacked from there: the
@@ -51,6 +54,9 @@ struct Affine {
 //   static Row open(const uint8_t* chunk, const Shape&)
 //   static void codes<element>(const uint8_t* chunk, int slice, int t, const Shape&,
 //                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
+//   kFloatZero                         what a float adds to its code
+//   static void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&numbers)[8])
+//                                      zero + code of a lane's weights as they follow each other, not in pairs
 //   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
 //
 //   static void decode(const uint8_t* block, int first, const Shape&, float (&w)[8])
@@ -86,6 +92,12 @@ ISQ_DEVICE float biased_byte(uint32_t word, int i) {
   return __uint_as_float(permute(word, 0x47000000u, 0x7604u | i << 4));
 }
 constexpr float kByteBias = 32768.0f;
+
+// 128 + byte i of a word, below 128.
+ISQ_DEVICE float biased_small_byte(uint32_t word, int i) {
+  return __uint_as_float(permute(word, 0x43000000u, 0x7044u | i << 8));
+}
+constexpr float kSmallByteBias = 128.0f;
 
 // ---- codes as 16-bit floats
 // ------------------------------------------------------------------------------------------
@@ -134,6 +146,16 @@ struct Codes {
       pairs[1][first] = lop3<0x6a>(quad >> 1, 0x00780078, kHigh);            // (bits & mask) ^ magic
       pairs[1][first + 1] = lop3<0x6a>(quad >> 9, 0x00780078, kHigh);
     }
+  }
+
+  // The same as floats, in the order of the bytes.
+  static constexpr float kFloatZero = (kBits == 8 ? kByteBias : kSmallByteBias) + kFrom;
+  static ISQ_DEVICE float byte_float(uint32_t word, int i) {
+    return kBits == 8 ? biased_byte(word, i) : biased_small_byte(word, i);
+  }
+  static ISQ_DEVICE void quad_floats(uint32_t quad, float* floats) {
+    quad = (quad & kBytes) ^ kSigns;
+    for (int i = 0; i < 4; ++i) floats[i] = byte_float(quad, i);
   }
 
   // The numbers code - kFrom of a quad.

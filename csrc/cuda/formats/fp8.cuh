@@ -36,22 +36,29 @@ struct Fp8 {
       pairs[0][2 * half + 1] = pair<element>(quad);
     }
   }
+  static constexpr float kFloatZero = 0.0f;
+  static ISQ_DEVICE void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&to)[8]) {
+    const uint8_t* const at = chunk + slice / 4 * sizeof(Block) + 4 + 32 * (slice % 4) + 4 * t;
+    for (int half = 0; half < 2; ++half) quad_floats(load_u32<4>(at + 16 * half), to + 4 * half);
+  }
   static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&) {
     return {__uint_as_float(load_u32<4>(chunk + group / 4 * sizeof(Block))), 0.0f};
   }
   static ISQ_DEVICE void decode(const uint8_t* block, int first, const Shape&, float (&w)[8]) {
     const float scale = __uint_as_float(load_u32<4>(block));
-    for (int i = 0; i < 8; i += 4) {
-      const uint32_t quad = load_u32<4>(block + 4 + first + i);
-      const uint32_t even = pair<Element::kBf16>(quad << 8), odd = pair<Element::kBf16>(quad);  // exact in bf16
-      w[i] = __uint_as_float(even << 16) * scale;
-      w[i + 1] = __uint_as_float(odd << 16) * scale;
-      w[i + 2] = __uint_as_float(even & 0xffff0000) * scale;
-      w[i + 3] = __uint_as_float(odd & 0xffff0000) * scale;
-    }
+    for (int i = 0; i < 8; i += 4) quad_floats(load_u32<4>(block + 4 + first + i), w + i);
+    for (int i = 0; i < 8; ++i) w[i] *= scale;
   }
 
  private:
+  static ISQ_DEVICE void quad_floats(uint32_t quad, float* floats) {
+    const uint32_t even = pair<Element::kBf16>(quad << 8), odd = pair<Element::kBf16>(quad);  // exact in bf16
+    floats[0] = __uint_as_float(even << 16);
+    floats[1] = __uint_as_float(odd << 16);
+    floats[2] = __uint_as_float(even & 0xffff0000);
+    floats[3] = __uint_as_float(odd & 0xffff0000);
+  }
+
   // The codes in the upper bytes of both halves. A code of NaN alone carries into the next bit of the exponent when one
   // is added to it, and gets the rest of its exponent.
   template <Element element>

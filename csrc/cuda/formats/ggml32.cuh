@@ -27,6 +27,10 @@ struct Block32 : Codes<kBits, kFrom> {
       Block32::template quad_pairs<element>(quad(block, half, 4 * t), 2 * half, pairs);
     }
   }
+  static ISQ_DEVICE void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&to)[8]) {
+    const uint8_t* const block = chunk + slice * sizeof(Block);
+    for (int half = 0; half < 2; ++half) Block32::quad_floats(quad(block, half, 4 * t), to + 4 * half);
+  }
   static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&) {
     return numbers(chunk + group * sizeof(Block));
   }

@@ -31,6 +31,11 @@ struct Block256 : Codes<kBits, kFrom> {
       Block256::template quad_pairs<element>(F::quad(chunk, slice, 16 * half + 4 * t), 2 * half, pairs);
     }
   }
+  static ISQ_DEVICE void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&to)[8]) {
+    for (int half = 0; half < 2; ++half) {
+      Block256::quad_floats(F::quad(chunk, slice, 16 * half + 4 * t), to + 4 * half);
+    }
+  }
 
  protected:
   static ISQ_DEVICE uint32_t word(const uint8_t* p) { return load_u32<kAlign>(p); }

@@ -35,6 +35,21 @@ struct BitStream : Codes<kBits, 0> {
       for (int i = 0; i < 4; ++i) pairs[0][i] = magic_pair<element>(spread[i], BitStream::kHalves);
     }
   }
+  static ISQ_DEVICE void floats(const uint8_t* chunk, int slice, int t, const Shape& shape, float (&to)[8]) {
+    const uint8_t* const stream = chunk + 4 * kBits * slice + 4 * (block_of(slice, shape) + 1);
+    if constexpr (kBits == 8) {
+      for (int half = 0; half < 2; ++half) {
+        BitStream::quad_floats(load_u32<4>(stream + 16 * half + 4 * t), to + 4 * half);
+      }
+    } else if constexpr (kBits == 4) {
+      const uint32_t x = load_u32<4>(stream + 4 * t), even = x & 0x0f0f0f0f, odd = x >> 4 & 0x0f0f0f0f;
+      for (int i = 0; i < 8; ++i) to[i] = BitStream::byte_float(i % 2 ? odd : even, i / 2);
+    } else {
+      uint32_t spread[4];
+      spread_oct(stream, t, spread);
+      for (int i = 0; i < 8; ++i) to[i] = BitStream::byte_float(spread[i % 4] & BitStream::kHalves, i / 4 * 2);
+    }
+  }
   static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape& shape) {
     const Affine stored = numbers(chunk + block_of(group, shape) * shape.block_bytes, shape.header);
     return {stored.scale, is_hqq(shape) ? -stored.offset * stored.scale : stored.offset};

@@ -2,6 +2,7 @@
 // which sorts the pairs by expert. The host never learns how many an expert got.
 #pragma once
 
+#include "cuda/kernels/linear_rows.cuh"
 #include "cuda/kernels/linear_tile.cuh"
 
 namespace isqtorch::cuda {
@@ -109,7 +110,9 @@ void launch_experts_of(const ExpertsJob& job, const Shape& shape, Stream stream)
   }
   task.spans = of_spans, task.order = order;
   task.parts = (unsigned)spans;
-  launch_tiles<F, dtype>(task, tiles, pairs / tokens + (job.experts + 1) / 2, stream);
+  // Blocks do not split k: there are many of them, and a second launch would cost more than what is left to gain.
+  const TilePlan plan = tile_plan<F, dtype>(task, tiles, pairs / tokens + (job.experts + 1) / 2, false);
+  launch_tiles<F, dtype>(task, tiles, plan, stream);
 }
 
 template <Dtype dtype>

@@ -17,13 +17,12 @@
 #pragma once
 
 #include "cuda/kernels/product.cuh"
+#include "cuda/kernels/tile_plan.h"
 
 namespace isqtorch::cuda {
 
-constexpr int kRowsTokens = 8;              // the width of the operand
 constexpr int kRowsWarps = 8;               // of a block; twice as many if it has a multiprocessor to itself
 constexpr int kRowsShared = 112 << 10;      // bytes of a block with so many: half of what an H100 has
-constexpr int kProcessors = 132;            // of an H100; a GPU with fewer has more blocks for each
 constexpr int kWideRows = 32 * (192 + 16);  // bytes of 32 rows of a chunk, up to which they go together
 
 // A warp's share of shared memory.
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
   const auto wait_for = [&](const uint8_t* stage, int chunk, const uint8_t*(&bytes)[Warp::kOfLane]) {
     wait_for_copies<Warp::kStages - 1>();
     __syncwarp();
-    rows.template tabulate<X::kElement>(table, stage, chunk, task);
+    rows.tabulate(table, stage, chunk, task, F::template kZero<X::kElement>);
     rows.find(stage, chunk, task, bytes);
     __syncwarp();
   };
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
 
   // ---- the sum over warps, each of which has its own in its ring
   float* const sums = reinterpret_cast<float*>(ring);  // [8][16 kTiles], by token
-  static_assert(Warp::kRingBytes >= (int)sizeof(float) * kRowsTokens * Warp::kRows);
+  static_assert(Warp::kRingBytes >= (int)sizeof(float) * kFewRows * Warp::kRows);
 #pragma unroll
   for (int i = 0; i < 4 * kTiles; ++i) {
     sums[(2 * t + i % 2) * Warp::kRows + i / 4 * 16 + i % 4 / 2 * 8 + g] = out[i / 4][i % 4];

@@ -14,25 +14,52 @@
 // such weights arrive from memory, and 64 tokens keep instructions and matrix units equally busy.
 #pragma once
 
-#include "cuda/kernels/linear_rows.cuh"
+#include <type_traits>
+
+#include "cuda/kernels/rounded.cuh"
+#include "cuda/kernels/tile_plan.h"
 
 namespace isqtorch::cuda {
 
 constexpr int kTileStages = 3;  // of x
 
-// Warps that multiply, at most; one more copies x. Eight warps leave a thread 255 registers, and twelve 168, which are
-// too few for the sums of 64 tokens.
-template <int kTokenTiles>
-constexpr int kTileWarps = kTokenTiles == 8 ? 7 : 11;
+// Warps of a block at most. Twelve leave a thread 168 registers, and eight 255, which f32 and many tokens' sums need.
+template <Dtype dtype, int kTokenTiles>
+constexpr int kTileWarps = dtype == Dtype::kF32 || kTokenTiles >= 8 ? 8 : 12;
 
-// x in shared memory: a stage has a few slices of as many chunks as the warps split k into.
+// x in shared memory: a stage has a few slices, 16 KB, of as many chunks as the warps split k into. All warps of a
+// block meet once a stage, which must not be too often: the matrix units run dry then.
 template <class X, int kTokenTiles>
 struct TokenRing {
-  static constexpr int kTokens = 8 * kTokenTiles, kSlices = 8 / kTokenTiles;  // of a stage
-  static constexpr int kSteps = kChunk / kSlice / kSlices;                    // stages to a chunk
-  static constexpr int kPartBytes = kSlices * kTokens * X::kSliceBytes;       // of one chunk
-  static constexpr int kPieces = X::kSliceBytes / 16;                         // of a row
+  static constexpr int kTokens = 8 * kTokenTiles, kMostSlices = (16 << 10) / (kTokens * X::kSliceBytes);
+  static constexpr int kSlices = kMostSlices < kChunk / kSlice ? kMostSlices : kChunk / kSlice;  // of a stage
+  static constexpr int kSteps = kChunk / kSlice / kSlices;                                       // stages to a chunk
+  static constexpr int kPartBytes = kSlices * kTokens * X::kSliceBytes;                          // of one chunk
+  static constexpr int kBytes = kTileStages * kPartBytes;
+  static constexpr int kRowsBytes = kTokens * (int)sizeof(uint8_t*);  // where the tokens' rows are
   static ISQ_DEVICE int swapped(int g) { return X::kF32 ? g % 2 * 64 : g / 2 % 2 * 32; }
+
+  // This warp's share of a stage, whose first chunk is `chunk` and first slice in each is `first`. There are zeros for
+  // slices from `slices` on, counted from the beginning of x, if there may be such (kRest).
+  template <bool kRest>
+  static ISQ_DEVICE void copy(const uint8_t* const* rows, uint8_t* stage, int chunk, int first, int slices, int split,
+                              int warp, int warps, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
+    for (int eight = warp; eight < split * kTokenTiles; eight += warps) {  // tokens of a chunk
+      const int begin = (chunk + eight / kTokenTiles) * (kChunk / kSlice) + first, left = slices - begin;
+      const uint8_t* const from = rows[eight % kTokenTiles * 8 + g] + (int64_t)begin * X::kSliceBytes + 16 * t;
+      uint8_t* const tokens = stage + eight / kTokenTiles * kPartBytes + (eight % kTokenTiles * 8 + g) * X::kSliceBytes;
+#pragma unroll
+      for (int at = 0; at < X::kSliceBytes; at += 64) {
+        const SharedAddress to(tokens + ((at + 16 * t) ^ swapped(g)));
+#pragma unroll
+        for (int i = 0; i < kSlices; ++i) {
+          copy_async(to, i * kTokens * X::kSliceBytes, from + i * X::kSliceBytes + at, !kRest || i < left ? 16 : 0);
+        }
+      }
+    }
+  }
 };
 
 // A warp's share of shared memory: its ring, which has its sums in the end, and its table.
@@ -42,135 +69,126 @@ constexpr int kTileRingBytes =
 template <class F, int kTokenTiles>
 constexpr int kTileWarpBytes = kTileRingBytes<F, kTokenTiles> + WarpRows<F, 2>::kTableBytes;
 
-// The warp that fills the ring of x. `rows`: of this lane's tokens, g, g + 8, ...
-template <class X, int kTokenTiles>
-ISQ_DEVICE void copy_tokens(const uint8_t* const (&rows)[kTokenTiles], uint8_t* ring, int rounds, const Task& task,
-                            int lane) {
-  using Ring = TokenRing<X, kTokenTiles>;
-  const int g = lane / 4, t = lane % 4, stages = rounds * Ring::kSteps;
-  const auto copy = [&](int stage) {
-    uint8_t* to = ring + stage % kTileStages * task.split * Ring::kPartBytes + g * X::kSliceBytes;
-    for (int part = 0; part < (stage < stages ? task.split : 0); ++part) {
-      const int chunk = stage / Ring::kSteps * task.split + part;
-      const int first = chunk * kChunk + stage % Ring::kSteps * Ring::kSlices * kSlice;
-#pragma unroll
-      for (int slice = 0; slice < Ring::kSlices; ++slice) {
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile, to += 8 * X::kSliceBytes) {
-          const int k = first + slice * kSlice;
-          if (k >= task.k) continue;
-#pragma unroll
-          for (int piece = 0; piece < Ring::kPieces; piece += 4) {
-            const int at = 16 * (piece + t);
-            copy_async(to + (at ^ Ring::swapped(g)), rows[tile] + (int64_t)k * X::kBytes + at);
-          }
-        }
-      }
-    }
-    end_copies();
-  };
-  for (int stage = 0; stage < kTileStages - 1; ++stage) copy(stage);
-  for (int stage = 0; stage < stages; ++stage) {
-    wait_for_copies<kTileStages - 2>();
-    __syncthreads();  // this stage is there, and the one before is done with
-    copy(stage + kTileStages - 1);
-  }
-}
+// Codes stay integers for f32, which would need two 16-bit numbers for each weight.
+template <class F, class X>
+using TileWeights =
+    std::conditional_t<X::kF32, SliceWeights<F, X::kElement, 2>, RoundedWeights<F, X::kElement, 2>>;
 
 template <class F, Dtype dtype, int kTokenTiles>
-__global__ void __launch_bounds__(kWarp*(kTileWarps<kTokenTiles> + 1), kTokenTiles == 2) tile_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, 2>;
   using Ring = TokenRing<X, kTokenTiles>;
-  using Weights = SliceWeights<F, X::kElement, 2>;
   constexpr Order kOrder = F::kOrder;
+  constexpr float kZero = X::kF32 ? F::template kZero<X::kElement> : F::kFloatZero;
   constexpr int kWarpBytes = kTileWarpBytes<F, kTokenTiles>;
   ISQ_DYNAMIC_SHARED(uint8_t, shared);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp - 1;
-  const int g = lane / 4, t = lane % 4, groups = warps / task.split, block_rows = groups * Warp::kRows;
-  const int row0 = (int)(blockIdx.x / task.parts) * block_rows, part_of_x = (int)(blockIdx.x % task.parts);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int g = lane / 4, t = lane % 4, groups = warps / task.split;
+  const int row0 = (int)(blockIdx.x / task.parts) * groups * Warp::kRows, part_of_x = (int)(blockIdx.x % task.parts);
 
   // ---- which tokens
   int first = part_of_x * Ring::kTokens, count = task.m - first < Ring::kTokens ? task.m - first : Ring::kTokens;
   int64_t first_row = 0;
+  bool absent = false;
   if (task.spans) {
     const int4 span = task.spans[part_of_x];
     first = span.y, count = span.z;
     first_row = (int64_t)span.x * task.n;
     if (count == 0) return;  // there are as many blocks as any ids might need
-    if (span.x == task.experts) {
-      for (int e = threadIdx.x; e < count * block_rows; e += blockDim.x) {
-        const int row = row0 + e % block_rows;
-        if (row < task.n) store_float<dtype>(task.y, (int64_t)task.order[first + e / block_rows] * task.n + row, 0.0f);
-      }
-      return;
-    }
+    absent = span.x == task.experts;
   }
 
+  // ---- which part of k
+  const int all_chunks = (task.k + kChunk - 1) / kChunk, begin = (int)blockIdx.y * task.slab_chunks;
+  const int end = begin + task.slab_chunks < all_chunks ? begin + task.slab_chunks : all_chunks;
+
   // ---- the product
-  uint8_t* const x = shared + warps * kWarpBytes;
-  const int chunks = (task.k + kChunk - 1) / kChunk, rounds = (chunks + task.split - 1) / task.split;
-  if (warp == warps) {
-    const uint8_t* rows[kTokenTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
+  const uint8_t** const token_rows = reinterpret_cast<const uint8_t**>(shared);
+  uint8_t *const rings = shared + Ring::kRowsBytes, *const x = rings + warps * kWarpBytes;
+  if (!absent) {
+    for (int i = (int)threadIdx.x; i < Ring::kTokens; i += blockDim.x) {
       // Tokens past the last repeat the first: their sums are nobody's.
-      int64_t token = first + (8 * tile + g < count ? 8 * tile + g : 0);
+      int64_t token = first + (i < count ? i : 0);
       if (task.order) token = task.rows_per_slot ? task.order[token] : task.order[token] / task.slots;
-      rows[tile] = task.x + token * task.k * X::kBytes;
+      token_rows[i] = task.x + token * task.k * X::kBytes;
     }
-    copy_tokens<X, kTokenTiles>(rows, x, rounds, task, lane);
-  } else {
     const int part = warp / groups, group = warp % groups;
-    uint8_t *const ring = shared + warp * kWarpBytes, *const table = ring + kTileRingBytes<F, kTokenTiles>;
+    uint8_t *const ring = rings + warp * kWarpBytes, *const table = ring + kTileRingBytes<F, kTokenTiles>;
     const Warp rows(task.weight + first_row * task.row_bytes, row0 + group * Warp::kRows, task, lane);
-    for (int s = 0; s < Warp::kStages; ++s) {
-      const int chunk = part + s * task.split;
-      if (chunk < chunks) rows.copy(ring + s * Warp::kStageBytes, chunk, task);
+    const int rounds = (end - begin + task.split - 1) / task.split, stage_bytes = task.split * Ring::kPartBytes;
+    const int slices_of_x = (end * kChunk < task.k ? end * kChunk : task.k) / kSlice;
+    // A round has a chunk for each part.
+    const auto copy_x = [&](int to, int round, int step) {
+      if (round >= rounds) return;
+      Ring::template copy<F::kBlock != kChunk>(token_rows, x + to * stage_bytes, begin + round * task.split, step * Ring::kSlices, slices_of_x,
+                 task.split, warp, warps, lane);
+    };
+    const auto copy_weights = [&](int round) {
+      const int chunk = begin + round * task.split + part;
+      if (chunk < end) rows.copy(ring + round % Warp::kStages * Warp::kStageBytes, chunk, task);
+    };
+    static_assert(Warp::kStages == kTileStages - 1);
+    __syncthreads();
+    for (int ahead = 0; ahead < kTileStages - 1; ++ahead) {
+      copy_weights(ahead);
+      copy_x(ahead, ahead / Ring::kSteps, ahead % Ring::kSteps);
       end_copies();
     }
     const int near =
         part * Ring::kPartBytes + g * X::kSliceBytes + (X::template near_bytes<kOrder>(t) ^ Ring::swapped(g));
-    const int far = near ^ X::template kFar<kOrder>;
+    const int far = (near ^ X::template kFar<kOrder>) - near;
+    const uint8_t* const numbers = table + g * Warp::kGroups * Warp::kGroupBytes;
     float out[kTokenTiles][2][4] = {};
-    int x_stage = 0;
+    int stage = 0;
     for (int round = 0; round < rounds; ++round) {
-      const int chunk = round * task.split + part;
+      const int chunk = begin + round * task.split + part;
+      const int slices = chunk < end ? (F::kBlock == kChunk ? kChunk : task.k - chunk * kChunk) / kSlice : 0;
       uint8_t* const copied = ring + round % Warp::kStages * Warp::kStageBytes;
       const uint8_t* bytes[Warp::kOfLane];
-      if (chunk < chunks) {
-        wait_for_copies<Warp::kStages - 1>();
-        __syncwarp();
-        rows.template tabulate<X::kElement>(table, copied, chunk, task);
-        rows.find(copied, chunk, task, bytes);
-        __syncwarp();
-      }
-      const int slices = chunk < chunks ? (task.k - chunk * kChunk) / kSlice : 0;
 #pragma unroll
       for (int step = 0; step < Ring::kSteps; ++step) {
-        __syncthreads();
-        const uint8_t* const tokens = x + x_stage * task.split * Ring::kPartBytes;
+        wait_for_copies<kTileStages - 2>();
+        __syncthreads();  // this stage is there, and the one before is done with
+        copy_x((stage + kTileStages - 1) % kTileStages, round + (step + kTileStages - 1) / Ring::kSteps,
+               (step + kTileStages - 1) % Ring::kSteps);
+        if (step == 0 && slices) {
+          rows.tabulate(table, copied, chunk, task, kZero, F::kBlock == kChunk ? kChunk / F::kGroup : slices * Warp::kGroups);
+          rows.find(copied, chunk, task, bytes);
+          __syncwarp();
+        }
+        const uint8_t* const tokens = x + stage * stage_bytes + near;
+        // Four slices at a time: those behind the last are zeros, weights and x.
+        constexpr int kTogether = Ring::kSlices < 4 ? Ring::kSlices : 4;
 #pragma unroll
-        for (int i = 0; i < Ring::kSlices; ++i) {
-          const int slice = step * Ring::kSlices + i;
-          if (slice >= slices) continue;
-          Weights weights;
-          weights.load(bytes, table + g * Warp::kGroups * Warp::kGroupBytes, slice, t, task.shape);
+        for (int some = 0; some < Ring::kSlices; some += kTogether) {
+          if (step * Ring::kSlices + some >= slices) continue;
 #pragma unroll
-          for (int tile = 0; tile < kTokenTiles; ++tile) {
-            const uint8_t* const at = tokens + (i * kTokenTiles + tile) * 8 * X::kSliceBytes;
-            uint32_t words[X::kWords], b[X::kParts][4];
-            X::template load<kOrder>(at + near, at + far, words);
-            X::template pair_up<kOrder>(words, b);
-            weights.multiply(b, X::kOnes, out[tile]);
+          for (int i = some; i < some + kTogether; ++i) {
+            TileWeights<F, X> weights;
+            weights.load(bytes, numbers, step * Ring::kSlices + i, t, task.shape);
+#pragma unroll
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
+              const int at = (i * kTokenTiles + tile) * 8 * X::kSliceBytes;
+              uint32_t words[X::kWords];
+              X::template load<kOrder>(tokens + at, tokens + far + at, words);
+              if constexpr (X::kF32) {
+                uint32_t b[X::kParts][4];
+                X::template pair_up<kOrder>(words, b);
+                weights.multiply(b, X::kOnes, out[tile]);
+              } else {
+                weights.multiply(words, out[tile]);
+              }
+            }
           }
         }
-        x_stage = (x_stage + 1) % kTileStages;
+        stage = (stage + 1) % kTileStages;
+        if (step == Ring::kSteps - 1) {
+          __syncwarp();
+          copy_weights(round + Warp::kStages);
+        }
+        end_copies();
       }
-      __syncwarp();
-      const int later = chunk + Warp::kStages * task.split;
-      if (later < chunks) rows.copy(copied, later, task);
-      end_copies();
     }
     float* const sums = reinterpret_cast<float*>(ring);  // [tokens][32], this warp's
 #pragma unroll
@@ -180,56 +198,103 @@ __global__ void __launch_bounds__(kWarp*(kTileWarps<kTokenTiles> + 1), kTokenTil
     }
   }
 
-  // ---- the sum over the warps that split k
+  // ---- the sum over the warps that split k: a warp at a time has 32 rows of a token
   __syncthreads();
-  for (int e = threadIdx.x; e < count * block_rows; e += blockDim.x) {
-    const int token = e / block_rows, in_block = e % block_rows, row = row0 + in_block;
+  for (int group = 0; group < groups; ++group) {
+    const int row = row0 + group * Warp::kRows + lane;
     if (row >= task.n) continue;
-    float sum = task.bias ? load_float<dtype>(task.bias, first_row + row) : 0.0f;
-    for (int part = 0; part < task.split; ++part) {
-      const uint8_t* const of_warp = shared + (part * groups + in_block / Warp::kRows) * kWarpBytes;
-      sum += reinterpret_cast<const float*>(of_warp)[token * Warp::kRows + in_block % Warp::kRows];
+    const bool biased = task.bias && !task.partial_sums && !absent;
+    const float bias = biased ? load_float<dtype>(task.bias, first_row + row) : 0.0f;
+    const float* const of_group = reinterpret_cast<const float*>(rings + group * kWarpBytes) + lane;
+    for (int token = warp; token < count; token += warps) {
+      float sum = bias;
+      for (int part = 0; part < (absent ? 0 : task.split); ++part) {
+        sum += of_group[part * groups * (kWarpBytes / (int)sizeof(float)) + token * Warp::kRows];
+      }
+      const int64_t at = (int64_t)(task.order ? task.order[first + token] : first + token) * task.n + row;
+      if (task.partial_sums) {
+        task.partial_sums[blockIdx.y * task.slab_stride + at] = sum;
+      } else {
+        store_float<dtype>(task.y, at, sum);
+      }
     }
-    const int64_t row_of_y = task.order ? task.order[first + token] : first + token;
-    store_float<dtype>(task.y, row_of_y * task.n + row, sum);
   }
 }
 
-// About `parts` of task.parts have work.
-template <class F, Dtype dtype, int kTokenTiles>
-void launch_tiles_of(Task task, int64_t parts, Stream stream) {
-  constexpr int64_t kOfX = kTileStages * TokenRing<Activations<dtype>, kTokenTiles>::kPartBytes;
-  const int64_t limit = shared_limit();
-  const auto blocks = [&](int groups) { return (int64_t)((task.n + 32 * groups - 1) / (32 * groups)); };
-  const auto shared = [&](int groups) { return groups * kTileWarpBytes<F, kTokenTiles> + kOfX; };
-  // 32 rows times what takes the fewest rounds of all multiprocessors; of equals the most, for they read x least often.
-  const auto cost = [&](int groups) { return (blocks(groups) * parts + kProcessors - 1) / kProcessors * groups; };
-  int groups = 1;
-  for (int more = 2; more <= kTileWarps<kTokenTiles> && shared(more) <= limit; ++more) {
-    if (cost(more) <= cost(groups)) groups = more;
+// ---- the sum over blocks that split k
+
+constexpr int kAddThreads = 256;
+
+// y = bias + the sum of the slabs, four numbers for each thread.
+template <Dtype dtype>
+__global__ void __launch_bounds__(kAddThreads)
+    add_slabs_kernel(const float* partial_sums, int slabs, int64_t stride, const void* bias, int n, int64_t count, void* y) {
+  const int64_t first = ((int64_t)blockIdx.x * kAddThreads + threadIdx.x) * 4;
+  if (first >= count) return;
+  float sums[4] = {};
+  for (int slab = 0; slab < slabs; ++slab) {
+    const float4 more = *reinterpret_cast<const float4*>(partial_sums + slab * stride + first);
+    sums[0] += more.x, sums[1] += more.y, sums[2] += more.z, sums[3] += more.w;
   }
-  const int chunks = (task.k + kChunk - 1) / kChunk, fit = (int)(limit / shared(groups));
-  const int most = kTileWarps<kTokenTiles> / groups < fit ? kTileWarps<kTokenTiles> / groups : fit;
-  const int rounds = (chunks + most - 1) / most;
-  task.split = (chunks + rounds - 1) / rounds;
-  ISQ_LAUNCH((tile_kernel<F, dtype, kTokenTiles>), {(unsigned)(blocks(groups) * task.parts)},
-             {(unsigned)(kWarp * (groups * task.split + 1))}, (size_t)(task.split * shared(groups)),
-             (cudaStream_t)stream, task);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (first + i >= count) return;
+    const float added = bias ? load_float<dtype>(bias, (first + i) % n) : 0.0f;
+    store_float<dtype>(y, first + i, sums[i] + added);
+  }
 }
+
+// ---- launches
 
 // Eight-token tiles of a block that has to do with so many tokens.
 template <Dtype dtype>
 int token_tiles(int64_t tokens) {
-  return dtype == Dtype::kF32 ? 4 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
+  if (dtype == Dtype::kF32) return 4;
+  if (tokens > 64) return tokens > 256 || (tokens + 63) / 64 % 2 == 0 ? 16 : 8;
+  return tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
+}
+
+// Calls work(kTokenTiles as a type) for the number of tiles.
+template <Dtype dtype, class Work>
+auto with_tiles(int tiles, const Work& work) {
+  if constexpr (dtype != Dtype::kF32) {
+    if (tiles == 2) return work(std::integral_constant<int, 2>());
+    if (tiles == 8) return work(std::integral_constant<int, 8>());
+    if (tiles == 16) return work(std::integral_constant<int, 16>());
+  }
+  return work(std::integral_constant<int, 4>());
+}
+
+// How blocks share a product; about `parts` of task.parts have work. `slabs`: may they split k.
+template <class F, Dtype dtype>
+TilePlan tile_plan(const Task& task, int tiles, int64_t parts, bool slabs) {
+  using X = Activations<dtype>;
+  return with_tiles<dtype>(tiles, [&](auto of) {
+    constexpr int kTokenTiles = decltype(of)::value;
+    return plan_tiles({task.n, parts, (task.k + kChunk - 1) / kChunk, 8 * kTokenTiles, 32 * task.chunk_bytes,
+                       kChunk * X::kBytes, kTileWarps<dtype, kTokenTiles>, kTileWarpBytes<F, kTokenTiles>,
+                       TokenRing<X, kTokenTiles>::kBytes, shared_limit() - TokenRing<X, kTokenTiles>::kRowsBytes, slabs});
+  });
+}
+
+template <class F, Dtype dtype, int kTokenTiles>
+void launch_tiles_of(const Task& task, const TilePlan& plan, Stream stream) {
+  using Ring = TokenRing<Activations<dtype>, kTokenTiles>;
+  const int bytes = Ring::kRowsBytes + plan.split * (plan.groups * kTileWarpBytes<F, kTokenTiles> + Ring::kBytes);
+  const int64_t blocks = (task.n + 32 * plan.groups - 1) / (32 * plan.groups);
+  const dim3 grid = {(unsigned)(blocks * task.parts), (unsigned)plan.slabs};
+  ISQ_LAUNCH((tile_kernel<F, dtype, kTokenTiles>), grid, {(unsigned)(kWarp * plan.groups * plan.split)},
+             (size_t)bytes, (cudaStream_t)stream, task);
 }
 
 template <class F, Dtype dtype>
-void launch_tiles(const Task& task, int tiles, int64_t parts, Stream stream) {
-  if constexpr (dtype != Dtype::kF32) {
-    if (tiles == 2) return launch_tiles_of<F, dtype, 2>(task, parts, stream);
-    if (tiles == 8) return launch_tiles_of<F, dtype, 8>(task, parts, stream);
-  }
-  launch_tiles_of<F, dtype, 4>(task, parts, stream);
+void launch_tiles(Task task, int tiles, const TilePlan& plan, Stream stream) {
+  task.split = plan.split, task.slab_chunks = plan.slab_chunks;
+  with_tiles<dtype>(tiles, [&](auto of) { launch_tiles_of<F, dtype, decltype(of)::value>(task, plan, stream); });
+  if (!task.partial_sums) return;
+  const int64_t count = (int64_t)task.m * task.n;
+  ISQ_LAUNCH((add_slabs_kernel<dtype>), {(unsigned)((count + 4 * kAddThreads - 1) / (4 * kAddThreads))}, {kAddThreads}, 0,
+             (cudaStream_t)stream, task.partial_sums, plan.slabs, task.slab_stride, task.bias, task.n, count, task.y);
 }
 
 }  // namespace isqtorch::cuda

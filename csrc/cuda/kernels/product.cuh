@@ -22,6 +22,11 @@ struct Task {
   // A block of threads takes some rows of one of so many: parts of x, or (token, slot) pairs.
   unsigned parts;
   int split;  // warps of a block that share rows and split k
+  // Blocks share rows too, and split k into slabs of so many chunks, if their sums have a place: [slab][m][n], each
+  // slab `slab_stride` from the next.
+  float* partial_sums;
+  int slab_chunks;
+  int64_t slab_stride;
   // Experts only; otherwise null or 0.
   const void* ids;
   bool wide_ids, rows_per_slot;
@@ -153,7 +158,7 @@ struct WarpRows {
   ISQ_DEVICE void copy(uint8_t* stage, int chunk, const Task& task) const {
     const int from = chunk * chunk_bytes(task), left = task.row_bytes - from;
     const uint8_t* const begin = weight + from + 16 * t;
-    uint8_t* const to = stage + g * kStride + 16 * t;
+    const SharedAddress to(stage + g * kStride + 16 * t);
     if (left > chunk_bytes(task)) {  // what whole pieces take too much is the next chunk's
       copy_pieces<false>(begin, to, chunk_bytes(task));
     } else {  // and here somebody else's
@@ -161,7 +166,7 @@ struct WarpRows {
     }
   }
   template <bool kCut>
-  ISQ_DEVICE void copy_pieces(const uint8_t* begin, uint8_t* to, int bytes) const {
+  ISQ_DEVICE void copy_pieces(const uint8_t* begin, SharedAddress to, int bytes) const {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {
       const uintptr_t at = reinterpret_cast<uintptr_t>(begin + offset[j]);
@@ -170,7 +175,7 @@ struct WarpRows {
 #pragma unroll
       for (int i = 0; i < (kPieces + 3) / 4; ++i) {
         if (64 * i >= wanted) continue;
-        copy_async(to + 8 * j * kStride + 64 * i, piece + 64 * i, kCut && wanted < 64 * i + 16 ? wanted - 64 * i : 16);
+        copy_async(to, 8 * j * kStride + 64 * i, piece + 64 * i, kCut && wanted < 64 * i + 16 ? wanted - 64 * i : 16);
       }
     }
   }
@@ -187,17 +192,18 @@ struct WarpRows {
 
   // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers:
   // each works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
-  template <Element element>
-  ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task) const {
+  // `zero`: what a product's numbers add to codes. `groups`: there are; of those after them, all numbers are 0.
+  ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task, float zero,
+                           int groups = kChunk / F::kGroup) const {
     if (t >= kOfLane) return;
     const uint8_t* const bytes = find(stage, chunk, task, t, own);
     const typename F::Row row = F::open(bytes, task.shape);
     uint8_t* const to = table + (8 * t + g) * kGroups * kGroupBytes;
 #pragma unroll
     for (int group = 0; group < kChunk / F::kGroup; ++group) {
-      const Affine affine = F::affine(row, bytes, group, task.shape);
+      const Affine affine = group < groups ? F::affine(row, bytes, group, task.shape) : Affine{0.0f, 0.0f};
       *reinterpret_cast<float2*>(to + (group / kGroups * kRows * kGroups + group % kGroups) * kGroupBytes) = {
-          affine.scale, fmaf(-F::template kZero<element>, affine.scale, affine.offset)};
+          affine.scale, fmaf(-zero, affine.scale, affine.offset)};
     }
   }
 };

@@ -1,0 +1,53 @@
+// The weights of a slice as numbers of x's type, for many tokens.
+//
+// Each is made in f32, by one fused multiply-add, and rounded once: the product is that of `dequantize` to x's type and
+// a matrix product with f32 sums, whatever the group size, and k is summed up within the matrix unit. Against codes that
+// stay integers (SliceWeights), a slice of 32 rows costs a warp some 25 instructions more, and every eight tokens
+// 20 to 50 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
+#pragma once
+
+#include "cuda/kernels/product.cuh"
+
+namespace isqtorch::cuda {
+
+template <class F, Element element, int kTiles>
+struct RoundedWeights {
+  static constexpr int kGroups = kSlice / F::kGroup;
+
+  uint32_t a[kTiles][2][4];
+
+  // `table`: of this lane's first row, made with F::kFloatZero.
+  ISQ_DEVICE void load(const uint8_t* const (&chunks)[2 * kTiles], const uint8_t* table, int slice, int t,
+                       const Shape& shape) {
+#pragma unroll
+    for (int j = 0; j < 2 * kTiles; ++j) {
+      float w[8];
+      F::floats(chunks[j], slice, t, shape, w);
+      const float2* const numbers =
+          reinterpret_cast<const float2*>(table) + (slice * 16 * kTiles + 8 * j) * kGroups;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float2 affine = numbers[i / (8 / kGroups)];
+        w[i] = fmaf(w[i], affine.x, affine.y);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[j / 2][i / 2][i % 2 * 2 + j % 2] =
+            element == Element::kF16 ? pack_f16(w[2 * i], w[2 * i + 1]) : pack_bf16(w[2 * i], w[2 * i + 1]);
+      }
+    }
+  }
+
+  // out += their product with eight tokens, `words` being a lane's numbers as they are in memory.
+  ISQ_DEVICE void multiply(const uint32_t (&words)[4], float (&out)[kTiles][4]) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        multiply_add<element>(out[tile], a[tile][step], {words[2 * step], words[2 * step + 1]});
+      }
+    }
+  }
+};
+
+}  // namespace isqtorch::cuda
