@@ -99,6 +99,16 @@ def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> floa
     return LinearCase.of(x, packed, fmt).error(y)
 
 
+def rounded_weights(packed: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weights that `dequantize` to `dtype` gives, as f64, and by how much each may differ for a kernel that works them out
+    in another way: where it lies half-way between two numbers of `dtype`, the last digit of an f32 decides."""
+    w = ops.reference.dequantize(packed, fmt.name, torch.float32)
+    if dtype == torch.float32:
+        return w.double(), torch.zeros_like(w).double()
+    digits = 2.0**-16 * w.abs().amax(-1, keepdim=True)
+    return w.to(dtype).double(), ((w + digits).to(dtype) - (w - digits).to(dtype)).double()
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """Arguments of `linear` with the exact product, for several kernels to be measured by."""

@@ -48,6 +48,7 @@ struct TokenRing {
 #pragma unroll 1
     for (int eight = warp; eight < split * kTokenTiles; eight += warps) {  // tokens of a chunk
       const int begin = (chunk + eight / kTokenTiles) * (kChunk / kSlice) + first, left = slices - begin;
+      if (left <= 0) continue;
       const uint8_t* const from = rows[eight % kTokenTiles * 8 + g] + (int64_t)begin * X::kSliceBytes + 16 * t;
       uint8_t* const tokens = stage + eight / kTokenTiles * kPartBytes + (eight % kTokenTiles * 8 + g) * X::kSliceBytes;
 #pragma unroll

@@ -54,7 +54,7 @@ inline int64_t tile_cost(const TileShape& shape, const TilePlan& plan) {
 inline TilePlan plan_tiles(const TileShape& shape) {
   TilePlan best;
   int64_t least = INT64_MAX;
-  for (int groups = shape.most_warps; groups > 0; --groups) {
+  for (int groups = (int)std::min<int64_t>(shape.most_warps, (shape.n + 31) / 32); groups > 0; --groups) {
     if (groups * shape.warp_shared + shape.x_shared > shape.shared_limit && groups > 1) continue;
     const int64_t blocks = (shape.n + 32 * groups - 1) / (32 * groups) * shape.parts;
     const int wave = (int)std::clamp<int64_t>(shape.slabs ? kProcessors / blocks : 1, 1, shape.chunks);
