@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kSortThreads)
 template <class F, Dtype dtype>
 void launch_experts_of(const ExpertsJob& job, const Shape& shape, Stream stream) {
   const int64_t pairs = job.tokens * job.slots;
-  Task task = {};
+  TileTask task = {};
   task.x = static_cast<const uint8_t*>(job.x);
   task.weight = job.weight;
   task.bias = job.bias;

@@ -22,11 +22,11 @@ inline Task linear_task(const LinearJob& job, const Shape& shape) {
 template <class F, Dtype dtype>
 struct TiledLinear {
   int tiles;
-  Task task = {};
+  TileTask task = {};
   TilePlan plan;
 
   TiledLinear(const LinearJob& job, const Shape& shape) : tiles(token_tiles<dtype>(job.m)) {
-    task = linear_task(job, shape);
+    static_cast<Task&>(task) = linear_task(job, shape);
     task.parts = (unsigned)((job.m + 8 * tiles - 1) / (8 * tiles));
     plan = tile_plan<F, dtype>(task, tiles, task.parts, true);
     task.slab_stride = (job.m * job.n + 3) / 4 * 4;

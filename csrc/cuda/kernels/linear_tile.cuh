@@ -1,21 +1,22 @@
-// The product with more tokens than one operand is wide: `linear` for a batch or a short prompt, and experts for many.
+// The product with more tokens than one operand is wide: `linear` for a batch or a prompt, and experts for many.
 //
-// A block takes 16, 32 or 64 tokens and up to 352 rows of weights. Its warps have 32 rows each, whose codes they unpack
-// once for all tokens; some share their rows and split k. Weights come through each warp's own ring, as in
-// linear_rows.cuh. x comes through one ring for the block, which a warp of its own fills: a thread waits for its copies
-// in the order it asked for them, so a warp that copied both would wait for weights whenever it needs x.
+// A block takes 16, 32, 64 or 128 tokens, some rows of weights and some of k (tile_plan.h). Its warps have 32 rows each,
+// whose weights they unpack and round once for all tokens (rounded.cuh); some may share their rows and split the
+// block's k. Weights come through each warp's own ring, as in linear_rows.cuh, and x through one ring for the block.
 //
 // Shared memory has x as rows of a slice, 64 bytes each, or 128 of f32: a lane's numbers lie together, and in every
 // other pair of rows (every other row of f32) the halves are exchanged, so that those who read at the same time read
 // different banks.
 //
-// A slice of 32 rows of 4-bit weights costs a warp about 95 instructions and 34 for every eight tokens, six of them on
-// the matrix unit, which needs eight clocks for each. So 16 tokens take 90 % of the instructions that an H100 has while
-// such weights arrive from memory, and 64 tokens keep instructions and matrix units equally busy.
+// A slice of 32 rows of 4-bit weights costs a warp about 145 instructions and 7 for every eight tokens, four of them on
+// the matrix unit, which needs six clocks for each. With n = k = 8192, an H100 then issues instructions for 11 us with
+// 16 tokens, while it reads 4-bit weights for 12.6; for 14 us with 64 tokens, and 14 on the matrix units; and with 128,
+// for 18 and 29.
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/formats/stream.cuh"
 #include "cuda/kernels/rounded.cuh"
 #include "cuda/kernels/tile_plan.h"
 
@@ -70,19 +71,33 @@ constexpr int kTileRingBytes =
 template <class F, int kTokenTiles>
 constexpr int kTileWarpBytes = kTileRingBytes<F, kTokenTiles> + WarpRows<F, 2>::kTableBytes;
 
+// The arguments. (In a Task of this size, the compiler spends more instructions on rows_kernel.)
+// Blocks that share rows split k into slabs of so many chunks, if their sums have a place: [slab][m][n], each slab
+// `slab_stride` from the next.
+struct TileTask : Task {
+  float* partial_sums;
+  int slab_chunks;
+  int64_t slab_stride;
+};
+
+// Formats that need the most registers to unpack.
+template <class F>
+constexpr bool kManyRegisters = std::is_same_v<F, BitStream<5>>;
+
 // Codes stay integers for f32, which would need two 16-bit numbers for each weight.
 template <class F, class X>
 using TileWeights =
     std::conditional_t<X::kF32, SliceWeights<F, X::kElement, 2>, RoundedWeights<F, X::kElement, 2>>;
 
 template <class F, Dtype dtype, int kTokenTiles>
-__global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile_kernel(Task task) {
+__global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile_kernel(TileTask task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, 2>;
   using Ring = TokenRing<X, kTokenTiles>;
   constexpr Order kOrder = F::kOrder;
   constexpr float kZero = X::kF32 ? F::template kZero<X::kElement> : F::kFloatZero;
   constexpr int kWarpBytes = kTileWarpBytes<F, kTokenTiles>;
+  constexpr bool kRest = F::kBlock != kChunk;  // may the last chunk be smaller
   ISQ_DYNAMIC_SHARED(uint8_t, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4, groups = warps / task.split;
@@ -122,7 +137,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
     // A round has a chunk for each part.
     const auto copy_x = [&](int to, int round, int step) {
       if (round >= rounds) return;
-      Ring::template copy<F::kBlock != kChunk>(token_rows, x + to * stage_bytes, begin + round * task.split, step * Ring::kSlices, slices_of_x,
+      Ring::template copy<kRest>(token_rows, x + to * stage_bytes, begin + round * task.split, step * Ring::kSlices, slices_of_x,
                  task.split, warp, warps, lane);
     };
     const auto copy_weights = [&](int round) {
@@ -144,7 +159,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
     int stage = 0;
     for (int round = 0; round < rounds; ++round) {
       const int chunk = begin + round * task.split + part;
-      const int slices = chunk < end ? (F::kBlock == kChunk ? kChunk : task.k - chunk * kChunk) / kSlice : 0;
+      const int slices = chunk < end ? (kRest ? task.k - chunk * kChunk : kChunk) / kSlice : 0;
       uint8_t* const copied = ring + round % Warp::kStages * Warp::kStageBytes;
       const uint8_t* bytes[Warp::kOfLane];
 #pragma unroll
@@ -154,13 +169,13 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
         copy_x((stage + kTileStages - 1) % kTileStages, round + (step + kTileStages - 1) / Ring::kSteps,
                (step + kTileStages - 1) % Ring::kSteps);
         if (step == 0 && slices) {
-          rows.tabulate(table, copied, chunk, task, kZero, F::kBlock == kChunk ? kChunk / F::kGroup : slices * Warp::kGroups);
+          rows.template tabulate<kRest>(table, copied, chunk, task, kZero, slices * Warp::kGroups);
           rows.find(copied, chunk, task, bytes);
           __syncwarp();
         }
         const uint8_t* const tokens = x + stage * stage_bytes + near;
-        // Four slices at a time: those behind the last are zeros, weights and x.
-        constexpr int kTogether = Ring::kSlices < 4 ? Ring::kSlices : 4;
+        // Four slices at a time, where registers allow: those behind the last are zeros, weights and x.
+        constexpr int kTogether = X::kF32 || (kTokenTiles == 16 && kManyRegisters<F>) ? 1 : kTokenTiles == 16 ? 2 : 4;
 #pragma unroll
         for (int some = 0; some < Ring::kSlices; some += kTogether) {
           if (step * Ring::kSlices + some >= slices) continue;
@@ -279,7 +294,7 @@ TilePlan tile_plan(const Task& task, int tiles, int64_t parts, bool slabs) {
 }
 
 template <class F, Dtype dtype, int kTokenTiles>
-void launch_tiles_of(const Task& task, const TilePlan& plan, Stream stream) {
+void launch_tiles_of(const TileTask& task, const TilePlan& plan, Stream stream) {
   using Ring = TokenRing<Activations<dtype>, kTokenTiles>;
   const int bytes = Ring::kRowsBytes + plan.split * (plan.groups * kTileWarpBytes<F, kTokenTiles> + Ring::kBytes);
   const int64_t blocks = (task.n + 32 * plan.groups - 1) / (32 * plan.groups);
@@ -289,7 +304,7 @@ void launch_tiles_of(const Task& task, const TilePlan& plan, Stream stream) {
 }
 
 template <class F, Dtype dtype>
-void launch_tiles(Task task, int tiles, const TilePlan& plan, Stream stream) {
+void launch_tiles(TileTask task, int tiles, const TilePlan& plan, Stream stream) {
   task.split = plan.split, task.slab_chunks = plan.slab_chunks;
   with_tiles<dtype>(tiles, [&](auto of) { launch_tiles_of<F, dtype, decltype(of)::value>(task, plan, stream); });
   if (!task.partial_sums) return;

@@ -22,11 +22,6 @@ struct Task {
   // A block of threads takes some rows of one of so many: parts of x, or (token, slot) pairs.
   unsigned parts;
   int split;  // warps of a block that share rows and split k
-  // Blocks share rows too, and split k into slabs of so many chunks, if their sums have a place: [slab][m][n], each
-  // slab `slab_stride` from the next.
-  float* partial_sums;
-  int slab_chunks;
-  int64_t slab_stride;
   // Experts only; otherwise null or 0.
   const void* ids;
   bool wide_ids, rows_per_slot;
@@ -192,16 +187,18 @@ struct WarpRows {
 
   // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers:
   // each works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
-  // `zero`: what a product's numbers add to codes. `groups`: there are; of those after them, all numbers are 0.
+  // `zero`: what a product's numbers add to codes. kRest: there are `groups` groups, and zeros stand for others.
+  template <bool kRest = false>
   ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task, float zero,
-                           int groups = kChunk / F::kGroup) const {
+                           int groups = 0) const {
     if (t >= kOfLane) return;
     const uint8_t* const bytes = find(stage, chunk, task, t, own);
     const typename F::Row row = F::open(bytes, task.shape);
     uint8_t* const to = table + (8 * t + g) * kGroups * kGroupBytes;
 #pragma unroll
     for (int group = 0; group < kChunk / F::kGroup; ++group) {
-      const Affine affine = group < groups ? F::affine(row, bytes, group, task.shape) : Affine{0.0f, 0.0f};
+      Affine affine = F::affine(row, bytes, group, task.shape);
+      if (kRest && group >= groups) affine = {0.0f, 0.0f};
       *reinterpret_cast<float2*>(to + (group / kGroups * kRows * kGroups + group % kGroups) * kGroupBytes) = {
           affine.scale, fmaf(-zero, affine.scale, affine.offset)};
     }

@@ -2,8 +2,8 @@
 //
 // Each is made in f32, by one fused multiply-add, and rounded once: the product is that of `dequantize` to x's type and
 // a matrix product with f32 sums, whatever the group size, and k is summed up within the matrix unit. Against codes that
-// stay integers (SliceWeights), a slice of 32 rows costs a warp some 25 instructions more, and every eight tokens
-// 20 to 50 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
+// stay integers (SliceWeights), a slice of 32 rows costs a warp some 50 instructions more, and every eight tokens 27 to
+// 41 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
 #pragma once
 
 #include "cuda/kernels/product.cuh"

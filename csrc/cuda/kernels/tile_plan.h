@@ -3,7 +3,7 @@
 // each of its four matrix units), and gets 13 bytes a clock from memory and 24 from the second-level cache.
 //
 // What a block of 32 g rows and its part of k costs its multiprocessor, in clocks for each chunk of 256:
-// - to multiply: 264 g with 16 tokens, 288 g with 32, 416 g with 64, 832 g with 128 (the kernel's comment has the count)
+// - to multiply: 318 g with 16 tokens, 346 g with 32, 416 g with 64, 832 g with 128 (linear_tile.cuh has the count)
 // - to copy: 32 g rows of weights, and all tokens' x: 192 g + 21 for each token, from the second-level cache, at 4 bits
 // So few rows to a block make x the bottleneck: with n = k = 8192 and 64 tokens, blocks of 64 rows would read 138 MB of
 // x in 25 us, where the products take 14.7. With 256 rows and a quarter of k (a slab) they read 34 MB in 6, and sums of
@@ -38,7 +38,7 @@ struct TilePlan {
 inline int64_t tile_cost(const TileShape& shape, const TilePlan& plan) {
   constexpr int kBytesPerClock = 24, kBusyWarps = 8, kStart = 2000, kSecondLaunch = 2600;
   const int64_t rows = 32 * plan.groups, blocks = (shape.n + rows - 1) / rows * shape.parts * plan.slabs;
-  const int chunk_clocks = std::max({240 + 3 * shape.tokens / 2, 13 * shape.tokens / 2, shape.chunk_bytes / 13});
+  const int chunk_clocks = std::max({290 + 7 * shape.tokens / 4, 13 * shape.tokens / 2, shape.chunk_bytes / 13});
   const int warps = plan.groups * plan.split;
   const int64_t multiply = (int64_t)((plan.slab_chunks + plan.split - 1) / plan.split) * chunk_clocks *
                            std::max(warps, kBusyWarps);  // fewer warps leave some of it idle
