@@ -247,6 +247,9 @@ ISQ_DEVICE void copy_async(SharedAddress to, int offset, const void* from, int b
   simt::copy_async(to.at + offset, from, bytes);
 #endif
 }
+ISQ_DEVICE void copy_async(uint8_t* to, int offset, const void* from, int bytes = 16) {
+  copy_async(SharedAddress(to + offset), 0, from, bytes);
+}
 // Ends a group of copies.
 ISQ_DEVICE void end_copies() {
 #if defined(__CUDACC__)

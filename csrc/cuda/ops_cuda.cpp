@@ -19,7 +19,7 @@ namespace {
 
 constexpr uintptr_t kActivationAlignment = 16;
 constexpr int64_t kSliceBytes = 32 << 20;  // decoded for one of torch's products: the second-level cache holds it
-constexpr int64_t kSliceRows = 128;        // what a slice's rows are a multiple of, and those of a block of torch's product
+constexpr int64_t kSliceRows = 128;  // what a slice's rows are a multiple of, and those of a block of torch's product
 
 const FormatKernels& known_format(const char* op, const std::string& name) {
   if (const FormatKernels* format = find_format(name.c_str())) return *format;
@@ -287,9 +287,9 @@ std::string cuda_info() {
   std::string formats;
   for (int i = 0; i < format_count(); ++i) {
     const FormatKernels& f = format_at(i);
-    formats += text(i ? ", " : "", '"', f.name, "\": {\"block\": ", f.shape.block,
-                    ", \"block_bytes\": ", f.shape.block_bytes, ", \"few_rows\": ", f.few_rows,
-                    ", \"max_rows\": ", f.max_rows, '}');
+    formats +=
+        text(i ? ", " : "", '"', f.name, "\": {\"block\": ", f.shape.block, ", \"block_bytes\": ", f.shape.block_bytes,
+             ", \"few_rows\": ", f.few_rows, ", \"max_rows\": ", f.max_rows, '}');
   }
   return text("{\"toolkit\": \"", toolkit_version(), "\", \"archs\": \"", ISQTORCH_CUDA_ARCHS, "\", \"formats\": {",
               formats, "}}");

@@ -20,9 +20,9 @@ inline int64_t most_spans(const ExpertsJob& job, int tokens) {
   return job.tokens * job.slots / tokens + job.experts + 1;
 }
 
-template <Dtype dtype>
+template <class F, Dtype dtype>
 int expert_token_tiles(const ExpertsJob& job) {
-  return token_tiles<dtype>((job.tokens * job.slots + job.experts - 1) / job.experts);
+  return token_tiles<F, dtype>((job.tokens * job.slots + job.experts - 1) / job.experts);
 }
 
 // Block e writes the pairs of expert e to their place in `order`, and its spans. It counts for itself how many pairs
@@ -95,7 +95,7 @@ void launch_experts_of(const ExpertsJob& job, const Shape& shape, Stream stream)
     task.parts = (unsigned)pairs;
     return launch_rows<F, dtype>(task, stream);
   }
-  const int tiles = expert_token_tiles<dtype>(job), tokens = 8 * tiles;
+  const int tiles = expert_token_tiles<F, dtype>(job), tokens = 8 * tiles;
   const int64_t spans = most_spans(job, tokens);
   int4* const of_spans = static_cast<int4*>(job.workspace);
   int* const order = reinterpret_cast<int*>(of_spans + spans);
@@ -115,16 +115,17 @@ void launch_experts_of(const ExpertsJob& job, const Shape& shape, Stream stream)
   launch_tiles<F, dtype>(task, tiles, plan, stream);
 }
 
-template <Dtype dtype>
+template <class F, Dtype dtype>
 int64_t experts_workspace_of(const ExpertsJob& job) {
   if (few_pairs(job)) return 0;
-  return most_spans(job, 8 * expert_token_tiles<dtype>(job)) * (int64_t)sizeof(int4) +
+  return most_spans(job, 8 * expert_token_tiles<F, dtype>(job)) * (int64_t)sizeof(int4) +
          job.tokens * job.slots * (int64_t)sizeof(int);
 }
 
 template <class F>
 int64_t experts_workspace(const ExpertsJob& job, const Shape&) {
-  return job.dtype == Dtype::kF32 ? experts_workspace_of<Dtype::kF32>(job) : experts_workspace_of<Dtype::kBf16>(job);
+  return job.dtype == Dtype::kF32 ? experts_workspace_of<F, Dtype::kF32>(job)
+                                  : experts_workspace_of<F, Dtype::kBf16>(job);
 }
 
 template <class F>

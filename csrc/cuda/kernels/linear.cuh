@@ -25,7 +25,7 @@ struct TiledLinear {
   TileTask task = {};
   TilePlan plan;
 
-  TiledLinear(const LinearJob& job, const Shape& shape) : tiles(token_tiles<dtype>(job.m)) {
+  TiledLinear(const LinearJob& job, const Shape& shape) : tiles(token_tiles<F, dtype>(job.m)) {
     static_cast<Task&>(task) = linear_task(job, shape);
     task.parts = (unsigned)((job.m + 8 * tiles - 1) / (8 * tiles));
     plan = tile_plan<F, dtype>(task, tiles, task.parts, true);

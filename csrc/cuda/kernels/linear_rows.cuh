@@ -16,6 +16,8 @@
 //   32 rows takes 830 per lane for q4_0 and q4k: 3.3 per weight.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kernels/product.cuh"
 #include "cuda/kernels/tile_plan.h"
 
@@ -55,6 +57,7 @@ template <class F, Dtype dtype, int kTiles>
 __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dtype, kTiles>) rows_kernel(Task task) {
   using X = Activations<dtype>;
   using Warp = WarpRows<F, kTiles>;
+  using Target = std::conditional_t<X::kF32, uint8_t*, SharedAddress>;
   using Weights = SliceWeights<F, X::kElement, kTiles>;
   constexpr Order kOrder = F::kOrder;
   constexpr int kSlices = kChunk / kSlice, kChunkOfX = kChunk * X::kBytes, kWarpBytes = kRowsWarpBytes<F, kTiles>;
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
   const int whole = task.k / kChunk, chunks = (task.k + kChunk - 1) / kChunk;
 #pragma unroll
   for (int s = 0; s < Warp::kStages; ++s) {
-    if (warp + s * warps < chunks) rows.copy(ring + s * Warp::kStageBytes, warp + s * warps, task);
+    if (warp + s * warps < chunks) rows.template copy<Target>(ring + s * Warp::kStageBytes, warp + s * warps, task);
     end_copies();
   }
   // Tokens past the last repeat the first: their sums are nobody's.
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
       load_x(slice + kAhead<X> < kSlices ? x : next_x, (slice + kAhead<X>) % kSlices, now);
     }
     __syncwarp();
-    if (chunk + Warp::kStages * warps < chunks) rows.copy(copied, chunk + Warp::kStages * warps, task);
+    if (chunk + Warp::kStages * warps < chunks) rows.template copy<Target>(copied, chunk + Warp::kStages * warps, task);
     end_copies();
     stage = (stage + 1) % Warp::kStages;
     x = next_x;

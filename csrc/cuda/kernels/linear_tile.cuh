@@ -1,12 +1,9 @@
 // The product with more tokens than one operand is wide: `linear` for a batch or a prompt, and experts for many.
 //
-// A block takes 16, 32, 64 or 128 tokens, some rows of weights and some of k (tile_plan.h). Its warps have 32 rows each,
-// whose weights they unpack and round once for all tokens (rounded.cuh); some may share their rows and split the
-// block's k. Weights come through each warp's own ring, as in linear_rows.cuh, and x through one ring for the block.
-//
-// Shared memory has x as rows of a slice, 64 bytes each, or 128 of f32: a lane's numbers lie together, and in every
-// other pair of rows (every other row of f32) the halves are exchanged, so that those who read at the same time read
-// different banks.
+// A block takes 16, 32, 64 or 128 tokens, some rows of weights and some of k (tile_plan.h). Its warps have 32 rows
+// each, whose weights they unpack and round once for all tokens (rounded.cuh); some may share their rows and split the
+// block's k. Weights come through each warp's own ring, as in linear_rows.cuh, and x through one ring for the block
+// (token_ring.cuh).
 //
 // A slice of 32 rows of 4-bit weights costs a warp about 145 instructions and 7 for every eight tokens, four of them on
 // the matrix unit, which needs six clocks for each. With n = k = 8192, an H100 then issues instructions for 11 us with
@@ -16,53 +13,15 @@
 
 #include <type_traits>
 
-#include "cuda/formats/stream.cuh"
 #include "cuda/kernels/rounded.cuh"
 #include "cuda/kernels/tile_plan.h"
+#include "cuda/kernels/token_ring.cuh"
 
 namespace isqtorch::cuda {
-
-constexpr int kTileStages = 3;  // of x
 
 // Warps of a block at most. Twelve leave a thread 168 registers, and eight 255, which f32 and many tokens' sums need.
 template <Dtype dtype, int kTokenTiles>
 constexpr int kTileWarps = dtype == Dtype::kF32 || kTokenTiles >= 8 ? 8 : 12;
-
-// x in shared memory: a stage has a few slices, 16 KB, of as many chunks as the warps split k into. All warps of a
-// block meet once a stage, which must not be too often: the matrix units run dry then.
-template <class X, int kTokenTiles>
-struct TokenRing {
-  static constexpr int kTokens = 8 * kTokenTiles, kMostSlices = (16 << 10) / (kTokens * X::kSliceBytes);
-  static constexpr int kSlices = kMostSlices < kChunk / kSlice ? kMostSlices : kChunk / kSlice;  // of a stage
-  static constexpr int kSteps = kChunk / kSlice / kSlices;                                       // stages to a chunk
-  static constexpr int kPartBytes = kSlices * kTokens * X::kSliceBytes;                          // of one chunk
-  static constexpr int kBytes = kTileStages * kPartBytes;
-  static constexpr int kRowsBytes = kTokens * (int)sizeof(uint8_t*);  // where the tokens' rows are
-  static ISQ_DEVICE int swapped(int g) { return X::kF32 ? g % 2 * 64 : g / 2 % 2 * 32; }
-
-  // This warp's share of a stage, whose first chunk is `chunk` and first slice in each is `first`. There are zeros for
-  // slices from `slices` on, counted from the beginning of x, if there may be such (kRest).
-  template <bool kRest>
-  static ISQ_DEVICE void copy(const uint8_t* const* rows, uint8_t* stage, int chunk, int first, int slices, int split,
-                              int warp, int warps, int lane) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 1
-    for (int eight = warp; eight < split * kTokenTiles; eight += warps) {  // tokens of a chunk
-      const int begin = (chunk + eight / kTokenTiles) * (kChunk / kSlice) + first, left = slices - begin;
-      if (left <= 0) continue;
-      const uint8_t* const from = rows[eight % kTokenTiles * 8 + g] + (int64_t)begin * X::kSliceBytes + 16 * t;
-      uint8_t* const tokens = stage + eight / kTokenTiles * kPartBytes + (eight % kTokenTiles * 8 + g) * X::kSliceBytes;
-#pragma unroll
-      for (int at = 0; at < X::kSliceBytes; at += 64) {
-        const SharedAddress to(tokens + ((at + 16 * t) ^ swapped(g)));
-#pragma unroll
-        for (int i = 0; i < kSlices; ++i) {
-          copy_async(to, i * kTokens * X::kSliceBytes, from + i * X::kSliceBytes + at, !kRest || i < left ? 16 : 0);
-        }
-      }
-    }
-  }
-};
 
 // A warp's share of shared memory: its ring, which has its sums in the end, and its table.
 template <class F, int kTokenTiles>
@@ -80,14 +39,9 @@ struct TileTask : Task {
   int64_t slab_stride;
 };
 
-// Formats that need the most registers to unpack.
-template <class F>
-constexpr bool kManyRegisters = std::is_same_v<F, BitStream<5>>;
-
 // Codes stay integers for f32, which would need two 16-bit numbers for each weight.
 template <class F, class X>
-using TileWeights =
-    std::conditional_t<X::kF32, SliceWeights<F, X::kElement, 2>, RoundedWeights<F, X::kElement, 2>>;
+using TileWeights = std::conditional_t<X::kF32, SliceWeights<F, X::kElement, 2>, RoundedWeights<F, X::kElement, 2>>;
 
 template <class F, Dtype dtype, int kTokenTiles>
 __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile_kernel(TileTask task) {
@@ -97,7 +51,8 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
   constexpr Order kOrder = F::kOrder;
   constexpr float kZero = X::kF32 ? F::template kZero<X::kElement> : F::kFloatZero;
   constexpr int kWarpBytes = kTileWarpBytes<F, kTokenTiles>;
-  constexpr bool kRest = F::kBlock != kChunk;  // may the last chunk be smaller
+  // May the last chunk be smaller? For f32, what the compiler does not know keeps it from unpacking slices all at once.
+  constexpr bool kRest = F::kBlock != kChunk || X::kF32;
   ISQ_DYNAMIC_SHARED(uint8_t, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4, groups = warps / task.split;
@@ -137,8 +92,8 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
     // A round has a chunk for each part.
     const auto copy_x = [&](int to, int round, int step) {
       if (round >= rounds) return;
-      Ring::template copy<kRest>(token_rows, x + to * stage_bytes, begin + round * task.split, step * Ring::kSlices, slices_of_x,
-                 task.split, warp, warps, lane);
+      Ring::template copy<kRest>(token_rows, x + to * stage_bytes, begin + round * task.split, step * Ring::kSlices,
+                                 slices_of_x, task.split, warp, warps, lane);
     };
     const auto copy_weights = [&](int round) {
       const int chunk = begin + round * task.split + part;
@@ -153,7 +108,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
     }
     const int near =
         part * Ring::kPartBytes + g * X::kSliceBytes + (X::template near_bytes<kOrder>(t) ^ Ring::swapped(g));
-    const int far = (near ^ X::template kFar<kOrder>) - near;
+    const int far = (near ^ X::template kFar<kOrder>)-near;
     const uint8_t* const numbers = table + g * Warp::kGroups * Warp::kGroupBytes;
     float out[kTokenTiles][2][4] = {};
     int stage = 0;
@@ -175,7 +130,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
         }
         const uint8_t* const tokens = x + stage * stage_bytes + near;
         // Four slices at a time, where registers allow: those behind the last are zeros, weights and x.
-        constexpr int kTogether = X::kF32 || (kTokenTiles == 16 && kManyRegisters<F>) ? 1 : kTokenTiles == 16 ? 2 : 4;
+        constexpr int kTogether = X::kF32 ? 1 : kTokenTiles == 16 ? 2 : 4;
 #pragma unroll
         for (int some = 0; some < Ring::kSlices; some += kTogether) {
           if (step * Ring::kSlices + some >= slices) continue;
@@ -243,8 +198,8 @@ constexpr int kAddThreads = 256;
 
 // y = bias + the sum of the slabs, four numbers for each thread.
 template <Dtype dtype>
-__global__ void __launch_bounds__(kAddThreads)
-    add_slabs_kernel(const float* partial_sums, int slabs, int64_t stride, const void* bias, int n, int64_t count, void* y) {
+__global__ void __launch_bounds__(kAddThreads) add_slabs_kernel(const float* partial_sums, int slabs, int64_t stride,
+                                                                const void* bias, int n, int64_t count, void* y) {
   const int64_t first = ((int64_t)blockIdx.x * kAddThreads + threadIdx.x) * 4;
   if (first >= count) return;
   float sums[4] = {};
@@ -262,21 +217,29 @@ __global__ void __launch_bounds__(kAddThreads)
 
 // ---- launches
 
-// Eight-token tiles of a block that has to do with so many tokens.
-template <Dtype dtype>
+// Eight-token tiles of a block at most. Eight numbers of x in one load leave too few registers for 128 tokens' sums.
+template <class F, Dtype dtype>
+constexpr int kMostTiles = dtype == Dtype::kF32        ? 4
+                           : F::kOrder == Order::kOcts ? 8
+                                                       : 16;
+
+// Those of a block that has to do with so many tokens.
+template <class F, Dtype dtype>
 int token_tiles(int64_t tokens) {
-  if (dtype == Dtype::kF32) return 4;
-  if (tokens > 64) return tokens > 256 || (tokens + 63) / 64 % 2 == 0 ? 16 : 8;
-  return tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
+  if (kMostTiles<F, dtype> == 16 && tokens > 64 && (tokens > 256 || (tokens + 63) / 64 % 2 == 0)) return 16;
+  if (kMostTiles<F, dtype> == 4 || (tokens > 16 && tokens <= 32)) return 4;
+  return tokens <= 16 ? 2 : 8;
 }
 
 // Calls work(kTokenTiles as a type) for the number of tiles.
-template <Dtype dtype, class Work>
+template <class F, Dtype dtype, class Work>
 auto with_tiles(int tiles, const Work& work) {
-  if constexpr (dtype != Dtype::kF32) {
-    if (tiles == 2) return work(std::integral_constant<int, 2>());
-    if (tiles == 8) return work(std::integral_constant<int, 8>());
+  if constexpr (kMostTiles<F, dtype> == 16) {
     if (tiles == 16) return work(std::integral_constant<int, 16>());
+  }
+  if constexpr (kMostTiles<F, dtype> >= 8) {
+    if (tiles == 8) return work(std::integral_constant<int, 8>());
+    if (tiles == 2) return work(std::integral_constant<int, 2>());
   }
   return work(std::integral_constant<int, 4>());
 }
@@ -285,11 +248,12 @@ auto with_tiles(int tiles, const Work& work) {
 template <class F, Dtype dtype>
 TilePlan tile_plan(const Task& task, int tiles, int64_t parts, bool slabs) {
   using X = Activations<dtype>;
-  return with_tiles<dtype>(tiles, [&](auto of) {
+  return with_tiles<F, dtype>(tiles, [&](auto of) {
     constexpr int kTokenTiles = decltype(of)::value;
     return plan_tiles({task.n, parts, (task.k + kChunk - 1) / kChunk, 8 * kTokenTiles, 32 * task.chunk_bytes,
                        kChunk * X::kBytes, kTileWarps<dtype, kTokenTiles>, kTileWarpBytes<F, kTokenTiles>,
-                       TokenRing<X, kTokenTiles>::kBytes, shared_limit() - TokenRing<X, kTokenTiles>::kRowsBytes, slabs});
+                       TokenRing<X, kTokenTiles>::kBytes, shared_limit() - TokenRing<X, kTokenTiles>::kRowsBytes,
+                       slabs});
   });
 }
 
@@ -299,18 +263,19 @@ void launch_tiles_of(const TileTask& task, const TilePlan& plan, Stream stream) 
   const int bytes = Ring::kRowsBytes + plan.split * (plan.groups * kTileWarpBytes<F, kTokenTiles> + Ring::kBytes);
   const int64_t blocks = (task.n + 32 * plan.groups - 1) / (32 * plan.groups);
   const dim3 grid = {(unsigned)(blocks * task.parts), (unsigned)plan.slabs};
-  ISQ_LAUNCH((tile_kernel<F, dtype, kTokenTiles>), grid, {(unsigned)(kWarp * plan.groups * plan.split)},
-             (size_t)bytes, (cudaStream_t)stream, task);
+  ISQ_LAUNCH((tile_kernel<F, dtype, kTokenTiles>), grid, {(unsigned)(kWarp * plan.groups * plan.split)}, (size_t)bytes,
+             (cudaStream_t)stream, task);
 }
 
 template <class F, Dtype dtype>
 void launch_tiles(TileTask task, int tiles, const TilePlan& plan, Stream stream) {
   task.split = plan.split, task.slab_chunks = plan.slab_chunks;
-  with_tiles<dtype>(tiles, [&](auto of) { launch_tiles_of<F, dtype, decltype(of)::value>(task, plan, stream); });
+  with_tiles<F, dtype>(tiles, [&](auto of) { launch_tiles_of<F, dtype, decltype(of)::value>(task, plan, stream); });
   if (!task.partial_sums) return;
   const int64_t count = (int64_t)task.m * task.n;
-  ISQ_LAUNCH((add_slabs_kernel<dtype>), {(unsigned)((count + 4 * kAddThreads - 1) / (4 * kAddThreads))}, {kAddThreads}, 0,
-             (cudaStream_t)stream, task.partial_sums, plan.slabs, task.slab_stride, task.bias, task.n, count, task.y);
+  ISQ_LAUNCH((add_slabs_kernel<dtype>), {(unsigned)((count + 4 * kAddThreads - 1) / (4 * kAddThreads))}, {kAddThreads},
+             0, (cudaStream_t)stream, task.partial_sums, plan.slabs, task.slab_stride, task.bias, task.n, count,
+             task.y);
 }
 
 }  // namespace isqtorch::cuda

@@ -150,18 +150,20 @@ struct WarpRows {
     return task.chunk_bytes;
   }
 
+  // Target: SharedAddress, or uint8_t* where a register for it all the time is one too many.
+  template <class Target = SharedAddress>
   ISQ_DEVICE void copy(uint8_t* stage, int chunk, const Task& task) const {
     const int from = chunk * chunk_bytes(task), left = task.row_bytes - from;
     const uint8_t* const begin = weight + from + 16 * t;
-    const SharedAddress to(stage + g * kStride + 16 * t);
+    const Target to(stage + g * kStride + 16 * t);
     if (left > chunk_bytes(task)) {  // what whole pieces take too much is the next chunk's
       copy_pieces<false>(begin, to, chunk_bytes(task));
     } else {  // and here somebody else's
       copy_pieces<true>(begin, to, left);
     }
   }
-  template <bool kCut>
-  ISQ_DEVICE void copy_pieces(const uint8_t* begin, SharedAddress to, int bytes) const {
+  template <bool kCut, class Target>
+  ISQ_DEVICE void copy_pieces(const uint8_t* begin, Target to, int bytes) const {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {
       const uintptr_t at = reinterpret_cast<uintptr_t>(begin + offset[j]);

@@ -1,9 +1,9 @@
 // The weights of a slice as numbers of x's type, for many tokens.
 //
 // Each is made in f32, by one fused multiply-add, and rounded once: the product is that of `dequantize` to x's type and
-// a matrix product with f32 sums, whatever the group size, and k is summed up within the matrix unit. Against codes that
-// stay integers (SliceWeights), a slice of 32 rows costs a warp some 50 instructions more, and every eight tokens 27 to
-// 41 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
+// a matrix product with f32 sums, whatever the group size, and k is summed up within the matrix unit. Against codes
+// that stay integers (SliceWeights), a slice of 32 rows costs a warp some 50 instructions more, and every eight tokens
+// 27 to 41 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
 #pragma once
 
 #include "cuda/kernels/product.cuh"
@@ -23,8 +23,7 @@ struct RoundedWeights {
     for (int j = 0; j < 2 * kTiles; ++j) {
       float w[8];
       F::floats(chunks[j], slice, t, shape, w);
-      const float2* const numbers =
-          reinterpret_cast<const float2*>(table) + (slice * 16 * kTiles + 8 * j) * kGroups;
+      const float2* const numbers = reinterpret_cast<const float2*>(table) + (slice * 16 * kTiles + 8 * j) * kGroups;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float2 affine = numbers[i / (8 / kGroups)];

@@ -42,8 +42,8 @@ inline int64_t tile_cost(const TileShape& shape, const TilePlan& plan) {
   const int warps = plan.groups * plan.split;
   const int64_t multiply = (int64_t)((plan.slab_chunks + plan.split - 1) / plan.split) * chunk_clocks *
                            std::max(warps, kBusyWarps);  // fewer warps leave some of it idle
-  const int64_t copy = (int64_t)plan.slab_chunks *
-                       (plan.groups * shape.chunk_bytes + shape.tokens * shape.token_bytes) / kBytesPerClock;
+  const int64_t copy =
+      (int64_t)plan.slab_chunks * (plan.groups * shape.chunk_bytes + shape.tokens * shape.token_bytes) / kBytesPerClock;
   const int64_t rounds = (blocks + kProcessors - 1) / kProcessors;
   const int64_t sums = plan.slabs * shape.n * shape.parts * shape.tokens * 2 * (int64_t)sizeof(float);
   return rounds * (std::max(multiply, copy) + kStart) +
