@@ -216,6 +216,8 @@ def test_tiny(fmt: QuantFormat) -> None:
     k = fmt.block * max(1, 288 // fmt.block)
     check(fmt, 2, 17, k, torch.bfloat16)
     check(fmt, 10, 17, k, torch.float16)
+    check(fmt, 40, 17, k, torch.bfloat16)
+    check(fmt, 65, 17, k, torch.bfloat16)
 
 
 @pytest.mark.slow
