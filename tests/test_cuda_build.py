@@ -282,7 +282,9 @@ def test_the_whole_of_csrc_is_in_a_source_distribution() -> None:
 
 # ---- what users are told ----------------------------------------------------------------------------------------------
 
-BUILT = native.CudaInfo("13.0", ("80", "90a"), {"q4k": {"block": 256, "block_bytes": 144, "few_rows": 8, "max_rows": 128}})
+BUILT = native.CudaInfo(
+    "13.0", ("80", "90a"), {"q4k": {"block": 256, "block_bytes": 144, "few_rows": 8, "max_rows": 128}}
+)
 
 
 def test_explain_names_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

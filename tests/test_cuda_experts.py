@@ -72,7 +72,9 @@ def check(fmt: QuantFormat, x: Tensor, packed: Tensor, ids: Tensor, bias: Tensor
     # Few pairs are multiplied with the weights as they are, many with weights rounded to x's type.
     few = ids.numel() <= max(packed.shape[0], 16)
     of_experts = rounded_weights(packed, fmt, torch.float32 if few else x.dtype)
-    w, undecided = (torch.cat([each, torch.zeros_like(each[:1])])[ids.long()] for each in of_experts)  # [tokens, slots, n, k]
+    w, undecided = (
+        torch.cat([each, torch.zeros_like(each[:1])])[ids.long()] for each in of_experts
+    )  # [tokens, slots, n, k]
     rows = x.double() if x.dim() == 3 else x.double()[:, None].expand(*ids.shape, -1)
     exact = torch.einsum("tsnk,tsk->tsn", w, rows)
     margin = torch.einsum("tsnk,tsk->tsn", undecided, rows.abs())

@@ -18,8 +18,10 @@ from isqtorch.formats import QuantFormat, get_format
 
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-BEYOND_ROUNDING = {torch.float32: 5e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
-"""What a product may add to the rounding of its output. Sums of (zero + code) x lose what the sum of x takes away again."""
+BEYOND_ROUNDING = {torch.float32: 7e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+"""What a product may add to the rounding of its output. Sums of (zero + code) x lose what the sum of x takes away again:
+most where codes are small beside the zero and that sum is large (afq2 with f32: 2e-5 in the root mean square, 2e-4 at most)."""
+
 
 @cache
 def packed_rows(fmt: QuantFormat, k: int) -> Tensor:
