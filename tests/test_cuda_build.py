@@ -259,7 +259,7 @@ def test_every_product_has_an_expected_number_of_instructions() -> None:
     recorded = json.loads(check.EXPECTED.read_text(encoding="utf-8"))["per_weight"]
     found: dict[tuple[str, str], set[str]] = {}
     for name in recorded:
-        match = re.fullmatch(r"(\w+)<(.*), (f32|f16|bf16), \d>", name)
+        match = re.fullmatch(r"(\w+)<(.*), (f32|f16|bf16), \d+>", name)
         assert match, name
         found.setdefault((match[1], match[3]), set()).add(match[2])
     assert set(found) == {(kernel, x) for kernel in check.PRODUCTS for x in ("f32", "f16", "bf16")}

@@ -27,9 +27,9 @@ void launch_quantize(const QuantizeJob&, const Shape&, Stream);
 constexpr int64_t kFewRows = 8;  // of x: the width of a matrix unit's operand
 
 // Of x, for `linear`; more are faster decoded and multiplied by torch. By arithmetic, to be measured: with n = k = 8192
-// on an H100, the matrix units need 29 us for every 128 rows as the tile kernel feeds them, and 34 if they are busy 85
-// % of the time. Decoding takes 45 us or more, and cuBLAS 105 for 512 rows, which it multiplies with instructions that
-// need two thirds of the time. They meet between 512 and 768 rows.
+// on an H100, the matrix units need 29 us for every 128 rows as the tile kernel feeds them, 34 if they are busy 85 % of
+// the time: 136 us for 512 rows. cuBLAS, whose instructions need two thirds of the time, takes 105 for them, and
+// decoding 45 to 57 before that. They meet between 512 and 768 rows.
 constexpr int64_t kMaxLinearRows = 512;
 
 }  // namespace isqtorch::cuda

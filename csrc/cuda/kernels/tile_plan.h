@@ -7,7 +7,7 @@
 // - to copy: 32 g rows of weights, and all tokens' x: 192 g + 21 for each token, from the second-level cache, at 4 bits
 // So few rows to a block make x the bottleneck: with n = k = 8192 and 64 tokens, blocks of 64 rows would read 138 MB of
 // x in 25 us, where the products take 14.7. With 256 rows and a quarter of k (a slab) they read 34 MB in 6, and sums of
-// slabs are 8 MB that have to be written, read and added up, in 3 us together with a second launch. (The last block to
+// slabs are 8 MB to be written, read and added up: 3 us, and 1.5 for a second launch; 21 in all. (The last block to
 // finish could add them up instead, and would have to know that it is: that takes a counter which outlives the call and
 // which two streams must not share, and the sums of 256 rows would pass through one multiprocessor in 2 us.)
 #pragma once
