@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from isqtorch.binary import replacing
 from isqtorch.formats import QuantFormat, get_format
 
 from .inventory import storage_key
@@ -98,8 +99,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     header = {"format_version": FORMAT_VERSION, "layers": layers, "shared": shared}
     metadata = {"format": "pt", "isqtorch": json.dumps(header, separators=(",", ":"))}
-    with _replacing(path) as temporary:
-        save_file(_separate(kept), temporary, metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file(_separate(kept), temporary, metadata)
+    except SafetensorError as error:  # how safetensors reports a full disk or a missing folder
+        raise OSError(f"save: cannot write {path}: {error}") from error
 
 
 def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -196,24 +200,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = whole.clone() if storage in seen else whole
         seen.add(storage)
     return out
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved over it on success and removed otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what the user's umask gives; safetensors would make it private
-        yield temporary
-        os.chmod(temporary, mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # how safetensors reports a full disk or a missing folder
-        raise OSError(f"save: cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

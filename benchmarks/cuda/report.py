@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -23,15 +22,15 @@ from isqtorch import formats, get_format
 from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import cuda_kernels, machine_facts, versions
 
+from .. import output
+from ..output import FOLDER, bullets, slug, targets_table
 from . import generate, targets
 from .clock import EventClock, GraphClock
 from .contenders import Ours, peers
 from .session import OURS, Results, Session
 from .targets import DECODE_SHAPES, QUANTIZE_SHAPE, ROWS, Target, judge
 
-FOLDER = Path(__file__).resolve().parents[1] / "results"
 QUICK = ["q4_0", "q4k", "afq4"]
-_MARK = {True: "yes", False: "**no**", None: "-"}
 
 HOW = """Each product was checked before it was timed. A CUDA graph of many products was replayed; the median of 15 replays counts. Copies
 of the weight rotate, together four times the second-level cache. x is bf16. "Packed" rates are the bytes of the packed weight over the
@@ -69,11 +68,6 @@ def measure(names: Sequence[str], *, quick: bool, seconds: float, with_models: b
         results.facts["generate"] = generate.measure("cuda", ["q4k"], began + seconds, results.skipped)
     results.facts["seconds"] = round(time.monotonic() - began)
     return results
-
-
-def targets_table(found: Sequence[Target]) -> str:
-    rows = [[t.what, t.against, t.bound, t.measured, _MARK[t.met]] for t in found]
-    return markdown_table(["workload", "compared with", "target", "measured", "met"], rows)
 
 
 def _misses(found: Sequence[Target]) -> str:
@@ -125,18 +119,14 @@ def markdown(results: Results) -> str:
     parts = [f"# {facts['gpu']}", HOW, "## Targets", targets_table(found), "### Below target", _misses(found)]
     parts += [
         "## Machine",
-        _bullets(machine),
+        bullets(machine),
         *_products(results),
         "## Quantizing 4096 x 14336 from bf16",
         _quantized(results),
     ]
-    parts += ["## 8B-shaped model, tokens per second, one sequence, `optimize_`", _bullets(speeds or ["not measured"])]
-    parts += ["## Not measured", _bullets(results.skipped or ["nothing was left out"])]
+    parts += ["## 8B-shaped model, tokens per second, one sequence, `optimize_`", bullets(speeds or ["not measured"])]
+    parts += ["## Not measured", bullets(results.skipped or ["nothing was left out"])]
     return "\n\n".join(parts) + "\n"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -170,23 +160,9 @@ def draw(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(results: Results, stem: Path) -> list[Path]:
+def write(results: Results, path: Path) -> list[Path]:
     """JSON, Markdown and, with matplotlib, the plot; returns what was written."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
-    try:
-        draw(results, stem.with_suffix(".png"))
-        paths.append(stem.with_suffix(".png"))
-    except ImportError:
-        print("no plot: pip install matplotlib")
-    return paths
-
-
-def slug(gpu: str) -> str:
-    """A GPU's name as part of a file name: "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return output.write(results, markdown(results), path, lambda picture: draw(results, picture))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -211,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("benchmarks: torch sees no CUDA GPU here", file=sys.stderr)
             return 1
         results = measure(names, quick=args.quick, seconds=args.seconds, with_models=not (args.no_models or args.quick))
-        stem = args.output / f"{slug(results.facts['gpu'])}-{time.strftime('%Y-%m-%d')}.json"
+        stem = output.dated(args.output, slug(results.facts["gpu"]))
     paths = write(results, stem)
     print(targets_table(judge(results)))
     print("\nwritten: " + ", ".join(map(str, paths)))

@@ -41,7 +41,7 @@ class Target:
         return all(map(self.good, self.values.values())) if self.values else None
 
     @property
-    def bound(self) -> str:
+    def target(self) -> str:
         return f">= {self.show(self.least)}" if self.least is not None else f"<= {self.show(self.most or 0.0)}"
 
     def show(self, value: float) -> str:
