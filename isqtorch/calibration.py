@@ -12,7 +12,6 @@ share that pass.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from .imatrix_files import DEFAULT_CHUNK
 from .modules import PackedModule
 from .modules.convert import layer_kind
 from .modules.packed import ordinary_tensors
+from .progress import progress_bar
 from .routed import RoutedExperts, find_routed_experts
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -239,11 +239,8 @@ def collect_imatrix(
     if bos is not None:
         chunks[:, 0] = bos
 
-    from tqdm import tqdm
-
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     with calibrate(model) as im, evaluating(model):
-        for ids_of_one in tqdm(chunks, desc="calibrate", unit="chunk", disable=hidden):
+        for ids_of_one in progress_bar("calibrate", "chunk", progress, chunks):
             run_model(model, ids_of_one[None])
     im.chunk_count, im.chunk_size, im.datasets = len(chunks), size, (dataset,)
     return im

@@ -8,14 +8,12 @@ scratch of its largest layer.
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +31,9 @@ from .modules.packed import ordinary_tensors
 from .origin import Origin, forget
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
+from .progress import progress_bar
 from .report import QuantReport
 from .topology import Spec, TopologyLike
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _ERROR_CHUNK = 1 << 17  # weights compared at a time by measure_error
 
@@ -205,7 +201,7 @@ def _run(
         warnings.warn(message, stacklevel=3)
     errors: dict[str, float] = {}
     placed: set[int] = set()
-    with progress_bar(len(prepared.jobs), request.op, progress) as bar:
+    with progress_bar(request.op, "layer", progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             error = _replace(model, job, measure_error, placed)
@@ -310,12 +306,3 @@ def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     return cast(Tensor, model.get_submodule(name).weight)
-
-
-@contextmanager
-def progress_bar(total: int, op: str, wanted: bool | None) -> Iterator[tqdm[Any]]:
-    from tqdm import tqdm
-
-    show = sys.stderr.isatty() if wanted is None else wanted
-    with tqdm(total=total, desc=op, unit="layer", disable=not show) as bar:
-        yield bar

@@ -25,7 +25,8 @@ from .ops.native import NATIVE_DEVICES
 from .origin import Origin, forget
 from .policy import Request
 from .prepare import ImatrixLike, Job, Prepared, check_model, prepare, prepare_inventory
-from .quantize import Calibrate, collect, pack_weight, progress_bar
+from .progress import progress_bar
+from .quantize import Calibrate, collect, pack_weight
 from .report import QuantReport
 from .source import Source, difference, files_in, open_source
 from .topology import Spec, TopologyLike
@@ -237,7 +238,7 @@ def _packed(
     fresh: dict[int, nn.Module] = {}  # id of an old layer -> the new one
     errors: dict[str, float] = {}
     places = {name: _place(model, name) for job in prepared.jobs for name in job.names}
-    with progress_bar(len(prepared.jobs), "requantize_", progress) as bar:
+    with progress_bar("requantize_", "layer", progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             parameter, error = _pack(model, job, weights, measure)

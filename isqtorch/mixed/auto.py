@@ -14,7 +14,6 @@ the others in `formats`.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..modules.packed import ordinary_tensors
 from ..policy import LayerInfo, Request, decide
 from ..prepare import ImatrixLike, checked_device, load_imatrix
 from ..prepare import importance_of as importance_of_layers
+from ..progress import progress_bar
 from ..recipes import LISTED_EXPERT, Assigned
 from ..report import QuantReport, human_size
 from ..topology import Spec
@@ -286,11 +286,8 @@ def measure_model(
 
     Items with one option are measured, too, so that the predicted cost is that of the whole model.
     """
-    from tqdm import tqdm
-
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     errors = []
-    for item in tqdm(auto.items, desc="measure", unit="layer", disable=hidden):
+    for item in progress_bar("measure", "layer", progress, auto.items):
         formats = [get_format(fmt) for fmt in item.options]
         parts = []
         for sharing in item.weights:
