@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .exchange import Swap, check_outside, exchange
 from .inventory import inspect_model, packed_names
 from .listeners import announce
+from .mixed import Budget, choose_formats, smallest_choice
 from .modules import PackedModule, QuantExperts
 from .modules.convert import float_shape, is_turned, locate, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
@@ -52,6 +53,10 @@ def requantize_(
     exclude: Sequence[str] | str | None = None,
     fallback: str | None = None,
     rule: str | None = None,
+    target_bpw: float | None = None,
+    max_size: int | str | None = None,
+    formats: Sequence[Spec] | None = None,
+    probe: str | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -77,6 +82,8 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
+        target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
+            importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.
 
     Returns:
@@ -90,6 +97,12 @@ def requantize_(
     """
     began = time.perf_counter()
     check_model(model, "requantize_")
+    budget = Budget.parse("requantize_", fmt, target_bpw, max_size, formats, probe)
+    if probe == "kl":
+        raise ValueError(
+            "requantize_: probe='kl' needs the gradients of float weights, and these are packed. Leave it out, or use quantize_ on the "
+            "float model."
+        )
     if not packed_names(model):
         raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
     check_outside(model)
@@ -97,6 +110,9 @@ def requantize_(
     origin = before or Origin()
     request = origin.request(fmt, topology, organization, include, exclude, fallback)
     files, weights, notes, alarm = _weights(model, source, origin)
+    choice = None
+    if budget is not None:
+        request = smallest_choice(model, request, budget, None)
     if before is None:
         notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"
@@ -106,6 +122,10 @@ def requantize_(
         imatrix = collect(
             model, "requantize_", imatrix, calibrate, progress, lambda: _prepare(model, request, None, rule, weights)
         )
+    if budget is not None:
+        _prepare(model, request, imatrix, rule, weights)  # what is wrong shows before everything is measured
+        text = Calibrate(None, None)
+        request, choice = choose_formats(model, request, budget, imatrix, text, None, rule, progress, weights.of)
     prepared = _prepare(model, request, imatrix, rule, weights)
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
@@ -119,6 +139,8 @@ def requantize_(
             layer.reason = layer.reason.replace(f"is {layer.stored} already", "made anew")
     report.notes += [*prepared.notes, *notes, *alarm]
     report.imatrix, report.rule = prepared.imatrix, prepared.rule
+    if choice is not None:
+        report.record(choice)
     trouble = origin.trouble if source == STORED else None
     _commit(model, swaps, Origin.made(files, trouble, request), report, began)
     return report
@@ -133,31 +155,33 @@ class Weights:
     def __init__(self, model: nn.Module, source: Source | None) -> None:
         self.model, self.source = model, source
 
-    def of(self, job: Job) -> Tensor:
+    def of(self, names: Sequence[str]) -> Tensor:
         """`[N, K]` or `[E, N, K]`, where it can be packed; not to be written to.
+
+        Args:
+            names: of all layers that share the weight.
 
         Raises:
             ValueError: the source has no such weight, or not in this shape.
             OSError: it cannot be read.
         """
-        path, leaf = locate(self.model, job.names[0])
+        path, leaf = locate(self.model, names[0])
         module = self.model.get_submodule(path)
         own = cast(Tensor, module._parameters[leaf])
         if not isinstance(module, PackedModule) or leaf not in module.packed:
             return weight_matrix(module, leaf).detach()
+        self.release()  # what was read before
         if self.source is None:
             decoded: Tensor = torch.ops.isqtorch.dequantize(own, module.packed[leaf], torch.float32)
             return decoded
-        weight = self._read(job, module, leaf).to(module.dtype)
+        weight = self._read(names, module, leaf).to(module.dtype)
         if own.device.type in NATIVE_DEVICES:  # elsewhere packing is slower than both copies
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if is_turned(module) else weight
 
-    def _read(self, job: Job, module: PackedModule, leaf: str) -> Tensor:
+    def _read(self, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
         assert self.source is not None, "checked by the caller"
-        names = [
-            ".".join(locate(self.model, name)) for name in job.names
-        ]  # a shared weight is stored under any one of them
+        names = [".".join(locate(self.model, layer)) for layer in layers]  # it is stored under any one of them
         shape = float_shape(module, leaf)
         for name in names:
             weight = self.source.read(name)
@@ -266,7 +290,7 @@ def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[
     path, leaf = locate(model, job.names[0])
     device = cast(Tensor, model.get_submodule(path)._parameters[leaf]).device
     with ordinary_tensors():
-        weight = weights.of(job)
+        weight = weights.of(job.names)
         try:
             packed, error = pack_weight(weight, job, measure)
         except ValueError as fault:

@@ -155,7 +155,7 @@ def test_only_what_measures_takes_auto() -> None:
         isqtorch.plan(mlp(), "auto")
     model = mlp()
     isqtorch.quantize_(model, 4, progress=False)
-    with pytest.raises(ValueError, match="requantize_: 'auto' chooses formats by measuring weights"):
+    with pytest.raises(ValueError, match="requantize_: 'auto' needs one of target_bpw"):
         isqtorch.requantize_(model, "auto", source="stored")
 
 

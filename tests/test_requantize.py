@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from models import HIDDEN, FusedMoE, everything, mlp, quantized, state_bytes, stored
+from models import EXPERTS, HIDDEN, FusedMoE, everything, mlp, quantized, state_bytes, stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -46,6 +46,42 @@ def test_importance_on_the_same_format(tmp_path: Path) -> None:
     assert report["0"].reason == "made anew"
     requantize_(model, "q4k", source=str(file))
     assert state_bytes(model) == before
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["importance", "weights"])
+def test_auto_chooses_as_quantize_does(tmp_path: Path, weighted: bool) -> None:
+    stored(FusedMoE(), tmp_path)
+    model, fresh = quantized(FusedMoE(), "q2k", exclude="^proj$"), FusedMoE()
+    options = {"target_bpw": 6.0, "formats": ["q4_0", "q5_1", "q8_0"]}
+    options["imatrix"] = {"experts.gate_up_proj": torch.rand(EXPERTS, HIDDEN) + 0.01} if weighted else None
+    report = requantize_(model, "auto", source=tmp_path, exclude=(), **options)
+    want = quantize_(fresh, "auto", **options)
+    assert state_bytes(model) == state_bytes(fresh)
+    assert report.choice == want.choice and report.choice.measure == ("output" if weighted else "weight")
+    assert len({layer.stored for layer in report.quantized}) > 1 and report.bits_per_weight <= 6
+    assert (
+        requantize_(model, "auto", max_size=report.bytes_after).bytes_after == report.bytes_after
+    )  # the source is known
+
+
+def test_auto_from_stored_weights_and_what_it_refuses(tmp_path: Path) -> None:
+    model = quantized(mlp(), "q8_0")
+    before = everything(model)
+    for options, message in (
+        ({"target_bpw": 5, "probe": "kl"}, "probe='kl' needs the gradients of float weights"),
+        ({"target_bpw": 1}, "1 bits per weight cannot be reached"),
+        ({}, "'auto' needs one of target_bpw"),
+    ):
+        with pytest.raises(ValueError, match=f"requantize_: {message}"):
+            requantize_(model, "auto", source="stored", **options)
+    tensors = load_file(stored(mlp(), tmp_path))
+    poison(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"requantize_: 2: .*finite.* Nothing was changed"):
+        requantize_(model, "auto", source=tmp_path, target_bpw=5)
+    assert everything(model) == before
+    report = requantize_(model, "auto", source="stored", target_bpw=5)
+    assert 4 < report.bits_per_weight <= 5 and any("auto: " in note for note in report.notes)
 
 
 def test_experts_and_what_was_left_in_float(tmp_path: Path) -> None:

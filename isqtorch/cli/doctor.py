@@ -1,6 +1,6 @@
 """Check the installation: versions, what was compiled, what this machine supports, which kernels are selected and why; then
 run quantize, dequantize, linear (each of its kernels) and embedding of every format against the plain PyTorch reference, on the CPU
-and, where there are kernels for it, on the GPU.
+and, where there are kernels for it, on an NVIDIA GPU.
 
     isqtorch doctor
     isqtorch doctor --json
