@@ -38,10 +38,12 @@ class Measured(Protocol):
 
 
 def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def targets_table(targets: Sequence[Judged]) -> str:
+    """A line per target, and whether it was met."""
     rows = [[t.what, t.against, t.target, t.measured, MARK[t.met]] for t in targets]
     return markdown_table(["workload", "compared with", "target", "measured", "met"], rows)
 

@@ -85,7 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"save: {name} is a {type(tensor).__name__}; only tensors can be saved")
         if tensor.device.type == "meta":
-            raise ValueError(f"save: {name} is on the meta device and has no values")
+            raise ValueError(f"save: {name} is on the meta device and has no values. Load the weights first.")
         first = names.setdefault(storage_key(tensor), name)
         if first == name:
             kept[name] = tensor.detach()
