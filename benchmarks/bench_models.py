@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args()
     if args.source:
-        results, stem = ModelResults.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = ModelResults.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         from isqtorch import get_format
 
@@ -131,8 +131,8 @@ def main() -> int:
             return 1
         results = measure(args.models, formats, quick=args.quick, peers=not args.no_peers)
         folder = args.output or (ROOT / "build" if args.quick else FOLDER)
-        stem = output.dated(folder, f"models-{host.slug()}")
-    paths = write(results, stem)
+        path = output.dated(folder, f"models-{host.slug()}")
+    paths = write(results, path)
     print(targets_table(judge(results)))
     print("\nwritten: " + ", ".join(map(str, paths)))
     return 0

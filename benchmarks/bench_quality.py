@@ -33,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     from .quality.measure import Results
 
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         try:
             results = measure(args)
         except (ValueError, OSError) as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
-        stem = output.dated(args.output, f"quality-{results.facts['name']}")
-    paths = write(results, stem)
+        path = output.dated(args.output, f"quality-{results.facts['name']}")
+    paths = write(results, path)
     if args.docs:
         write_page(results, paths[2])
     print("\nwritten: " + ", ".join(map(str, paths)))

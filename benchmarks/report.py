@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args()
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         from isqtorch import formats, get_format
 
@@ -116,8 +116,8 @@ def main() -> int:
         except (Unavailable, ValueError) as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
-        stem = output.dated(args.output, host.slug())
-    paths = write(results, stem)
+        path = output.dated(args.output, host.slug())
+    paths = write(results, path)
     print(targets_table(judge(results, results.facts["pace"])))
     print("\nwritten: " + ", ".join(map(str, paths)))
     return 0

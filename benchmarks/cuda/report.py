@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args(arguments)
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         try:
             names = [get_format(name).name for name in args.formats or (QUICK if args.quick else formats())]
@@ -187,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
             print("benchmarks: torch sees no CUDA GPU here", file=sys.stderr)
             return 1
         results = measure(names, quick=args.quick, seconds=args.seconds, with_models=not (args.no_models or args.quick))
-        stem = output.dated(args.output, slug(results.facts["gpu"]))
-    paths = write(results, stem)
+        path = output.dated(args.output, slug(results.facts["gpu"]))
+    paths = write(results, path)
     print(targets_table(judge(results)))
     print("\nwritten: " + ", ".join(map(str, paths)))
     return 0
