@@ -53,7 +53,7 @@ def run(w: Tensor, fmt: QuantFormat, importance: Tensor | None = None, rule: str
 
     skip, size = off * kernels.facts(fmt.name)["align"], rows * fmt.row_bytes(k)
     out, faults = memory.new((skip + size,), torch.uint8, "out"), memory.put(torch.full((2,), NONE), "faults")
-    job = {"w": put(w, "w"), "dtype": w.dtype, "rows": rows, "k": k, "mlx_rule": rule == "mlx"}
+    job = {"w": put(w, "w"), "dtype": w.dtype, "rows": rows, "k": k, "rule": RULES[rule]}
     job |= {"out": out[skip:], "faults": faults}
     if importance is not None:
         job["importance"] = put(importance, "importance")

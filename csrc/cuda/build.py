@@ -210,7 +210,13 @@ def wanted(torch: Torch, environment: Mapping[str, str] = os.environ) -> Toolkit
 
 
 def sources() -> list[Path]:
+    """The kernels."""
     return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def operators() -> list[Path]:
+    """What knows torch."""
+    return sorted((CSRC / "cuda").glob("*.cpp"))
 
 
 def build(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torch: Torch, *, keep: bool = False) -> None:
@@ -277,7 +283,7 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
         "rule link",
         f"  command = {shlex.join(link)} $objects -L. -ltorch_cpu -lc10 -ltorch_cuda -o $out.part {logged} && mv $out.part $out",
     ]
-    for path in [*sources(), CSRC / "cuda/ops_cuda.cpp"]:
+    for path in [*sources(), *operators()]:
         objects.append(f"{path.stem}.o")
         lines += [f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}", f"  name = {path.stem}"]
     stand_in = "" if torch.cuda else "libtorch_cuda.so"
