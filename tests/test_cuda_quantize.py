@@ -103,7 +103,8 @@ def check_all(w: Tensor, fmt: QuantFormat) -> None:
     """Without and with importance, and by every rule."""
     importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
     importance[:16] = 0
-    importance[fmt.block : 2 * fmt.block - 1] = 0  # a block with a single column that counts
+    importance[fmt.block : 2 * fmt.block - 1] = 0  # a block with a single column that counts,
+    importance[2 * fmt.block : 3 * fmt.block] = 0  # and one without any
     for rule in rules_of(fmt):
         check(w, fmt, None, rule)
         check(w, fmt, importance, rule)

@@ -13,6 +13,8 @@
 namespace isqtorch::cuda {
 namespace {
 
+constexpr uintptr_t kSourceAlignment = 16;  // for wide loads
+
 torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU, 0}; }
 
 // f32 [matrices, K] on the device. The values are checked on the CPU: few numbers, and `quantize` waits anyway.
@@ -35,8 +37,8 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   const Rule checked = checked_rule(format.name, format.rules, rule);
   const Place place(w);
   const std::optional<Tensor> columns = loaded_importance(place, importance, shape);
-  const Tensor source = aligned(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w,
-                                kActivationAlignment);
+  const Tensor source =
+      aligned(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w, kSourceAlignment);
   const Dtype dtype = *float_dtype(source.scalar_type());
   const Tensor out = place.empty(packed_shape, ScalarType::Byte);
   const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
