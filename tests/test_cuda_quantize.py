@@ -27,6 +27,7 @@ every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 AFFINE = [fmt for fmt in ALL_FORMATS if fmt.solver == "affine"]
 HQQ = [fmt for fmt in ALL_FORMATS if fmt.solver == "hqq"]
+SEARCHED = [fmt for fmt in ALL_FORMATS if has_rule(fmt, "search")]
 
 
 @dataclass
@@ -265,6 +266,16 @@ def test_hqq_with_errors_that_shrink(fmt: QuantFormat, scale: float) -> None:
 def test_hqq_with_more_parts_than_a_chunk() -> None:
     fmt = get_format("hqq4g32")
     check(weight(fmt, 33 * 16, 2048 // 32 * 32 // 32 + 1) * 3, fmt)
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", SEARCHED, ids=lambda f: f.name)
+def test_the_first_of_equally_good_lines_is_taken(fmt: QuantFormat) -> None:
+    """Pairs of x and -x: the mirror image of a line costs the same, and another thread finds it."""
+    half = torch.randn(30, 3 * fmt.block // 2, generator=torch.Generator().manual_seed(2))
+    check(torch.stack([half, -half], dim=2).flatten(1), fmt, None, "search")
 
 
 # ---- schedules and sanitizers ----------------------------------------------------------------------------------------
