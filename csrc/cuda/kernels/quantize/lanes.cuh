@@ -136,9 +136,13 @@ ISQ_DEVICE LaneInts clamp(LaneInts v, int32_t lo, int32_t hi) { return min(hi, m
 ISQ_DEVICE LaneFloats abs(LaneFloats v) { return as_float(as_int(v) & 0x7fffffff); }
 ISQ_DEVICE LaneFloats sqrt(LaneFloats v) { return ::sqrtf(v.v); }
 
-ISQ_DEVICE LaneInts nearest_int(LaneFloats f) { return (as_int(f + 12582912.0f) & 0x007fffff) - 0x00400000; }
+// The CPU's arithmetic on bits makes 0 of its own NaN, whose low bits are 0; a GPU's has all bits set.
+ISQ_DEVICE LaneFloats zero_for_nan(LaneFloats f) { return select(f == f, f, 0.0f); }
+ISQ_DEVICE LaneInts nearest_int(LaneFloats f) {
+  return (as_int(zero_for_nan(f) + 12582912.0f) & 0x007fffff) - 0x00400000;
+}
 ISQ_DEVICE LaneFloats nearest_float(LaneFloats f) {
-  return as_float((as_int(f + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
+  return as_float((as_int(zero_for_nan(f) + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
 }
 ISQ_DEVICE LaneFloats nearest_small(LaneFloats f) { return (f + 12582912.0f) - 12582912.0f; }
 ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
@@ -146,7 +150,7 @@ ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
   return select(abs(f) < 8388608.0f, (f + magic) - magic, f);
 }
 
-// The nearest numbers of 16 bits, as floats. Not by the CPU's arithmetic on bits: this NaN has all of them set.
+// The nearest numbers of 16 bits, as floats. Not by arithmetic on bits as on the CPU, which would make -0 of this NaN.
 ISQ_DEVICE LaneFloats rounded_to_f16(LaneFloats f) { return f16_to_f32(f32_to_f16(f.v)); }
 ISQ_DEVICE LaneFloats rounded_to_bf16(LaneFloats f) { return gpu::bf16_to_f32(gpu::f32_to_bf16(f.v)); }
 
