@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,10 @@ def _check(product: Product, weight: Tensor, x: Tensor) -> None:
             raise Unavailable(f"its product is off by {error:.2g}")
 
 
+def in_a_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:240]
+
+
 @dataclass(frozen=True)
 class Case:
     """One measured product (or quantization: m is 0)."""
@@ -60,11 +64,19 @@ class Case:
 
 @dataclass
 class Results:
-    """What came out, and what did not."""
+    """What came out, and what did not.
+
+    Attributes:
+        facts: about the machine and the run.
+        cases: what was measured.
+        skipped: what was not, and why: no time, a library that refuses.
+        faults: what of ours went wrong; the rest of the report counts none the less.
+    """
 
     facts: dict[str, Any]
     cases: list[Case]
     skipped: list[str]
+    faults: list[str] = field(default_factory=list)
 
     def find(self, who: str, format: str, shape: Shape, m: int) -> Case | None:
         for case in self.cases:
@@ -73,11 +85,12 @@ class Results:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return {"facts": self.facts, "skipped": self.skipped, "cases": [asdict(case) for case in self.cases]}
+        cases = [asdict(case) for case in self.cases]
+        return {"facts": self.facts, "faults": self.faults, "skipped": self.skipped, "cases": cases}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:
-        return cls(data["facts"], [Case(**case) for case in data["cases"]], data["skipped"])
+        return cls(data["facts"], [Case(**case) for case in data["cases"]], data["skipped"], data.get("faults", []))
 
 
 class Session:
@@ -112,11 +125,9 @@ class Session:
                         product = contender.product(format, weight, xs[m], self.copies)
                         _check(product, weight, xs[m])
                         seconds = self._seconds(product)
-                    except (Unavailable, RuntimeError, TypeError, AttributeError) as error:
-                        if contender.name == OURS:
-                            raise
-                        why = " ".join(str(error).split())[:160]
-                        self.results.skipped.append(f"{contender.name} {format} {shape[0]}x{shape[1]} M={m}: {why}")
+                    except (Unavailable, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+                        kept = self.results.faults if contender.name == OURS else self.results.skipped
+                        kept.append(f"{contender.name} {format} {shape[0]}x{shape[1]} M={m}: {in_a_line(error)}")
                         continue
                     self._add(contender.name, format, shape, m, seconds, product.nbytes)
 
@@ -129,10 +140,15 @@ class Session:
                 if not has_rule(get_format(format), rule) or self._late(f"quantize {name}"):
                     continue
                 call = partial(ops.quantize, weight, format, None, rule)
-                packed = call()
-                want = ops.reference.dequantize(packed[:4], format, torch.float32)
-                assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), name
-                self._add(OURS, name, shape, 0, self.wall.seconds([call]), weight.nbytes + packed.nbytes)
+                try:
+                    packed = call()
+                    want = ops.reference.dequantize(packed[:4], format, torch.float32)
+                    assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), "decoded weights differ"
+                    seconds = self.wall.seconds([call])
+                except (RuntimeError, AssertionError) as error:
+                    self.results.faults.append(f"quantize {name}: {in_a_line(error)}")
+                    continue
+                self._add(OURS, name, shape, 0, seconds, weight.nbytes + packed.nbytes)
 
     def bandwidth(self, nbytes: int = 1 << 30) -> None:
         """What the device reads, and copies, per second: the roof of all products with few rows."""
