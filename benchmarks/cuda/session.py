@@ -143,7 +143,9 @@ class Session:
                 try:
                     packed = call()
                     want = ops.reference.dequantize(packed[:4], format, torch.float32)
-                    assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), "decoded weights differ"
+                    assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), (
+                        "decoded weights differ"
+                    )
                     seconds = self.wall.seconds([call])
                 except (RuntimeError, AssertionError) as error:
                     self.results.faults.append(f"quantize {name}: {in_a_line(error)}")
