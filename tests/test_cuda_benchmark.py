@@ -43,12 +43,12 @@ def session(*, cache: int = 0, deadline: float = 1e12, clock: MadeUp | None = No
 def test_every_contender_format_and_number_of_rows_is_measured() -> None:
     run = session()
     run.products([Bf16(), Ours(["q4k", "fp8"])], SHAPE, [1, 8])
-    run.quantize(["q4k"], SHAPE)
+    run.quantize(["afq4", "q4k"], SHAPE)
     assert [(case.who, case.format, case.m) for case in run.results.cases] == [
         ("bf16", "bf16", 1),
         ("bf16", "bf16", 8),
         *((OURS, format, m) for format in ("q4k", "fp8") for m in (1, 8)),
-        (OURS, "q4k", 0),
+        *((OURS, format, 0) for format in ("afq4", "afq4+search", "q4k")),
     ]
     product, quantized = run.results.cases[2], run.results.cases[-1]
     assert product.nbytes == 64 * 144 and product.seconds == 1e-3
@@ -67,8 +67,19 @@ def test_copies_exceed_the_cache() -> None:
 def test_our_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contenders.ops.linear
     monkeypatch.setattr(contenders.ops, "linear", lambda *arguments: 1.1 * right(*arguments))
-    with pytest.raises(AssertionError, match=r"linear of q4k, 8 rows, is off by 0\.1"):
-        session().products([Ours(["q4k"])], SHAPE, [8])
+    run = session()
+    run.products([Ours(["q4k"])], SHAPE, [8])
+    assert not run.results.cases
+    (fault,) = run.results.faults
+    assert fault.startswith("isqtorch q4k 64x256 M=8: linear of q4k, 8 rows, is off by 0.1")
+
+
+def test_our_quantizers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.ops.dequantize
+    monkeypatch.setattr(contenders.ops, "dequantize", lambda *arguments: -right(*arguments))
+    run = session()
+    run.quantize(["q4k"], SHAPE)
+    assert run.results.faults == ["quantize q4k: decoded weights differ"] and not run.results.cases
 
 
 class Another:
@@ -189,6 +200,16 @@ def test_the_report_has_everything_and_is_made_again_from_its_json(
     assert bench_ops.main(["--device", "cuda", "--from", str(paths[0])]) == 0
     assert paths[1].read_text(encoding="utf-8") == text
     assert "| M = 512 | bf16 cuBLAS | >= 1.00x |" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_fault_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results.from_json(made_up().to_json() | {"faults": ["generate: out of memory"]})
+    (tmp_path / "gpu.json").write_text(json.dumps(results.to_json()), encoding="utf-8")
+    assert report.main(["--from", str(tmp_path / "gpu.json")]) == 1
+    assert "FAULT: generate: out of memory" in capsys.readouterr().err
+    assert "## Faults\n\n- generate: out of memory\n\n## Machine" in (tmp_path / "gpu.md").read_text()
 
 
 def test_results_survive_json() -> None:
