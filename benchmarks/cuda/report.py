@@ -120,7 +120,7 @@ def markdown(results: Results) -> str:
     ]
     speeds = [f"{name}: {speed:.1f}" for name, speed in facts.get("generate", {}).items()]
     parts = [f"# {facts['gpu']}", HOW, "## Targets", targets_table(found), "### Below target", _misses(found)]
-    parts += ["## Faults", _bullets(results.faults)] if results.faults else []
+    parts += ["## Faults", bullets(results.faults)] if results.faults else []
     parts += [
         "## Machine",
         bullets(machine),
