@@ -134,8 +134,7 @@ def main() -> int:
         path = output.dated(folder, f"models-{host.slug()}")
     paths = write(results, path)
     print(targets_table(judge(results)))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = write(results, path)
     if args.docs:
         write_page(results, paths[2])
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -105,6 +105,7 @@ def markdown(results: Results) -> str:
     )
     machine.append(f"{facts['seconds']} s in all")
     parts = [f"# {facts['gpu']}", bullets(machine)]
+    parts += ["## Faults", bullets(results.faults)] if results.faults else []
     products = [case for case in results.cases if case.m]
     for shape in dict.fromkeys((case.n, case.k) for case in products):
         mine = [case for case in products if (case.n, case.k) == shape]
@@ -157,5 +158,4 @@ def main(arguments: list[str] | None = None) -> int:
     paths = output.write(results, markdown(results), path)
     best = [case for case in results.cases if case.who == OURS and case.m == 1]
     print("\n".join(f"{case.format} {case.n} x {case.k}: {_rate(case, results.facts)}" for case in best))
-    print("written: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths, results.faults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,3 +73,11 @@ def write(results: Measured, report: str, path: Path, draw: Callable[[Path], Non
         else:
             paths.append(path.with_suffix(".png"))
     return paths
+
+
+def tell(paths: Sequence[Path], faults: Sequence[str] = ()) -> int:
+    """Say what was written, and what of ours went wrong; the exit status."""
+    print("\nwritten: " + ", ".join(map(str, paths)))
+    for fault in faults:
+        print(f"FAULT: {fault}", file=sys.stderr)
+    return 1 if faults else 0

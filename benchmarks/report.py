@@ -119,8 +119,7 @@ def main() -> int:
         path = output.dated(args.output, host.slug())
     paths = write(results, path)
     print(targets_table(judge(results, results.facts["pace"])))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths)
 
 
 if __name__ == "__main__":

@@ -194,10 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = output.dated(args.output, slug(results.facts["gpu"]))
     paths = write(results, path)
     print(targets_table(judge(results)))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    for fault in results.faults:
-        print(f"FAULT: {fault}", file=sys.stderr)
-    return 1 if results.faults else 0
+    return output.tell(paths, results.faults)
 
 
 if __name__ == "__main__":
