@@ -1,6 +1,6 @@
 """Compiles csrc/cuda into `isqtorch/_CUDA.abi3.so`, the library with the CUDA kernels and their operators.
 
-The kernels (*.cu) see nothing of torch and are compiled by nvcc alone, for all GPUs at once; one C++ file joins them to torch
+The kernels (*.cu) see nothing of torch and are compiled by nvcc alone, for all GPUs at once; a few C++ files join them to torch
 through its stable ABI. No GPU is needed, and with ISQTORCH_CUDA=1 not even a torch that knows CUDA: then the library is linked
 against a stand-in that has the one function which only such a torch has, and works with one.
 
@@ -213,6 +213,11 @@ def sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
+def operators() -> list[Path]:
+    """The files that know torch."""
+    return sorted((CSRC / "cuda").glob("ops_*.cpp"))
+
+
 def build(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torch: Torch, *, keep: bool = False) -> None:
     """Compile what changed and link it.
 
@@ -277,7 +282,7 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
         "rule link",
         f"  command = {shlex.join(link)} $objects -L. -ltorch_cpu -lc10 -ltorch_cuda -o $out.part {logged} && mv $out.part $out",
     ]
-    for path in [*sources(), CSRC / "cuda/ops_cuda.cpp"]:
+    for path in [*sources(), *operators()]:
         objects.append(f"{path.stem}.o")
         lines += [f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}", f"  name = {path.stem}"]
     stand_in = "" if torch.cuda else "libtorch_cuda.so"
