@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .activations import permit
 from .exchange import Swap, check_outside, exchange
 from .inventory import inspect_model, packed_names
 from .listeners import announce
-from .modules import PackedModule, QuantExperts
+from .modules import PackedModule, QuantExperts, QuantLinear
 from .modules.convert import float_shape, is_turned, locate, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
@@ -51,6 +52,7 @@ def requantize_(
     exclude: Sequence[str] | str | None = None,
     fallback: str | None = None,
     rule: str | None = None,
+    activations: str | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -76,6 +78,7 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
+        activations: see `quantize_`. None: as it is, which is refused if no linear layer is in fp8 afterwards; "" drops it.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.
 
     Returns:
@@ -94,8 +97,12 @@ def requantize_(
     check_outside(model)
     before = Origin.of(model)
     origin = before or Origin()
-    request = origin.request(fmt, topology, organization, include, exclude, fallback)
+    had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
+    wanted = ("fp8" if had else None) if activations is None else activations or None
+    request = origin.request(fmt, topology, organization, include, exclude, fallback, wanted)
     files, weights, notes, alarm = _weights(model, source, origin)
+    if had and request.activations is None:
+        notes.append('activations="fp8" is dropped: x is used as it is')
     if before is None:
         notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"
@@ -109,6 +116,7 @@ def requantize_(
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, weights, progress, measure_error)
+    permit((swap.new for swap in swaps), request.activations)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
     made = {name for job in prepared.jobs for name in job.names}
