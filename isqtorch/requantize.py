@@ -117,6 +117,7 @@ def requantize_(
         warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, weights, progress, measure_error)
     permit((swap.new for swap in swaps), request.activations)
+    kept = _kept(model, prepared, swaps)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
     made = {name for job in prepared.jobs for name in job.names}
@@ -127,7 +128,7 @@ def requantize_(
     report.notes += [*prepared.notes, *notes, *alarm]
     report.imatrix, report.rule = prepared.imatrix, prepared.rule
     trouble = origin.trouble if source == STORED else None
-    _commit(model, swaps, Origin.made(files, trouble, request), report, began)
+    _commit(model, swaps, kept, request.activations, Origin.made(files, trouble, request), report, began)
     return report
 
 
@@ -262,6 +263,18 @@ def _packed(
     return list(swaps.values()), errors
 
 
+def _kept(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap]) -> dict[QuantLinear, str | None]:
+    """Linear layers that the request concerns and that are in fp8 already: {layer: its activations}."""
+    replaced = {id(swap.old) for swap in swaps}
+    found: dict[QuantLinear, str | None] = {}
+    for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
+        if decision.format is not None and decision.format.name == "fp8":
+            module = model.get_submodule(locate(model, layer.name)[0])
+            if isinstance(module, QuantLinear) and id(module) not in replaced:
+                found[module] = module.activations
+    return found
+
+
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]:
     """(parent, name in it, module, name of the parameter) of a weight."""
     path, leaf = locate(model, name)
@@ -283,16 +296,27 @@ def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[
         return nn.Parameter(packed.to(device), requires_grad=False), error
 
 
-def _commit(model: nn.Module, swaps: list[Swap], origin: Origin, report: QuantReport, began: float) -> None:
+def _commit(
+    model: nn.Module,
+    swaps: list[Swap],
+    kept: dict[QuantLinear, str | None],
+    activations: str | None,
+    origin: Origin,
+    report: QuantReport,
+    began: float,
+) -> None:
     """Exchange the layers and tell everybody, or neither."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
 
     def tell() -> None:
         report.seconds = time.perf_counter() - began
         origin.attach(model)
+        permit(kept, activations)
         announce(model, report)
 
     def take_back() -> None:
+        for layer, had in kept.items():
+            layer.activations = had
         if before is None:
             forget(model)
         else:

@@ -91,6 +91,15 @@ def before_a_guard_page(t: Tensor, gap: int = 0) -> Tensor:
     return copy.view(t.dtype).view(t.shape)
 
 
+def shifted(t: Tensor, by: int) -> Tensor:
+    """The same elements, `by` bytes further from where an allocation begins."""
+    raw = torch.zeros(t.nbytes + by, dtype=torch.uint8)
+    raw[by:] = t.contiguous().view(-1).view(torch.uint8)
+    view = torch.frombuffer(memoryview(raw.numpy())[by:], dtype=t.dtype).view(t.shape)
+    assert view.data_ptr() == raw.data_ptr() + by and torch.equal(view, t)
+    return view
+
+
 def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
     """RMS error of y, relative to the size that outputs have for weights and activations of random signs.
 
