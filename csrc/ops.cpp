@@ -16,8 +16,8 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // The same where no argument wants a gradient, which is then not looked for: QuantLinear's way, microseconds shorter
   m.def("linear_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
 
-  // `linear` for a weight in fp8 that may round x to FP8, too, as quantize would, where that is faster; elsewhere the same
-  // as `linear`. Its gradients are those of `linear`
+  // `linear` for a weight in fp8 that may round x to FP8, too, as quantize would, where that is faster; elsewhere the
+  // same as `linear`. Its gradients are those of `linear`
   m.def("linear_w8a8(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
   m.def("linear_w8a8_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
 

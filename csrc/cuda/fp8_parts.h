@@ -1,5 +1,5 @@
-// FP8 matrices as torch's _scaled_mm takes them: codes without scales between them, and the scales elsewhere. The border
-// between the operator and its kernels, like launch.h.
+// FP8 matrices as torch's _scaled_mm takes them: codes without scales between them, and the scales elsewhere. The
+// border between the operator and its kernels, like launch.h.
 #pragma once
 
 #include <cstdint>

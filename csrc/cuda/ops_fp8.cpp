@@ -35,9 +35,7 @@ bool pays(const FormatKernels& fp8, int64_t m, int64_t n, int64_t k, int32_t dev
          compute_capability(device) / 10 == 9;
 }
 
-Tensor part_of(Tensor t, int dim, int64_t first, int64_t count) {
-  return torch::stable::narrow(t, dim, first, count);
-}
+Tensor part_of(Tensor t, int dim, int64_t first, int64_t count) { return torch::stable::narrow(t, dim, first, count); }
 
 // Memory for codes and scales of so many rows.
 struct Parts {
