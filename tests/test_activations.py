@@ -340,6 +340,20 @@ def test_isq_config_keeps_it_through_save_pretrained(tmp_path: Path) -> None:
     assert "activations" not in json.loads((tmp_path / "none/config.json").read_text())["quantization_config"]
 
 
+def test_a_model_that_was_quantized_after_loading_saves_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import isqtorch.integrations.transformers  # noqa: F401  (listens)
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(DEMO)
+    quantize_(model, "fp8", activations="fp8")
+    model.save_pretrained(tmp_path / "x")
+    assert permitted(load(tmp_path / "x")) == permitted(model) != []
+    requantize_(model, "fp8", activations="")
+    model.save_pretrained(tmp_path / "y")
+    assert permitted(load(tmp_path / "y")) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

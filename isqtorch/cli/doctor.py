@@ -52,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
         native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
         found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
         compiled = cuda_info()
-        found["cuda"] = {"compiled": asdict(compiled) if compiled else None, "missing": NO_CUDA, "formats": on_gpu}
+        found["cuda"] = {
+            "compiled": asdict(compiled) if compiled else None,
+            "missing": NO_CUDA,
+            "fp8_activations": fp8_activations(),
+            "formats": on_gpu,
+        }
         print(json.dumps(found, indent=2))
         return 0 if healthy else 1
 
