@@ -68,8 +68,19 @@ def test_copies_exceed_the_cache() -> None:
 def test_our_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contenders.ops.linear
     monkeypatch.setattr(contenders.ops, "linear", lambda *arguments: 1.1 * right(*arguments))
-    with pytest.raises(AssertionError, match=r"linear of q4k, 8 rows, is off by 0\.1"):
-        session().products([Ours(["q4k"])], SHAPE, [8])
+    run = session()
+    run.products([Ours(["q4k"])], SHAPE, [8])
+    assert not run.results.cases
+    (fault,) = run.results.faults
+    assert fault.startswith("isqtorch q4k 64x256 M=8: linear of q4k, 8 rows, is off by 0.1")
+
+
+def test_our_quantizers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.ops.dequantize
+    monkeypatch.setattr(contenders.ops, "dequantize", lambda *arguments: -right(*arguments))
+    run = session()
+    run.quantize(["q4k"], SHAPE)
+    assert run.results.faults == ["quantize q4k: decoded weights differ"] and not run.results.cases
 
 
 class Another:
@@ -130,8 +141,10 @@ def test_fp8_activations_are_measured_where_they_are_rounded(monkeypatch: pytest
         contenders.OursRounded(8)
     monkeypatch.setattr(contenders, "no_fp8_products", lambda device: None)
     ours = contenders.OursRounded(8)
-    with pytest.raises(AssertionError, match="linear of fp8, 9 rows, is off by 0.02"):  # nothing rounds here
-        session().products([ours], SHAPE, [9])
+    run = session()
+    run.products([ours], SHAPE, [9])  # nothing rounds here
+    (fault,) = run.results.faults
+    assert "linear of fp8, 9 rows, is off by 0.02" in fault and not run.results.cases
     monkeypatch.setattr(contenders, "linear_w8a8", rounding)
     run = session()
     run.products([ours], SHAPE, [8, 9])
@@ -231,6 +244,16 @@ def test_the_report_has_everything_and_is_made_again_from_its_json(
     assert bench_ops.main(["--device", "cuda", "--from", str(paths[0])]) == 0
     assert paths[1].read_text(encoding="utf-8") == text
     assert "| M = 512 | bf16 cuBLAS | >= 1.00x |" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_fault_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results.from_json(made_up().to_json() | {"faults": ["generate: out of memory"]})
+    (tmp_path / "gpu.json").write_text(json.dumps(results.to_json()), encoding="utf-8")
+    assert report.main(["--from", str(tmp_path / "gpu.json")]) == 1
+    assert "FAULT: generate: out of memory" in capsys.readouterr().err
+    assert "## Faults\n\n- generate: out of memory\n\n## Machine" in (tmp_path / "gpu.md").read_text()
 
 
 def test_results_survive_json() -> None:

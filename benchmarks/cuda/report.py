@@ -27,7 +27,7 @@ from isqtorch.ops import cuda_info
 from . import generate, targets
 from .clock import EventClock, GraphClock
 from .contenders import Contender, Ours, OursRounded, Unavailable, peers
-from .session import OURS, Results, Session
+from .session import OURS, Results, Session, in_a_line
 from .targets import DECODE_SHAPES, QUANTIZE_SHAPE, ROWS, Target, judge
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
@@ -73,7 +73,10 @@ def measure(names: Sequence[str], *, quick: bool, seconds: float, with_models: b
             session.products(contenders, shape, [1, 8, 64] if quick else ROWS)
         session.quantize(names, QUANTIZE_SHAPE)
     if with_models:
-        results.facts["generate"] = generate.measure("cuda", ["q4k"], began + seconds, results.skipped)
+        try:
+            results.facts["generate"] = generate.measure("cuda", ["q4k"], began + seconds, results.skipped)
+        except Exception as error:  # compiling a whole model runs much code of others; what was measured before counts
+            results.faults.append(f"generate: {in_a_line(error)}")
     results.facts["seconds"] = round(time.monotonic() - began)
     return results
 
@@ -143,6 +146,7 @@ def markdown(results: Results) -> str:
     ]
     speeds = [f"{name}: {speed:.1f}" for name, speed in facts.get("generate", {}).items()]
     parts = [f"# {facts['gpu']}", HOW, "## Targets", targets_table(found), "### Below target", _misses(found)]
+    parts += ["## Faults", _bullets(results.faults)] if results.faults else []
     parts += [
         "## Machine",
         _bullets(machine),
@@ -235,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     paths = write(results, stem)
     print(targets_table(judge(results)))
     print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    for fault in results.faults:
+        print(f"FAULT: {fault}", file=sys.stderr)
+    return 1 if results.faults else 0
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 
 from isqtorch import formats, get_format
 
-from .contenders import OursRounded
-from .session import OURS, Case, Results, Shape
+from .session import OURS, ROUNDED, Case, Results, Shape
 
-ROUNDED = OursRounded.name
 DECODE_SHAPES: list[Shape] = [(8192, 8192), (16384, 16384)]
 QUANTIZE_SHAPE: Shape = (4096, 14336)
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048]
