@@ -102,7 +102,7 @@ def requantize_(
     request = origin.request(fmt, topology, organization, include, exclude, fallback, wanted)
     files, weights, notes, alarm = _weights(model, source, origin)
     if had and request.activations is None:
-        notes.append('activations="fp8" is dropped: x is used as it is')
+        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
     if before is None:
         notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"

@@ -340,6 +340,15 @@ def test_isq_config_keeps_it_through_save_pretrained(tmp_path: Path) -> None:
     assert "activations" not in json.loads((tmp_path / "none/config.json").read_text())["quantization_config"]
 
 
+def test_auto_while_loading_decides_first_who_is_fp8() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = isqtorch.IsqConfig("auto", target_bpw=6.5, formats=["q2k", "fp8"], activations="fp8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=config)
+    linear = [layer.name for layer in model.isq_report.layers if layer.stored == "fp8" and layer.kind == "linear"]
+    assert permitted(model) == linear != []
+    assert "q2k" in {layer.stored for layer in model.isq_report.layers}
+
+
 def test_a_model_that_was_quantized_after_loading_saves_it(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     import isqtorch.integrations.transformers  # noqa: F401  (listens)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import check_scaled_mm
 from torch import Tensor
-from torch._meta_registrations import _check_scaled_mm_sizes
 
 from benchmarks import bench_ops
 from benchmarks.cuda import contenders, gpu_check, report, targets
@@ -154,7 +154,7 @@ def test_fp8_activations_are_measured_where_they_are_rounded(monkeypatch: pytest
 
 def test_the_fp8_peer_with_scales_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(x: Tensor, w: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-        _check_scaled_mm_sizes(x, w, scale_a, scale_b, out_dtype=out_dtype)
+        check_scaled_mm(x, w, scale_a, scale_b, out_dtype)
         both = (x.float() * scale_a.repeat_interleave(128, 1)) @ (w.float() * scale_b.repeat_interleave(128, 0))
         return both.to(out_dtype)
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.ops import emulated
-from helpers import DTYPES, ROUNDING, linear_error, relative_error, shifted
+from helpers import DTYPES, ROUNDING, check_scaled_mm, linear_error, relative_error, shifted
 from torch import Tensor
-from torch._meta_registrations import _check_scaled_mm_sizes, _check_scaled_mm_sizes_v2
-from torch.nn.functional import ScalingType
 
+import isqtorch
 from isqtorch import ops
 from isqtorch.formats import get_format
 from isqtorch.ops.native import no_fp8_products
@@ -167,10 +166,7 @@ class Product:
         (m, k), n = x.shape, w.shape[1]
         assert bias is None and scale_result is None and out_dtype == out.dtype and not use_fast_accum
         assert out.shape == (m, n) and out.stride(1) == 1 and out.dtype in DTYPES
-        # torch's rules of either interface; tensors on the CPU count as CUDA's there, or are said to be
-        _check_scaled_mm_sizes(x, w, scale_x, scale_w, out_dtype=out_dtype)
-        recipe = [ScalingType.BlockWise1x128.value]
-        _check_scaled_mm_sizes_v2(x, w, [scale_x], recipe, [scale_w.t()], recipe, out_dtype=out_dtype)
+        check_scaled_mm(x, w, scale_x, scale_w, out.dtype)
         # what only C++ checks: scales of whole rows would be preferred, were there one run; and cuBLAS's alignment
         assert k > RUN and scale_x.stride() == (1, m) and scale_w.t().stride() == (1, n)
         assert m % 16 == 0 and n % 16 == 0 and out.stride(0) * out.element_size() % 16 == 0
@@ -183,6 +179,23 @@ class Product:
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     """float64 `[rows, k]` from codes and scales `[rows, k / 128]`."""
     return codes.to(torch.float32).double() * scales.double().repeat_interleave(RUN, dim=1)
+
+
+def test_the_checks_check() -> None:
+    x, w = (torch.zeros(rows, 256).to(torch.float8_e4m3fn) for rows in (32, 48))
+    scale_x, scale_w = torch.ones(2, 32).t(), torch.ones(2, 48)
+    check_scaled_mm(x, w.t(), scale_x, scale_w, torch.float32)
+    for wrong in (
+        (x, w.t().contiguous(), scale_x, scale_w),
+        (x.t().contiguous().t(), w.t(), scale_x, scale_w),
+        (x, w[:40].t(), scale_x, scale_w[:, :40].contiguous()),
+        (x, w.t(), scale_x.contiguous(), scale_w),
+        (x, w.t(), scale_x, scale_w.t().contiguous().t()),
+        (x, w.t(), scale_x.half(), scale_w.half()),
+        (x, w.t(), scale_x[:, :1], scale_w[:1]),
+    ):
+        with pytest.raises(RuntimeError):
+            check_scaled_mm(*wrong, torch.float32)
 
 
 @pytest.fixture
@@ -371,3 +384,18 @@ def test_a_graph_captures_it() -> None:
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, torch.ops.isqtorch.linear_w8a8_frozen(x, packed, "fp8"))
+
+
+@pytest.mark.cuda
+def test_a_layer_on_a_gpu() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 512, dtype=torch.bfloat16)).cuda()
+    isqtorch.quantize_(model, "fp8", activations="fp8")
+    x = torch.randn(2, 200, 1024, device="cuda", dtype=torch.bfloat16)
+    y = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
+    assert torch.equal(
+        model(x[0, :8]), ops.linear(x[0, :8], model[0].weight, "fp8", model[0].bias)
+    )  # few rows: as it is
+    product = "_scaled_mm" in str(isqtorch.explain(model))
+    assert product == (no_fp8_products("cuda") is None)
+    assert torch.equal(y, ops.linear(x, model[0].weight, "fp8", model[0].bias)) != product

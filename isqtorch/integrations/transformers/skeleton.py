@@ -107,7 +107,7 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
 
 def restore_activations(model: Any, activations: str | Sequence[str] | None) -> None:
     """Give the permission to the layers for which config.json has it, after `restore`."""
-    if not isinstance(activations, Sequence) or isinstance(activations, str):
+    if activations is None or isinstance(activations, str):
         permit(model.modules(), activations)
         return
     found = [path for path in (_find(model, stored) for stored in activations) if path is not None]
