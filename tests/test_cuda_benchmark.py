@@ -44,12 +44,12 @@ def session(*, cache: int = 0, deadline: float = 1e12, clock: MadeUp | None = No
 def test_every_contender_format_and_number_of_rows_is_measured() -> None:
     run = session()
     run.products([Bf16(), Ours(["q4k", "fp8"])], SHAPE, [1, 8])
-    run.quantize(["q4k"], SHAPE)
+    run.quantize(["afq4", "q4k"], SHAPE)
     assert [(case.who, case.format, case.m) for case in run.results.cases] == [
         ("bf16", "bf16", 1),
         ("bf16", "bf16", 8),
         *((OURS, format, m) for format in ("q4k", "fp8") for m in (1, 8)),
-        (OURS, "q4k", 0),
+        *((OURS, format, 0) for format in ("afq4", "afq4+search", "q4k")),
     ]
     product, quantized = run.results.cases[2], run.results.cases[-1]
     assert product.nbytes == 64 * 144 and product.seconds == 1e-3

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
+from isqtorch.quantizers import has_rule
 
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 SOME = [fmt for fmt in FORMATS if fmt.name in ("q4_0", "q6k", "afq3", "hqq4", "fp8")]  # one of each family and layout
@@ -99,9 +100,14 @@ def test_quantize_takes_stacks_strides_and_types(gpu: Any, fmt: QuantFormat) -> 
         assert torch.equal(gpu.quantize(stack, fmt.name, vectors), ops.quantize(stack, fmt.name, vectors))
 
 
-def test_quantize_knows_the_other_rule(gpu: Any) -> None:
-    w = torch.randn(3, 128)
-    assert torch.equal(gpu.quantize(w, "afq4", rule="mlx"), ops.quantize(w, "afq4", rule="mlx"))
+@pytest.mark.parametrize("fmt", [fmt for fmt in ALL_FORMATS if has_rule(fmt, "search")], ids=lambda fmt: fmt.name)
+def test_quantize_knows_the_other_rules(gpu: Any, fmt: QuantFormat) -> None:
+    stack = weight(fmt, rows=6, blocks=2).view(2, 3, -1)
+    for rule in ("mlx", "search"):
+        if has_rule(fmt, rule):
+            for importance in (None, torch.rand(2, stack.shape[-1])):
+                want = ops.quantize(stack, fmt.name, importance, rule)
+                assert torch.equal(gpu.quantize(stack, fmt.name, importance, rule), want), rule
 
 
 # ---- dequantize, embedding --------------------------------------------------------------------------------------------
@@ -263,6 +269,10 @@ MISUSES: dict[str, Callable[[Any], object]] = {
     "quantize -inf": lambda o: o.quantize(spoiled(float("-inf")).bfloat16(), "q4k"),
     "quantize too large": lambda o: o.quantize(spoiled(1e30), "q4_0"),
     "quantize too large, f16 scales": lambda o: o.quantize(spoiled(1e30), "afq4.f16"),
+    "search in nan": lambda o: o.quantize(spoiled(float("nan")), "afq4", rule="search"),
+    "search in inf": lambda o: o.quantize(spoiled(float("inf")), "hqq4", rule="search"),
+    "search in too large": lambda o: o.quantize(spoiled(1e30), "afq4.f16", rule="search"),
+    "search with negative importance": lambda o: o.quantize(spoiled(0), "hqq4", -torch.ones(2, 256), "search"),
     "quantize with an unknown rule": lambda o: o.quantize(W, "afq4", rule="best"),
     "quantize with a rule where there is none": lambda o: o.quantize(W, "q4_0", rule="mlx"),
     "importance of another size": lambda o: o.quantize(W, "q4k", torch.ones(255)),

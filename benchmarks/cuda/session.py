@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from isqtorch import ops
+from isqtorch.formats import get_format
+from isqtorch.quantizers import has_rule
 
 from .clock import Clock
 from .contenders import Contender, Ours, OursRounded, Product, Unavailable
@@ -130,20 +133,25 @@ class Session:
                     self._add(contender.name, format, shape, m, seconds, product.nbytes)
 
     def quantize(self, formats: Sequence[str], shape: Shape) -> None:
-        """Quantizing a matrix of bf16."""
+        """Quantizing a matrix of bf16, by default and, as "afq4+search", with a search for scales where there is one."""
         weight = self._weight(shape)
         for format in formats:
-            if self._late(f"quantize {format}"):
-                continue
-            try:
-                packed = ops.quantize(weight, format)
-                want = ops.reference.dequantize(packed[:4], format, torch.float32)
-                assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), "decoded weights differ"
-                seconds = self.wall.seconds([lambda format=format: ops.quantize(weight, format)])  # type: ignore[misc]
-            except (RuntimeError, AssertionError) as error:
-                self.results.faults.append(f"quantize {format}: {in_a_line(error)}")
-                continue
-            self._add(OURS, format, shape, 0, seconds, weight.nbytes + packed.nbytes)
+            for rule in (None, "search"):
+                name = f"{format}+{rule}" if rule else format
+                if not has_rule(get_format(format), rule) or self._late(f"quantize {name}"):
+                    continue
+                call = partial(ops.quantize, weight, format, None, rule)
+                try:
+                    packed = call()
+                    want = ops.reference.dequantize(packed[:4], format, torch.float32)
+                    assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), (
+                        "decoded weights differ"
+                    )
+                    seconds = self.wall.seconds([call])
+                except (RuntimeError, AssertionError) as error:
+                    self.results.faults.append(f"quantize {name}: {in_a_line(error)}")
+                    continue
+                self._add(OURS, name, shape, 0, seconds, weight.nbytes + packed.nbytes)
 
     def bandwidth(self, nbytes: int = 1 << 30) -> None:
         """What the device reads, and copies, per second: the roof of all products with few rows."""

@@ -37,7 +37,7 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_I64, _BOOL, _DTYPE = ctypes.c_int64, ctypes.c_bool, ctypes.c_uint8
+_I64, _BOOL, _DTYPE, _RULE = ctypes.c_int64, ctypes.c_bool, ctypes.c_uint8, ctypes.c_uint8
 JOBS = {
     "decode": _struct(
         "DecodeJob",
@@ -77,7 +77,7 @@ JOBS = {
         rows=_I64,
         k=_I64,
         importance=_POINTER,
-        mlx_rule=_BOOL,
+        rule=_RULE,
         out=_POINTER,
         faults=_POINTER,
         workspace=_POINTER,
