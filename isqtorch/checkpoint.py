@@ -36,6 +36,7 @@ from .origin import forget
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_ACTIVATIONS = [("fp8", "fp8", kind) for kind in ("linear", "conv1d")]  # with the layer's format and kind
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LayerEntry:
     out_features: int
     dtype: str  # of the layer, as torch spells it
     experts: int | None = None  # matrices in the stack, where it is one
+    activations: str | None = None  # "fp8": see QuantLinear
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,7 +175,10 @@ def _entry_of(module: PackedModule, leaf: str) -> LayerEntry:
     *experts, rows, row_bytes = getattr(module, leaf).shape
     fmt, dtype = get_format(module.packed[leaf]), str(module.dtype).removeprefix("torch.")
     kind = _kind(module) or "linear"
-    return LayerEntry(kind, fmt.name, fmt.in_features(row_bytes), rows, dtype, *experts)
+    activations = module.activations if isinstance(module, QuantLinear) else None
+    return LayerEntry(
+        kind, fmt.name, fmt.in_features(row_bytes), rows, dtype, experts[0] if experts else None, activations
+    )
 
 
 def _parameter(model: nn.Module, name: str) -> str:
@@ -232,11 +237,16 @@ def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
         raise ValueError(
             f"{where}: in_features and out_features are {columns!r} and {rows!r}, must be positive numbers"
         )
+    activations = entry.get("activations")
     try:
-        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype, experts)
+        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype, experts, activations)
         parsed.packed_shape  # noqa: B018  (checks that blocks divide in_features)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if activations is not None and (activations, parsed.format, kind) not in _ACTIVATIONS:
+        raise ValueError(
+            f"{where}: activations are {activations!r:.80}, which a {kind} layer in {parsed.format} does not have"
+        )
     return parsed
 
 
@@ -328,6 +338,8 @@ def _load_layer(
             parameters[key] = nn.Parameter(_read(file, key, old._parameters[leaf]), requires_grad=False)
         new = to_packed(old, parameters[key], fmt, leaf)
         new.dtype = _DTYPES[entry.dtype]
+        if isinstance(new, QuantLinear):
+            new.activations = entry.activations
         done[id(old), leaf] = new
     parent, _, child = path.rpartition(".")
     model.get_submodule(parent)._modules[child] = done[id(old), leaf]

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
 
+from .activations import permit
 from .calibration import collect_imatrix
 from .inventory import packed_names, storage_key
 from .listeners import announce
@@ -52,6 +54,7 @@ def quantize_(
     fallback: str = "up",
     device: torch.device | str | None = None,
     rule: str | None = None,
+    activations: str | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
     formats: Sequence[Spec] | None = None,
@@ -87,6 +90,9 @@ def quantize_(
         device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
         rule: another way to choose the codes, for formats that have one (the report names the others): "search" for afq and
             hqq, slower and closer to the weights, and the only one of theirs that uses importance; "mlx" for afq, MLX's bits.
+        activations: "fp8" allows linear layers in fp8 to round x to FP8 as well where that is faster, as torch's allow_tf32 allows
+            TF32: on GPUs of compute capability 9.0, for many rows of x. Experts and embeddings are not concerned. None: x is
+            used as it is.
         target_bpw: for "auto": the most bits per weight that the report may show (of the whole model, with what is not
             quantized).
         max_size: for "auto", instead: the most bytes the model may have, or a string such as "6GB" or "5.5GiB".
@@ -105,7 +111,7 @@ def quantize_(
             as it was.
         OSError: a topology, imatrix or calibration file that cannot be read.
     """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_")
+    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_", activations=activations)
     check_model(model, request.op)
     packed = packed_names(model)
     if packed:
@@ -186,7 +192,7 @@ def _run(
 ) -> QuantReport:
     """Check, then replace layer by layer."""
     started = time.perf_counter()
-    choice = None
+    choice, activations = None, request.activations
     if budget is not None:
         request = smallest_choice(model, request, budget, device)
     if calibrate.file is not None and (budget is None or imatrix is None):
@@ -195,6 +201,7 @@ def _run(
     if budget is not None:
         prepare(model, request, imatrix, device, rule)  # what is wrong shows before the minutes that this takes
         request, choice = choose_formats(model, request, budget, imatrix, calibrate, device, rule, progress)
+        request = replace(request, activations=activations)
     prepared = prepare(model, request, imatrix, device, rule)
     origin = Origin.before(model, request)
     for message in prepared.warnings:
@@ -208,6 +215,7 @@ def _run(
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()
+    permit(model.modules(), activations)
     if prepared.target is not None:
         _move_rest(model, prepared.target, placed)
 

@@ -10,16 +10,18 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .activations import permit
 from .exchange import Swap, check_outside, exchange
 from .inventory import inspect_model, packed_names
 from .listeners import announce
 from .mixed import Budget, choose_formats, smallest_choice
-from .modules import PackedModule, QuantExperts
+from .modules import PackedModule, QuantExperts, QuantLinear
 from .modules.convert import float_shape, is_turned, locate, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
@@ -53,6 +55,7 @@ def requantize_(
     exclude: Sequence[str] | str | None = None,
     fallback: str | None = None,
     rule: str | None = None,
+    activations: str | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
     formats: Sequence[Spec] | None = None,
@@ -82,6 +85,7 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
+        activations: see `quantize_`. None: as it is, which is refused if no linear layer is in fp8 afterwards; "" drops it.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
             importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.
@@ -108,9 +112,13 @@ def requantize_(
     check_outside(model)
     before = Origin.of(model)
     origin = before or Origin()
-    request = origin.request(fmt, topology, organization, include, exclude, fallback)
+    had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
+    wanted = ("fp8" if had else None) if activations is None else activations or None
+    request = origin.request(fmt, topology, organization, include, exclude, fallback, wanted)
     files, weights, notes, alarm = _weights(model, source, origin)
-    choice = None
+    if had and request.activations is None:
+        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
+    choice, activations = None, request.activations
     if budget is not None:
         request = smallest_choice(model, request, budget, None)
     if before is None:
@@ -126,10 +134,13 @@ def requantize_(
         _prepare(model, request, imatrix, rule, weights)  # what is wrong shows before everything is measured
         text = Calibrate(None, None)
         request, choice = choose_formats(model, request, budget, imatrix, text, None, rule, progress, weights.of)
+        request = replace(request, activations=activations)
     prepared = _prepare(model, request, imatrix, rule, weights)
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, weights, progress, measure_error)
+    permit((swap.new for swap in swaps), request.activations)
+    kept = _kept(model, prepared, swaps)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
     made = {name for job in prepared.jobs for name in job.names}
@@ -142,7 +153,7 @@ def requantize_(
     if choice is not None:
         report.record(choice)
     trouble = origin.trouble if source == STORED else None
-    _commit(model, swaps, Origin.made(files, trouble, request), report, began)
+    _commit(model, swaps, kept, request.activations, Origin.made(files, trouble, request), report, began)
     return report
 
 
@@ -279,6 +290,18 @@ def _packed(
     return list(swaps.values()), errors
 
 
+def _kept(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap]) -> dict[QuantLinear, str | None]:
+    """Linear layers that the request concerns and that are in fp8 already: {layer: its activations}."""
+    replaced = {id(swap.old) for swap in swaps}
+    found: dict[QuantLinear, str | None] = {}
+    for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
+        if decision.format is not None and decision.format.name == "fp8":
+            module = model.get_submodule(locate(model, layer.name)[0])
+            if isinstance(module, QuantLinear) and id(module) not in replaced:
+                found[module] = module.activations
+    return found
+
+
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]:
     """(parent, name in it, module, name of the parameter) of a weight."""
     path, leaf = locate(model, name)
@@ -300,16 +323,27 @@ def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[
         return nn.Parameter(packed.to(device), requires_grad=False), error
 
 
-def _commit(model: nn.Module, swaps: list[Swap], origin: Origin, report: QuantReport, began: float) -> None:
+def _commit(
+    model: nn.Module,
+    swaps: list[Swap],
+    kept: dict[QuantLinear, str | None],
+    activations: str | None,
+    origin: Origin,
+    report: QuantReport,
+    began: float,
+) -> None:
     """Exchange the layers and tell everybody, or neither."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
 
     def tell() -> None:
         report.seconds = time.perf_counter() - began
         origin.attach(model)
+        permit(kept, activations)
         announce(model, report)
 
     def take_back() -> None:
+        for layer, had in kept.items():
+            layer.activations = had
         if before is None:
             forget(model)
         else:

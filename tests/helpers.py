@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -103,6 +104,31 @@ def before_a_guard_page(t: Tensor, gap: int = 0) -> Tensor:
     copy = torch.frombuffer(area, dtype=torch.uint8, count=t.nbytes, offset=size - t.nbytes - gap)
     copy.copy_(t.contiguous().view(-1).view(torch.uint8))
     return copy.view(t.dtype).view(t.shape)
+
+
+def shifted(t: Tensor, by: int) -> Tensor:
+    """The same elements, `by` bytes further from where an allocation begins."""
+    raw = torch.zeros(t.nbytes + by, dtype=torch.uint8)
+    raw[by:] = t.contiguous().view(-1).view(torch.uint8)
+    view = torch.frombuffer(memoryview(raw.numpy())[by:], dtype=t.dtype).view(t.shape)
+    assert view.data_ptr() == raw.data_ptr() + by and torch.equal(view, t)
+    return view
+
+
+def check_scaled_mm(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, out_dtype: torch.dtype) -> None:
+    """torch's own checks of the arguments of `_scaled_mm`, of its old and its new interface, as for tensors on CUDA.
+
+    Args:
+        x, w: FP8 `[M, K]` and `[K, N]`.
+        scale_x, scale_w: f32 `[M, K / 128]` and `[K / 128, N]`.
+    """
+    from torch._meta_registrations import _check_scaled_mm_sizes, _check_scaled_mm_sizes_v2
+    from torch.nn.functional import ScalingType
+
+    recipe = [ScalingType.BlockWise1x128.value]
+    with mock.patch("torch._meta_registrations.device_hint", return_value="cuda"):
+        _check_scaled_mm_sizes(x, w, scale_x, scale_w, out_dtype=out_dtype)
+        _check_scaled_mm_sizes_v2(x, w, [scale_x], recipe, [scale_w.t()], recipe, out_dtype=out_dtype)
 
 
 def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from emulator.ops import emulated
-from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, relative_error, weight
+from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, relative_error, shifted, weight
 from torch import Tensor
 
 from isqtorch import ops
@@ -65,15 +65,6 @@ def _poisoned_outputs():
 @cache
 def packed_weight(fmt: QuantFormat, rows: int = 19, blocks: int = 2) -> Tensor:
     return ops.quantize(weight(fmt, rows, blocks), fmt.name)
-
-
-def shifted(t: Tensor, by: int) -> Tensor:
-    """The same elements, `by` bytes further from where an allocation begins."""
-    raw = torch.zeros(t.nbytes + by, dtype=torch.uint8)
-    raw[by:] = t.contiguous().view(-1).view(torch.uint8)
-    view = torch.frombuffer(memoryview(raw.numpy())[by:], dtype=t.dtype).view(t.shape)
-    assert view.data_ptr() == raw.data_ptr() + by and torch.equal(view, t)
-    return view
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------

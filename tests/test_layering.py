@@ -25,6 +25,7 @@ LAYERS = [
         "weight_reads",
         "topology",
         "policy",
+        "activations",
         "imatrix",
         "imatrix_files",
         "calibration",

@@ -21,12 +21,13 @@ import torch
 from isqtorch import formats, get_format
 from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import cuda_kernels, machine_facts, versions
+from isqtorch.ops import cuda_info
 
 from .. import output
 from ..output import FOLDER, bullets, slug, targets_table
 from . import generate, targets
 from .clock import EventClock, GraphClock
-from .contenders import Ours, peers
+from .contenders import Contender, Ours, OursRounded, Unavailable, peers
 from .session import OURS, Results, Session, in_a_line
 from .targets import DECODE_SHAPES, QUANTIZE_SHAPE, ROWS, Target, judge
 
@@ -34,7 +35,8 @@ QUICK = ["q4_0", "q4k", "afq4"]
 
 HOW = """Each product was checked before it was timed. A CUDA graph of many products was replayed; the median of 15 replays counts. Copies
 of the weight rotate, together four times the second-level cache. x is bf16. "Packed" rates are the bytes of the packed weight over the
-time. The FP8 peer gets x in FP8, and nobody's quantizing of x is counted. Quantizing is timed with events and includes its wait for
+time. The FP8 peer gets x in FP8, and nobody's quantizing of x is counted but that of
+"isqtorch W8A8" (`activations="fp8"`), which has it in every call. Quantizing is timed with events and includes its wait for
 the device. A target counts as met if every format and shape meets it."""
 
 
@@ -59,7 +61,12 @@ def measure(names: Sequence[str], *, quick: bool, seconds: float, with_models: b
         session.bandwidth()
         results.facts["roof"] = targets.BANDWIDTH if "H100" in properties.name else results.facts["read"]
         bf16, *others = peers(results.skipped)
-        contenders = [bf16, Ours(names), *others]  # the others last: some tune themselves for long
+        contenders = [
+            bf16,
+            Ours(names),
+            *ours_rounded(names, results.skipped),
+            *others,
+        ]  # some of them tune themselves for long
         shapes = DECODE_SHAPES[:1] if quick else DECODE_SHAPES
         for shape in shapes:
             session.products(contenders, shape, [1, 8, 64] if quick else ROWS)
@@ -71,6 +78,19 @@ def measure(names: Sequence[str], *, quick: bool, seconds: float, with_models: b
             results.faults.append(f"generate: {in_a_line(error)}")
     results.facts["seconds"] = round(time.monotonic() - began)
     return results
+
+
+def ours_rounded(names: Sequence[str], skipped: list[str]) -> list[Contender]:
+    """FP8 weights with FP8 activations, if fp8 is measured and the GPU has products for it."""
+    if "fp8" not in names:
+        return []
+    info = cuda_info()
+    assert info, "the kernels were just loaded"
+    try:
+        return [OursRounded(info.formats["fp8"]["max_rows"])]
+    except Unavailable as reason:
+        skipped.append(f"{OursRounded.name}: {reason}")
+        return []
 
 
 def _misses(found: Sequence[Target]) -> str:

@@ -20,9 +20,9 @@ from isqtorch.formats import get_format
 from isqtorch.quantizers import has_rule
 
 from .clock import Clock
-from .contenders import Contender, Ours, Product, Unavailable
+from .contenders import Contender, Ours, OursRounded, Product, Unavailable
 
-OURS = Ours.name
+OURS, ROUNDED = Ours.name, OursRounded.name
 Shape = tuple[int, int]
 
 
@@ -126,7 +126,8 @@ class Session:
                         _check(product, weight, xs[m])
                         seconds = self._seconds(product)
                     except (Unavailable, RuntimeError, TypeError, AttributeError, AssertionError) as error:
-                        kept = self.results.faults if contender.name == OURS else self.results.skipped
+                        is_fault = contender.name in (OURS, ROUNDED) and not isinstance(error, Unavailable)
+                        kept = self.results.faults if is_fault else self.results.skipped
                         kept.append(f"{contender.name} {format} {shape[0]}x{shape[1]} M={m}: {in_a_line(error)}")
                         continue
                     self._add(contender.name, format, shape, m, seconds, product.nbytes)

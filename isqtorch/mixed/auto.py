@@ -142,8 +142,11 @@ class Auto:
             )
 
     def smallest(self) -> Request:
-        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow."""
-        return self._request([next(iter(item.options)) for item in self.items])
+        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow.
+
+        Nothing is said of activations: which layers will be in fp8 is not known yet.
+        """
+        return replace(self._request([next(iter(item.options)) for item in self.items]), activations=None)
 
     def choose(self, errors: Sequence[Mapping[str, Error]], measure: str) -> tuple[Request, Choice]:
         """The best choice, as a request, and as a record.
