@@ -2,7 +2,7 @@
 
     with isqtorch.calibrate(model) as im:      any traffic
         serve(model)
-    im = isqtorch.collect_imatrix(model, tokenizer, "text.txt")     a text, in chunks, as llama.cpp does it
+    im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     a text, in chunks, as llama.cpp does it
 
 The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for routed
 experts, per expert. A layer's hook costs one pass over its input, and layers with the same input (q, k and v; gate and up)
@@ -202,8 +202,8 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
 def collect_imatrix(
     model: nn.Module,
-    tokenizer: Any,
     text: Ids | os.PathLike[str],
+    tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
     progress: bool | None = None,
@@ -215,8 +215,8 @@ def collect_imatrix(
 
     Args:
         model: in the dtype that it should run in; it runs in eval mode and gets its training flags back.
-        tokenizer: the model's; may be None with token ids.
         text: a file (a path object, or a string that names an existing one), a text, or token ids.
+        tokenizer: the model's; not needed with token ids.
         chunk: tokens per chunk; less where the model's context is not longer than that.
         max_tokens: only the first so many tokens of the text.
         progress: a progress bar; None shows one if stderr is a terminal.

@@ -246,7 +246,7 @@ def collect(
     if calibrate.tokenizer is None:
         raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
     check()
-    return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
+    return collect_imatrix(model, Path(calibrate.file or ""), calibrate.tokenizer, progress=progress)
 
 
 def _replace(model: nn.Module, job: Job, measure: bool, placed: set[int]) -> float | None:

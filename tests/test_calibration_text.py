@@ -28,7 +28,7 @@ def test_chunks_and_bos() -> None:
     model.train()
     batches: list[Tensor] = []
     model.model.register_forward_pre_hook(lambda m, a, k: batches.append(k["input_ids"]), with_kwargs=True)
-    im = isqtorch.collect_imatrix(model, Words(), "abcdefghij" * 10, chunk=30)
+    im = isqtorch.collect_imatrix(model, "abcdefghij" * 10, Words(), chunk=30)
     assert [list(ids.shape) for ids in batches] == [[1, 30]] * 3 and all(int(ids[0, 0]) == 1 for ids in batches)
     assert batches[1][0, 1:].tolist() == [2 + ord("abcdefghij"[i % 10]) for i in range(30, 59)]
     assert (im.chunk_count, im.chunk_size, im.datasets, im.tokens) == (3, 30, ("text",), 90)
@@ -39,7 +39,7 @@ def test_chunks_and_bos() -> None:
     ("options", "shape"), [({}, (2, 127)), ({"max_tokens": 70}, (1, 70)), ({"chunk": 200}, (2, 127))]
 )
 def test_chunks_fit_the_context(options: dict[str, int], shape: tuple[int, int]) -> None:
-    im = isqtorch.collect_imatrix(tiny_llama(layers=1), None, torch.arange(300) % 512, **options)
+    im = isqtorch.collect_imatrix(tiny_llama(layers=1), torch.arange(300) % 512, **options)
     assert (im.chunk_count, im.chunk_size) == shape and im.datasets == ("token ids",)
 
 
@@ -48,17 +48,17 @@ def test_text_from_a_file(tmp_path: Path) -> None:
     path.write_text("some text " * 20)
     model = tiny_llama(layers=1)
     for given in (path, str(path)):
-        im = isqtorch.collect_imatrix(model, Words(), given, chunk=50)
+        im = isqtorch.collect_imatrix(model, given, Words(), chunk=50)
         assert im.datasets == (str(path),) and im.tokens == 200
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8 text"):
-        isqtorch.collect_imatrix(model, Words(), path)
+        isqtorch.collect_imatrix(model, path, Words())
     with pytest.raises(FileNotFoundError):
-        isqtorch.collect_imatrix(model, Words(), tmp_path / "nowhere")
+        isqtorch.collect_imatrix(model, tmp_path / "nowhere", Words())
     with pytest.raises(ValueError, match="0 tokens are too few"):
-        isqtorch.collect_imatrix(model, None, torch.tensor([], dtype=torch.int64))
+        isqtorch.collect_imatrix(model, torch.tensor([], dtype=torch.int64))
     with pytest.raises(ValueError, match="chunk must be an integer of 2 or more, got 1"):
-        isqtorch.collect_imatrix(model, None, torch.arange(9), chunk=1)
+        isqtorch.collect_imatrix(model, torch.arange(9), chunk=1)
 
 
 # ---- quantize_ -------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_calibration_file(tmp_path: Path) -> None:
     path.write_text("a text to calibrate with " * 30)
     one, two = tiny_llama(), tiny_llama()
     report = isqtorch.quantize_(one, "q4k", calibration_file=path, tokenizer=Words())
-    im = isqtorch.collect_imatrix(two, Words(), path)
+    im = isqtorch.collect_imatrix(two, path, Words())
     isqtorch.quantize_(two, "q4k", imatrix=im)
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -142,7 +142,7 @@ class LoadedModel:
         if mix_name(isq) != AUTO:
             plan(model, isq, **asked)  # faults show before the minutes
         if "imatrix" not in options:
-            options["imatrix"] = collect_imatrix(model, self.tokenizer, text)
+            options["imatrix"] = collect_imatrix(model, text, self.tokenizer)
         self.options["imatrix"] = options["imatrix"]
         if mix_name(isq) == AUTO:
             options |= {"calibration_file": text, "tokenizer": self.tokenizer}
