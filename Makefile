@@ -7,6 +7,8 @@ PYTHON3 ?= python3
 VENV    ?= .venv
 
 PYTHON  := $(VENV)/bin/python
+# make PYTHON=python3 ... works with what an environment of yours has, installs nothing, and needs no network.
+OWN_ENVIRONMENT := $(filter command line,$(origin PYTHON))
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Stamps: empty files that remember what was done. A changed prerequisite makes make do that step again, and no other.
@@ -56,7 +58,8 @@ cuda-check: build  ## compile the CUDA kernels without a GPU; fails on spills an
 	@$(PYTHON) -m pip install --quiet nvidia-cuda-nvdisasm
 	$(PYTHON) -m benchmarks.cuda.check $(if $(ARCHS),--archs '$(ARCHS)')
 
-# The kernels are compiled for the GPU that is here. A torch with CUDA is needed: make gpu-check TORCH='torch==2.11.0'
+# The kernels are compiled for the GPU that is here. A torch with CUDA is needed: make gpu-check TORCH='torch==2.11.0', or PYTHON=python3
+# where that has one.
 gpu-check: export ISQTORCH_CUDA ?= 1
 gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9[.]0$$/9.0a/' | paste -sd ';')
 gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-sanitizer if installed, speed against the targets; 9 minutes
@@ -74,7 +77,7 @@ sanitize: build  ## ops, linear and golden tests on every CPU level, under Addre
 	rm -rf $(SANITIZED)
 	ISQTORCH_SANITIZE=1 $(PYTHON) setup.py --quiet build --build-lib $(SANITIZED)
 	ISQTORCH_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) tests/test_ops.py tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
+	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
 
 lint: build  ## ruff, mypy --strict, clang-format, generated tables
 	$(PYTHON) -m ruff check .
@@ -91,7 +94,12 @@ format: build  ## rewrite sources in the house format
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py
 
+ifdef OWN_ENVIRONMENT
+build:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+else
 build: $(BUILD_STAMP) $(INSTALL_STAMP)  ## the virtual environment, the package in it, the C++ extension compiled
+endif
 
 clean:  ## remove what was built (the virtual environment stays)
 	rm -rf build dist *.egg-info isqtorch/_C*.so $(BUILD_STAMP)

@@ -136,7 +136,7 @@ setup(
             [path for path in files("*.cpp") if not path.startswith("csrc/cuda/")],
             depends=[
                 *files("*.h", "*.inl", "*.cu", "*.cuh", "*.metal"),
-                "csrc/cuda/ops_cuda.cpp",
+                *files("cuda/*.cpp"),
                 "csrc/cuda/build.py",
                 "setup.py",
             ],

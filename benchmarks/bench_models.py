@@ -18,13 +18,14 @@ import sys
 import time
 from pathlib import Path
 
+from . import output
 from .models import tables
 from .models.results import ModelResults
 from .models.targets import judge
-from .tables import misses, targets_table
+from .output import FOLDER, bullets, targets_table
+from .tables import misses
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks" / "results"
 CACHE = ROOT / "build" / "models"
 MODELS = ("llama", "moe")
 FORMATS = ("q8_0", "q4k", "afq4")
@@ -87,7 +88,7 @@ def markdown(results: ModelResults) -> str:
         "### Below target",
         misses(targets),
         "## Machine",
-        _bullets(lines),
+        bullets(lines),
         "## Loading",
         tables.loading_table(results),
         "## Loading what was saved",
@@ -97,22 +98,14 @@ def markdown(results: ModelResults) -> str:
         "## Overhead of a layer",
         tables.overhead_table(results),
         "## Not measured",
-        _bullets(skipped),
+        bullets(skipped),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def write(results: ModelResults, stem: Path) -> list[Path]:
+def write(results: ModelResults, path: Path) -> list[Path]:
     """JSON and Markdown; returns what was written."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
-    return paths
+    return output.write(results, markdown(results), path)
 
 
 def main() -> int:
@@ -125,7 +118,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args()
     if args.source:
-        results, stem = ModelResults.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = ModelResults.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         from isqtorch import get_format
 
@@ -138,11 +131,10 @@ def main() -> int:
             return 1
         results = measure(args.models, formats, quick=args.quick, peers=not args.no_peers)
         folder = args.output or (ROOT / "build" if args.quick else FOLDER)
-        stem = folder / f"models-{host.slug()}-{time.strftime('%Y-%m-%d')}.json"
-    paths = write(results, stem)
+        path = output.dated(folder, f"models-{host.slug()}")
+    paths = write(results, path)
     print(targets_table(judge(results)))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import output
+from .output import FOLDER
+
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "examples" / "demo_model"
 PAGE = ROOT / "docs" / "quality.md"
 _BEGIN, _END = "<!-- quality:begin -->\n", "<!-- quality:end -->"
@@ -31,19 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     from .quality.measure import Results
 
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         try:
             results = measure(args)
         except (ValueError, OSError) as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
-        stem = args.output / f"quality-{results.facts['name']}-{time.strftime('%Y-%m-%d')}.json"
-    paths = write(results, stem)
+        path = output.dated(args.output, f"quality-{results.facts['name']}")
+    paths = write(results, path)
     if args.docs:
         write_page(results, paths[2])
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -119,16 +120,14 @@ def command(args: argparse.Namespace) -> str:
     return " ".join(["python -m benchmarks.bench_quality", *options])
 
 
-def write(results: Any, stem: Path) -> list[Path]:
+def write(results: Any, path: Path) -> list[Path]:
     """JSON, Markdown and plot; returns what was written."""
     from .quality import plot, tables
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(f"# Quality\n\n{tables.markdown(results, paths[2].name)}\n", encoding="utf-8")
-    plot.draw(results, paths[2])
-    return paths
+    picture = path.with_suffix(".png")
+    paths = output.write(results, f"# Quality\n\n{tables.markdown(results, picture.name)}\n", path)
+    plot.draw(results, picture)
+    return [*paths, picture]
 
 
 def write_page(results: Any, picture: Path, page: Path = PAGE) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from isqtorch.cli.doctor import cpu, machine_facts
 from isqtorch.ops import cpu_info
 
+from . import output
 from .measure import Session, Tier
 from .peers import Unavailable
 from .peers.ourselves import ENVIRONMENT
@@ -90,7 +91,7 @@ def commit() -> str:
 def slug() -> str:
     """The processor's name as part of a file name."""
     name = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", " ", machine_facts()[0].split(",")[0])
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "cpu"
+    return output.slug(name) or "cpu"
 
 
 def _caches() -> list[str]:

@@ -11,8 +11,6 @@ the chip may cache, as in a model; warm weights would be read faster than memory
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 import sys
 import time
@@ -25,11 +23,12 @@ from isqtorch import formats, get_format
 from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import machine_facts, versions
 
+from . import output
 from .cuda.clock import Call
 from .cuda.contenders import MLX, Bf16, Contender, Ours, TinyGemm, Unavailable
 from .cuda.session import OURS, Case, Results, Session
+from .output import FOLDER, bullets
 
-FOLDER = Path(__file__).resolve().parent / "results"
 SHAPES, QUICK_SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)], [(4096, 4096)]
 ROWS, QUICK_ROWS = [1, 2, 4, 8, 32, 128, 512], [1, 32]
 QUICK = ["afq4", "q4_0", "q4k"]
@@ -105,7 +104,8 @@ def markdown(results: Results) -> str:
         f"memory: {roof or ''}read {facts['read'] / 1e9:.0f} GB/s and copied {facts['copy'] / 1e9:.0f} GB/s here"
     )
     machine.append(f"{facts['seconds']} s in all")
-    parts = [f"# {facts['gpu']}", "\n".join(f"- {line}" for line in machine)]
+    parts = [f"# {facts['gpu']}", bullets(machine)]
+    parts += ["## Faults", bullets(results.faults)] if results.faults else []
     products = [case for case in results.cases if case.m]
     for shape in dict.fromkeys((case.n, case.k) for case in products):
         mine = [case for case in products if (case.n, case.k) == shape]
@@ -123,7 +123,7 @@ def markdown(results: Results) -> str:
         ]
     quantized = [[case.format, f"{1e3 * case.seconds:.1f}"] for case in results.cases if not case.m]
     parts += ["## Quantizing from bf16, milliseconds", markdown_table(["format", "ms"], quantized, right=[1])]
-    parts += ["## Not measured", "\n".join(f"- {line}" for line in results.skipped or ["nothing was left out"])]
+    parts += ["## Not measured", bullets(results.skipped or ["nothing was left out"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,12 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     clock = WallClock(rounds=5 if args.quick else 15)
     session = Session("mps", clock, clock, cache=CACHE, deadline=time.monotonic() + args.seconds)
     results = measure(session, names, quick=args.quick)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"apple {results.facts['gpu']}".lower()).strip("-")
-    stem = args.output / f"{slug}-{time.strftime('%Y-%m-%d')}"
-    args.output.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    path = output.dated(args.output, output.slug(f"apple {results.facts['gpu']}"))
+    paths = output.write(results, markdown(results), path)
     best = [case for case in results.cases if case.who == OURS and case.m == 1]
     print("\n".join(f"{case.format} {case.n} x {case.k}: {_rate(case, results.facts)}" for case in best))
-    print(f"written: {stem}.json, .md")
-    return 0
+    return output.tell(paths, results.faults)

@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from . import tables
+from . import output, tables
+from .output import FOLDER, bullets, targets_table
 from .peers import MODULES, Unavailable
 from .results import Results
 from .targets import judge
 
-FOLDER = Path(__file__).resolve().parent / "results"
 QUICK = ["q4_0", "q3k", "q4k", "afq4", "fp8"]
 
 HOW = """Everything ran in turns within one run: a round of ours, a round of theirs, again. Medians. On one thread the clock is the CPU
@@ -64,11 +64,11 @@ def markdown(results: Results) -> str:
         "# Benchmark report",
         HOW,
         "## Targets",
-        tables.targets_table(targets),
+        targets_table(targets),
         "### Below target",
         tables.misses(targets),
         "## Machine",
-        _bullets([*results.facts["host"], *tables.roofline(results), f"{results.facts['seconds']} s in all"]),
+        bullets([*results.facts["host"], *tables.roofline(results), f"{results.facts['seconds']} s in all"]),
         "## One and eight rows of x",
         tables.few_table(results),
         "## 128 and 512 rows of x, TFLOPS",
@@ -79,28 +79,19 @@ def markdown(results: Results) -> str:
     parts += ["## Quantizing, millions of weights per second on one thread", tables.quantize_table(results)]
     parts += ["## Two threads over one, wall time", tables.threads_table(results)]
     parts += ["## Other libraries, one matrix hot, one thread", tables.peers_table(results)]
-    parts += ["## Not measured", _bullets(results.skipped or ["nothing was left out"])]
+    parts += ["## Not measured", bullets(results.skipped or ["nothing was left out"])]
     return "\n\n".join(parts) + "\n"
 
 
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def write(results: Results, stem: Path) -> list[Path]:
+def write(results: Results, path: Path) -> list[Path]:
     """JSON, Markdown and, with matplotlib, the plot; returns what was written."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
-    try:
-        from .plot import draw
-    except ImportError:
-        print("no plot: pip install matplotlib")
-    else:
-        paths.append(stem.with_suffix(".png"))
-        draw(results, paths[-1])
-    return paths
+
+    def draw(picture: Path) -> None:
+        from . import plot
+
+        plot.draw(results, picture)
+
+    return output.write(results, markdown(results), path, draw)
 
 
 def main() -> int:
@@ -112,7 +103,7 @@ def main() -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args()
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         from isqtorch import formats, get_format
 
@@ -125,11 +116,10 @@ def main() -> int:
         except (Unavailable, ValueError) as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 1
-        stem = args.output / f"{host.slug()}-{time.strftime('%Y-%m-%d')}.json"
-    paths = write(results, stem)
-    print(tables.targets_table(judge(results, results.facts["pace"])))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+        path = output.dated(args.output, host.slug())
+    paths = write(results, path)
+    print(targets_table(judge(results, results.facts["pace"])))
+    return output.tell(paths)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 
 from isqtorch.cli._common import markdown_table
 
+from .output import MARK
 from .results import BF16, GGML, MEMORY, OURS, Case, Results
 from .targets import Target
-
-_MARK = {True: "yes", False: "**no**", None: "-"}
-
-
-def targets_table(targets: Sequence[Target]) -> str:
-    rows = [[t.what, t.against, t.target, t.measured, _MARK[t.met]] for t in targets]
-    return markdown_table(["workload", "compared with", "target", "measured", "met"], rows)
 
 
 def misses(targets: Sequence[Target]) -> str:
@@ -77,7 +71,7 @@ def quantize_table(results: Results) -> str:
         for variant in ("plain", "importance"):
             ours, ggml = (results.find(group, who, path=variant) for who in (OURS, GGML))
             same = results.identical.get(f"{group} {variant}")
-            row += [_rate(ours), _rate(ggml), _times(ours, ggml), _MARK[same]]
+            row += [_rate(ours), _rate(ggml), _times(ours, ggml), MARK[same]]
         rows.append(row)
     return markdown_table(headers, rows, right=[i for i in range(1, len(headers)) if headers[i] != "same bytes"])
 

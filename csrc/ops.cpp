@@ -16,6 +16,11 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // The same where no argument wants a gradient, which is then not looked for: QuantLinear's way, microseconds shorter
   m.def("linear_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
 
+  // `linear` for a weight in fp8 that may round x to FP8, too, as quantize would, where that is faster; elsewhere the
+  // same as `linear`. Its gradients are those of `linear`
+  m.def("linear_w8a8(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+  m.def("linear_w8a8_frozen(Tensor x, Tensor weight, str format, Tensor? bias=None) -> Tensor");
+
   // x [T, K], or [T, S, K] with a row per slot -> [T, S, N]: row (t, s) = x @ dequantize(weight[e])^T + bias[e] with
   // e = ids[t, s], or zeros where e = E, an expert that is not here; weight uint8 [E, N, row_bytes], bias [E, N], ids
   // int32 or int64 [T, S]
@@ -36,4 +41,6 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   m.def("set_cpu_isa(str name) -> ()");
   // What the CUDA part was compiled for, as JSON; there is no kernel for it where that part is missing.
   m.def("cuda_info() -> str");
+  // Whether torch's _scaled_mm can multiply with scales for runs of 128, as linear_w8a8 does where it pays.
+  m.def("allow_fp8_products(bool allowed) -> ()");
 }

@@ -142,8 +142,12 @@ def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
         yield BinaryReader(name, file, os.fstat(file.fileno()).st_size)
 
 
-def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
-    """Write a file beside `path` and move it there when it is complete; a failure leaves what was there before.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, which is moved over it at the end; a failure leaves what was there before.
+
+    There is an empty file under the temporary path. Whoever writes a new one there changes nothing about the permissions, which
+    are those that the user's umask gives.
 
     Raises:
         OSError: as `open` and writing do.
@@ -152,9 +156,17 @@ def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> N
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
+            mode = os.fstat(file.fileno()).st_mode
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
+    """Write a file in the way of `replacing`; errors as there."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(pieces)

@@ -2,7 +2,7 @@
 
     with isqtorch.calibrate(model) as im:      any traffic
         serve(model)
-    im = isqtorch.collect_imatrix(model, tokenizer, "text.txt")     a text, in chunks, as llama.cpp does it
+    im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     a text, in chunks, as llama.cpp does it
 
 The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for routed
 experts, per expert. A layer's hook costs one pass over its input, and layers with the same input (q, k and v; gate and up)
@@ -12,7 +12,6 @@ share that pass.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from .imatrix_files import DEFAULT_CHUNK
 from .modules import PackedModule
 from .modules.convert import layer_kind
 from .modules.packed import ordinary_tensors
+from .progress import progress_bar
 from .routed import RoutedExperts, find_routed_experts
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -202,8 +202,8 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
 def collect_imatrix(
     model: nn.Module,
-    tokenizer: Any,
     text: Ids | os.PathLike[str],
+    tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
     progress: bool | None = None,
@@ -215,8 +215,8 @@ def collect_imatrix(
 
     Args:
         model: in the dtype that it should run in; it runs in eval mode and gets its training flags back.
-        tokenizer: the model's; may be None with token ids.
         text: a file (a path object, or a string that names an existing one), a text, or token ids.
+        tokenizer: the model's; not needed with token ids.
         chunk: tokens per chunk; less where the model's context is not longer than that.
         max_tokens: only the first so many tokens of the text.
         progress: a progress bar; None shows one if stderr is a terminal.
@@ -239,11 +239,8 @@ def collect_imatrix(
     if bos is not None:
         chunks[:, 0] = bos
 
-    from tqdm import tqdm
-
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     with calibrate(model) as im, evaluating(model):
-        for ids_of_one in tqdm(chunks, desc="calibrate", unit="chunk", disable=hidden):
+        for ids_of_one in progress_bar("calibrate", "chunk", progress, chunks):
             run_model(model, ids_of_one[None])
     im.chunk_count, im.chunk_size, im.datasets = len(chunks), size, (dataset,)
     return im

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from isqtorch.binary import replacing
 from isqtorch.formats import QuantFormat, get_format
 
 from .inventory import storage_key
@@ -35,6 +36,7 @@ from .origin import forget
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_ACTIVATIONS = [("fp8", "fp8", kind) for kind in ("linear", "conv1d")]  # with the layer's format and kind
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class LayerEntry:
     out_features: int
     dtype: str  # of the layer, as torch spells it
     experts: int | None = None  # matrices in the stack, where it is one
+    activations: str | None = None  # "fp8": see QuantLinear
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"save: {name} is a {type(tensor).__name__}; only tensors can be saved")
         if tensor.device.type == "meta":
-            raise ValueError(f"save: {name} is on the meta device and has no values")
+            raise ValueError(f"save: {name} is on the meta device and has no values. Load the weights first.")
         first = names.setdefault(storage_key(tensor), name)
         if first == name:
             kept[name] = tensor.detach()
@@ -98,8 +101,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     header = {"format_version": FORMAT_VERSION, "layers": layers, "shared": shared}
     metadata = {"format": "pt", "isqtorch": json.dumps(header, separators=(",", ":"))}
-    with _replacing(path) as temporary:
-        save_file(_separate(kept), temporary, metadata)
+    try:
+        with replacing(path) as temporary:
+            save_file(_separate(kept), temporary, metadata)
+    except SafetensorError as error:  # how safetensors reports a full disk or a missing folder
+        raise OSError(f"save: cannot write {path}: {error}") from error
 
 
 def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -169,7 +175,10 @@ def _entry_of(module: PackedModule, leaf: str) -> LayerEntry:
     *experts, rows, row_bytes = getattr(module, leaf).shape
     fmt, dtype = get_format(module.packed[leaf]), str(module.dtype).removeprefix("torch.")
     kind = _kind(module) or "linear"
-    return LayerEntry(kind, fmt.name, fmt.in_features(row_bytes), rows, dtype, *experts)
+    activations = module.activations if isinstance(module, QuantLinear) else None
+    return LayerEntry(
+        kind, fmt.name, fmt.in_features(row_bytes), rows, dtype, experts[0] if experts else None, activations
+    )
 
 
 def _parameter(model: nn.Module, name: str) -> str:
@@ -196,24 +205,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = whole.clone() if storage in seen else whole
         seen.add(storage)
     return out
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved over it on success and removed otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what the user's umask gives; safetensors would make it private
-        yield temporary
-        os.chmod(temporary, mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # how safetensors reports a full disk or a missing folder
-        raise OSError(f"save: cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -246,11 +237,16 @@ def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
         raise ValueError(
             f"{where}: in_features and out_features are {columns!r} and {rows!r}, must be positive numbers"
         )
+    activations = entry.get("activations")
     try:
-        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype, experts)
+        parsed = LayerEntry(kind, get_format(entry.get("format", "")).name, columns, rows, dtype, experts, activations)
         parsed.packed_shape  # noqa: B018  (checks that blocks divide in_features)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if activations is not None and (activations, parsed.format, kind) not in _ACTIVATIONS:
+        raise ValueError(
+            f"{where}: activations are {activations!r:.80}, which a {kind} layer in {parsed.format} does not have"
+        )
     return parsed
 
 
@@ -342,6 +338,8 @@ def _load_layer(
             parameters[key] = nn.Parameter(_read(file, key, old._parameters[leaf]), requires_grad=False)
         new = to_packed(old, parameters[key], fmt, leaf)
         new.dtype = _DTYPES[entry.dtype]
+        if isinstance(new, QuantLinear):
+            new.activations = entry.activations
         done[id(old), leaf] = new
     parent, _, child = path.rpartition(".")
     model.get_submodule(parent)._modules[child] = done[id(old), leaf]

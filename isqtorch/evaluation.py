@@ -133,10 +133,16 @@ def reference_logits(
 ) -> Tensor:
     """The logits of every scored position, to compare other models with by `kl_divergence`.
 
+    Args:
+        model, ids_or_text, tokenizer, context, batch, progress: as for `perplexity`.
+
     Returns:
         `[tokens, vocab]` on the CPU, in the dtype that the model computes. This is large (a 30,000-token text and a
         vocabulary of 128,000 make 8 GB in bf16); where both models fit in memory, give the model itself to
         `kl_divergence` instead.
+
+    Raises:
+        ValueError: a bad argument, or too few tokens.
     """
     run = _Windows("reference_logits", token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
     stored = torch.empty(0)

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from .formats import get_format
-from .modules import PackedModule, QuantEmbedding, QuantExperts
+from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from .modules.convert import name_of
 from .ops import CpuInfo, cpu_info, cuda_info
 from .ops.metal.chips import limits
-from .ops.native import NATIVE_DEVICES, missing_kernels
+from .ops.native import NATIVE_DEVICES, missing_kernels, no_fp8_products
 
 JSON_VERSION = 1
 _HEAD = ("layer", "count", "shape", "format", "bpw", "device", "op", "kernel, by rows of x")
@@ -67,7 +67,7 @@ class Explanation:
         """Layers that differ in nothing but numbers in their names, with a name for all: "layers.[0-7].mlp.up_proj"."""
         groups: dict[tuple[Any, ...], list[LayerExplanation]] = {}
         for layer in self.layers:
-            key = (_without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device)
+            key = (_without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device, layer.kernels)
             groups.setdefault(key, []).append(layer)
         return [(_common_name([layer.name for layer in group]), group) for group in groups.values()]
 
@@ -146,6 +146,7 @@ def explain(module: nn.Module) -> Explanation:
     if any(layer.device == "cpu" for layer in layers):
         notes.append(f"CPU kernels: {info.isa_selected}, {info.reason}; {info.threads} threads")
     uses = dict.fromkeys((use.kernel, use.level, use.why) for layer in layers for use in layer.kernels)
+    notes += _activation_notes([layer for _, layer in found])
     notes += [f"{kernel}{f', level {level}' if level else ''}: {why}" for kernel, level, why in uses]
     return Explanation(layers, notes)
 
@@ -166,18 +167,39 @@ def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> 
         ),  # of the bytes: a shard has fewer than in_features
         bits_per_weight=fmt.bits_per_weight,
         device=str(weight.device),
-        kernels=_kernels(op, fmt.name, weight.device.type, info),
+        kernels=_kernels(op, fmt.name, weight.device.type, info, _has_fp8_products(layer)),
     )
 
 
-def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUse, ...]:
+def _has_fp8_products(layer: PackedModule) -> bool:
+    """Whether x is rounded to FP8 for many rows: the layer allows it, and its device has products for it."""
+    if not isinstance(layer, QuantLinear) or layer.activations is None:
+        return False
+    rows, columns = layer.weight.shape[0], get_format(layer.format).in_features(layer.weight.shape[1])
+    return rows % 16 == 0 and columns > 128 and no_fp8_products(layer.weight.device) is None
+
+
+def _activation_notes(layers: Sequence[PackedModule]) -> list[str]:
+    """Where x is not rounded although that is allowed, and why."""
+    allowed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.activations]
+    why: dict[str, int] = {}
+    for layer in allowed:
+        reason = no_fp8_products(layer.weight.device)
+        if reason is None and not _has_fp8_products(layer):
+            reason = "cuBLAS wants out_features that are a multiple of 16, and more than 128 in_features"
+        if reason is not None:
+            why[reason] = why.get(reason, 0) + 1
+    return [f'activations="fp8" changes nothing for {count} layers: {reason}' for reason, count in why.items()]
+
+
+def _kernels(op: str, format: str, device: str, info: CpuInfo, fp8_products: bool = False) -> tuple[KernelUse, ...]:
     if device == "meta":
         return (KernelUse(_ANY, "none", "", "a layer on meta holds no data; only shapes are computed"),)
     if device not in NATIVE_DEVICES:
         why = f"{missing_kernels(device)}, so weights are decoded by PyTorch, correctly and slowly"
         return (KernelUse(_ANY, "plain PyTorch reference", "", why),)
     if device == "cuda":
-        return _cuda_kernels(op, format)
+        return _cuda_kernels(op, format, fp8_products)
     if device == "mps":
         return _metal_kernels(op)
     if op == "embedding":
@@ -188,7 +210,7 @@ def _kernels(op: str, format: str, device: str, info: CpuInfo) -> tuple[KernelUs
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])
 
 
-def _cuda_kernels(op: str, format: str) -> tuple[KernelUse, ...]:
+def _cuda_kernels(op: str, format: str, fp8_products: bool) -> tuple[KernelUse, ...]:
     info = cuda_info()
     assert info
     if op == "embedding":
@@ -196,7 +218,9 @@ def _cuda_kernels(op: str, format: str) -> tuple[KernelUse, ...]:
     if op == "experts_linear":
         why = "pairs of a token and an expert, sorted on the GPU where there are many"
         return (KernelUse(_ANY, "rows or tiles (CUDA)", "", why),)
-    return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear(format))
+    return tuple(
+        KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear(format, fp8_products=fp8_products)
+    )
 
 
 def _metal_kernels(op: str) -> tuple[KernelUse, ...]:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from .activations import check_activations
 from .formats import formats
 from .plan import read_checkpoint
 from .policy import Request, decide
@@ -89,7 +90,7 @@ def overview(
         source: a folder, a file or a model id, as for `plan`.
         specs: formats or numbers of bits; None: every format.
         context: tokens of the key-value cache; less where the model's context is shorter.
-        options: more arguments of `plan` (topology, organization, include, exclude, fallback).
+        options: more arguments of `plan` (topology, organization, include, exclude, fallback, activations).
 
     Raises:
         ValueError, OSError: as `plan`.
@@ -100,7 +101,9 @@ def overview(
     reports = {}
     for spec in formats() if specs is None else specs:
         request = Request(spec, op="plan", **options)
-        reports[str(spec)] = QuantReport.build(inventory, decide(inventory.layers, request), spec, planned=True)
+        verdict = decide(inventory.layers, request)
+        report = reports[str(spec)] = QuantReport.build(inventory, verdict, spec, planned=True)
+        report.notes += check_activations(inventory.layers, verdict, request)
     text = _text_config(config)
     longest = text.get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:

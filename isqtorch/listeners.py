@@ -19,5 +19,6 @@ def listen(listener: Listener) -> None:
 
 
 def announce(model: nn.Module, report: QuantReport | None) -> None:
+    """Tell everybody; what one of them raises comes through."""
     for listener in _listeners:
         listener(model, report)

@@ -76,8 +76,9 @@ class Origin:
         include: Sequence[str] | str | None,
         exclude: Sequence[str] | str | None,
         fallback: str | None,
+        activations: str | None,
     ) -> Request:
-        """A new request; what it leaves open is as before.
+        """A new request; what it leaves open is as before (but for `activations`, which the layers know).
 
         Raises:
             ValueError: see `Request`, and where a new topology places layers on devices.
@@ -97,6 +98,7 @@ class Origin:
             self.exclude if exclude is None else exclude,
             self.fallback if fallback is None else fallback,
             "requantize_",
+            activations=activations,
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .activations import check_activations
 from .inventory import Inventory, inspect_model
 from .policy import LayerInfo, Request, decide, head_by_name
 from .prepare import check_model, parsed_device
@@ -68,6 +69,7 @@ def plan(
     exclude: Sequence[str] | str | None = None,
     fallback: str = "up",
     device: torch.device | str | None = None,
+    activations: str | None = None,
 ) -> QuantReport:
     """Foresee the report of `quantize_`: formats, sizes, promotions, fallbacks and what is left, with reasons.
 
@@ -84,7 +86,7 @@ def plan(
         ValueError: a bad option, or a damaged or already quantized checkpoint.
         OSError: no such file or folder, or the Hub cannot be reached or does not have it.
     """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "plan")
+    request = Request(fmt, topology, organization, include, exclude, fallback, "plan", activations=activations)
     notes: list[str] = []
     if isinstance(model, nn.Module):
         check_model(model, "plan")
@@ -94,8 +96,9 @@ def plan(
     if device is not None:
         kind = parsed_device(device, "plan: device").type
         inventory = replace(inventory, layers=[replace(layer, device_type=kind) for layer in inventory.layers])
-    report = QuantReport.build(inventory, decide(inventory.layers, request), fmt, planned=True)
-    report.notes += notes
+    verdict = decide(inventory.layers, request)
+    report = QuantReport.build(inventory, verdict, fmt, planned=True)
+    report.notes += [*notes, *check_activations(inventory.layers, verdict, request)]
     return report
 
 

@@ -88,6 +88,7 @@ class Decision:
 class Request:
     """What the user asked for, checked; see `quantize_` for the meaning of each option.
 
+    `activations` is "fp8" where linear layers in fp8 may round x, too.
     `assigned` is what was chosen layer by layer where `fmt` is "auto", by layer name.
 
     Raises:
@@ -102,6 +103,7 @@ class Request:
     fallback: str = "up"
     op: str = "quantize_"
     assigned: Mapping[str, Assigned] | None = None
+    activations: str | None = None
     entries: Topology = field(init=False)
     included: list[re.Pattern[str]] | None = field(init=False)
     excluded: list[re.Pattern[str]] = field(init=False)
@@ -118,6 +120,8 @@ class Request:
         ):
             if value not in known:
                 raise ValueError(f"{self.op}: {option} must be one of {', '.join(known)}; got {value!r}")
+        if self.activations not in (None, "fp8"):
+            raise ValueError(f'{self.op}: activations must be None or "fp8"; got {self.activations!r}')
         self.entries = Topology.load({} if self.topology is None else self.topology)
         self.included = None if self.include is None else _patterns(self.op, "include", self.include)
         self.excluded = [] if self.exclude is None else _patterns(self.op, "exclude", self.exclude)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
 
+from .activations import check_activations
 from .imatrix import Imatrix, read_imatrix
 from .inventory import Inventory, inspect_model
 from .modules import PackedModule
@@ -92,9 +93,10 @@ def prepare_inventory(
         ValueError: see `quantize_`.
     """
     verdict = decide(inventory.layers, request)
+    permissions = check_activations(inventory.layers, verdict, request)
     importance = load_imatrix(imatrix)
     jobs = _jobs(inventory, verdict, importance, target, rule, again)
-    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule)]
+    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule), *permissions]
     if importance is not None:
         notes += _importance_notes(jobs, importance, request.op)
     alarms = _dead_columns(jobs)

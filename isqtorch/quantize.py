@@ -8,20 +8,20 @@ scratch of its largest layer.
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
 
+from .activations import permit
 from .calibration import collect_imatrix
 from .inventory import packed_names, storage_key
 from .listeners import announce
@@ -33,11 +33,9 @@ from .modules.packed import ordinary_tensors
 from .origin import Origin, forget
 from .policy import Request
 from .prepare import ImatrixLike, Job, check_model, prepare
+from .progress import progress_bar
 from .report import QuantReport
 from .topology import Spec, TopologyLike
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _ERROR_CHUNK = 1 << 17  # weights compared at a time by measure_error
 
@@ -56,6 +54,7 @@ def quantize_(
     fallback: str = "up",
     device: torch.device | str | None = None,
     rule: str | None = None,
+    activations: str | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
     formats: Sequence[Spec] | None = None,
@@ -91,6 +90,9 @@ def quantize_(
         device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
         rule: another way to choose the codes, for formats that have one (the report names the others): "search" for afq and
             hqq, slower and closer to the weights, and the only one of theirs that uses importance; "mlx" for afq, MLX's bits.
+        activations: "fp8" allows linear layers in fp8 to round x to FP8 as well where that is faster, as torch's allow_tf32 allows
+            TF32: on GPUs of compute capability 9.0, for many rows of x. Experts and embeddings are not concerned. None: x is
+            used as it is.
         target_bpw: for "auto": the most bits per weight that the report may show (of the whole model, with what is not
             quantized).
         max_size: for "auto", instead: the most bytes the model may have, or a string such as "6GB" or "5.5GiB".
@@ -109,7 +111,7 @@ def quantize_(
             as it was.
         OSError: a topology, imatrix or calibration file that cannot be read.
     """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_")
+    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_", activations=activations)
     check_model(model, request.op)
     packed = packed_names(model)
     if packed:
@@ -190,7 +192,7 @@ def _run(
 ) -> QuantReport:
     """Check, then replace layer by layer."""
     started = time.perf_counter()
-    choice = None
+    choice, activations = None, request.activations
     if budget is not None:
         request = smallest_choice(model, request, budget, device)
     if calibrate.file is not None and (budget is None or imatrix is None):
@@ -199,19 +201,21 @@ def _run(
     if budget is not None:
         prepare(model, request, imatrix, device, rule)  # what is wrong shows before the minutes that this takes
         request, choice = choose_formats(model, request, budget, imatrix, calibrate, device, rule, progress)
+        request = replace(request, activations=activations)
     prepared = prepare(model, request, imatrix, device, rule)
     origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
     errors: dict[str, float] = {}
     placed: set[int] = set()
-    with progress_bar(len(prepared.jobs), request.op, progress) as bar:
+    with progress_bar(request.op, "layer", progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             error = _replace(model, job, measure_error, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()
+    permit(model.modules(), activations)
     if prepared.target is not None:
         _move_rest(model, prepared.target, placed)
 
@@ -242,7 +246,7 @@ def collect(
     if calibrate.tokenizer is None:
         raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
     check()
-    return collect_imatrix(model, calibrate.tokenizer, Path(calibrate.file or ""), progress=progress)
+    return collect_imatrix(model, Path(calibrate.file or ""), calibrate.tokenizer, progress=progress)
 
 
 def _replace(model: nn.Module, job: Job, measure: bool, placed: set[int]) -> float | None:
@@ -310,12 +314,3 @@ def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None
 
 def _weight(model: nn.Module, name: str) -> Tensor:
     return cast(Tensor, model.get_submodule(name).weight)
-
-
-@contextmanager
-def progress_bar(total: int, op: str, wanted: bool | None) -> Iterator[tqdm[Any]]:
-    from tqdm import tqdm
-
-    show = sys.stderr.isatty() if wanted is None else wanted
-    with tqdm(total=total, desc=op, unit="layer", disable=not show) as bar:
-        yield bar

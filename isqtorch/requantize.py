@@ -10,22 +10,26 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .activations import permit
 from .exchange import Swap, check_outside, exchange
 from .inventory import inspect_model, packed_names
 from .listeners import announce
-from .modules import PackedModule, QuantExperts
+from .mixed import Budget, choose_formats, smallest_choice
+from .modules import PackedModule, QuantExperts, QuantLinear
 from .modules.convert import float_shape, is_turned, locate, to_packed, weight_matrix
 from .modules.packed import ordinary_tensors
 from .ops.native import NATIVE_DEVICES
 from .origin import Origin, forget
 from .policy import Request
 from .prepare import ImatrixLike, Job, Prepared, check_model, prepare, prepare_inventory
-from .quantize import Calibrate, collect, pack_weight, progress_bar
+from .progress import progress_bar
+from .quantize import Calibrate, collect, pack_weight
 from .report import QuantReport
 from .source import Source, difference, files_in, open_source
 from .topology import Spec, TopologyLike
@@ -51,6 +55,11 @@ def requantize_(
     exclude: Sequence[str] | str | None = None,
     fallback: str | None = None,
     rule: str | None = None,
+    activations: str | None = None,
+    target_bpw: float | None = None,
+    max_size: int | str | None = None,
+    formats: Sequence[Spec] | None = None,
+    probe: str | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -76,6 +85,9 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
+        activations: see `quantize_`. None: as it is, which is refused if no linear layer is in fp8 afterwards; "" drops it.
+        target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
+            importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.
 
     Returns:
@@ -89,13 +101,26 @@ def requantize_(
     """
     began = time.perf_counter()
     check_model(model, "requantize_")
+    budget = Budget.parse("requantize_", fmt, target_bpw, max_size, formats, probe)
+    if probe == "kl":
+        raise ValueError(
+            "requantize_: probe='kl' needs the gradients of float weights, and these are packed. Leave it out, or use quantize_ on the "
+            "float model."
+        )
     if not packed_names(model):
         raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
     check_outside(model)
     before = Origin.of(model)
     origin = before or Origin()
-    request = origin.request(fmt, topology, organization, include, exclude, fallback)
+    had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
+    wanted = ("fp8" if had else None) if activations is None else activations or None
+    request = origin.request(fmt, topology, organization, include, exclude, fallback, wanted)
     files, weights, notes, alarm = _weights(model, source, origin)
+    if had and request.activations is None:
+        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
+    choice, activations = None, request.activations
+    if budget is not None:
+        request = smallest_choice(model, request, budget, None)
     if before is None:
         notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"
@@ -105,10 +130,17 @@ def requantize_(
         imatrix = collect(
             model, "requantize_", imatrix, calibrate, progress, lambda: _prepare(model, request, None, rule, weights)
         )
+    if budget is not None:
+        _prepare(model, request, imatrix, rule, weights)  # what is wrong shows before everything is measured
+        text = Calibrate(None, None)
+        request, choice = choose_formats(model, request, budget, imatrix, text, None, rule, progress, weights.of)
+        request = replace(request, activations=activations)
     prepared = _prepare(model, request, imatrix, rule, weights)
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, weights, progress, measure_error)
+    permit((swap.new for swap in swaps), request.activations)
+    kept = _kept(model, prepared, swaps)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
     made = {name for job in prepared.jobs for name in job.names}
@@ -118,8 +150,10 @@ def requantize_(
             layer.reason = layer.reason.replace(f"is {layer.stored} already", "made anew")
     report.notes += [*prepared.notes, *notes, *alarm]
     report.imatrix, report.rule = prepared.imatrix, prepared.rule
+    if choice is not None:
+        report.record(choice)
     trouble = origin.trouble if source == STORED else None
-    _commit(model, swaps, Origin.made(files, trouble, request), report, began)
+    _commit(model, swaps, kept, request.activations, Origin.made(files, trouble, request), report, began)
     return report
 
 
@@ -132,31 +166,33 @@ class Weights:
     def __init__(self, model: nn.Module, source: Source | None) -> None:
         self.model, self.source = model, source
 
-    def of(self, job: Job) -> Tensor:
+    def of(self, names: Sequence[str]) -> Tensor:
         """`[N, K]` or `[E, N, K]`, where it can be packed; not to be written to.
+
+        Args:
+            names: of all layers that share the weight.
 
         Raises:
             ValueError: the source has no such weight, or not in this shape.
             OSError: it cannot be read.
         """
-        path, leaf = locate(self.model, job.names[0])
+        path, leaf = locate(self.model, names[0])
         module = self.model.get_submodule(path)
         own = cast(Tensor, module._parameters[leaf])
         if not isinstance(module, PackedModule) or leaf not in module.packed:
             return weight_matrix(module, leaf).detach()
+        self.release()  # what was read before
         if self.source is None:
             decoded: Tensor = torch.ops.isqtorch.dequantize(own, module.packed[leaf], torch.float32)
             return decoded
-        weight = self._read(job, module, leaf).to(module.dtype)
+        weight = self._read(names, module, leaf).to(module.dtype)
         if own.device.type in NATIVE_DEVICES:  # elsewhere packing is slower than both copies
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if is_turned(module) else weight
 
-    def _read(self, job: Job, module: PackedModule, leaf: str) -> Tensor:
+    def _read(self, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
         assert self.source is not None, "checked by the caller"
-        names = [
-            ".".join(locate(self.model, name)) for name in job.names
-        ]  # a shared weight is stored under any one of them
+        names = [".".join(locate(self.model, layer)) for layer in layers]  # it is stored under any one of them
         shape = float_shape(module, leaf)
         for name in names:
             weight = self.source.read(name)
@@ -237,7 +273,7 @@ def _packed(
     fresh: dict[int, nn.Module] = {}  # id of an old layer -> the new one
     errors: dict[str, float] = {}
     places = {name: _place(model, name) for job in prepared.jobs for name in job.names}
-    with progress_bar(len(prepared.jobs), "requantize_", progress) as bar:
+    with progress_bar("requantize_", "layer", progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             parameter, error = _pack(model, job, weights, measure)
@@ -254,6 +290,18 @@ def _packed(
     return list(swaps.values()), errors
 
 
+def _kept(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap]) -> dict[QuantLinear, str | None]:
+    """Linear layers that the request concerns and that are in fp8 already: {layer: its activations}."""
+    replaced = {id(swap.old) for swap in swaps}
+    found: dict[QuantLinear, str | None] = {}
+    for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
+        if decision.format is not None and decision.format.name == "fp8":
+            module = model.get_submodule(locate(model, layer.name)[0])
+            if isinstance(module, QuantLinear) and id(module) not in replaced:
+                found[module] = module.activations
+    return found
+
+
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]:
     """(parent, name in it, module, name of the parameter) of a weight."""
     path, leaf = locate(model, name)
@@ -265,7 +313,7 @@ def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[
     path, leaf = locate(model, job.names[0])
     device = cast(Tensor, model.get_submodule(path)._parameters[leaf]).device
     with ordinary_tensors():
-        weight = weights.of(job)
+        weight = weights.of(job.names)
         try:
             packed, error = pack_weight(weight, job, measure)
         except ValueError as fault:
@@ -275,16 +323,27 @@ def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[
         return nn.Parameter(packed.to(device), requires_grad=False), error
 
 
-def _commit(model: nn.Module, swaps: list[Swap], origin: Origin, report: QuantReport, began: float) -> None:
+def _commit(
+    model: nn.Module,
+    swaps: list[Swap],
+    kept: dict[QuantLinear, str | None],
+    activations: str | None,
+    origin: Origin,
+    report: QuantReport,
+    began: float,
+) -> None:
     """Exchange the layers and tell everybody, or neither."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
 
     def tell() -> None:
         report.seconds = time.perf_counter() - began
         origin.attach(model)
+        permit(kept, activations)
         announce(model, report)
 
     def take_back() -> None:
+        for layer, had in kept.items():
+            layer.activations = had
         if before is None:
             forget(model)
         else:

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import ...`
 
-from helpers import FORMATS, IMPLEMENTATIONS, implementation, run_flushing_denormals
+from helpers import FORMATS, GPU_ORDERS, IMPLEMENTATIONS, implementation, run_flushing_denormals
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
@@ -54,6 +54,53 @@ def impl(request: pytest.FixtureRequest) -> Iterator[object]:
         ops.set_cpu_isa(isa)
     yield implementation(name)
     ops.set_cpu_isa("")
+
+
+@pytest.fixture(params=ops.cpu_info().isa_supported)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction-set level that this machine can run, in force."""
+    yield from _on(request.param)
+
+
+@pytest.fixture(params=ops.cpu_info().isa_with_formats)
+def format_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The levels that have quantizers and decoders of their own; the others use those of the level below."""
+    yield from _on(request.param)
+
+
+def _on(level: str) -> Iterator[str]:
+    ops.set_cpu_isa(level)
+    yield level
+    ops.set_cpu_isa("")
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN or large integers, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Writes a file whose name tells nothing: the content must."""
+
+    def write(data: bytes) -> Path:
+        path = tmp_path / "file"
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+@pytest.fixture(params=GPU_ORDERS)
+def metal_order(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The orders in which the emulator of Metal gives threads their turns, in force."""
+    from emulator.metal import runner
+
+    with runner.schedule(request.param, seed=7):
+        yield request.param
 
 
 @pytest.fixture(params=["ieee", "flush_denormal"])

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat, formats, get_format
+from isqtorch.report import QuantReport
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FORMATS = [get_format(name) for name in formats()]
@@ -25,6 +28,13 @@ IMPLEMENTATIONS = ["reference", *(f"native-{isa}" for isa in ops.cpu_info().isa_
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 """Rounding of an output of this type."""
+
+GPU_ORDERS = ["forward", "reverse", "shuffled"]
+"""In which an emulated GPU gives threads their turns."""
+
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @cache
@@ -66,6 +76,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+def formats_of(report: QuantReport) -> dict[str, str | None]:
+    """What each layer has now."""
+    return {layer.name: layer.stored for layer in report.layers}
+
+
 def weight(fmt: QuantFormat, rows: int = 16, blocks: int = 4, seed: int = 0) -> Tensor:
     """Normally distributed f32 `[rows, blocks * fmt.block]`."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,6 +104,31 @@ def before_a_guard_page(t: Tensor, gap: int = 0) -> Tensor:
     copy = torch.frombuffer(area, dtype=torch.uint8, count=t.nbytes, offset=size - t.nbytes - gap)
     copy.copy_(t.contiguous().view(-1).view(torch.uint8))
     return copy.view(t.dtype).view(t.shape)
+
+
+def shifted(t: Tensor, by: int) -> Tensor:
+    """The same elements, `by` bytes further from where an allocation begins."""
+    raw = torch.zeros(t.nbytes + by, dtype=torch.uint8)
+    raw[by:] = t.contiguous().view(-1).view(torch.uint8)
+    view = torch.frombuffer(memoryview(raw.numpy())[by:], dtype=t.dtype).view(t.shape)
+    assert view.data_ptr() == raw.data_ptr() + by and torch.equal(view, t)
+    return view
+
+
+def check_scaled_mm(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, out_dtype: torch.dtype) -> None:
+    """torch's own checks of the arguments of `_scaled_mm`, of its old and its new interface, as for tensors on CUDA.
+
+    Args:
+        x, w: FP8 `[M, K]` and `[K, N]`.
+        scale_x, scale_w: f32 `[M, K / 128]` and `[K / 128, N]`.
+    """
+    from torch._meta_registrations import _check_scaled_mm_sizes, _check_scaled_mm_sizes_v2
+    from torch.nn.functional import ScalingType
+
+    recipe = [ScalingType.BlockWise1x128.value]
+    with mock.patch("torch._meta_registrations.device_hint", return_value="cuda"):
+        _check_scaled_mm_sizes(x, w, scale_x, scale_w, out_dtype=out_dtype)
+        _check_scaled_mm_sizes_v2(x, w, [scale_x], recipe, [scale_w.t()], recipe, out_dtype=out_dtype)
 
 
 def linear_error(y: Tensor, x: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
@@ -126,3 +166,26 @@ class LinearCase:
 
     def error(self, y: Tensor) -> float:
         return float((y.double() - self.exact).norm()) / self.typical
+
+
+def allowed(fmt: QuantFormat, y: Tensor) -> float:
+    """The format's bound is for the RMS of many outputs; few may lie three deviations off."""
+    return fmt.linear_error * (1 + 3 / y.numel() ** 0.5) + ROUNDING[y.dtype]
+
+
+def int8_activations(rows: int, k: int) -> Tensor:
+    """Rows that rounding to int8 per 32 does not change: integers up to 127, times a power of two per 32."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-127, 128, (rows, k), generator=generator).float()
+    x[:, ::32] = 127
+    return x * 2.0 ** torch.randint(-9, 9, (rows, k // 32), generator=generator).repeat_interleave(32, 1)
+
+
+def squares(x: Tensor) -> Tensor:
+    """What calibration sums, in float64: `[K]`."""
+    return x.detach().double().reshape(-1, x.shape[-1]).square().sum(0)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """f32 sums against float64."""
+    torch.testing.assert_close(got.double().flatten(), want.double().flatten(), rtol=2e-5, atol=1e-6)

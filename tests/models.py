@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from isqtorch import quantize_
+
+IDS = torch.arange(24).view(2, 12) % 60
+"""Tokens for the language models."""
+
+HIDDEN, INNER, EXPERTS = 64, 96, 5  # of FusedMoE
 
 
 def tiny_llama(*, hidden: int = 256, tied: bool = False, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -47,6 +57,34 @@ def tiny_bert() -> Any:
         max_position_embeddings=128,
     )
     return BertForMaskedLM(config).eval()
+
+
+def tiny_moe(family: str = "Qwen3Moe") -> Any:
+    """One layer of fused experts, 6 of 96 x 64, as `family` has them: Qwen3Moe, Mixtral or GptOss."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
+    if family == "GptOss":
+        config = transformers.GptOssConfig(**sizes, num_local_experts=6)
+    elif family == "Mixtral":
+        config = transformers.MixtralConfig(**sizes, num_local_experts=6)
+    else:
+        config = transformers.Qwen3MoeConfig(**sizes, num_experts=6, moe_intermediate_size=96)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def mlp(width: int = 256, depth: int = 3, *, bias: bool = True) -> nn.Sequential:
@@ -101,6 +139,63 @@ class ConvNet(nn.Module):
         return self.small(self.fc(x).relu())
 
 
+class Experts(nn.Module):
+    """What a class with transformers' `use_experts_implementation` has, and the slow, obvious product."""
+
+    def __init__(
+        self,
+        hidden: int = HIDDEN,
+        inner: int = INNER,
+        experts: int = EXPERTS,
+        *,
+        gate: bool = True,
+        bias: bool = False,
+        transposed: bool = False,
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.has_gate, self.has_bias, self.is_transposed, self.has_post_expert_norm = gate, bias, transposed, norm
+        self.is_concatenated, self._is_expert_parallel = True, False
+        self.num_experts, self.act_fn, self.limit = experts, nn.SiLU(), 7.0
+        shapes = {"gate_up_proj" if gate else "up_proj": (inner * (1 + gate), hidden), "down_proj": (hidden, inner)}
+        for name, (rows, columns) in shapes.items():
+            shape = (experts, columns, rows) if transposed else (experts, rows, columns)
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.1))
+            if bias:
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(experts, rows)))
+        if norm:
+            self.post_expert_norm = nn.RMSNorm(hidden)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate).clamp(max=self.limit) * up
+
+    def _product(self, name: str, x: Tensor, ids: Tensor) -> Tensor:
+        w = getattr(self, name)[ids]  # [T, S, N, K]
+        y = torch.einsum("tskn,tsk->tsn" if self.is_transposed else "tsnk,tsk->tsn", w, x)
+        return y + getattr(self, f"{name}_bias")[ids] if self.has_bias else y
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x = hidden_states[:, None].expand(*top_k_index.shape, -1)
+        up = self._product("gate_up_proj" if self.has_gate else "up_proj", x, top_k_index)
+        y = self._product("down_proj", self._apply_gate(up) if self.has_gate else self.act_fn(up), top_k_index)
+        y = self.post_expert_norm(y) if self.has_post_expert_norm else y
+        return (y * top_k_weights[..., None]).sum(1)
+
+
+class FusedMoE(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(options.get("hidden", HIDDEN), options.get("experts", EXPERTS), bias=False)
+        self.experts = Experts(**options)
+        self.proj = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        return self.proj(self.experts(x, ids, weights))
+
+
 def state_bytes(module: nn.Module) -> dict[str, bytes]:
     """The state dict as bytes, to compare exactly."""
     return {
@@ -108,3 +203,25 @@ def state_bytes(module: nn.Module) -> dict[str, bytes]:
         for name, tensor in module.state_dict().items()
         if tensor.numel()
     }
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def stored(model: nn.Module, folder: Path, name: str = "model.safetensors") -> Path:
+    """The model's weights as its checkpoint."""
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / name)
+    return folder / name
+
+
+def quantized(model: nn.Module, fmt: str | None, **options: Any) -> nn.Module:
+    quantize_(model, fmt, **options)
+    return model
+
+
+def everything(model: nn.Module) -> tuple[Any, ...]:
+    """What must not change when something fails: bytes, the very modules, and their own state."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return state_bytes(model), {n: id(m) for n, m in modules.items()}, {n: list(vars(m)) for n, m in modules.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import check_scaled_mm
 from torch import Tensor
 
 from benchmarks import bench_ops
@@ -43,12 +44,12 @@ def session(*, cache: int = 0, deadline: float = 1e12, clock: MadeUp | None = No
 def test_every_contender_format_and_number_of_rows_is_measured() -> None:
     run = session()
     run.products([Bf16(), Ours(["q4k", "fp8"])], SHAPE, [1, 8])
-    run.quantize(["q4k"], SHAPE)
+    run.quantize(["afq4", "q4k"], SHAPE)
     assert [(case.who, case.format, case.m) for case in run.results.cases] == [
         ("bf16", "bf16", 1),
         ("bf16", "bf16", 8),
         *((OURS, format, m) for format in ("q4k", "fp8") for m in (1, 8)),
-        (OURS, "q4k", 0),
+        *((OURS, format, 0) for format in ("afq4", "afq4+search", "q4k")),
     ]
     product, quantized = run.results.cases[2], run.results.cases[-1]
     assert product.nbytes == 64 * 144 and product.seconds == 1e-3
@@ -67,8 +68,19 @@ def test_copies_exceed_the_cache() -> None:
 def test_our_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contenders.ops.linear
     monkeypatch.setattr(contenders.ops, "linear", lambda *arguments: 1.1 * right(*arguments))
-    with pytest.raises(AssertionError, match=r"linear of q4k, 8 rows, is off by 0\.1"):
-        session().products([Ours(["q4k"])], SHAPE, [8])
+    run = session()
+    run.products([Ours(["q4k"])], SHAPE, [8])
+    assert not run.results.cases
+    (fault,) = run.results.faults
+    assert fault.startswith("isqtorch q4k 64x256 M=8: linear of q4k, 8 rows, is off by 0.1")
+
+
+def test_our_quantizers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.ops.dequantize
+    monkeypatch.setattr(contenders.ops, "dequantize", lambda *arguments: -right(*arguments))
+    run = session()
+    run.quantize(["q4k"], SHAPE)
+    assert run.results.faults == ["quantize q4k: decoded weights differ"] and not run.results.cases
 
 
 class Another:
@@ -118,6 +130,43 @@ def test_missing_libraries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
+def rounding(x: Tensor, packed: Tensor, format: str) -> Tensor:
+    """What linear_w8a8 is where there are FP8 products."""
+    both = [contenders.ops.dequantize(t, format, torch.float32) for t in (contenders.ops.quantize(x, format), packed)]
+    return (both[0] @ both[1].t()).to(x.dtype)
+
+
+def test_fp8_activations_are_measured_where_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unavailable, match="there are no CUDA kernels"):
+        contenders.OursRounded(8)
+    monkeypatch.setattr(contenders, "no_fp8_products", lambda device: None)
+    ours = contenders.OursRounded(8)
+    run = session()
+    run.products([ours], SHAPE, [9])  # nothing rounds here
+    (fault,) = run.results.faults
+    assert "linear of fp8, 9 rows, is off by 0.02" in fault and not run.results.cases
+    monkeypatch.setattr(contenders, "linear_w8a8", rounding)
+    run = session()
+    run.products([ours], SHAPE, [8, 9])
+    assert [(case.who, case.m, case.nbytes) for case in run.results.cases] == [("isqtorch W8A8", 9, 64 * 264)]
+    assert run.results.skipped == ["isqtorch W8A8 fp8 64x256 M=8: the same as isqtorch's fp8"]
+
+
+def test_the_fp8_peer_with_scales_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(x: Tensor, w: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        check_scaled_mm(x, w, scale_a, scale_b, out_dtype)
+        both = (x.float() * scale_a.repeat_interleave(128, 1)) @ (w.float() * scale_b.repeat_interleave(128, 0))
+        return both.to(out_dtype)
+
+    monkeypatch.setattr(contenders.torch, "_scaled_mm", product)
+    weight, x = torch.randn(64, 256).bfloat16(), torch.randn(16, 256).bfloat16()
+    made = contenders.ScaledMM().product("fp8g128", weight, x, lambda nbytes: 2)
+    want = x.float() @ weight.float().t()
+    assert made.nbytes == 64 * 256 + 64 * 2 * 4 and len(made.calls) == 2
+    for call in made.calls:
+        assert float((call().float() - want).norm() / want.norm()) < 0.05
+
+
 def test_the_bandwidth_counts_both_ways() -> None:
     run = session()
     run.bandwidth(1 << 16)
@@ -136,6 +185,10 @@ def made_up() -> Results:
         cases.append(Case("bf16", "bf16", n, k, m, bf16 * max(1, m / 128), 2 * n * k))
         cases.append(Case("tinygemm", "int4g64", n, k, m, ours * 1.5 * max(1, m / 16), n * k * 9 // 16))
         cases.append(Case("_scaled_mm", "fp8", n, k, m, 1e-9, n * k))  # other bits: not compared with
+        if m >= 512:
+            fp8 = bf16 * m / 128 / 1.2
+            cases.append(Case(OURS, "fp8", n, k, m, fp8, n * k * 33 // 32))
+            cases.append(Case(targets.ROUNDED, "fp8", n, k, m, fp8 * {512: 1.25, 2048: 0.75}[m], n * k * 33 // 32))
         cases.append(Case(OURS, "q4k", n, k, m, ours * {8: 1.05}.get(m, max(1, m / 64)), n * k * 9 // 16))
     cases.append(Case(OURS, "q2k", n, k, 1, bf16 / 4, n * k * 21 // 64))
     cases += [Case(OURS, "q4k", 4096, 14336, 0, 8e-3, 1), Case(OURS, "q8_0", 4096, 14336, 0, 1e-3, int(1.2e9))]
@@ -154,6 +207,8 @@ def made_up() -> Results:
         ("M = 16 to 64", {"q4k 8192x8192 M=16": 4.8}, True),
         ("M = 512", {"q4k 8192x8192 M=512": 2.4}, True),
         ("M = 2048", {"q4k 8192x8192 M=2048": 2.4}, True),
+        ("fp8 with activations in FP8, M = 512", {"fp8 8192x8192 M=512": 0.8, "fp8 8192x8192 M=2048": 4 / 3}, False),
+        ("fp8 with activations in FP8, M = 2048", {"fp8 8192x8192 M=2048": 1.6}, True),
         ("quantize 4096 x 14336 to q4k", {"q4k": 8.0}, True),
         ("quantize 4096 x 14336 to q8_0", {"q8_0": 40.0}, False),
         ("8B-shaped model", {"q4k": 2.5}, True),
@@ -189,6 +244,16 @@ def test_the_report_has_everything_and_is_made_again_from_its_json(
     assert bench_ops.main(["--device", "cuda", "--from", str(paths[0])]) == 0
     assert paths[1].read_text(encoding="utf-8") == text
     assert "| M = 512 | bf16 cuBLAS | >= 1.00x |" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_fault_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results.from_json(made_up().to_json() | {"faults": ["generate: out of memory"]})
+    (tmp_path / "gpu.json").write_text(json.dumps(results.to_json()), encoding="utf-8")
+    assert report.main(["--from", str(tmp_path / "gpu.json")]) == 1
+    assert "FAULT: generate: out of memory" in capsys.readouterr().err
+    assert "## Faults\n\n- generate: out of memory\n\n## Machine" in (tmp_path / "gpu.md").read_text()
 
 
 def test_results_survive_json() -> None:

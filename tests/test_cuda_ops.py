@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from emulator.ops import emulated
-from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, relative_error, weight
+from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, relative_error, shifted, weight
 from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
+from isqtorch.quantizers import has_rule
 
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 SOME = [fmt for fmt in FORMATS if fmt.name in ("q4_0", "q6k", "afq3", "hqq4", "fp8")]  # one of each family and layout
@@ -66,15 +67,6 @@ def packed_weight(fmt: QuantFormat, rows: int = 19, blocks: int = 2) -> Tensor:
     return ops.quantize(weight(fmt, rows, blocks), fmt.name)
 
 
-def shifted(t: Tensor, by: int) -> Tensor:
-    """The same elements, `by` bytes further from where an allocation begins."""
-    raw = torch.zeros(t.nbytes + by, dtype=torch.uint8)
-    raw[by:] = t.contiguous().view(-1).view(torch.uint8)
-    view = torch.frombuffer(memoryview(raw.numpy())[by:], dtype=t.dtype).view(t.shape)
-    assert view.data_ptr() == raw.data_ptr() + by and torch.equal(view, t)
-    return view
-
-
 # ---- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +100,14 @@ def test_quantize_takes_stacks_strides_and_types(gpu: Any, fmt: QuantFormat) -> 
         assert torch.equal(gpu.quantize(stack, fmt.name, vectors), ops.quantize(stack, fmt.name, vectors))
 
 
-def test_quantize_knows_the_other_rule(gpu: Any) -> None:
-    w = torch.randn(3, 128)
-    assert torch.equal(gpu.quantize(w, "afq4", rule="mlx"), ops.quantize(w, "afq4", rule="mlx"))
+@pytest.mark.parametrize("fmt", [fmt for fmt in ALL_FORMATS if has_rule(fmt, "search")], ids=lambda fmt: fmt.name)
+def test_quantize_knows_the_other_rules(gpu: Any, fmt: QuantFormat) -> None:
+    stack = weight(fmt, rows=6, blocks=2).view(2, 3, -1)
+    for rule in ("mlx", "search"):
+        if has_rule(fmt, rule):
+            for importance in (None, torch.rand(2, stack.shape[-1])):
+                want = ops.quantize(stack, fmt.name, importance, rule)
+                assert torch.equal(gpu.quantize(stack, fmt.name, importance, rule), want), rule
 
 
 # ---- dequantize, embedding --------------------------------------------------------------------------------------------
@@ -272,6 +269,10 @@ MISUSES: dict[str, Callable[[Any], object]] = {
     "quantize -inf": lambda o: o.quantize(spoiled(float("-inf")).bfloat16(), "q4k"),
     "quantize too large": lambda o: o.quantize(spoiled(1e30), "q4_0"),
     "quantize too large, f16 scales": lambda o: o.quantize(spoiled(1e30), "afq4.f16"),
+    "search in nan": lambda o: o.quantize(spoiled(float("nan")), "afq4", rule="search"),
+    "search in inf": lambda o: o.quantize(spoiled(float("inf")), "hqq4", rule="search"),
+    "search in too large": lambda o: o.quantize(spoiled(1e30), "afq4.f16", rule="search"),
+    "search with negative importance": lambda o: o.quantize(spoiled(0), "hqq4", -torch.ones(2, 256), "search"),
     "quantize with an unknown rule": lambda o: o.quantize(W, "afq4", rule="best"),
     "quantize with a rule where there is none": lambda o: o.quantize(W, "q4_0", rule="mlx"),
     "importance of another size": lambda o: o.quantize(W, "q4k", torch.ones(255)),

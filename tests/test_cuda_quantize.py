@@ -16,15 +16,18 @@ from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat, get_format
+from isqtorch.quantizers import has_rule
 from isqtorch.tensor import QuantizedTensor
 
 HERE = Path(__file__).resolve()
 NONE = 2**63 - 1
+RULES = {None: 0, "mlx": 1, "search": 2}  # the numbers of `enum class Rule`
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 AFFINE = [fmt for fmt in ALL_FORMATS if fmt.solver == "affine"]
 HQQ = [fmt for fmt in ALL_FORMATS if fmt.solver == "hqq"]
+SEARCHED = [fmt for fmt in ALL_FORMATS if has_rule(fmt, "search")]
 
 
 @dataclass
@@ -53,7 +56,7 @@ def run(w: Tensor, fmt: QuantFormat, importance: Tensor | None = None, rule: str
 
     skip, size = off * kernels.facts(fmt.name)["align"], rows * fmt.row_bytes(k)
     out, faults = memory.new((skip + size,), torch.uint8, "out"), memory.put(torch.full((2,), NONE), "faults")
-    job = {"w": put(w, "w"), "dtype": w.dtype, "rows": rows, "k": k, "mlx_rule": rule == "mlx"}
+    job = {"w": put(w, "w"), "dtype": w.dtype, "rows": rows, "k": k, "rule": RULES[rule]}
     job |= {"out": out[skip:], "faults": faults}
     if importance is not None:
         job["importance"] = put(importance, "importance")
@@ -93,14 +96,19 @@ def check(w: Tensor, fmt: QuantFormat, importance: Tensor | None = None, rule: s
         )
 
 
+def rules_of(fmt: QuantFormat) -> list[str | None]:
+    return [rule for rule in RULES if has_rule(fmt, rule)]
+
+
 def check_all(w: Tensor, fmt: QuantFormat) -> None:
     """Without and with importance, and by every rule."""
     importance = torch.rand(w.shape[1], generator=torch.Generator().manual_seed(1)) ** 3
     importance[:16] = 0
-    check(w, fmt)
-    check(w, fmt, importance)
-    if fmt.solver == "affine":
-        check(w, fmt, None, "mlx")
+    importance[fmt.block : 2 * fmt.block - 1] = 0  # a block with a single column that counts,
+    importance[2 * fmt.block : 3 * fmt.block] = 0  # and one without any
+    for rule in rules_of(fmt):
+        check(w, fmt, None, rule)
+        check(w, fmt, importance, rule)
 
 
 @cache
@@ -161,16 +169,17 @@ def test_magnitudes_far_apart(fmt: QuantFormat) -> None:
 def test_nothing_need_align(fmt: QuantFormat, dtype: torch.dtype) -> None:
     w, importance = weight(fmt, 3, 3).to(dtype), torch.rand(3 * fmt.block)
     for off in (1, 3):
-        assert torch.equal(run(w, fmt, off=off).packed, ops.quantize(w, fmt.name))
-        assert torch.equal(run(w, fmt, importance, off=off).packed, ops.quantize(w, fmt.name, importance))
+        for rule in rules_of(fmt):
+            for given in (None, importance):
+                assert torch.equal(run(w, fmt, given, rule, off).packed, ops.quantize(w, fmt.name, given, rule))
 
 
 def test_no_rows() -> None:
     with kernels.Memory() as memory:
         faults = memory.put(torch.full((2,), NONE), "faults")
         for fmt in FORMATS:
-            kernels.run("quantize", fmt.name, rows=0, k=fmt.block, faults=faults)
-        assert faults.tolist() == [NONE, NONE]
+            for rule in rules_of(fmt):
+                kernels.run("quantize", fmt.name, rows=0, k=fmt.block, rule=RULES[rule], faults=faults)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -183,9 +192,10 @@ def test_the_first_bad_weight_is_reported(fmt: QuantFormat, dtype: torch.dtype) 
     for first in (5 * 8192 - 1, 3 * 8192 + 4321, 8192 + 33, 8192 + 17, 7):
         for value in (float("nan"), float("-inf")):
             w.view(-1)[first] = value
-            got = run(w, fmt)
-            assert got.bad_weight == first
-            assert got.overflow == NONE or got.overflow >= first // fmt.block * fmt.block
+            for rule in rules_of(fmt):
+                got = run(w, fmt, None, rule)
+                assert got.bad_weight == first
+                assert got.overflow == NONE or got.overflow >= first // fmt.block * fmt.block
 
 
 @every_variant
@@ -194,11 +204,12 @@ def test_the_first_block_that_overflows_is_reported(fmt: QuantFormat) -> None:
     w = weight(fmt, 5, 8192 // fmt.block)
     for first in (5 * 8192 - 1, 3 * 8192 + 4321, 8192 + 33):
         w.view(-1)[first], w.view(-1)[first // fmt.block * fmt.block] = largest, -largest
-        got = run(w, fmt)
-        assert got.bad_weight == NONE
         overflows = fmt.name not in ("fp8", "q8k")  # whose scales are f32
-        assert got.overflow == (first // fmt.block * fmt.block if overflows else NONE)
-        check(w, fmt)
+        for rule in rules_of(fmt):
+            got = run(w, fmt, None, rule)
+            assert got.bad_weight == NONE
+            assert got.overflow == (first // fmt.block * fmt.block if overflows else NONE)
+            check(w, fmt, None, rule)
 
 
 # ---- goldens ---------------------------------------------------------------------------------------------------------
@@ -255,6 +266,16 @@ def test_hqq_with_errors_that_shrink(fmt: QuantFormat, scale: float) -> None:
 def test_hqq_with_more_parts_than_a_chunk() -> None:
     fmt = get_format("hqq4g32")
     check(weight(fmt, 33 * 16, 2048 // 32 * 32 // 32 + 1) * 3, fmt)
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", SEARCHED, ids=lambda f: f.name)
+def test_the_first_of_equally_good_lines_is_taken(fmt: QuantFormat) -> None:
+    """Pairs of x and -x: the mirror image of a line costs the same, and another thread finds it."""
+    half = torch.randn(30, 3 * fmt.block // 2, generator=torch.Generator().manual_seed(2))
+    check(torch.stack([half, -half], dim=2).flatten(1), fmt, None, "search")
 
 
 # ---- schedules and sanitizers ----------------------------------------------------------------------------------------

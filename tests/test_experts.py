@@ -5,77 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import relative_error
-from models import state_bytes
+from models import EXPERTS, HIDDEN, INNER, Experts, FusedMoE, state_bytes
 from torch import Tensor, nn
 
 from isqtorch import checkpoint, dequantize_, get_format, ops, plan, quantize_, requantize_
 from isqtorch.explain import explain
 from isqtorch.modules import QuantExperts
-
-HIDDEN, INNER, EXPERTS = 64, 96, 5
-
-
-class Experts(nn.Module):
-    """What a class with transformers' `use_experts_implementation` has, and the slow, obvious product."""
-
-    def __init__(
-        self,
-        hidden: int = HIDDEN,
-        inner: int = INNER,
-        experts: int = EXPERTS,
-        *,
-        gate: bool = True,
-        bias: bool = False,
-        transposed: bool = False,
-        norm: bool = False,
-    ) -> None:
-        super().__init__()
-        self.has_gate, self.has_bias, self.is_transposed, self.has_post_expert_norm = gate, bias, transposed, norm
-        self.is_concatenated, self._is_expert_parallel = True, False
-        self.num_experts, self.act_fn, self.limit = experts, nn.SiLU(), 7.0
-        shapes = {"gate_up_proj" if gate else "up_proj": (inner * (1 + gate), hidden), "down_proj": (hidden, inner)}
-        for name, (rows, columns) in shapes.items():
-            shape = (experts, columns, rows) if transposed else (experts, rows, columns)
-            self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.1))
-            if bias:
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(experts, rows)))
-        if norm:
-            self.post_expert_norm = nn.RMSNorm(hidden)
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate).clamp(max=self.limit) * up
-
-    def _product(self, name: str, x: Tensor, ids: Tensor) -> Tensor:
-        w = getattr(self, name)[ids]  # [T, S, N, K]
-        y = torch.einsum("tskn,tsk->tsn" if self.is_transposed else "tsnk,tsk->tsn", w, x)
-        return y + getattr(self, f"{name}_bias")[ids] if self.has_bias else y
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        x = hidden_states[:, None].expand(*top_k_index.shape, -1)
-        up = self._product("gate_up_proj" if self.has_gate else "up_proj", x, top_k_index)
-        y = self._product("down_proj", self._apply_gate(up) if self.has_gate else self.act_fn(up), top_k_index)
-        y = self.post_expert_norm(y) if self.has_post_expert_norm else y
-        return (y * top_k_weights[..., None]).sum(1)
-
-
-class Model(nn.Module):
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.router = nn.Linear(options.get("hidden", HIDDEN), options.get("experts", EXPERTS), bias=False)
-        self.experts = Experts(**options)
-        self.proj = nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x).softmax(-1).topk(2)
-        return self.proj(self.experts(x, ids, weights))
-
 
 KINDS: dict[str, dict[str, bool]] = {
     "gated": {},
@@ -92,9 +31,9 @@ def routed(tokens: int = 7, slots: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, HIDDEN, generator=generator), ids, torch.rand(tokens, slots, generator=generator)
 
 
-def quantized(kind: str = "gated", fmt: str = "q8_0") -> tuple[Model, Model]:
+def quantized(kind: str = "gated", fmt: str = "q8_0") -> tuple[FusedMoE, FusedMoE]:
     """A model, and the same with packed experts."""
-    model = Model(**KINDS[kind]).eval()
+    model = FusedMoE(**KINDS[kind]).eval()
     packed = copy.deepcopy(model)
     quantize_(packed, fmt, organization="moqe")
     assert isinstance(packed.experts, QuantExperts)
@@ -142,7 +81,7 @@ def test_copies_pickles_and_state_dicts(kind: str) -> None:
     with pytest.raises(
         RuntimeError, match=r"experts.down_proj: this layer holds q8_0 bytes and cannot load torch.float32"
     ):
-        packed.load_state_dict(Model(**KINDS[kind]).state_dict())
+        packed.load_state_dict(FusedMoE(**KINDS[kind]).state_dict())
 
 
 def test_casts_leave_the_bytes() -> None:
@@ -199,7 +138,7 @@ def test_half_packed_experts_do_not_run() -> None:
 
 
 def test_unknown_experts_are_left() -> None:
-    model = Model()
+    model = FusedMoE()
     del model.experts.has_gate
     report = quantize_(model, "q8_0")
     assert type(model.experts) is Experts and "code of their own" in report["experts.down_proj"].reason
@@ -209,7 +148,7 @@ def test_unknown_experts_are_left() -> None:
 
 
 def test_report_and_plan_agree() -> None:
-    model = Model()
+    model = FusedMoE()
     foreseen = plan(model, "q8_0")
     report = quantize_(model, "q8_0", measure_error=True)
     row = report["experts.gate_up_proj"]
@@ -235,13 +174,13 @@ def test_experts_stay_together() -> None:
     assert report["experts.down_proj"].stored is None and "50 columns" in report["experts.down_proj"].reason
     assert report["experts.gate_up_proj"].stored is None
     assert "experts.down_proj of the same experts stays" in report["experts.gate_up_proj"].reason
-    model = Model()
+    model = FusedMoE()
     quantize_(model, "q8_0", topology={"/down_proj/": None})
     assert type(model.experts) is Experts
 
 
 def test_a_topology_names_stacks() -> None:
-    model = Model()
+    model = FusedMoE()
     quantize_(model, "q4_0", topology={"/experts.down_proj/": "q8_0"})
     assert model.experts.formats == {"gate_up_proj": "q4_0", "down_proj": "q8_0"}
     requantize_(model, "q5_0", source="stored", topology={}, include="gate_up_proj")
@@ -251,18 +190,18 @@ def test_a_topology_names_stacks() -> None:
 
 @pytest.mark.parametrize("per_expert", [True, False])
 def test_importance(per_expert: bool) -> None:
-    model = Model()
+    model = FusedMoE()
     w = model.experts.gate_up_proj.detach().clone()
     vector = torch.rand(*((EXPERTS,) if per_expert else ()), HIDDEN) + 0.01
     quantize_(model, "q4_0", imatrix={"experts.gate_up_proj": vector})
     assert torch.equal(model.experts.gate_up_proj, ops.quantize(w, "q4_0", vector))
     assert not torch.equal(model.experts.gate_up_proj, ops.quantize(w, "q4_0"))
     with pytest.raises(ValueError, match="needs 5 x 64 importance values, entry 'experts.gate_up_proj' has 3 x 64"):
-        quantize_(Model(), "q4_0", imatrix={"experts.gate_up_proj": torch.rand(3, HIDDEN)})
+        quantize_(FusedMoE(), "q4_0", imatrix={"experts.gate_up_proj": torch.rand(3, HIDDEN)})
 
 
 def test_bad_weights_are_found_before_anything_changes() -> None:
-    model = Model(transposed=True)
+    model = FusedMoE(transposed=True)
     model.experts.down_proj.data[3, 2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"experts.down_proj\[3, 2, 1\] is nan"):
         quantize_(model, "q8_0")
@@ -285,9 +224,9 @@ def test_shared_experts_module_is_packed_once() -> None:
 def test_checkpoints(tmp_path: Path, kind: str) -> None:
     _, packed = quantized(kind, "q5_0")
     checkpoint.save(packed, tmp_path / "x.safetensors")
-    for other in (Model(**KINDS[kind]), Model(**KINDS[kind]).to("meta"), quantized(kind)[1]):
+    for other in (FusedMoE(**KINDS[kind]), FusedMoE(**KINDS[kind]).to("meta"), quantized(kind)[1]):
         checkpoint.load_(other, tmp_path / "x.safetensors")
         assert state_bytes(other) == state_bytes(packed) and other.experts.formats == packed.experts.formats
         assert torch.equal(other.experts(*routed()), packed.experts(*routed()))
     with pytest.raises(ValueError, match=r"experts.\w+ is \[5, \d+, \d+\], in the model it is \[4, "):
-        checkpoint.load_(Model(**KINDS[kind], experts=4), tmp_path / "x.safetensors")
+        checkpoint.load_(FusedMoE(**KINDS[kind], experts=4), tmp_path / "x.safetensors")

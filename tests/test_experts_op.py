@@ -14,23 +14,8 @@ from torch.library import opcheck
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
-LEVELS = ops.cpu_info().isa_supported
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 EXPERTS = 5
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """Fills what torch.empty returns with NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa("")
 
 
 @cache
@@ -61,7 +46,7 @@ def routing(tokens: int, slots: int, kind: str = "random") -> Tensor:
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
-def test_agrees_with_the_reference_on_every_level(fmt: QuantFormat, level: str) -> None:
+def test_agrees_with_the_reference_on_every_level(fmt: QuantFormat, isa: str) -> None:
     packed = packed_experts(fmt)
     cases = (
         (1, 4, "random"),
@@ -122,7 +107,7 @@ def test_empty_tensors_and_no_expert_here(fmt: QuantFormat) -> None:
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
-def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, level: str) -> None:
+def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, isa: str) -> None:
     packed = packed_experts(fmt, rows=3, blocks=3, experts=2)
     for tokens in (1, 20):
         ids = torch.ones(tokens, 1, dtype=torch.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from helpers import ALL_FORMATS
@@ -14,13 +13,6 @@ import isqtorch
 from isqtorch import ops
 from isqtorch.explain import _kernels, _ranges
 from isqtorch.modules import QuantEmbedding, QuantLinear
-
-
-@pytest.fixture(params=ops.cpu_info().isa_supported)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa("")
 
 
 def test_every_number_of_rows_has_one_kernel(isa: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_imatrix import GGUF, LEGACY, PAIR, cimatrix, gguf
+from imatrix_files import GGUF, LEGACY, PAIR, cimatrix, gguf
 
 from isqtorch.imatrix import read_imatrix
 

@@ -34,7 +34,7 @@ def demo() -> tuple[Any, Any, Tensor, Tensor]:
 @cache
 def calibrated() -> isqtorch.Imatrix:
     model, tokenizer, *_ = demo()
-    return isqtorch.collect_imatrix(model, tokenizer, DEMO / "calibration.txt", chunk=CONTEXT, progress=False)
+    return isqtorch.collect_imatrix(model, DEMO / "calibration.txt", tokenizer, chunk=CONTEXT, progress=False)
 
 
 @cache

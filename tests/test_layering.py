@@ -13,7 +13,7 @@ PACKAGE = ROOT / "isqtorch"
 
 # What may import what: a module imports its own layer and those above it in this list. A new module needs a line here.
 LAYERS = [
-    ["_version", "binary", "gguf_file", "gguf_names"],  # know nothing of quantization
+    ["_version", "binary", "gguf_file", "gguf_names", "progress"],  # know nothing of quantization
     ["formats"],
     ["quantizers"],
     ["ops", "metal"],
@@ -25,6 +25,7 @@ LAYERS = [
         "weight_reads",
         "topology",
         "policy",
+        "activations",
         "imatrix",
         "imatrix_files",
         "calibration",

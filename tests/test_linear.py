@@ -7,42 +7,23 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, before_a_guard_page, linear_error, weight
+from helpers import (
+    DTYPES,
+    LinearCase,
+    allowed,
+    before_a_guard_page,
+    every_format,
+    every_variant,
+    int8_activations,
+    linear_error,
+    weight,
+)
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 Activations = Callable[[int, int], torch.Tensor]
-every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what torch.empty returns with NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=ops.cpu_info().isa_supported)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa("")
-
-
-def allowed(fmt: QuantFormat, y: torch.Tensor) -> float:
-    """The format's bound is for the RMS of many outputs; few may lie three deviations off."""
-    return fmt.linear_error * (1 + 3 / y.numel() ** 0.5) + ROUNDING[y.dtype]
-
-
-def int8_activations(rows: int, k: int) -> torch.Tensor:
-    """Rows that rounding to int8 per 32 does not change: integers up to 127, times a power of two per 32."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(-127, 128, (rows, k), generator=generator).float()
-    x[:, ::32] = 127
-    return x * 2.0 ** torch.randint(-9, 9, (rows, k // 32), generator=generator).repeat_interleave(32, 1)
 
 
 def normal_activations(rows: int, k: int) -> torch.Tensor:

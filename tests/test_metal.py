@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulator.metal import compiler, races, runner
-from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, golden, weight
+from helpers import ALL_FORMATS, DTYPES, FORMATS, ROUNDING, LinearCase, every_dtype, every_format, golden, weight
 from torch import Tensor
 
 from isqtorch import ops
@@ -20,8 +20,6 @@ from isqtorch.ops.metal import chips, library
 from isqtorch.ops.metal import ops as metal
 from isqtorch.ops.metal.formats import struct_of
 
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 OTHERS = [fmt for fmt in ALL_FORMATS if fmt not in FORMATS]
 ON_GPU = [fmt for fmt in ALL_FORMATS if struct_of(fmt.name).quantizes]
 ROWS = (1, 7, 32, 33, 256)

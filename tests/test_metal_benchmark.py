@@ -25,8 +25,11 @@ def test_everything_is_measured_and_written(monkeypatch: pytest.MonkeyPatch) -> 
     session = Session("cpu", MadeUp(), MadeUp(), cache=0, deadline=1e12)
     results = metal.measure(session, ["afq4", "q4k"], quick=True)
     ours = [(case.format, case.m) for case in results.cases if case.who == "isqtorch"]
-    assert ours == [("afq4", 1), ("afq4", 32), ("q4k", 1), ("q4k", 32), ("afq4", 0), ("q4k", 0)]
+    assert ours == [("afq4", 1), ("afq4", 32), ("q4k", 1), ("q4k", 32), ("afq4", 0), ("afq4+search", 0), ("q4k", 0)]
+    assert not results.faults and "## Faults" not in metal.markdown(results)
+    results.faults.append("quantize q4k: decoded weights differ")
     text = metal.markdown(Results.from_json(results.to_json()))
+    assert "## Faults\n\n- quantize q4k: decoded weights differ\n" in text
     assert "# M3 Max" in text and "400 GB/s by specification" in text and "## 64 x 256, microseconds" in text
     row = next(line for line in text.splitlines() if line.startswith("| isqtorch | q4k"))
     assert "0, 0%" in row and row.count("1000") == 2  # 9 KB in a millisecond

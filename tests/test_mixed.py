@@ -155,7 +155,7 @@ def test_only_what_measures_takes_auto() -> None:
         isqtorch.plan(mlp(), "auto")
     model = mlp()
     isqtorch.quantize_(model, 4, progress=False)
-    with pytest.raises(ValueError, match="requantize_: 'auto' chooses formats by measuring weights"):
+    with pytest.raises(ValueError, match="requantize_: 'auto' needs one of target_bpw"):
         isqtorch.requantize_(model, "auto", source="stored")
 
 
@@ -206,7 +206,7 @@ def test_stacks_of_experts() -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     curvature = measure_curvature(model, [name], None, torch.tensor(IDS))
     assert curvature[name].rows.shape == (4, 256) and bool((curvature[name].columns.sum(-1) - 1).abs().max() < 1e-6)
-    im = isqtorch.collect_imatrix(model, None, torch.tensor(IDS), progress=False)
+    im = isqtorch.collect_imatrix(model, torch.tensor(IDS), progress=False)
     report = isqtorch.quantize_(model, "auto", target_bpw=4, imatrix=im, progress=False)
     assert report[name].stored is not None and report.bits_per_weight <= 4
     assert report.choice is not None and report.choice.measure == "output"

@@ -22,8 +22,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALL_FORMATS, FORMATS, linear_error, same_bits, weight
-from test_linear import allowed, int8_activations
+from helpers import (
+    ALL_FORMATS,
+    allowed,
+    every_format,
+    every_variant,
+    int8_activations,
+    linear_error,
+    same_bits,
+    weight,
+)
 from torch import Tensor
 
 from isqtorch import ops
@@ -51,8 +59,6 @@ pytestmark = [
     ),
 ]
 every_level = pytest.mark.parametrize("level", LEVELS)
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 
 
 # ---- the driver ------------------------------------------------------------------------------------------------------

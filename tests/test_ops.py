@@ -1,4 +1,4 @@
-"""The operators as torch sees them: native against reference, tracing, gradients, odd shapes, poisoned outputs."""
+"""The operators on the CPU: every level against the reference, odd shapes and strides, poisoned outputs."""
 
 from __future__ import annotations
 
@@ -6,46 +6,28 @@ import os
 import subprocess
 import sys
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from helpers import (
     ALL_FORMATS,
     DTYPES,
-    FORMATS,
     ROUNDING,
     before_a_guard_page,
-    implementation,
+    every_dtype,
+    every_variant,
     linear_error,
     run_flushing_denormals,
     weight,
 )
-from torch.library import opcheck
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat
 
-every_variant = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """Fills what torch.empty returns with NaN or large integers, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=ops.cpu_info().isa_with_formats)
-def isa(request):
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa("")
-
-
-# ---- every level computes the same ------------------------------------------------------------------------------------
+# ---- every level computes the same -----------------------------------------------------------------------------------
 
 
 # What the reference makes of a weight is computed once for all levels.
@@ -62,7 +44,7 @@ def uneven_weight(fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @every_variant
-def test_quantize_and_dequantize_equal_the_reference(fmt: QuantFormat, isa: str) -> None:
+def test_quantize_and_dequantize_equal_the_reference(fmt: QuantFormat, format_isa: str) -> None:
     w, expected = uneven_weight(fmt)
     packed = ops.quantize(w, fmt.name)
     assert torch.equal(packed, expected)
@@ -99,7 +81,7 @@ def magnitudes_far_apart(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[bo
 
 
 @pytest.mark.parametrize("name", ["q2k", "q3k", "q4k", "q5k", "q6k"])
-def test_magnitudes_far_apart_give_the_reference_bytes(name: str, isa: str) -> None:
+def test_magnitudes_far_apart_give_the_reference_bytes(name: str, format_isa: str) -> None:
     """Some of these blocks get fits so bad that ggml's rounding wraps around."""
     w, importance, expected = magnitudes_far_apart(name)
     for given, want in expected.items():
@@ -116,13 +98,13 @@ def weighted(fmt: QuantFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 @every_variant
-def test_importance_gives_the_reference_bytes(fmt: QuantFormat, isa: str) -> None:
+def test_importance_gives_the_reference_bytes(fmt: QuantFormat, format_isa: str) -> None:
     w, importance, expected = weighted(fmt)
     assert torch.equal(ops.quantize(w, fmt.name, importance), expected)
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in ALL_FORMATS if fmt.solver == "affine"], ids=lambda f: f.name)
-def test_groups_of_one_huge_number_give_the_reference_bytes(fmt: QuantFormat, isa: str) -> None:
+def test_groups_of_one_huge_number_give_the_reference_bytes(fmt: QuantFormat, format_isa: str) -> None:
     """Their scale is 0, so that codes would be NaN, which no bits of neighbours may be lost to."""
     for value in (1e34, -1e34, float(torch.tensor(1e34).bfloat16())):
         w = torch.full((2, 2 * fmt.block), value if not fmt.name.endswith(".f16") else value / 1e30)
@@ -163,10 +145,10 @@ def test_native_formats_are_the_registry() -> None:
     assert native == {f.name: {"block": f.block, "block_bytes": f.block_bytes} for f in ALL_FORMATS}
 
 
-# ---- strides, alignment, leading dimensions, empties --------------------------------------------------------------------
+# ---- strides, alignment, leading dimensions, empties -----------------------------------------------------------------
 
 
-def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, isa: str) -> None:
+def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, format_isa: str) -> None:
     packed = ops.quantize(weight(fmt, rows=6), fmt.name)
     k = 4 * fmt.block
     x1, x9 = torch.randn(1, k), torch.randn(9, k)
@@ -181,7 +163,7 @@ def test_packed_bytes_may_start_anywhere(fmt: QuantFormat, isa: str) -> None:
 
 
 @every_variant
-def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, isa: str) -> None:
+def test_nothing_is_read_beyond_the_end(fmt: QuantFormat, format_isa: str) -> None:
     """`linear` has a test of its own, for every level."""
     ids = torch.tensor([2, 0])
     for dtype in DTYPES:
@@ -267,7 +249,7 @@ def test_threads_do_not_change_anything(fmt: QuantFormat) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_flush_to_zero_changes_nothing(fmt: QuantFormat, isa: str) -> None:
+def test_flush_to_zero_changes_nothing(fmt: QuantFormat, format_isa: str) -> None:
     w = weight(fmt, rows=64, blocks=16) * 1e-7
     expected = ops.quantize(w, fmt.name)
 
@@ -275,236 +257,3 @@ def test_flush_to_zero_changes_nothing(fmt: QuantFormat, isa: str) -> None:
         assert torch.equal(ops.quantize(w, fmt.name), expected)
 
     run_flushing_denormals(check)
-
-
-# ---- tracing and gradients -----------------------------------------------------------------------------------------------
-
-
-def check_ops(fmt: QuantFormat, **options: Any) -> None:
-    """torch's own checks of registered operators, on all."""
-    w = weight(fmt, rows=6, blocks=2)
-    packed = ops.quantize(w, fmt.name)
-    x = torch.randn(3, w.shape[1], requires_grad=True)
-    bias = torch.randn(6, requires_grad=True)
-    opcheck(torch.ops.isqtorch.quantize.default, (w, fmt.name), **options)
-    opcheck(torch.ops.isqtorch.quantize.default, (w.half(), fmt.name, torch.rand(w.shape[1]), None), **options)
-    opcheck(torch.ops.isqtorch.dequantize.default, (packed, fmt.name, torch.bfloat16), **options)
-    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name), **options)
-    opcheck(torch.ops.isqtorch.linear.default, (x, packed, fmt.name, bias), **options)
-    opcheck(torch.ops.isqtorch.linear_frozen.default, (x.detach(), packed, fmt.name, bias.detach()), **options)
-    ids = torch.tensor([[1, 5]])
-    opcheck(torch.ops.isqtorch.embedding.default, (ids, packed, fmt.name, torch.float32), **options)
-
-
-def test_schema_autograd_and_fakes(fmt: QuantFormat) -> None:
-    check_ops(fmt, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-
-
-# Tracing through autograd takes seconds and sees no more of a format than its block: one of each size, all in `make test-all`.
-of_each_block = {fmt.block: fmt for fmt in FORMATS}.values()
-
-
-@pytest.mark.parametrize(
-    "fmt", [pytest.param(f, id=f.name, marks=() if f in of_each_block else pytest.mark.slow) for f in FORMATS]
-)
-def test_traces_through_autograd(fmt: QuantFormat) -> None:
-    check_ops(fmt, test_utils="test_aot_dispatch_dynamic")
-
-
-@every_dtype
-def test_gradients(fmt: QuantFormat, dtype: torch.dtype) -> None:
-    packed = ops.quantize(weight(fmt, rows=6, blocks=2), fmt.name)
-    x = torch.randn(2, 5, 2 * fmt.block, generator=torch.Generator().manual_seed(6)).to(dtype).requires_grad_()
-    bias = torch.randn(6).to(dtype).requires_grad_()
-    dy = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
-    ops.linear(x, packed, fmt.name, bias).backward(dy)
-    w = ops.dequantize(packed, fmt.name, dtype)
-    torch.testing.assert_close(x.grad, dy @ w)
-    torch.testing.assert_close(bias.grad, dy.float().sum((0, 1)).to(dtype))
-    x.grad = None
-    ops.linear(x, packed, fmt.name).backward(dy)  # without a bias
-    torch.testing.assert_close(x.grad, dy @ w)
-
-
-def test_gradcheck(fmt: QuantFormat) -> None:
-    packed = ops.quantize(weight(fmt, rows=2, blocks=1), fmt.name)
-    # linear in x, so a wide step keeps the rounding of activations out of the numeric derivative, nearly
-    x = torch.randn(2, fmt.block, requires_grad=True)
-    check = torch.autograd.gradcheck
-    assert check(lambda x: ops.linear(x, packed, fmt.name), (x,), eps=1.0, atol=0.1, rtol=5e-2, nondet_tol=0.0)
-
-
-def test_compiles_into_one_graph(fmt: QuantFormat) -> None:
-    torch.compiler.reset()  # one graph per format, more than torch keeps for one function
-    packed = ops.quantize(weight(fmt, rows=6, blocks=2), fmt.name)
-
-    def two_layers(x: torch.Tensor) -> torch.Tensor:
-        return (
-            ops.linear(torch.relu(x), packed, fmt.name).sum(-1)
-            + ops.embedding(torch.tensor([1]), packed, fmt.name, torch.float32).sum()
-        )
-
-    compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager", dynamic=True)
-    for m in (1, 4, 11):
-        x = torch.randn(m, 2 * fmt.block)
-        torch.testing.assert_close(compiled(x), two_layers(x))
-
-
-def test_fakes_report_shapes_and_faults() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    for fmt in FORMATS:
-        w = torch.empty(3, 2, fmt.block * 2, device="meta")
-        packed = ops.quantize(w, fmt.name)
-        assert packed.shape == (3, 2, fmt.row_bytes(fmt.block * 2)) and packed.dtype == torch.uint8
-        assert ops.dequantize(packed, fmt.name, torch.float16).shape == w.shape
-    with FakeTensorMode(), pytest.raises(ValueError, match="multiple of 256, got 288"):
-        ops.quantize(torch.empty(2, 288), "q4k")
-    with FakeTensorMode(), pytest.raises(ValueError, match="multiple of 144 bytes, got 100"):
-        ops.dequantize(torch.empty(2, 100, dtype=torch.uint8), "q4k", torch.float32)
-
-
-# ---- misuse: both implementations refuse the same, in the same words --------------------------------------------------------
-
-packed_q4k = torch.zeros(6, 144, dtype=torch.uint8)
-FAULTS = {
-    "integer weight": (
-        ValueError,
-        "weight must be one of",
-        lambda o: o.quantize(torch.ones(2, 32, dtype=torch.int32), "q8_0"),
-    ),
-    "vector weight": (ValueError, r"at least 2 dimensions.*\[32\]", lambda o: o.quantize(torch.ones(32), "q8_0")),
-    "K too short": (ValueError, "multiple of 256, got 288", lambda o: o.quantize(torch.ones(2, 288), "q4k")),
-    "K zero": (ValueError, "multiple of 32, got 0", lambda o: o.quantize(torch.ones(2, 0), "q8_0")),
-    "nan": (ValueError, r"weight\[1, 33\] is nan; q8_0 needs", lambda o: o.quantize(poisoned(float("nan")), "q8_0")),
-    "inf": (ValueError, r"weight\[1, 33\] is inf; q4k needs", lambda o: o.quantize(poisoned(float("inf")), "q4k")),
-    "-inf, hqq": (ValueError, r"weight\[1, 33\] is -inf; hqq4", lambda o: o.quantize(poisoned(-float("inf")), "hqq4")),
-    "nan in bf16": (
-        ValueError,
-        r"weight\[1, 33\] is nan",
-        lambda o: o.quantize(poisoned(float("nan")).bfloat16(), "afq4"),
-    ),
-    "importance length": (
-        ValueError,
-        r"importance must have shape \[256\].*got \[255\]",
-        lambda o: o.quantize(torch.ones(2, 256), "q4k", torch.ones(255)),
-    ),
-    "importance per matrix": (
-        ValueError,
-        r"or \[3, 256\], one vector per matrix; got \[2, 256\]",
-        lambda o: o.quantize(torch.ones(3, 2, 256), "q4k", torch.ones(2, 256)),
-    ),
-    "importance type": (
-        ValueError,
-        "importance must be a float tensor, got int64",
-        lambda o: o.quantize(torch.ones(2, 32), "q4_0", torch.ones(32, dtype=torch.int64)),
-    ),
-    "importance negative": (
-        ValueError,
-        r"importance\[3\] is -0.5.*not negative",
-        lambda o: o.quantize(torch.ones(2, 32), "q4_0", negative_at_3()),
-    ),
-    "rule": (
-        ValueError,
-        "afq4 has no rule 'best'.*'mlx'",
-        lambda o: o.quantize(torch.ones(2, 64), "afq4", None, "best"),
-    ),
-    "rule of a family without": (
-        ValueError,
-        "q4k has no rule 'mlx'",
-        lambda o: o.quantize(torch.ones(2, 256), "q4k", None, "mlx"),
-    ),
-    "f16 overflow": (
-        ValueError,
-        "afq4.f16.*too large for its 16-bit scale. Use afq4,",
-        lambda o: o.quantize(torch.full((2, 64), 3e38), "afq4.f16"),
-    ),
-    "packed type": (
-        ValueError,
-        "packed weight is uint8, got int8",
-        lambda o: o.dequantize(packed_q4k.char(), "q4k", torch.float32),
-    ),
-    "packed vector": (
-        ValueError,
-        r"at least 2 dim.*\[144\]",
-        lambda o: o.dequantize(packed_q4k[0], "q4k", torch.float32),
-    ),
-    "packed cut": (
-        ValueError,
-        "multiple of 144 bytes, got 100",
-        lambda o: o.dequantize(packed_q4k[:, :100], "q4k", torch.float32),
-    ),
-    "output dtype": (ValueError, "dtype must be one of.*int8", lambda o: o.dequantize(packed_q4k, "q4k", torch.int8)),
-    "x too short": (
-        ValueError,
-        r"last dimension of x must be 256.*\[3, 255\]",
-        lambda o: o.linear(torch.ones(3, 255), packed_q4k, "q4k"),
-    ),
-    "x of bytes": (
-        ValueError,
-        "x must be one of.*uint8",
-        lambda o: o.linear(torch.ones(3, 256, dtype=torch.uint8), packed_q4k, "q4k"),
-    ),
-    "x scalar": (ValueError, "last dimension of x", lambda o: o.linear(torch.tensor(1.0), packed_q4k, "q4k")),
-    "weight of linear stacked": (
-        ValueError,
-        r"2 dimensions \[N, row_bytes\]",
-        lambda o: o.linear(torch.ones(3, 256), packed_q4k[None], "q4k"),
-    ),
-    "bias length": (
-        ValueError,
-        r"bias must have shape \[6\], got \[5\]",
-        lambda o: o.linear(torch.ones(3, 256), packed_q4k, "q4k", torch.ones(5)),
-    ),
-    "id too large": (
-        IndexError,
-        r"ids\[1, 0\] is 6, but the table has 6 rows",
-        lambda o: o.embedding(torch.tensor([[0], [6]]), packed_q4k, "q4k", torch.float32),
-    ),
-    "id negative": (
-        IndexError,
-        r"ids\[0\] is -1",
-        lambda o: o.embedding(torch.tensor([-1]), packed_q4k, "q4k", torch.float32),
-    ),
-    "ids float": (
-        ValueError,
-        "ids must be int64 or int32, got float32",
-        lambda o: o.embedding(torch.tensor([1.0]), packed_q4k, "q4k", torch.float32),
-    ),
-}
-
-
-def poisoned(value: float) -> torch.Tensor:
-    w = torch.ones(2, 256)
-    w[1, 33] = w[1, 200] = value
-    return w
-
-
-def negative_at_3() -> torch.Tensor:
-    v = torch.ones(32)
-    v[3] = -0.5
-    return v
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_in_both_implementations(name: str) -> None:
-    kind, pattern, call = FAULTS[name]
-    messages = []
-    for implementation_name in ("reference", "native"):
-        with pytest.raises(kind, match=pattern) as caught:
-            call(implementation(implementation_name))
-        messages.append(str(caught.value))
-    if not name.startswith("K "):  # those name a way out that only the registry knows
-        assert messages[0] == messages[1]
-
-
-def test_unknown_format_lists_what_exists() -> None:
-    with pytest.raises(ValueError, match="q9k.*q4_0.*afq4"):
-        ops.quantize(torch.ones(2, 256), "q9k")
-
-
-@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "Meta"])
-def test_every_device_has_every_operator(key: str) -> None:
-    """`linear_frozen` comes with `linear`: QuantLinear calls either."""
-    for name in ("quantize", "dequantize", "linear", "linear_frozen", "embedding"):
-        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"isqtorch::{name}", key), name

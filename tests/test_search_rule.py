@@ -22,13 +22,6 @@ every_variant = pytest.mark.parametrize("fmt", SEARCHED, ids=lambda fmt: fmt.nam
 every_format = pytest.mark.parametrize("fmt", [f for f in SEARCHED if f in FORMATS], ids=lambda fmt: fmt.name)
 
 
-@pytest.fixture(params=ops.cpu_info().isa_with_formats)
-def isa(request):
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa("")
-
-
 @cache
 def hard(fmt: QuantFormat) -> tuple[Tensor, Tensor]:
     """Zeros, constants, outliers, one sign, tiny, far from zero; and importance with a dead group and a single live column."""
@@ -110,7 +103,7 @@ def expected(fmt: QuantFormat, weighted: bool) -> Tensor:
 
 
 @every_variant
-def test_native_equals_the_reference(fmt: QuantFormat, isa: str) -> None:
+def test_native_equals_the_reference(fmt: QuantFormat, format_isa: str) -> None:
     w, importance = hard(fmt)
     assert torch.equal(ops.quantize(w, fmt.name, None, "search"), expected(fmt, False))
     assert torch.equal(ops.quantize(w, fmt.name, importance, "search"), expected(fmt, True))

@@ -139,7 +139,7 @@ def run(archs: list[cuda.Arch], *, update: bool) -> list[str]:
 
 def look(folder: Path, archs: list[cuda.Arch], release: str, nvdisasm: str, *, update: bool) -> list[str]:
     """What is wrong with the kernels in a build folder; prints what there is to see."""
-    usages = [usage for path in cuda.sources() for usage in read_log((folder / f"{path.stem}.o.log").read_text())]
+    usages = [usage for path in cuda.sources() for usage in read_log((folder / f"{path.stem}.log").read_text())]
     names = demangle(usage.kernel for usage in usages)
     print(summary(usages, names))
     wrong = [f"{names[u.kernel]} spills {u.spilled} bytes on {u.arch}" for u in usages if u.spilled]

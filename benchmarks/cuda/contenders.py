@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from isqtorch import get_format, ops
+from isqtorch.ops.native import no_fp8_products
 
 from ..ours import ROUNDING
 from .clock import Call
+
+linear_w8a8 = torch.ops.isqtorch.linear_w8a8_frozen
 
 
 class Unavailable(Exception):
@@ -91,13 +94,43 @@ class Ours:
         return _rotating(lambda w: ops.linear(x, w, format), packed, packed.nbytes, copies)
 
 
+class OursRounded:
+    """isqtorch's linear_w8a8, which quantizes x in every call; only for rows of x that it rounds."""
+
+    name = "isqtorch W8A8"
+    formats = ("fp8",)
+
+    def __init__(self, most: int) -> None:
+        self._most = most  # rows of x that are not rounded
+        reason = no_fp8_products("cuda")
+        if reason is not None:
+            raise Unavailable(reason)
+
+    def product(self, format: str, weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Product:
+        if len(x) <= self._most:
+            raise Unavailable("the same as isqtorch's fp8")
+        packed = ops.quantize(weight, format)
+        rounded = ops.dequantize(ops.quantize(x, format), format, torch.float32)
+        compare(linear_w8a8(x, packed, format), rounded, packed, format, SUMS_OF_FP8)
+        return _rotating(lambda w: linear_w8a8(x, w, format), packed, packed.nbytes, copies)
+
+
+SUMS_OF_FP8 = 2**-9
+"""Error of sums in the matrix unit, which keeps some 14 bits of the products that it aligns."""
+
+
 def check(x: Tensor, packed: Tensor, format: str) -> None:
     """A kernel that computes something else is not worth timing; AssertionError with the error."""
+    compare(ops.linear(x, packed, format), x, packed, format)
+
+
+def compare(y: Tensor, x: Tensor, packed: Tensor, format: str, more: float = 0.0) -> None:
+    """AssertionError unless y is x times the weight, but for what the format allows and `more`."""
     rows = slice(0, 128)  # of the weight; each is computed as all others are
     w = ops.reference.dequantize(packed[rows].cpu(), format, torch.float32)
     exact = x.cpu().double() @ w.double().t()
-    error = float((ops.linear(x, packed, format)[..., rows].cpu().double() - exact).norm() / exact.norm())
-    allowed = get_format(format).linear_error + ROUNDING
+    error = float((y[..., rows].cpu().double() - exact).norm() / exact.norm())
+    allowed = get_format(format).linear_error + ROUNDING + more
     assert error < allowed, f"linear of {format}, {len(x)} rows, is off by {error:.2g}; {allowed:.2g} is allowed"
 
 
@@ -134,12 +167,15 @@ class TinyGemm:
 
 
 class ScaledMM:
-    """torch's FP8 product; x is FP8 already, which is not counted."""
+    """torch's FP8 product, with a scale for each tensor or for 128 columns of each row; x is FP8 already, which is not counted."""
 
     name = "_scaled_mm"
-    formats = ("fp8",)
+    formats = ("fp8", "fp8g128")
+    _group = 128
 
     def product(self, format: str, weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Product:
+        if format == "fp8g128":
+            return self._by_groups(weight, x, copies)
         one = torch.ones((), device=x.device)
         codes, w = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
 
@@ -147,6 +183,21 @@ class ScaledMM:
             return torch._scaled_mm(codes, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
         return _rotating(multiply, w, w.nbytes, copies)
+
+    def _by_groups(self, weight: Tensor, x: Tensor, copies: Callable[[int], int]) -> Product:
+        def quantized(t: Tensor) -> tuple[Tensor, Tensor]:
+            groups = t.float().view(len(t), -1, self._group)
+            scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+            codes = (groups / scales).to(torch.float8_e4m3fn).view(t.shape)
+            return codes, scales[..., 0].t().contiguous()  # [rows, k], [k / 128, rows]
+
+        codes, scales = quantized(x)
+
+        def multiply(w: tuple[Tensor, Tensor]) -> Tensor:
+            return torch._scaled_mm(codes, w[0].t(), scale_a=scales.t(), scale_b=w[1], out_dtype=torch.bfloat16)
+
+        packed = quantized(weight)
+        return _rotating(multiply, packed, sum(part.nbytes for part in packed), copies)
 
 
 class BitsAndBytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,20 +21,22 @@ import torch
 from isqtorch import formats, get_format
 from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import cuda_kernels, machine_facts, versions
+from isqtorch.ops import cuda_info
 
+from .. import output
+from ..output import FOLDER, bullets, slug, targets_table
 from . import generate, targets
 from .clock import EventClock, GraphClock
-from .contenders import Ours, peers
-from .session import OURS, Results, Session
+from .contenders import Contender, Ours, OursRounded, Unavailable, peers
+from .session import OURS, Results, Session, in_a_line
 from .targets import DECODE_SHAPES, QUANTIZE_SHAPE, ROWS, Target, judge
 
-FOLDER = Path(__file__).resolve().parents[1] / "results"
 QUICK = ["q4_0", "q4k", "afq4"]
-_MARK = {True: "yes", False: "**no**", None: "-"}
 
 HOW = """Each product was checked before it was timed. A CUDA graph of many products was replayed; the median of 15 replays counts. Copies
 of the weight rotate, together four times the second-level cache. x is bf16. "Packed" rates are the bytes of the packed weight over the
-time. The FP8 peer gets x in FP8, and nobody's quantizing of x is counted. Quantizing is timed with events and includes its wait for
+time. The FP8 peer gets x in FP8, and nobody's quantizing of x is counted but that of
+"isqtorch W8A8" (`activations="fp8"`), which has it in every call. Quantizing is timed with events and includes its wait for
 the device. A target counts as met if every format and shape meets it."""
 
 
@@ -60,20 +61,36 @@ def measure(names: Sequence[str], *, quick: bool, seconds: float, with_models: b
         session.bandwidth()
         results.facts["roof"] = targets.BANDWIDTH if "H100" in properties.name else results.facts["read"]
         bf16, *others = peers(results.skipped)
-        contenders = [bf16, Ours(names), *others]  # the others last: some tune themselves for long
+        contenders = [
+            bf16,
+            Ours(names),
+            *ours_rounded(names, results.skipped),
+            *others,
+        ]  # some of them tune themselves for long
         shapes = DECODE_SHAPES[:1] if quick else DECODE_SHAPES
         for shape in shapes:
             session.products(contenders, shape, [1, 8, 64] if quick else ROWS)
         session.quantize(names, QUANTIZE_SHAPE)
     if with_models:
-        results.facts["generate"] = generate.measure("cuda", ["q4k"], began + seconds, results.skipped)
+        try:
+            results.facts["generate"] = generate.measure("cuda", ["q4k"], began + seconds, results.skipped)
+        except Exception as error:  # compiling a whole model runs much code of others; what was measured before counts
+            results.faults.append(f"generate: {in_a_line(error)}")
     results.facts["seconds"] = round(time.monotonic() - began)
     return results
 
 
-def targets_table(found: Sequence[Target]) -> str:
-    rows = [[t.what, t.against, t.bound, t.measured, _MARK[t.met]] for t in found]
-    return markdown_table(["workload", "compared with", "target", "measured", "met"], rows)
+def ours_rounded(names: Sequence[str], skipped: list[str]) -> list[Contender]:
+    """FP8 weights with FP8 activations, if fp8 is measured and the GPU has products for it."""
+    if "fp8" not in names:
+        return []
+    info = cuda_info()
+    assert info, "the kernels were just loaded"
+    try:
+        return [OursRounded(info.formats["fp8"]["max_rows"])]
+    except Unavailable as reason:
+        skipped.append(f"{OursRounded.name}: {reason}")
+        return []
 
 
 def _misses(found: Sequence[Target]) -> str:
@@ -123,20 +140,17 @@ def markdown(results: Results) -> str:
     ]
     speeds = [f"{name}: {speed:.1f}" for name, speed in facts.get("generate", {}).items()]
     parts = [f"# {facts['gpu']}", HOW, "## Targets", targets_table(found), "### Below target", _misses(found)]
+    parts += ["## Faults", bullets(results.faults)] if results.faults else []
     parts += [
         "## Machine",
-        _bullets(machine),
+        bullets(machine),
         *_products(results),
         "## Quantizing 4096 x 14336 from bf16",
         _quantized(results),
     ]
-    parts += ["## 8B-shaped model, tokens per second, one sequence, `optimize_`", _bullets(speeds or ["not measured"])]
-    parts += ["## Not measured", _bullets(results.skipped or ["nothing was left out"])]
+    parts += ["## 8B-shaped model, tokens per second, one sequence, `optimize_`", bullets(speeds or ["not measured"])]
+    parts += ["## Not measured", bullets(results.skipped or ["nothing was left out"])]
     return "\n\n".join(parts) + "\n"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -170,23 +184,9 @@ def draw(results: Results, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(results: Results, stem: Path) -> list[Path]:
+def write(results: Results, path: Path) -> list[Path]:
     """JSON, Markdown and, with matplotlib, the plot; returns what was written."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
-    try:
-        draw(results, stem.with_suffix(".png"))
-        paths.append(stem.with_suffix(".png"))
-    except ImportError:
-        print("no plot: pip install matplotlib")
-    return paths
-
-
-def slug(gpu: str) -> str:
-    """A GPU's name as part of a file name: "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return output.write(results, markdown(results), path, lambda picture: draw(results, picture))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args(arguments)
     if args.source:
-        results, stem = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
+        results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
     else:
         try:
             names = [get_format(name).name for name in args.formats or (QUICK if args.quick else formats())]
@@ -211,11 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
             print("benchmarks: torch sees no CUDA GPU here", file=sys.stderr)
             return 1
         results = measure(names, quick=args.quick, seconds=args.seconds, with_models=not (args.no_models or args.quick))
-        stem = args.output / f"{slug(results.facts['gpu'])}-{time.strftime('%Y-%m-%d')}.json"
-    paths = write(results, stem)
+        path = output.dated(args.output, slug(results.facts["gpu"]))
+    paths = write(results, path)
     print(targets_table(judge(results)))
-    print("\nwritten: " + ", ".join(map(str, paths)))
-    return 0
+    return output.tell(paths, results.faults)
 
 
 if __name__ == "__main__":

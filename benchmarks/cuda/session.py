@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from isqtorch import ops
+from isqtorch.formats import get_format
+from isqtorch.quantizers import has_rule
 
 from .clock import Clock
-from .contenders import Contender, Ours, Product, Unavailable
+from .contenders import Contender, Ours, OursRounded, Product, Unavailable
 
-OURS = Ours.name
+OURS, ROUNDED = Ours.name, OursRounded.name
 Shape = tuple[int, int]
 
 
@@ -31,6 +34,10 @@ def _check(product: Product, weight: Tensor, x: Tensor) -> None:
         error = float((y[..., :128].float() - exact).norm() / exact.norm())
         if not error < 0.6:
             raise Unavailable(f"its product is off by {error:.2g}")
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:240]
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,19 @@ class Case:
 
 @dataclass
 class Results:
-    """What came out, and what did not."""
+    """What came out, and what did not.
+
+    Attributes:
+        facts: about the machine and the run.
+        cases: what was measured.
+        skipped: what was not, and why: no time, a library that refuses.
+        faults: what of ours went wrong; the rest of the report counts none the less.
+    """
 
     facts: dict[str, Any]
     cases: list[Case]
     skipped: list[str]
+    faults: list[str] = field(default_factory=list)
 
     def find(self, who: str, format: str, shape: Shape, m: int) -> Case | None:
         for case in self.cases:
@@ -70,11 +85,12 @@ class Results:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        return {"facts": self.facts, "skipped": self.skipped, "cases": [asdict(case) for case in self.cases]}
+        cases = [asdict(case) for case in self.cases]
+        return {"facts": self.facts, "faults": self.faults, "skipped": self.skipped, "cases": cases}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:
-        return cls(data["facts"], [Case(**case) for case in data["cases"]], data["skipped"])
+        return cls(data["facts"], [Case(**case) for case in data["cases"]], data["skipped"], data.get("faults", []))
 
 
 class Session:
@@ -109,25 +125,33 @@ class Session:
                         product = contender.product(format, weight, xs[m], self.copies)
                         _check(product, weight, xs[m])
                         seconds = self._seconds(product)
-                    except (Unavailable, RuntimeError, TypeError, AttributeError) as error:
-                        if contender.name == OURS:
-                            raise
-                        why = " ".join(str(error).split())[:160]
-                        self.results.skipped.append(f"{contender.name} {format} {shape[0]}x{shape[1]} M={m}: {why}")
+                    except (Unavailable, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+                        is_fault = contender.name in (OURS, ROUNDED) and not isinstance(error, Unavailable)
+                        kept = self.results.faults if is_fault else self.results.skipped
+                        kept.append(f"{contender.name} {format} {shape[0]}x{shape[1]} M={m}: {in_a_line(error)}")
                         continue
                     self._add(contender.name, format, shape, m, seconds, product.nbytes)
 
     def quantize(self, formats: Sequence[str], shape: Shape) -> None:
-        """Quantizing a matrix of bf16."""
+        """Quantizing a matrix of bf16, by default and, as "afq4+search", with a search for scales where there is one."""
         weight = self._weight(shape)
         for format in formats:
-            if self._late(f"quantize {format}"):
-                continue
-            packed = ops.quantize(weight, format)
-            want = ops.reference.dequantize(packed[:4], format, torch.float32)
-            assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), format
-            seconds = self.wall.seconds([lambda format=format: ops.quantize(weight, format)])  # type: ignore[misc]
-            self._add(OURS, format, shape, 0, seconds, weight.nbytes + packed.nbytes)
+            for rule in (None, "search"):
+                name = f"{format}+{rule}" if rule else format
+                if not has_rule(get_format(format), rule) or self._late(f"quantize {name}"):
+                    continue
+                call = partial(ops.quantize, weight, format, None, rule)
+                try:
+                    packed = call()
+                    want = ops.reference.dequantize(packed[:4], format, torch.float32)
+                    assert torch.equal(ops.dequantize(packed[:4], format, torch.float32), want), (
+                        "decoded weights differ"
+                    )
+                    seconds = self.wall.seconds([call])
+                except (RuntimeError, AssertionError) as error:
+                    self.results.faults.append(f"quantize {name}: {in_a_line(error)}")
+                    continue
+                self._add(OURS, name, shape, 0, seconds, weight.nbytes + packed.nbytes)
 
     def bandwidth(self, nbytes: int = 1 << 30) -> None:
         """What the device reads, and copies, per second: the roof of all products with few rows."""

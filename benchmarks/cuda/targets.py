@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from isqtorch import formats, get_format
 
-from .session import OURS, Case, Results, Shape
+from .session import OURS, ROUNDED, Case, Results, Shape
 
 DECODE_SHAPES: list[Shape] = [(8192, 8192), (16384, 16384)]
 QUANTIZE_SHAPE: Shape = (4096, 14336)
@@ -41,7 +41,7 @@ class Target:
         return all(map(self.good, self.values.values())) if self.values else None
 
     @property
-    def bound(self) -> str:
+    def target(self) -> str:
         return f">= {self.show(self.least)}" if self.least is not None else f"<= {self.show(self.most or 0.0)}"
 
     def show(self, value: float) -> str:
@@ -83,6 +83,9 @@ def judge(results: Results) -> list[Target]:
     prompt = Target("M = 512", "bf16 cuBLAS", "x", least=1.0)
     long = Target("M = 2048", "bf16 cuBLAS", "x", least=0.9)
 
+    rounded = Target("fp8 with activations in FP8, M = 512 and 2048", "isqtorch fp8 without", "x", least=1.0)
+    rounded_long = Target("fp8 with activations in FP8, M = 2048", "bf16 cuBLAS", "x", least=1.0)
+
     def note(target: Target, ours: Case, value: Callable[[Case], float | None]) -> None:
         got = value(ours)
         if got is not None:
@@ -92,6 +95,11 @@ def judge(results: Results) -> list[Target]:
         return lambda ours: other.seconds / ours.seconds if other else None
 
     for ours in results.cases:
+        if ours.who == ROUNDED:
+            shape = (ours.n, ours.k)
+            note(rounded, ours, over(results.find(OURS, "fp8", shape, ours.m)))
+            if ours.m == 2048:
+                note(rounded_long, ours, over(results.find("bf16", "bf16", shape, ours.m)))
         if ours.who != OURS or ours.m == 0:
             continue
         shape = (ours.n, ours.k)
@@ -111,7 +119,8 @@ def judge(results: Results) -> list[Target]:
             note(prompt, ours, over(bf16))
         if ours.m == 2048:
             note(long, ours, over(bf16))
-    return [few, few_peer, flat, low, batch, batch_peer, prompt, long, *_quantize(results, roof), _generate(results)]
+    products = [few, few_peer, flat, low, batch, batch_peer, prompt, long, rounded, rounded_long]
+    return [*products, *_quantize(results, roof), _generate(results)]
 
 
 def _best_peer(results: Results, ours: Case) -> Case | None:
@@ -120,7 +129,7 @@ def _best_peer(results: Results, ours: Case) -> Case | None:
         case
         for case in results.cases
         if (case.n, case.k, case.m) == (ours.n, ours.k, ours.m)
-        and case.who not in (OURS, "bf16")
+        and case.who not in (OURS, ROUNDED, "bf16")
         and abs(case.nbytes - ours.nbytes) < 0.15 * ours.nbytes
     )
     return min(cases, key=lambda case: case.seconds, default=None)

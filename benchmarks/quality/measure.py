@@ -137,4 +137,4 @@ class Session:
         path = self.settings.calibration
         if path.suffix in (".imatrix", ".dat", ".gguf", ".cimatrix"):
             return isqtorch.read_imatrix(path).for_model(model)
-        return isqtorch.collect_imatrix(model, self.tokenizer, path, chunk=self.settings.context, progress=False)
+        return isqtorch.collect_imatrix(model, path, self.tokenizer, chunk=self.settings.context, progress=False)

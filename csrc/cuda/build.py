@@ -210,7 +210,13 @@ def wanted(torch: Torch, environment: Mapping[str, str] = os.environ) -> Toolkit
 
 
 def sources() -> list[Path]:
+    """The kernels."""
     return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def operators() -> list[Path]:
+    """What knows torch."""
+    return sorted((CSRC / "cuda").glob("*.cpp"))
 
 
 def build(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torch: Torch, *, keep: bool = False) -> None:
@@ -256,7 +262,7 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
     nvcc += [f"--threads={len(archs)}"] if len(archs) > 1 else []  # the largest files take minutes for each
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_VERSION}", f'-DISQTORCH_CUDA_ARCHS="{" ".join(a.name for a in archs)}"']
     includes = [f"-I{CSRC}", *(flag for path in torch.includes for flag in ("-isystem", path))]
-    logged = "> $out.log 2>&1 || (cat $out.log; false)"
+    logged = "> $name.log 2>&1 || (cat $name.log; false)"
     kept = (
         f"rm -rf kept/$name && mkdir -p kept/$name && {shlex.join(nvcc)} --keep --keep-dir=kept/$name" if keep else ""
     )
@@ -275,15 +281,19 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
         "rule stand_in",
         f"  command = {cxx} -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out {logged}",
         "rule link",
-        f"  command = {shlex.join(link)} $objects -L. -ltorch_cpu -lc10 -ltorch_cuda -o $out.part {logged} && mv $out.part $out",
+        f"  command = {shlex.join(link)} $objects -L. -ltorch_cpu -lc10 -ltorch_cuda -o linked.so {logged} && mv linked.so $out",
     ]
-    for path in [*sources(), CSRC / "cuda/ops_cuda.cpp"]:
+    for path in [*sources(), *operators()]:
         objects.append(f"{path.stem}.o")
         lines += [f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}", f"  name = {path.stem}"]
     stand_in = "" if torch.cuda else "libtorch_cuda.so"
     if stand_in:
-        lines += [f"build {stand_in}: stand_in libtorch_cuda.cpp"]
-    lines += [f"build {target}: link {' '.join(objects)} | {stand_in}", f"  objects = {' '.join(objects)}"]
+        lines += [f"build {stand_in}: stand_in libtorch_cuda.cpp", "  name = stand_in"]
+    lines += [
+        f"build {target}: link {' '.join(objects)} | {stand_in}",
+        "  name = link",
+        f"  objects = {' '.join(objects)}",
+    ]
     return "\n".join(lines) + "\n"
 
 

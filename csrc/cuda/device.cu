@@ -18,11 +18,22 @@ std::string take_fault() {
          " (8.0 is the least), or set ISQTORCH_CUDA=0 to compute with plain PyTorch";
 }
 
+int compute_capability(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) {
+    return 0;
+  }
+  return 10 * major + minor;
+}
+
 std::string toolkit_version() {
   return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 }
 #else
 std::string take_fault() { return simt::take_error(); }
+
+int compute_capability(int) { return 90; }
 
 std::string toolkit_version() { return "emulator"; }
 #endif

@@ -10,6 +10,9 @@ namespace isqtorch::cuda {
 // still run show at a later call.
 std::string take_fault();
 
+// 90 for an H100; 0 if the device does not say. In the emulator, which is no GPU, 90.
+int compute_capability(int device);
+
 // "13.0", the toolkit that compiled this; "emulator".
 std::string toolkit_version();
 

@@ -91,14 +91,23 @@ ISQ_DEVICE int count_bits(uint32_t bits) {
 #endif
 }
 
-// The larger number, NaN if either is one.
+// The larger and the smaller number, NaN if either is one; +0 is larger than -0.
 ISQ_DEVICE float max_or_nan(float a, float b) {
 #if defined(__CUDACC__)
   float d;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 #else
-  return a != a ? a : a > b ? a : b;
+  return a != a || a > b ? a : a == b ? __uint_as_float(__float_as_uint(a) & __float_as_uint(b)) : b;
+#endif
+}
+ISQ_DEVICE float min_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+#else
+  return a != a || a < b ? a : a == b ? __uint_as_float(__float_as_uint(a) | __float_as_uint(b)) : b;
 #endif
 }
 

@@ -61,7 +61,7 @@ struct QuantizeJob {
   Dtype dtype;
   int64_t rows, k;
   const float* importance;  // [k], or null
-  bool mlx_rule;
+  Rule rule;                // one of the format's
   uint8_t* out;
   int64_t* faults;  // [2], preset to INT64_MAX
   void* workspace;  // quantize_workspace bytes

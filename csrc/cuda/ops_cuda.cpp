@@ -1,9 +1,7 @@
 // The operators on CUDA tensors: checks, memory, streams, and which kernel runs. The kernels know nothing of torch
 // (launch.h). Everything but `quantize` only enqueues work: nothing waits for the device, nothing is read back, all
-// memory is torch's, so a CUDA graph can capture it. `quantize` waits, because it must refuse weights that are no
-// numbers.
+// memory is torch's, so a CUDA graph can capture it. `quantize` has a file of its own: ops_quantize.cpp.
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,14 +18,6 @@ namespace {
 constexpr uintptr_t kActivationAlignment = 16;
 constexpr int64_t kSliceBytes = 32 << 20;  // decoded for one of torch's products: the second-level cache holds it
 constexpr int64_t kSliceRows = 128;  // what a slice's rows are a multiple of, and those of a block of torch's product
-
-const FormatKernels& known_format(const char* op, const std::string& name) {
-  if (const FormatKernels* format = find_format(name.c_str())) return *format;
-  std::string names;
-  for (int i = 0; i < format_count(); ++i) names += text(i ? ", " : "", format_at(i).name);
-  throw std::invalid_argument(
-      text(op, ": no CUDA kernels for the format \"", name, "\". There are kernels for ", names, "."));
-}
 
 // A packed weight on its device, understood.
 struct Packed : PackedShape {
@@ -192,91 +182,6 @@ Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_
   return y;
 }
 
-// ---- quantize -----------------------------------------------------------------------------------------------------
-
-torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU, 0}; }
-
-// f32 [matrices, K] on the device. The values are checked on the CPU: few numbers, and `quantize` waits anyway.
-std::optional<Tensor> loaded_importance(const Place& place, const std::optional<Tensor>& importance,
-                                        const std::vector<int64_t>& shape) {
-  if (!importance) return std::nullopt;
-  const std::vector<float> columns = checked_importance(torch::stable::to(*importance, cpu()), shape);
-  const Tensor values = empty({static_cast<int64_t>(columns.size())}, ScalarType::Float);
-  if (!columns.empty()) std::memcpy(values.mutable_data_ptr(), columns.data(), columns.size() * sizeof(float));
-  return place.upload(values);
-}
-
-// The search for AFQ's and HQQ's scales has no CUDA kernel.
-Tensor quantized_on_cpu(const Place& place, const Tensor& w, const std::string& format,
-                        const std::optional<Tensor>& importance, const std::string& rule) {
-  std::optional<Tensor> columns;
-  if (importance) columns = torch::stable::to(*importance, cpu());
-  StableIValue stack[] = {torch::stable::detail::from(torch::stable::to(w, cpu())), torch::stable::detail::from(format),
-                          torch::stable::detail::from(columns),
-                          torch::stable::detail::from(std::optional<std::string>(rule))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("isqtorch::quantize", "", stack, TORCH_ABI_VERSION));
-  return place.upload(torch::stable::detail::to<Tensor>(stack[0]));
-}
-
-Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
-                std::optional<std::string> rule) {
-  const FormatKernels& format = known_format("quantize", format_name);
-  const std::vector<int64_t> packed_shape =
-      checked_source(w, format.name, format.shape.block, format.shape.block_bytes);
-  const std::vector<int64_t> shape = shape_of(w);
-  const int64_t k = shape.back(), rows = shape[shape.size() - 2];
-  const Rule checked = checked_rule(format.name, format.rules, rule);
-  const Place place(w);
-  if (checked == Rule::kSearch) {
-    quantize(w, format_name, std::nullopt, std::nullopt);  // what is wrong with the weight shows here
-    checked_importance(importance ? std::optional(torch::stable::to(*importance, cpu())) : std::nullopt, shape);
-    return quantized_on_cpu(place, w, format_name, importance, *rule);
-  }
-  const std::optional<Tensor> columns = loaded_importance(place, importance, shape);
-  const Tensor source = aligned(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w,
-                                kActivationAlignment);
-  const Dtype dtype = *float_dtype(source.scalar_type());
-  const Tensor out = place.empty(packed_shape, ScalarType::Byte);
-  const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
-  if (matrices == 0) return out;
-
-  // Every matrix reports its faults into a row of two numbers; they are read once.
-  Tensor faults = empty({matrices, 2}, ScalarType::Long);
-  std::fill_n(static_cast<int64_t*>(faults.mutable_data_ptr()), 2 * matrices, INT64_MAX);
-  faults = place.upload(faults);
-  std::optional<Tensor> workspace;
-  for (int64_t e = 0; e < matrices; ++e) {
-    QuantizeJob job;
-    job.w = static_cast<const uint8_t*>(source.const_data_ptr()) + e * rows * k * item_bytes(dtype);
-    job.dtype = dtype;
-    job.rows = rows;
-    job.k = k;
-    job.importance = columns ? static_cast<const float*>(columns->const_data_ptr()) + e * k : nullptr;
-    job.mlx_rule = checked == Rule::kMlx;
-    job.out = static_cast<uint8_t*>(out.mutable_data_ptr()) + e * rows * packed_shape.back();
-    job.faults = static_cast<int64_t*>(faults.mutable_data_ptr()) + 2 * e;
-    job.workspace = nullptr;
-    if (!workspace) workspace = place.empty({format.quantize_workspace(job, format.shape)}, ScalarType::Byte);
-    job.workspace = workspace->mutable_data_ptr();
-    format.quantize(job, format.shape, place.stream());
-    place.check_launches("quantize");
-  }
-
-  const Tensor found = torch::stable::to(faults, cpu());
-  const int64_t* fault = static_cast<const int64_t*>(found.const_data_ptr());
-  for (int64_t e = 0; e < matrices; ++e, fault += 2) {
-    if (fault[0] != INT64_MAX) {
-      const int64_t at = e * rows * k + fault[0];
-      Tensor flat = torch::stable::view(source, {source.numel()});
-      const Tensor value =
-          torch::stable::to(torch::stable::to(torch::stable::narrow(flat, 0, at, 1), ScalarType::Float), cpu());
-      refuse_weight(format.name, at, shape, *static_cast<const float*>(value.const_data_ptr()));
-    }
-    if (fault[1] != INT64_MAX) refuse_block(format.name, e * rows * k + fault[1], shape);
-  }
-  return out;
-}
-
 // ---- inspection ---------------------------------------------------------------------------------------------------
 
 #if !defined(ISQTORCH_CUDA_ARCHS)
@@ -299,7 +204,6 @@ std::string cuda_info() {
 }  // namespace isqtorch::cuda
 
 ISQTORCH_LIBRARY_IMPL(ISQTORCH_OPERATORS, ISQTORCH_DEVICE, m) {
-  m.impl("quantize", TORCH_BOX(&isqtorch::cuda::quantize));
   m.impl("dequantize", TORCH_BOX(&isqtorch::cuda::dequantize));
   m.impl("linear", TORCH_BOX(&isqtorch::cuda::linear));
   m.impl("linear_frozen", TORCH_BOX(&isqtorch::cuda::linear));

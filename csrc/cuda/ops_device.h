@@ -1,5 +1,5 @@
-// Where an operator works: the device and stream of its weight. In the emulator of the tests, CPU tensors stand in for
-// CUDA's and there are no streams.
+// Where an operator works, the device and stream of its weight, and with which kernels. In the emulator of the tests,
+// CPU tensors stand in for CUDA's and there are no streams.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -84,6 +84,14 @@ inline Tensor aligned(const Tensor& t, uintptr_t alignment) {
   const Tensor packed = dense(t);
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % alignment == 0) return packed;
   return torch::stable::clone(packed);
+}
+
+inline const FormatKernels& known_format(const char* op, const std::string& name) {
+  if (const FormatKernels* format = find_format(name.c_str())) return *format;
+  std::string names;
+  for (int i = 0; i < format_count(); ++i) names += text(i ? ", " : "", format_at(i).name);
+  throw std::invalid_argument(
+      text(op, ": no CUDA kernels for the format \"", name, "\". There are kernels for ", names, "."));
 }
 
 }  // namespace isqtorch::cuda

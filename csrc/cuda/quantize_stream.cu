@@ -5,10 +5,20 @@
 
 namespace isqtorch::cuda {
 
+// AFQ, by its rule.
+template <int kBits>
+struct AffineByRule {
+  static int64_t workspace(const QuantizeJob&, const Shape&) { return 0; }
+  static void launch(const QuantizeJob& job, const Shape& shape, Stream stream) {
+    return job.rule == Rule::kSearch ? BlockByBlock<QuantizeAffine<kBits, true>>::launch(job, shape, stream)
+                                     : BlockByBlock<QuantizeAffine<kBits, false>>::launch(job, shape, stream);
+  }
+};
+
 // Both families, by what the header says.
 template <int kBits>
 struct AffineOrHqq {
-  using Affine = BlockByBlock<QuantizeAffine<kBits>>;
+  using Affine = AffineByRule<kBits>;
   using Hqq = QuantizeHqq<kBits>;
 
   static bool is_hqq(const Shape& shape) { return shape.header == Header::kScaleZeroF16; }
@@ -20,11 +30,11 @@ struct AffineOrHqq {
   }
 };
 
-ISQ_QUANTIZER(BitStream<2>, BlockByBlock<QuantizeAffine<2>>)
-ISQ_QUANTIZER(BitStream<3>, BlockByBlock<QuantizeAffine<3>>)
+ISQ_QUANTIZER(BitStream<2>, AffineByRule<2>)
+ISQ_QUANTIZER(BitStream<3>, AffineByRule<3>)
 ISQ_QUANTIZER(BitStream<4>, AffineOrHqq<4>)
-ISQ_QUANTIZER(BitStream<5>, BlockByBlock<QuantizeAffine<5>>)
-ISQ_QUANTIZER(BitStream<6>, BlockByBlock<QuantizeAffine<6>>)
+ISQ_QUANTIZER(BitStream<5>, AffineByRule<5>)
+ISQ_QUANTIZER(BitStream<6>, AffineByRule<6>)
 ISQ_QUANTIZER(BitStream<8>, AffineOrHqq<8>)
 
 }  // namespace isqtorch::cuda

@@ -37,6 +37,11 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         default="up",
         help="where a format's blocks do not divide a layer: a larger format, leave the layer, or stop",
     )
+    parser.add_argument(
+        "--activations",
+        choices=["fp8"],
+        help="let linear layers in fp8 round their inputs to FP8, too, where that is faster",
+    )
 
 
 def add_importance(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,8 @@ def add_auto(parser: argparse.ArgumentParser) -> None:
 def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
     """What `add_policy` and `add_importance` read, as arguments of `quantize_` (with the tokenizer) or of `LoadedModel`."""
     options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
+    if args.activations:
+        options["activations"] = args.activations
     for option, name in _AUTO.items():
         value = getattr(args, option, None)
         if value is not None:

@@ -1,6 +1,6 @@
 """Check the installation: versions, what was compiled, what this machine supports, which kernels are selected and why; then
 run quantize, dequantize, linear (each of its kernels) and embedding of every format against the plain PyTorch reference, on the CPU
-and, where there are kernels for it, on the GPU.
+and, where there are kernels for it, on an NVIDIA GPU.
 
     isqtorch doctor
     isqtorch doctor --json
@@ -25,7 +25,7 @@ import torch
 from .._version import __version__
 from ..formats import QuantFormat, formats, get_format
 from ..ops import LinearKernel, cpu_info, cuda_info
-from ..ops.native import CUDA_LIBRARY, LIBRARY, NATIVE_DEVICES, NO_CUDA, missing_kernels
+from ..ops.native import CUDA_LIBRARY, LIBRARY, NATIVE_DEVICES, NO_CUDA, missing_kernels, no_fp8_products
 from ._common import add_json, text_table
 
 HELP = "check the installation and every kernel"
@@ -52,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
         native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
         found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
         compiled = cuda_info()
-        found["cuda"] = {"compiled": asdict(compiled) if compiled else None, "missing": NO_CUDA, "formats": on_gpu}
+        found["cuda"] = {
+            "compiled": asdict(compiled) if compiled else None,
+            "missing": NO_CUDA,
+            "fp8_activations": fp8_activations(),
+            "formats": on_gpu,
+        }
         print(json.dumps(found, indent=2))
         return 0 if healthy else 1
 
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  compiled: {', '.join(info.isa_compiled)}; this machine runs: {', '.join(info.isa_supported)}")
     print(f"  selected: {info.isa_selected}, {info.reason}")
     print(f"CUDA kernels: {cuda_kernels()}")
+    print(f'FP8 activations (activations="fp8"): {fp8_activations()}')
     print(f"other devices: {other_devices()}")
     _show(checks, "cpu")
     if on_gpu:
@@ -106,6 +112,13 @@ def cuda_kernels() -> str:
     if info is None:
         return f"none, {NO_CUDA}"
     return f"{CUDA_LIBRARY}, toolkit {info.toolkit}, for {', '.join(f'sm_{arch}' for arch in info.archs)}"
+
+
+def fp8_activations() -> str:
+    """Whether the GPU multiplies fp8 weights with activations in FP8 where that is allowed, or why not."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    said = {device: no_fp8_products(device) for device in found}
+    return "; ".join(f"{device}: {f'no, {why}' if why else 'yes, for many rows of x'}" for device, why in said.items())
 
 
 def machine_facts() -> list[str]:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
     read_text(args.text)
     model, tokenizer = load_model(args.model)
-    im = collect_imatrix(model, tokenizer, Path(args.text), chunk=args.chunk, max_tokens=args.max_tokens)
+    im = collect_imatrix(model, Path(args.text), tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
     im.save(args.output)
     unseen = sum(im.unseen.values())
     if args.json:

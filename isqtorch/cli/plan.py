@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.isq is None:
         raise ValueError("--plot draws one format: it needs --isq FORMAT")
     options = {"topology": args.topology, "organization": args.organization, "fallback": args.fallback}
+    if args.isq is not None:
+        options["activations"] = args.activations
+    elif args.activations:
+        raise ValueError("--activations needs --isq FORMAT")
     found = overview(args.model, None if args.isq is None else [args.isq], context=args.context, **options)
     if args.isq is None:
         print(json.dumps(found.to_dict(), indent=2) if args.json else _table(found))

@@ -18,9 +18,9 @@ from .base import Fields, QuantFormat, register
 from .bitstream import pack_planes, unpack_planes
 
 
-def _per_element(sub_blocks: Tensor, block: int = 256) -> Tensor:
-    """Repeat one value per sub-block for each of its elements: `[n, s]` -> `[n, block]`."""
-    return sub_blocks.repeat_interleave(block // sub_blocks.shape[1], dim=1)
+def _per_element(sub_blocks: Tensor) -> Tensor:
+    """Repeat one value per sub-block for each of its elements: `[n, s]` -> `[n, 256]`."""
+    return sub_blocks.repeat_interleave(256 // sub_blocks.shape[1], dim=1)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ class LoadedModel:
         if (self.packed or self.report is not None) and mix_name(isq) != AUTO:
             if source is None and self.packed:
                 source = STORED
-            self.report = requantize_(self.model, isq, source=source, progress=False, **self._options(isq))
+            options = self._options(isq)
+            if mix_name(isq) is not None or resolve_format(isq, torch.device(self.device or "cpu")).name != "fp8":
+                options["activations"] = ""  # which the report notes; they come back with fp8 if they were asked for
+            self.report = requantize_(self.model, isq, source=source, progress=False, **options)
         else:
             self.model, self.report = self._load(isq)
             gc.collect()  # the old model: its modules refer to each other
@@ -139,7 +142,7 @@ class LoadedModel:
         if mix_name(isq) != AUTO:
             plan(model, isq, **asked)  # faults show before the minutes
         if "imatrix" not in options:
-            options["imatrix"] = collect_imatrix(model, self.tokenizer, text)
+            options["imatrix"] = collect_imatrix(model, text, self.tokenizer)
         self.options["imatrix"] = options["imatrix"]
         if mix_name(isq) == AUTO:
             options |= {"calibration_file": text, "tokenizer": self.tokenizer}
@@ -218,8 +221,13 @@ def check_request(
             raise ValueError("give either imatrix or calibration_file, not both")
         if method is not None:
             raise _already(source, method)
-    elif any((options or {}).get(name) for name in ("topology", "imatrix", "calibration_file", "rule", *AUTO_OPTIONS)):
-        raise ValueError("--topology, --imatrix, --calibration-file, --rule and the options of auto need --isq FORMAT")
+    elif any(
+        (options or {}).get(name)
+        for name in ("topology", "imatrix", "calibration_file", "rule", "activations", *AUTO_OPTIONS)
+    ):
+        raise ValueError(
+            "--topology, --imatrix, --calibration-file, --rule, --activations and the options of auto need --isq FORMAT"
+        )
     return method is not None
 
 

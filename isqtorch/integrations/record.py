@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from isqtorch.formats import get_format
 
@@ -34,3 +34,15 @@ def checked_layers(op: str, layers: object) -> dict[str, str]:
         except ValueError as error:
             raise ValueError(f"{op}: layer {path[:200]!r}: {error}") from None
     return checked
+
+
+def checked_activations(op: str, activations: object, layers: Mapping[str, str]) -> str | list[str] | None:
+    """None, "fp8" for all layers in fp8, or some of these by path; ValueError otherwise."""
+    if activations is None or activations == "fp8":
+        return "fp8" if activations else None
+    if isinstance(activations, str) or not isinstance(activations, Sequence):
+        raise ValueError(f'{op}: activations must be "fp8" or a list of layers in fp8, got {activations!r:.80}')
+    for path in activations:
+        if not isinstance(path, str) or layers.get(path) != "fp8":
+            raise ValueError(f"{op}: activations names {path!r:.80}, which is no layer in fp8 according to 'layers'")
+    return list(activations)

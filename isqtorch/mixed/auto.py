@@ -14,9 +14,9 @@ the others in `formats`.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from ..modules.packed import ordinary_tensors
 from ..policy import LayerInfo, Request, decide
 from ..prepare import ImatrixLike, checked_device, load_imatrix
 from ..prepare import importance_of as importance_of_layers
+from ..progress import progress_bar
 from ..recipes import LISTED_EXPERT, Assigned
 from ..report import QuantReport, human_size
 from ..topology import Spec
@@ -72,6 +73,10 @@ class TextFile(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+
+WeightOf = Callable[[Sequence[str]], Tensor]
+"""The float weight, `[N, K]` or `[E, N, K]`, of layers that share it."""
 
 
 class Measured(NamedTuple):
@@ -137,8 +142,11 @@ class Auto:
             )
 
     def smallest(self) -> Request:
-        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow."""
-        return self._request([next(iter(item.options)) for item in self.items])
+        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow.
+
+        Nothing is said of activations: which layers will be in fp8 is not known yet.
+        """
+        return replace(self._request([next(iter(item.options)) for item in self.items]), activations=None)
 
     def choose(self, errors: Sequence[Mapping[str, Error]], measure: str) -> tuple[Request, Choice]:
         """The best choice, as a request, and as a record.
@@ -170,8 +178,8 @@ class Auto:
         total = self._total(chosen)
         by = {
             "kl": f"the curvature of the KL divergence, which predicts {predicted:.5f} nats",
-            "output": "the errors of weights, weighed by importance; a calibration file chooses better",
-            "weight": "the errors of weights; a calibration file chooses better",
+            "output": "the errors of weights, weighed by importance; quantize_ with a calibration file chooses better",
+            "weight": "the errors of weights; quantize_ with a calibration file chooses better",
         }[measure]
         notes = [
             f"auto: {8 * total / numel_of(self.inventory):.4f} bits per weight, {human_size(total)}, for {self.budget}; by {by}; "
@@ -248,8 +256,12 @@ def choose_formats(
     device: torch.device | str | None,
     rule: str | None,
     progress: bool | None,
+    weight_of: WeightOf | None = None,
 ) -> tuple[Request, Choice]:
     """Measure a live model and choose; see `quantize_` for the arguments. The model stays as it is.
+
+    Args:
+        weight_of: where the weights are, if they are not the model's own.
 
     Raises:
         ValueError: see `Auto` and `measure_curvature`; `probe="kl"` without a text.
@@ -261,7 +273,8 @@ def choose_formats(
     if text.file is not None and budget.probe != "output":
         names = [sharing[0].name for item in auto.items for sharing in item.weights]
         curvature = measure_curvature(model, names, text.tokenizer, Path(text.file), progress=progress)
-    errors, measure = measure_model(model, auto, load_imatrix(imatrix), curvature, rule, progress)
+    weight_of = weight_of or partial(_own_weight, model)
+    errors, measure = measure_items(auto, weight_of, load_imatrix(imatrix), curvature, rule, progress)
     return auto.choose(errors, measure)
 
 
@@ -274,31 +287,40 @@ def _inventory(model: nn.Module, device: torch.device | str | None) -> Inventory
     return replace(inventory, layers=[replace(layer, device_type=place) for layer in inventory.layers])
 
 
-def measure_model(
-    model: nn.Module,
+def _own_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
+    path, leaf = locate(model, names[0])
+    return weight_matrix(model.get_submodule(path), leaf).detach()
+
+
+def measure_items(
     auto: Auto,
+    weight_of: WeightOf,
     imatrix: Imatrix | None,
     curvature: Mapping[str, Weighing] | None,
     rule: str | None,
     progress: bool | None,
 ) -> tuple[list[dict[str, Error]], str]:
-    """The errors of every item of a live model in each of its options, and the name of the measure.
+    """The errors of every item in each of its options, and the name of the measure.
 
     Items with one option are measured, too, so that the predicted cost is that of the whole model.
-    """
-    from tqdm import tqdm
 
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    Raises:
+        ValueError: a weight that is not finite, or too large for one of its formats.
+    """
     errors = []
-    for item in tqdm(auto.items, desc="measure", unit="layer", disable=hidden):
+    for item in progress_bar("measure", "layer", progress, auto.items):
         formats = [get_format(fmt) for fmt in item.options]
         parts = []
         for sharing in item.weights:
-            path, leaf = locate(model, sharing[0].name)
-            with ordinary_tensors(), torch.no_grad():
-                weight = weight_matrix(model.get_submodule(path), leaf).detach()
-                weighing = None if curvature is None else curvature.get(sharing[0].name)
-                parts.append(measure(weight, formats, weighing, *importance_of(sharing, imatrix), rule))
+            weighing = None if curvature is None else curvature.get(sharing[0].name)
+            importance = importance_of(sharing, imatrix)
+            with ordinary_tensors():
+                weight = weight_of([layer.name for layer in sharing])
+                try:
+                    parts.append(measure(weight, formats, weighing, *importance, rule))
+                except ValueError as error:
+                    raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
+                del weight  # before the next one is there
         errors.append(errors_of(parts))
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
 

@@ -12,7 +12,6 @@ A forward and a backward pass per chunk of text give it for all layers at once, 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from ..calibration import read_calibration_text
 from ..evaluation import Ids, context_length, evaluating, run_model, token_ids
 from ..modules.convert import locate, upright
 from ..modules.packed import ordinary_tensors
+from ..progress import progress_bar
 from .sensitivity import Weighing
 
 CHUNK = 256  # tokens of a backward pass, which holds the activations of all of them
@@ -67,12 +67,8 @@ def measure_curvature(
     starts = torch.linspace(0, len(ids) - size, min(CHUNKS, len(ids) // size)).long().tolist()
     meters = {name: _Meter() for name in names}
     generator = torch.Generator().manual_seed(0)
-
-    from tqdm import tqdm
-
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     with evaluating(model), torch.enable_grad(), _watched(model, meters):
-        for start in tqdm(starts, desc="probe", unit="chunk", disable=hidden):
+        for start in progress_bar("probe", "chunk", progress, starts):
             _sampled_loss(model, ids[None, start : start + size], generator).backward()
     tokens = size * len(starts)
     found = {name: weighing for name, meter in meters.items() if (weighing := meter.weighing(name, tokens)) is not None}

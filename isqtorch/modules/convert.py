@@ -147,6 +147,8 @@ def to_packed(
             new.scale, new.scale_is_rounded = scale_of(module)
     else:
         new = QuantLinear.from_packed(packed, fmt, bias=cast("Tensor | None", module.bias), dtype=dtype)
+        if isinstance(module, QuantLinear) and module.format == fmt.name:
+            new.activations = module.activations
     new.origin, new.origin_requires_grad = origin, trainable
     new.subclass, new.subclass_attributes = subclass, attributes
     _carry_over(module, new)

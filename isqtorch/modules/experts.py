@@ -206,13 +206,7 @@ def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
 
 
-def pack_stack(
-    weight: Tensor,
-    fmt: QuantFormat,
-    importance: Tensor | None = None,
-    rule: str | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def pack_stack(weight: Tensor, fmt: QuantFormat, importance: Tensor | None, rule: str | None) -> Tensor:
     """Quantize matrix by matrix, so that a stack that is stored transposed is copied in no larger pieces.
 
     Args:
@@ -220,14 +214,15 @@ def pack_stack(
         fmt: the format.
         importance: f32 `[K]`, or `[E, K]`.
         rule: alternative rule of the format's quantizer.
-        out: uint8 `[E, N, row_bytes]` to write to.
 
     Returns:
-        `out`, or a new tensor of that shape.
+        uint8 `[E, N, row_bytes]`.
+
+    Raises:
+        ValueError: as the operator `quantize`; says which expert.
     """
     experts, rows, columns = weight.shape
-    if out is None:
-        out = weight.new_empty((experts, rows, fmt.row_bytes(columns)), dtype=torch.uint8)
+    out = weight.new_empty((experts, rows, fmt.row_bytes(columns)), dtype=torch.uint8)
     for expert in range(experts):
         vector = importance[expert] if importance is not None and importance.dim() == 2 else importance
         try:

@@ -12,6 +12,9 @@ from .packed import PackedModule, check_packed, ordinary_tensors, packed_paramet
 _linear = torch.ops.isqtorch.linear.default  # the overload itself: looking it up in each call costs a microsecond
 _linear_frozen = torch.ops.isqtorch.linear_frozen.default._op  # without OpOverload.__call__, which only passes on
 
+_w8a8 = torch.ops.isqtorch.linear_w8a8.default
+_w8a8_frozen = torch.ops.isqtorch.linear_w8a8_frozen.default._op
+
 
 class QuantLinear(PackedModule, nn.Linear):
     """y = x @ dequantize(weight)^T + bias, with `weight` packed in a quantized format.
@@ -27,8 +30,14 @@ class QuantLinear(PackedModule, nn.Linear):
         device: where to allocate; "meta" allocates nothing.
         dtype: the float type the layer stands for.
 
+    Attributes:
+        activations: "fp8" for a weight in fp8: x may be rounded to FP8, too, each run of 128 columns under its own scale, where
+            that is faster (`torch.ops.isqtorch.linear_w8a8`). None: x is used as it is.
+
     Shapes: x `[..., K]` in f32, f16 or bf16; result `[..., N]` of the same type.
     """
+
+    _activations: str | None = None
 
     def __init__(
         self,
@@ -85,6 +94,18 @@ class QuantLinear(PackedModule, nn.Linear):
             packed = torch.ops.isqtorch.quantize(linear.weight, fmt.name, importance, rule)
         return cls.from_packed(packed, fmt, bias=linear.bias, dtype=linear.weight.dtype)
 
+    @property
+    def activations(self) -> str | None:
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str | None) -> None:
+        if value is not None and (value != "fp8" or self.format != "fp8"):
+            raise ValueError(
+                f'QuantLinear: activations must be None, or "fp8" for a weight in fp8; got {value!r} for one in {self.format}'
+            )
+        self._activations = value
+
     def forward(self, x: Tensor) -> Tensor:
         # nn.Module finds self.weight by way of an AttributeError, as slowly as all else here takes. FSDP1 has it elsewhere.
         own = self._parameters
@@ -96,15 +117,16 @@ class QuantLinear(PackedModule, nn.Linear):
                 x = x.to(torch.get_autocast_dtype(device))
         # The gradient of `linear` is a Python function, which costs more than a small layer: it is passed by where there is
         # none to record. Functorch's wrapped tensors do not say which they are, and tracers must see the ordinary operator.
+        linear, frozen = (_linear, _linear_frozen) if self._activations is None else (_w8a8, _w8a8_frozen)
         y: Tensor
         if (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         ):
-            y = _linear(x, weight, self.format, bias)
+            y = linear(x, weight, self.format, bias)
         else:
-            y = _linear_frozen(x, weight, self.format, bias)
+            y = frozen(x, weight, self.format, bias)
         return y
 
     def reset_parameters(self) -> None:
@@ -118,4 +140,5 @@ class QuantLinear(PackedModule, nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.format}, {self.bits_per_weight:.2f} bpw"
+            + (f", activations={self.activations}" if self.activations else "")
         )

@@ -153,6 +153,14 @@ def check_output_dtype(op: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: dtype must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(dtype)}.")
 
 
+def check_w8a8(format: str) -> None:
+    """Activations are rounded to FP8 for weights that are FP8."""
+    if format != "fp8":
+        raise ValueError(
+            f'linear_w8a8: activations are rounded to FP8 for weights in fp8 alone, got "{format}". Use linear.'
+        )
+
+
 def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None) -> int:
     """The arguments of `linear` must fit each other.
 

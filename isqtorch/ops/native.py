@@ -74,6 +74,12 @@ LIBRARY = _load()
 CUDA_LIBRARY, NO_CUDA = _load_cuda(torch.version.cuda, PACKAGE)
 """The library with the CUDA kernels; where there is none, the reason."""
 
+_FP8_PRODUCTS = (12, 9)  # the CUDA whose cuBLAS has scales for runs of 128
+_FP8_CAPABILITY = 9  # compute capability 9.0 alone: Hopper
+if CUDA_LIBRARY is not None and torch.version.cuda is not None:
+    _fp8_products = tuple(map(int, torch.version.cuda.split(".")[:2])) >= _FP8_PRODUCTS
+    torch.ops.isqtorch.allow_fp8_products(_fp8_products)
+
 NATIVE_DEVICES = (*["cpu"] * bool(LIBRARY), *["cuda"] * bool(CUDA_LIBRARY), "mps")
 """Device types with kernels of ours. On others the plain PyTorch reference runs."""
 
@@ -82,6 +88,22 @@ def missing_kernels(device: str) -> str:
     """Why a device type is not among NATIVE_DEVICES, as the beginning of a sentence."""
     why = {"cuda": f" ({NO_CUDA})", "cpu": " (the extension is not compiled)"}.get(device, " yet")
     return f"there are no native kernels for {device}{why}"
+
+
+def no_fp8_products(device: torch.device | str) -> str | None:
+    """Why a device multiplies fp8 weights with activations as they are, whatever is allowed; None: it has FP8 products."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"there is no FP8 product on {device.type}"
+    if CUDA_LIBRARY is None:
+        return f"there are no CUDA kernels ({NO_CUDA})"
+    version = torch.version.cuda or "0"
+    if tuple(map(int, version.split(".")[:2])) < _FP8_PRODUCTS:
+        return f"torch is for CUDA {version}; its FP8 product has scales for 128 weights from CUDA 12.9 on"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != _FP8_CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}; 9.0 alone has products with scales for 128 weights"
+    return None
 
 
 @dataclass(frozen=True)
@@ -135,21 +157,19 @@ class CudaInfo:
     archs: tuple[str, ...]  # GPUs: "80", "90a", ...
     formats: dict[str, dict[str, int]]  # name -> "block", "block_bytes", and how many rows of x are few_rows, max_rows
 
-    def linear(self, format: str) -> tuple[LinearKernel, ...]:
-        """The kernels of `linear` for a format, by rows of x."""
+    def linear(self, format: str, *, fp8_products: bool = False) -> tuple[LinearKernel, ...]:
+        """The kernels of `linear`, or of `linear_w8a8` where there are FP8 products, for a format, by rows of x."""
         few, most = self.formats[format]["few_rows"], self.formats[format]["max_rows"]
+        if fp8_products:
+            many = ("FP8 codes, then torch's _scaled_mm (CUDA)", "", "x is rounded to FP8, 128 columns under one scale")
+        else:
+            many = ("decoded, then torch's product (CUDA)", "", "slices of weights are decoded into the cache")
         return (
             LinearKernel(1, few, "rows (CUDA)", "", "each weight is read once; warps share the columns of a row"),
             LinearKernel(
                 few + 1, most, "tiles (CUDA)", "", "weights are unpacked in shared memory for all rows of x at once"
             ),
-            LinearKernel(
-                most + 1,
-                None,
-                "decoded, then torch's product (CUDA)",
-                "",
-                "slices of weights are decoded into the cache",
-            ),
+            LinearKernel(most + 1, None, *many),
         )
 
 

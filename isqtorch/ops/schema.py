@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..formats import get_format
 from . import native, reference  # native: the operators exist from here on
-from .checks import check_expert_rows
+from .checks import check_expert_rows, check_w8a8
 from .metal import ops as metal
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -45,6 +45,17 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
     return y
 
 
+def _linear_w8a8(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    """Where no kernel rounds x, it is used as it is."""
+    check_w8a8(format)
+    y: Tensor = torch.ops.isqtorch.linear_frozen.default(x, weight, format, bias)
+    return y
+
+
+for _name in ("linear_w8a8", "linear_w8a8_frozen"):
+    torch.library.impl(f"isqtorch::{_name}", "CompositeExplicitAutograd", _linear_w8a8)
+
+
 @torch.library.register_fake("isqtorch::quantize")
 def _(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
     return w.new_empty((*w.shape[:-1], get_format(format).row_bytes(w.shape[-1])), dtype=torch.uint8)
@@ -55,9 +66,7 @@ def _(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((*weight.shape[:-1], get_format(format).in_features(weight.shape[-1])), dtype=dtype)
 
 
-@torch.library.register_fake("isqtorch::linear")
-@torch.library.register_fake("isqtorch::linear_frozen")
-def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+def _linear_shape(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
     in_features = get_format(format).in_features(weight.shape[-1])
     torch._check_value(
         x.shape[-1] == in_features,
@@ -67,6 +76,17 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
         ),
     )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_w8a8_shape(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
+    check_w8a8(format)
+    return _linear_shape(x, weight, format, bias)
+
+
+for _name in ("linear", "linear_frozen"):
+    torch.library.register_fake(f"isqtorch::{_name}", _linear_shape)
+for _name in ("linear_w8a8", "linear_w8a8_frozen"):
+    torch.library.register_fake(f"isqtorch::{_name}", _linear_w8a8_shape)
 
 
 @torch.library.register_fake("isqtorch::embedding")
@@ -108,7 +128,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None,
     return dx, None, None, db
 
 
-torch.library.register_autograd("isqtorch::linear", _linear_backward, setup_context=_linear_setup)
+for _name in ("linear", "linear_w8a8"):
+    torch.library.register_autograd(f"isqtorch::{_name}", _linear_backward, setup_context=_linear_setup)
 
 
 def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from .metal.source import folder
 
 _SCHEMA = re.compile(r'm\.def\("(\w+\(.*\) -> .*)"\)')
-_ABOUT_THE_EXTENSION = ("cpu_info", "cuda_info", "set_cpu_isa")
+_ABOUT_THE_EXTENSION = ("cpu_info", "cuda_info", "set_cpu_isa", "allow_fp8_products")
 
 
 def schemas() -> list[str]:

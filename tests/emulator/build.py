@@ -17,7 +17,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulator"
 COMPILER = os.environ.get("CXX", "g++")
 
-CORE = [HERE / f"{name}.cpp" for name in ("fiber", "buffers", "simt", "tensor_core", "api")]
+CORE = [HERE / f"{name}.cpp" for name in ("fiber", "buffers", "simt", "meetings", "tensor_core", "api")]
 FLAGS = [
     *"-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror".split(),
     "-Wno-unknown-pragmas",  # nvcc's, about unrolling

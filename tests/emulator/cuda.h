@@ -75,7 +75,8 @@ inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vo
 inline bool __all_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 
 inline float __uint_as_float(uint32_t bits) { return simt::from_word<float>(bits); }
-inline uint32_t __float_as_uint(float value) { return (uint32_t)simt::to_word(value); }
+// A GPU's arithmetic has one NaN, with all bits set but the sign.
+inline uint32_t __float_as_uint(float value) { return value != value ? 0x7fffffffu : (uint32_t)simt::to_word(value); }
 inline int __float_as_int(float value) { return (int)__float_as_uint(value); }
 inline float __int_as_float(int bits) { return __uint_as_float((uint32_t)bits); }
 

@@ -2,11 +2,13 @@
 #include <cstring>
 #include <string>
 
+#include "cuda/fp8_parts.h"
 #include "cuda/launch.h"
 #include "simt.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+using namespace isqtorch;
 using namespace isqtorch::cuda;
 
 namespace {
@@ -31,6 +33,14 @@ int64_t run(const char* format, const char* what, Result (*FormatKernels::*membe
   }
   error = simt::take_error();
   return error.empty() ? result : -1;
+}
+
+template <class Launch>
+int64_t launched(const Launch& launch) {
+  simt::take_error();
+  launch();
+  error = simt::take_error();
+  return error.empty() ? 0 : -1;
 }
 
 }  // namespace
@@ -59,6 +69,17 @@ EXPORT int64_t kernels_quantize(const char* format, const QuantizeJob* job) {
   return run(format, "quantize", &FormatKernels::quantize, job, Stream());
 }
 
+// The kernels that are there for fp8 alone (fp8_parts.h).
+EXPORT int64_t kernels_quantize_activations(const void* x, Dtype dtype, int64_t m, const Fp8Parts* to) {
+  return launched([&] { quantize_activations(x, dtype, m, *to, Stream()); });
+}
+EXPORT int64_t kernels_split_fp8(const uint8_t* weight, const Fp8Parts* to) {
+  return launched([&] { split_fp8(weight, *to, Stream()); });
+}
+EXPORT int64_t kernels_add_bias(void* y, const void* bias, Dtype dtype, int64_t m, int64_t n) {
+  return launched([&] { add_bias(y, bias, dtype, m, n, Stream()); });
+}
+
 EXPORT int kernels_count() { return format_count(); }
 EXPORT const char* kernels_name(int index) { return format_at(index).name; }
 // block, block_bytes, align, rules, few_rows, max_rows
@@ -77,4 +98,5 @@ EXPORT void kernels_job_sizes(int64_t* sizes) {
   sizes[1] = sizeof(LinearJob);
   sizes[2] = sizeof(ExpertsJob);
   sizes[3] = sizeof(QuantizeJob);
+  sizes[4] = sizeof(Fp8Parts);
 }

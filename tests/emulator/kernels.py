@@ -37,7 +37,7 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_I64, _BOOL, _DTYPE = ctypes.c_int64, ctypes.c_bool, ctypes.c_uint8
+_I64, _BOOL, _DTYPE, _RULE = ctypes.c_int64, ctypes.c_bool, ctypes.c_uint8, ctypes.c_uint8
 JOBS = {
     "decode": _struct(
         "DecodeJob",
@@ -86,11 +86,17 @@ JOBS = {
         rows=_I64,
         k=_I64,
         importance=_POINTER,
-        mlx_rule=_BOOL,
+        rule=_RULE,
         out=_POINTER,
         faults=_POINTER,
         workspace=_POINTER,
     ),
+}
+PARTS = _struct("Fp8Parts", codes=_POINTER, scales=_POINTER, rows=_I64, k=_I64)
+_FP8: dict[str, list[Any]] = {
+    "quantize_activations": [_POINTER, _DTYPE, _I64, ctypes.POINTER(PARTS)],
+    "split_fp8": [_POINTER, ctypes.POINTER(PARTS)],
+    "add_bias": [_POINTER, _POINTER, _DTYPE, _I64, _I64],
 }
 
 
@@ -116,9 +122,13 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"kernels_{job}")
         function.restype = ctypes.c_int64
         function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    sizes = (ctypes.c_int64 * len(JOBS))()
+    for name, arguments in _FP8.items():
+        function = getattr(loaded, f"kernels_{name}")
+        function.restype, function.argtypes = ctypes.c_int64, arguments
+    structs = [*JOBS.values(), PARTS]
+    sizes = (ctypes.c_int64 * len(structs))()
     loaded.kernels_job_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(job) for job in JOBS.values()], "JOBS does not agree with launch.h"
+    assert list(sizes) == [ctypes.sizeof(job) for job in structs], "the structures do not agree with launch.h"
     return loaded
 
 
@@ -195,6 +205,18 @@ def run(what: str, format: str, **fields: Any) -> int:
     if result < 0:
         raise KernelError(library().kernels_error().decode())
     return int(result)
+
+
+def run_fp8(what: str, *arguments: Any) -> None:
+    """Call a kernel that only fp8 has: "quantize_activations", "split_fp8", "add_bias". Tensors stand for their addresses."""
+
+    def passed(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return _DTYPES[value]
+        return value.data_ptr() if isinstance(value, Tensor) else value
+
+    if getattr(library(), f"kernels_{what}")(*map(passed, arguments)) < 0:
+        raise KernelError(library().kernels_error().decode())
 
 
 def sanitized_pytest(variant: str, *arguments: str) -> None:

@@ -28,7 +28,7 @@ def emulated() -> Any:
         "ops",
         sorted((_CSRC / "cuda").glob("*.cu")),
         flags=("-O1",),  # as in kernels.py, so that the objects are the same
-        host=[_CSRC / "ops.cpp", _CSRC / "cuda" / "ops_cuda.cpp"],
+        host=[_CSRC / "ops.cpp", *sorted((_CSRC / "cuda").glob("*.cpp"))],
         host_flags=tuple(_FLAGS),
         link=(*(f"-L{Path(folder)}" for folder in folders), "-ltorch_cpu", "-lc10"),
     )

@@ -7,82 +7,18 @@
 #include <thread>
 #include <utility>
 
+#include "block.h"
 #include "buffers.h"
-#include "fiber.h"
 
 namespace simt {
 
 Options options;
 Counts counts;
 thread_local Thread* self = nullptr;
+constinit thread_local Block* current = nullptr;
 
 namespace {
 
-enum class State : uint8_t { kReady, kWaiting, kDone };
-
-struct GpuThread {
-  Fiber fiber;
-  Thread view;
-  std::vector<Copy> copies;
-  State state = State::kDone;
-  Meeting at = Meeting::kNone;
-  int turn = 0;  // place in the order
-};
-
-// Lanes that are meeting, or none.
-struct Group {
-  uint32_t arrived = 0, mask = 0;
-  Meeting kind = Meeting::kNone;
-  Place place;
-  int parity = 0;        // the next meeting uses the other words: slow lanes still read these
-  char barrier[2] = {};  // tokens for happens_before, by parity: nobody is two meetings behind
-};
-
-struct Warp {
-  uint32_t started = 0, alive = 0;
-  Group all, quads[kWarp / kQuad];
-  Words words[2][kWarp], quad_words[2][kWarp];
-
-  void restart() {
-    started = alive = 0;
-    all = {};
-    for (Group& quad : quads) quad = {};
-  }
-};
-
-// What block_memory() gave, in a buffer that later blocks use again.
-struct BlockMemory {
-  const void* id;
-  char* memory;
-  size_t bytes;
-  bool given;  // to the block that runs
-};
-
-// One block at a time, on one OS thread.
-struct Block {
-  std::vector<std::unique_ptr<GpuThread>> threads;  // kept from block to block, with their stacks
-  std::vector<Warp> warps;
-  std::vector<int> order;  // thread by turn
-  std::vector<std::max_align_t> shared;
-  std::vector<void*> poisoned;
-  std::vector<BlockMemory> memory;
-  Place barrier_place;
-  Fiber main;
-  GpuThread* running = nullptr;
-  const std::function<void()>* body = nullptr;
-  int size = 0, alive = 0, at_barrier = 0;
-  uint64_t switches = 0;
-  std::string error;
-  int parity = 0;                                // of the next block barrier
-  char started = 0, ended = 0, barrier[2] = {};  // tokens for happens_before
-
-  ~Block() { free_memory(); }
-  void free_memory() {
-    for (const BlockMemory& piece : memory) delete_buffer(piece.memory);
-    memory.clear();
-  }
-};
-thread_local Block* current = nullptr;
 thread_local std::string last_error;
 
 void go_to(GpuThread& from, GpuThread& to) {
@@ -131,26 +67,6 @@ GpuThread* next_ready(int turn) {
     if (waiting[i]) text += " " + std::to_string(waiting[i]) + " threads wait at " + kPlaces[i] + ",";
   }
   fail(text + " and " + std::to_string(current->size - current->alive) + " have ended");
-}
-
-void wait_here() {
-  GpuThread& me = *current->running;
-  me.state = State::kWaiting;
-  GpuThread* next = nullptr;
-  // A warp goes as far as it can before another one has its turn; shuffled, all advance together.
-  if (options.order != Order::kShuffled) next = next_ready_lane(me.view.warp, me.view.lane);
-  if (!next) next = next_ready(me.turn);
-  if (!next) fail_stuck();
-  go_to(me, *next);
-}
-
-void open_block_barrier() {
-  current->at_barrier = 0;
-  current->parity ^= 1;
-  for (int i = 0; i < current->size; ++i) {
-    GpuThread& thread = *current->threads[i];
-    if (thread.state == State::kWaiting && thread.at == Meeting::kBlockBarrier) thread.state = State::kReady;
-  }
 }
 
 void thread_main() {
@@ -261,6 +177,17 @@ void run_block(Block& block, Dim index, const Grid& grid) {
 
 }  // namespace
 
+void wait_here() {
+  GpuThread& me = *current->running;
+  me.state = State::kWaiting;
+  GpuThread* next = nullptr;
+  // A warp goes as far as it can before another one has its turn; shuffled, all advance together.
+  if (options.order != Order::kShuffled) next = next_ready_lane(me.view.warp, me.view.lane);
+  if (!next) next = next_ready(me.turn);
+  if (!next) fail_stuck();
+  go_to(me, *next);
+}
+
 bool stack_overflowed(const void* address) { return current && current->running->fiber.overflowed(address); }
 
 void fail(const std::string& what) {
@@ -271,44 +198,6 @@ void fail(const std::string& what) {
   happens_before(&current->ended);
   current->error = what + ": block " + place(block) + ", thread " + place(thread);
   leave(*current->running);
-}
-
-namespace {
-
-std::string to_string(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
-
-// Threads that meet come from one line, if their lines are known.
-bool same(Place a, Place b) {
-  return a.line == b.line && (a.file == b.file || !a.file || !b.file || !std::strcmp(a.file, b.file));
-}
-
-}  // namespace
-
-void meet_block(bool orders, Place place) {
-  GpuThread& me = *current->running;
-  if (current->alive != current->size) {
-    fail("a block barrier after " + std::to_string(current->size - current->alive) +
-         " threads of the block have ended");
-  }
-  if (!current->at_barrier) current->barrier_place = place;
-  if (!same(current->barrier_place, place))
-    fail("block barriers at two lines meet: " + to_string(current->barrier_place) + " and " + to_string(place));
-  me.at = Meeting::kBlockBarrier;
-  char* const token = &current->barrier[current->parity];
-  if (orders) happens_before(token);
-  if (++current->at_barrier == current->alive) {
-    open_block_barrier();
-  } else {
-    wait_here();
-  }
-  if (orders) happens_after(token);
-  me.at = Meeting::kNone;
-}
-
-uint32_t started_lanes(bool quad) {
-  const GpuThread& me = *current->running;
-  const uint32_t all = current->warps[me.view.warp].started;
-  return quad ? all & 15u << me.view.lane / kQuad * kQuad : all;
 }
 
 void* block_memory(const void* id, const char* name, size_t bytes, size_t alignment, size_t limit) {
@@ -333,62 +222,6 @@ void* block_memory(const void* id, const char* name, size_t bytes, size_t alignm
   mine->given = true;
   fill(mine->memory, bytes);
   return mine->memory;
-}
-
-Words* meet(Meeting kind, uint32_t mask, const uint64_t* words, int count, bool orders, void (*complete)(Words*),
-            Place place) {
-  GpuThread& me = *current->running;
-  Warp& warp = current->warps[me.view.warp];
-  const int lane = me.view.lane;
-  const bool quad = kind == Meeting::kQuad;
-  Group& group = quad ? warp.quads[lane / kQuad] : warp.all;
-  if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " calls a warp function whose mask leaves it out");
-  if (mask & ~warp.alive) fail("the mask of a warp function names lanes that have ended or do not exist");
-  if (group.arrived && (group.kind != kind || group.mask != mask))
-    fail("warp divergence: two different functions, or masks, meet");
-  if (group.arrived && !same(group.place, place))
-    fail("warp divergence: " + to_string(group.place) + " and " + to_string(place) + " meet");
-  group.kind = kind;
-  group.mask = mask;
-  group.place = place;
-  group.arrived |= 1u << lane;
-  me.at = kind;
-  Words* const meeting = (quad ? warp.quad_words : warp.words)[group.parity];
-  char* const token = &group.barrier[group.parity];
-  if (orders) happens_before(token);
-  for (int i = 0; i < count; ++i) meeting[lane][i] = words[i];
-  if (group.arrived == mask) {
-    if (complete) complete(meeting);
-    group.arrived = 0;
-    group.parity ^= 1;
-    for (int l = 0; l < kWarp; ++l) {
-      if (!(mask >> l & 1)) continue;
-      GpuThread& other = *current->threads[me.view.warp * kWarp + l];
-      if (other.state == State::kWaiting) other.state = State::kReady;
-    }
-  } else {
-    wait_here();
-  }
-  me.at = Meeting::kNone;
-  if (orders) happens_after(token);
-  return meeting;
-}
-
-uint64_t shuffle_word(uint32_t mask, uint64_t word, int from, bool valid) {
-  const Words* all = meet(Meeting::kShuffle, mask, &word, 1, false);
-  if (!valid) return word;
-  if (!(mask >> from & 1)) fail("a shuffle reads lane " + std::to_string(from) + ", which its mask leaves out");
-  return all[from][0];
-}
-
-uint32_t ballot(uint32_t mask, bool vote) {
-  const uint64_t word = vote;
-  const Words* all = meet(Meeting::kVote, mask, &word, 1, false);
-  uint32_t votes = 0;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (mask >> lane & 1) votes |= (uint32_t)all[lane][0] << lane;
-  }
-  return votes;
 }
 
 void poison(void* memory, size_t bytes) {

@@ -57,6 +57,13 @@ def test_what_vllm_asks() -> None:
     assert set(config.get_supported_act_dtypes()) == {torch.float32, torch.float16, torch.bfloat16}
 
 
+def test_activations_are_not_rounded_and_it_says_so() -> None:
+    with pytest.warns(UserWarning, match="activations are not rounded to FP8 in vLLM"):
+        config_of({"isq": "fp8", "layers": {f"{ATTENTION}.q_proj": "fp8"}, "activations": "fp8"})
+    with pytest.raises(ValueError, match="unknown option 'activations'"):
+        config_of({"isq": "fp8", "activations": "fp8"})
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_merged_packed_layers(ranks: int) -> None:
     packed = [ops.quantize(w, "q4k") for w in weights()]

@@ -22,19 +22,6 @@ ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
   return h;
 }
 
-// scale * level + bias
-struct AffineLine {
-  LaneFloats scale, second;
-
-  static AffineLine rounded(LaneFloats scale, LaneFloats low, bool f16) {
-    return {rounded_to(f16, scale), rounded_to(f16, low)};
-  }
-  auto position() const {
-    return [inverse = 1.0f / scale, bias = second](LaneFloats x) { return (x - bias) * inverse; };
-  }
-  LaneFloats value(LaneFloats level) const { return scale * level + second; }
-};
-
 // Codes 0 .. nmax, scale and bias of a unit of groups. Not inlined: one copy serves every number of bits.
 template <int kGroup>
 __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, LaneInts* codes,

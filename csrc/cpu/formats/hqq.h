@@ -12,20 +12,6 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// (level - zero) * scale
-struct HqqLine {
-  LaneFloats scale, second;
-
-  static HqqLine rounded(LaneFloats scale, LaneFloats low, bool) {
-    const LaneFloats stored = rounded_to_f16(scale);
-    return {stored, rounded_to_f16(-low / stored)};
-  }
-  auto position() const {
-    return [inverse = 1.0f / scale, zero = second](LaneFloats x) { return x * inverse + zero; };
-  }
-  LaneFloats value(LaneFloats level) const { return (level - second) * scale; }
-};
-
 template <int kBits, int kGroup>
 struct Hqq {
 #pragma pack(push, 1)

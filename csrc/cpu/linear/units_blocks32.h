@@ -1,7 +1,7 @@
 // Units of ggml's 32-weight formats: sixteen blocks, lane l = block l.
 #pragma once
 
-#include "cpu/linear/rows.h"
+#include "cpu/linear/unit_of.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -61,5 +61,18 @@ struct ByteUnit {
     *scale = low_f16(block_heads<kStride>(unit));
   }
 };
+
+template <>
+struct UnitOf<Q4_0> : FixedUnit<NibbleUnit<BlockQ4_0, 4, false>> {};
+template <>
+struct UnitOf<Q4_1> : FixedUnit<NibbleUnit<BlockQ4_1, 4, true>> {};
+template <>
+struct UnitOf<Q5_0> : FixedUnit<NibbleUnit<BlockQ5_0, 5, false>> {};
+template <>
+struct UnitOf<Q5_1> : FixedUnit<NibbleUnit<BlockQ5_1, 5, true>> {};
+template <>
+struct UnitOf<Q8_0> : FixedUnit<ByteUnit<BlockQ8_0>> {};
+template <>
+struct UnitOf<Q8_1> : FixedUnit<ByteUnit<BlockQ8_1>> {};
 
 }  // namespace isqtorch::ISQ_ISA

@@ -1,7 +1,7 @@
 // Units of ggml's 256-weight formats: one super-block with 16 groups of 16, or two with 8 groups of 32 each.
 #pragma once
 
-#include "cpu/linear/rows.h"
+#include "cpu/linear/unit_of.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -225,5 +225,18 @@ struct Q8KUnit {
     *scale = repeat_4<0, 0, 1, 1>(d);
   }
 };
+
+template <>
+struct UnitOf<Q2K> : FixedUnit<Q2KUnit> {};
+template <>
+struct UnitOf<Q3K> : FixedUnit<Q3KUnit> {};
+template <>
+struct UnitOf<Q4K> : FixedUnit<PairsUnit<BlockQ4K, 4>> {};
+template <>
+struct UnitOf<Q5K> : FixedUnit<PairsUnit<BlockQ5K, 5>> {};
+template <>
+struct UnitOf<Q6K> : FixedUnit<Q6KUnit> {};
+template <>
+struct UnitOf<Q8K> : FixedUnit<Q8KUnit> {};
 
 }  // namespace isqtorch::ISQ_ISA

@@ -3,7 +3,7 @@
 // The layout (known at run time, so that one kernel serves all group sizes and header types) says where they lie.
 #pragma once
 
-#include "cpu/linear/rows.h"
+#include "cpu/linear/unit_of.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -158,5 +158,30 @@ struct StreamUnitWith : StreamUnit<kBits> {
     StreamUnit<kBits>::template load_with<kHeader>(unit, layout, codes, scale, offset);
   }
 };
+
+template <int kBits, int kGroup, UnitHeader kHeader>
+struct StreamOf {
+  using Unit = StreamUnit<kBits>;
+  static constexpr int kHeaderBytes = 4, kBlockBytes = kHeaderBytes + kGroup * kBits / 8;
+  static_assert(512 / kGroup * kBlockBytes <= kMaxUnitBytes);
+  static UnitLayout layout() {
+    UnitLayout layout = {512 / kGroup * kBlockBytes, kHeader, {}, {}, {}};
+    for (int l = 0; l < 16; ++l) {
+      const int first = 32 * Unit::group_of_lane(l);
+      layout.header_at[l] = first / kGroup * kBlockBytes;
+      layout.codes_at[l] = layout.header_at[l] + kHeaderBytes + first % kGroup * kBits / 8;
+    }
+    for (int w = 0; w < 16; ++w) {
+      layout.words_at[w] = (layout.codes_at[w / 4 * 4] - layout.codes_at[0]) / 4 + w % Unit::kWordsTogether;
+    }
+    return layout;
+  }
+};
+
+template <int kBits, int kGroup, Dtype kScale>
+struct UnitOf<Affine<kBits, kGroup, kScale>>
+    : StreamOf<kBits, kGroup, kScale == Dtype::kF16 ? UnitHeader::kScaleBiasF16 : UnitHeader::kScaleBiasBf16> {};
+template <int kBits, int kGroup>
+struct UnitOf<Hqq<kBits, kGroup>> : StreamOf<kBits, kGroup, UnitHeader::kScaleZeroF16> {};
 
 }  // namespace isqtorch::ISQ_ISA

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
 from isqtorch.formats import QuantFormat
-from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_layers, checked_version
+from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
 from isqtorch.mixed import Budget
 from isqtorch.policy import Request
 from isqtorch.prepare import ImatrixLike, imatrix_name, load_imatrix
@@ -36,14 +36,15 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
     Args:
         isq: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits. None quantizes only what the topology
             names.
-        topology, organization, imatrix, include, exclude, fallback, rule: see `isqtorch.quantize_`. A topology places no
+        topology, organization, imatrix, include, exclude, fallback, rule, activations: see `isqtorch.quantize_`. A topology places no
             layer on a device; `device_map` does.
         target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice: once to measure
             (with nothing to run, so without `probe`), once to pack. Memory peaks as for any format.
         modules_to_not_convert: modules to leave, with all that is in them: full paths, or any run of components of one
             ("lm_head", "self_attn.q_proj").
         format_version, layers, isqtorch_version: written by `save_pretrained`, not for users. `layers` maps the path of every
-            packed layer to its format; in a saved model it alone decides.
+            packed layer to its format; in a saved model it alone decides. There `activations` may also be a list: the layers
+            that it holds for, if it is not all in fp8.
 
     Raises:
         ValueError: an option that is unknown or has a bad value.
@@ -62,6 +63,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         modules_to_not_convert: Sequence[str] | str | None = None,
         fallback: str = "up",
         rule: str | None = None,
+        activations: str | Sequence[str] | None = None,
         target_bpw: float | None = None,
         max_size: int | str | None = None,
         formats: Sequence[Spec] | None = None,
@@ -83,12 +85,15 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         self.modules_to_not_convert = modules_to_not_convert
         self.fallback = fallback
         self.rule = rule
+        self.activations = activations
         self.target_bpw = target_bpw
         self.max_size = max_size
         self.formats = formats
         self.measuring: Meter | None = None  # set while the checkpoint is read for the first time
         self.layers = None if layers is None else checked_layers(_OP, layers)
-        if self.layers is None:  # else the options are a record of what was asked for; they act no more
+        if self.layers is not None:  # the other options are a record of what was asked for; they act no more
+            self.activations = checked_activations(_OP, activations, self.layers)
+        else:
             if unknown:
                 raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
             if topology is not None:
@@ -100,8 +105,17 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
     def request(self) -> Request:
         """The options as the policy takes them."""
         excluded = [*_listed(self.exclude), *_exact_patterns(self.modules_to_not_convert)]
+        if self.activations is not None and not isinstance(self.activations, str):
+            raise ValueError(f'{_OP}: activations must be None or "fp8"; got {self.activations!r}')
         request = Request(
-            self.isq, self.topology, self.organization, self.include, excluded or None, self.fallback, _OP
+            self.isq,
+            self.topology,
+            self.organization,
+            self.include,
+            excluded or None,
+            self.fallback,
+            _OP,
+            activations=self.activations,
         )
         for entry in request.entries.entries:
             if entry.device is not None:
@@ -138,6 +152,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             "modules_to_not_convert": _listed(self.modules_to_not_convert) or None,
             "fallback": None if self.fallback == "up" else self.fallback,
             "rule": self.rule,
+            "activations": self.activations,
             "target_bpw": self.target_bpw,
             "max_size": self.max_size,
             "formats": None if self.formats is None else [_jsonable(spec) for spec in self.formats],
@@ -145,10 +160,10 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         }
         return {key: value for key, value in content.items() if value is not None}
 
-    def recorded(self, layers: dict[str, str]) -> IsqConfig:
+    def recorded(self, layers: dict[str, str], activations: str | list[str] | None) -> IsqConfig:
         """A copy that says what the layers of a model are, without the importance, which may be large."""
         config = copy.copy(self)
-        config.layers = layers
+        config.layers, config.activations = layers, activations
         config.imatrix = None if self.imatrix is None else imatrix_name(self.imatrix)
         return config
 
@@ -169,6 +184,7 @@ _OPTIONS = (
     "modules_to_not_convert",
     "fallback",
     "rule",
+    "activations",
     "target_bpw",
     "max_size",
     "formats",

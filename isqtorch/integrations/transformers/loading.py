@@ -11,16 +11,13 @@ import ctypes
 import mmap
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-_MADV_WILLNEED = 3  # read the pages into the system's cache
 _MADV_DONTNEED = 4  # drop the pages from this process; reading them again reads the file
-_WINDOW = 256 << 20  # bytes to read ahead: enough for a few weights, little for the system's cache
 
 
 class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
@@ -57,27 +54,25 @@ class MappedFiles:
     def __init__(self, files: Iterable[str]) -> None:
         self._paths = {os.path.realpath(file) for file in files if file.endswith(".safetensors")}
         self._ranges: list[tuple[int, int]] | None = None
-        self._ahead: dict[tuple[int, int], int] = {}  # range -> address up to which it is being read
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a view of one of the files. All of them must be open at the first call."""
-        return self._range(tensor) is not None
-
-    def read_ahead(self, tensor: Tensor) -> None:
-        """Let the system read what follows a view in its file, while the view is worked on."""
-        found = self._range(tensor)
-        if found is None:
-            return
-        start = tensor.data_ptr() + tensor.nbytes
-        if self._ahead.get(found, 0) < min(start + _WINDOW // 2, found[1]):
-            self._ahead[found] = stop = min(start + _WINDOW, found[1])
-            # in a thread of its own: the call returns when all reads are under way, which a busy disk makes late
-            threading.Thread(target=_advise, args=(start, stop, _MADV_WILLNEED), daemon=True).start()
+        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        if self._ranges is None:
+            self._ranges = self._read_ranges()
+        start = tensor.data_ptr()
+        return any(low <= start < high for low, high in self._ranges)
 
     def drop(self, tensor: Tensor) -> None:
         """Forget the pages of a contiguous view, if it is one. Only for tensors that nobody has written to."""
-        if self.holds(tensor):
-            _advise(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, _MADV_DONTNEED)
+        if not self.holds(tensor):
+            return
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others hold neighbours
+        stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 
     def release(self, model: nn.Module) -> None:
         """Copy what still views the files out of them, so that they are no longer mapped; for the end of a load."""
@@ -86,14 +81,6 @@ class MappedFiles:
             if self.holds(tensor):
                 view, tensor.data = tensor.data, tensor.data.clone()
                 self.drop(view)
-
-    def _range(self, tensor: Tensor) -> tuple[int, int] | None:
-        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
-            return None
-        if self._ranges is None:
-            self._ranges = self._read_ranges()
-        start = tensor.data_ptr()
-        return next((found for found in self._ranges if found[0] <= start < found[1]), None)
 
     def _read_ranges(self) -> list[tuple[int, int]]:
         if sys.platform != "linux" or not self._paths:
@@ -106,10 +93,3 @@ class MappedFiles:
                     low, _, high = fields[0].partition("-")
                     ranges.append((int(low, 16), int(high, 16)))
         return ranges
-
-
-def _advise(start: int, stop: int, advice: int) -> None:
-    """madvise for the whole pages in a range of addresses; those at its ends belong to neighbours, too."""
-    start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)

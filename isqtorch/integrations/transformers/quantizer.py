@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from isqtorch.activations import permit, recorded_activations
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import inspect_model, storage_key
 from isqtorch.mixed import Choice
@@ -33,7 +34,7 @@ from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
 from .measuring import Meter, choose_while_loading
 from .shards import check_shards, local_columns, mark_rows
-from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, unpack_missing
+from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, restore_activations, unpack_missing
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
@@ -88,6 +89,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         if self.pre_quantized:
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers)
+            restore_activations(model, config.activations)
             return
         inventory, request, choice = describe(model, device_map), config.request(), None
         if config.measuring is not None:
@@ -102,6 +104,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
                 jobs[".".join(locate(model, name))] = job
+        permit(model.modules(), request.activations)
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
         self._load = _Load(prepared, config.isq, origin, MappedFiles(files), jobs, choice, config.measuring)
@@ -226,7 +229,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
 def record(model: Any, quantizer: IsqHfQuantizer) -> None:
     """Note in the model's configuration which layers are packed, and how."""
-    quantizer.quantization_config = quantizer.quantization_config.recorded(packed_formats(model))
+    quantizer.quantization_config = quantizer.quantization_config.recorded(
+        packed_formats(model), recorded_activations(model)
+    )
     quantizer.pre_quantized = True
     model.config.quantization_config = quantizer.quantization_config
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from isqtorch.activations import permit
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.integrations.record import METHOD
 from isqtorch.inventory import Inventory, inspect_model
@@ -102,6 +103,15 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
                 f"{METHOD}: config.json says that {', '.join(module.packed)} of {name} are packed and its other experts are not. The "
                 "checkpoint was made from another model, or is damaged."
             )
+
+
+def restore_activations(model: Any, activations: str | Sequence[str] | None) -> None:
+    """Give the permission to the layers for which config.json has it, after `restore`."""
+    if activations is None or isinstance(activations, str):
+        permit(model.modules(), activations)
+        return
+    found = [path for path in (_find(model, stored) for stored in activations) if path is not None]
+    permit([model.get_submodule(locate(model, path)[0]) for path in found], "fp8")
 
 
 def _find(model: Any, stored: str) -> str | None:

@@ -108,7 +108,10 @@ class ConvertedSource(Source):
             AttributeError,
             TypeError,
         ) as error:  # whatever shapes it did not expect
-            raise ValueError(f"requantize_: {self.where}: {name} cannot be converted as it was: {error}") from error
+            raise ValueError(
+                f"requantize_: {self.where}: {name} cannot be converted as it was: {error}. Exclude the layer, or give source='stored' "
+                "to start from the quantized weights."
+            ) from error
         found = converted.get(name)
         tensor: Tensor | None = found[0] if isinstance(found, list) else found
         return tensor

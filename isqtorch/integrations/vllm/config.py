@@ -40,6 +40,11 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
         self.request: Request | None = None
         if "layers" in content:
             self.layers = checked_layers(_OP, content["layers"])
+            if content.get("activations"):
+                warnings.warn(
+                    f"{_OP}: activations are not rounded to FP8 in vLLM, though config.json allows it: fp8 layers multiply x as it is.",
+                    stacklevel=2,
+                )
         else:
             unknown = sorted(set(content) - {*_OPTIONS, "quant_method", "format_version", "isqtorch_version"})
             if unknown:

@@ -20,12 +20,20 @@ from isqtorch.formats import QuantFormat
 _DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
 
-class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a dependency
-    """A linear layer whose weights are packed in the checkpoint."""
+class _Method(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a dependency
+    """A linear layer with one weight, of which each process of a tensor-parallel group has a part."""
 
-    def __init__(self, fmt: QuantFormat, prefix: str) -> None:
-        self.format = fmt
-        self.prefix = prefix
+    format: QuantFormat | None  # None: the weight stays float
+
+    def _empty(self, rows: int, columns: int, all_columns: int, dtype: torch.dtype) -> Tensor:
+        """What the checkpoint's values go into, `[rows, ...]`.
+
+        Args:
+            columns: that this process gets.
+            all_columns: those of the layer.
+            dtype: that the model computes in.
+        """
+        raise NotImplementedError
 
     def create_weights(
         self,
@@ -37,22 +45,35 @@ class IsqLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a 
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        if input_size_per_partition % self.format.block:
-            raise ValueError(
-                f"isq in vLLM: {self.prefix} is {self.format.name} with {input_size} columns, of which this process gets "
-                f"{input_size_per_partition}, not a multiple of its block of {self.format.block}. Use another tensor-parallel size, or "
-                "pack this layer in a format with smaller blocks."
-            )
-        row_bytes = self.format.row_bytes(input_size_per_partition)
-        weight = nn.Parameter(
-            torch.empty(sum(output_partition_sizes), row_bytes, dtype=torch.uint8), requires_grad=False
-        )
+        empty = self._empty(sum(output_partition_sizes), input_size_per_partition, input_size, params_dtype)
+        weight = nn.Parameter(empty, requires_grad=False)
         set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.format is None:
+            return nn.functional.linear(x, layer.weight, bias)
         y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
         return y
+
+
+class IsqLinearMethod(_Method):
+    """A linear layer whose weights are packed in the checkpoint."""
+
+    format: QuantFormat
+
+    def __init__(self, fmt: QuantFormat, prefix: str) -> None:
+        self.format = fmt
+        self.prefix = prefix
+
+    def _empty(self, rows: int, columns: int, all_columns: int, dtype: torch.dtype) -> Tensor:
+        if columns % self.format.block:
+            raise ValueError(
+                f"isq in vLLM: {self.prefix} is {self.format.name} with {all_columns} columns, of which this process gets "
+                f"{columns}, not a multiple of its block of {self.format.block}. Use another tensor-parallel size, or "
+                "pack this layer in a format with smaller blocks."
+            )
+        return torch.empty(rows, self.format.row_bytes(columns), dtype=torch.uint8)
 
 
 class IsqEmbeddingMethod(IsqLinearMethod):
@@ -67,29 +88,17 @@ class IsqEmbeddingMethod(IsqLinearMethod):
         return rows
 
 
-class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
+class IsqOnlineMethod(_Method):
     """A linear layer whose float weights are packed once they are all there."""
 
     def __init__(self, decide: Callable[[tuple[int, int], torch.dtype], QuantFormat | None], prefix: str) -> None:
         self.decide = decide
         self.prefix = prefix
-        self.format: QuantFormat | None = None
+        self.format = None
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        shape = (sum(output_partition_sizes), input_size_per_partition)
-        self.format = self.decide(shape, params_dtype)
-        weight = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
-        set_weight_attrs(weight, {**_DIMENSIONS, **extra_weight_attrs})
-        layer.register_parameter("weight", weight)
+    def _empty(self, rows: int, columns: int, all_columns: int, dtype: torch.dtype) -> Tensor:
+        self.format = self.decide((rows, columns), dtype)
+        return torch.empty(rows, columns, dtype=dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.format is None or layer.weight.dtype == torch.uint8:  # stays float, or vLLM calls a second time
@@ -99,9 +108,3 @@ class IsqOnlineMethod(LinearMethodBase):  # type: ignore[misc]
         except ValueError as error:
             raise ValueError(f"isq in vLLM: {self.prefix}: {error}") from None
         layer.weight = nn.Parameter(packed, requires_grad=False)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.format is None:
-            return nn.functional.linear(x, layer.weight, bias)
-        y: Tensor = torch.ops.isqtorch.linear(x, layer.weight, self.format.name, bias)
-        return y

@@ -1,4 +1,4 @@
-"""Which struct of csrc/metal/formats stands for which format. A new format of this backend is one line here."""
+"""Which struct of csrc/metal/formats stands for which format."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...formats import get_format
+from ...formats import QuantFormat, get_format
 from ...formats.affine import AffineFormat
+from ...formats.fp8 import Fp8Format
 from ...formats.hqq import HqqFormat
 
 
@@ -20,33 +21,23 @@ class Struct(NamedTuple):
     quantizes: bool  # csrc/metal/kernels/quantize.metal knows its default rule
 
 
-_GGML32, _KQUANTS = "metal/formats/ggml32.h", "metal/formats/kquants.h"
-_NAMED = {
-    "q4_0": Struct(_GGML32, "Q4_0", 16, True),
-    "q4_1": Struct(_GGML32, "Q4_1", 16, True),
-    "q5_0": Struct(_GGML32, "Q5_0", 16, True),
-    "q5_1": Struct(_GGML32, "Q5_1", 16, True),
-    "q8_0": Struct(_GGML32, "Q8_0", 16, True),
-    "q8_1": Struct(_GGML32, "Q8_1", 16, True),
-    "q2k": Struct(_KQUANTS, "Q2K", 32, False),
-    "q3k": Struct(_KQUANTS, "Q3K", 32, False),
-    "q4k": Struct(_KQUANTS, "Q4K", 32, False),
-    "q5k": Struct(_KQUANTS, "Q5K", 32, False),
-    "q6k": Struct(_KQUANTS, "Q6K", 32, False),
-    "q8k": Struct(_KQUANTS, "Q8K", 16, False),
-    "fp8": Struct("metal/formats/fp8.h", "Fp8", 16, True),
-}
+_GGML32, _KQUANTS, _FP8 = "metal/formats/ggml32.h", "metal/formats/kquants.h", "metal/formats/fp8.h"
 
 
 def struct_of(name: str) -> Struct:
-    """The struct of a format, by canonical name."""
-    if name in _NAMED:
-        return _NAMED[name]
+    """The struct of a format, by canonical name; ggml's have the format's name in capitals."""
     fmt = get_format(name)
     if isinstance(fmt, AffineFormat):
-        header = "scale_bias_f16" if fmt.scale_dtype == torch.float16 else "scale_bias_bf16"
-    else:
-        assert isinstance(fmt, HqqFormat), f"{name} has no Metal struct"
-        header = "scale_zero_f16"
-    struct = f"Stream<{fmt.bits}, {fmt.block}, Header::{header}>"
-    return Struct("metal/formats/stream.h", struct, 16, isinstance(fmt, AffineFormat))
+        return _stream(fmt, "scale_bias_f16" if fmt.scale_dtype == torch.float16 else "scale_bias_bf16", True)
+    if isinstance(fmt, HqqFormat):
+        return _stream(fmt, "scale_zero_f16", False)
+    if isinstance(fmt, Fp8Format):
+        return Struct(_FP8, "Fp8", 16, True)
+    if fmt.block == 32:
+        return Struct(_GGML32, name.upper(), 16, True)
+    assert fmt.block == 256, f"{name} has no Metal struct"
+    return Struct(_KQUANTS, name.upper(), 16 if fmt.bits == 8 else 32, False)
+
+
+def _stream(fmt: QuantFormat, header: str, quantizes: bool) -> Struct:
+    return Struct("metal/formats/stream.h", f"Stream<{fmt.bits}, {fmt.block}, Header::{header}>", 16, quantizes)

@@ -43,7 +43,7 @@ INSTRUMENT = {
     ],
     "tsan": ["-fsanitize=thread"],
 }
-CORE = [EMULATOR / f"{name}.cpp" for name in ("fiber", "buffers", "simt", "api")] + [HERE / "runtime.cpp"]
+CORE = [EMULATOR / f"{name}.cpp" for name in ("fiber", "buffers", "simt", "meetings", "api")] + [HERE / "runtime.cpp"]
 CORE_FLAGS = [*"-x c++ -std=c++20 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra".split(), f"-I{EMULATOR}"]
 
 

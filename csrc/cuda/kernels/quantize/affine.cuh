@@ -2,21 +2,10 @@
 // cpu/formats/affine.h says how codes are chosen; here the same steps.
 #pragma once
 
+#include "cuda/kernels/quantize/line_fit.cuh"
 #include "cuda/kernels/quantize/rounding.cuh"
 
 namespace isqtorch::cuda {
-
-// The smallest and the largest weight of a team's group. Here the GPU's own minimum will do: it may give a zero of the
-// other sign than the CPU's, but no code, scale or bias of the affine or HQQ family depends on that.
-ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
-  float least = x[0].v, most = x[0].v;
-  ISQ_GPU_UNROLL for (int i = 1; i < 32; ++i) {
-    least = ::fminf(x[i].v, least);
-    most = ::fmaxf(x[i].v, most);
-  }
-  *low = team.in_order(least, [](float first, float then) { return ::fminf(first, then); });
-  *high = team.in_order(most, [](float first, float then) { return ::fmaxf(first, then); });
-}
 
 // A thread's 32 codes as a bit stream: kBits words.
 template <int kBits>
@@ -39,16 +28,20 @@ ISQ_DEVICE Half scale_to_f16(LaneFloats f) {
   return h;
 }
 
-template <int kBits>
+// kSearch: by Rule::kSearch, otherwise by one of the others.
+template <int kBits, bool kSearch>
 struct QuantizeAffine : TileFormat {
   using Block = uint8_t;
   static constexpr int kBlock = 0, kMax = (1 << kBits) - 1;
+  static constexpr bool kTakesImportance = kSearch;
   static ISQ_DEVICE bool f16_scales(const Shape& shape) { return shape.header == Header::kScaleBiasF16; }
 
   template <bool kWeighted>
-  static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&)[32], const BlockScope& scope) {
+  static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&importance)[32], const BlockScope& scope) {
     constexpr float kSmallestScale = 1e-7f;
-    const bool f16 = f16_scales(scope.shape);
+    const bool f16 = f16_scales(scope.shape), as_mlx = scope.rule == Rule::kMlx;
+    StagedGroup group;
+    if constexpr (kSearch) group = share_group<kWeighted>(x, importance, scope);
     LaneFloats low, high;
     range_of(x, scope.team, &low, &high);
     const LaneInts negative = abs(low) > abs(high);
@@ -60,15 +53,21 @@ struct QuantizeAffine : TileFormat {
     scale = select(on_grid, edge / steps, scale);
     LaneFloats bias = select(on_grid, edge, 0.0f);
 
-    const Half stored_scale = !f16 ? to_bf16(scale) : scope.mlx_rule ? to_f16(scale) : scale_to_f16(scale);
-    const Half stored_bias = f16 ? to_f16(bias) : to_bf16(bias);
-    if (!scope.mlx_rule) {
+    Half stored_scale = !f16 ? to_bf16(scale) : as_mlx ? to_f16(scale) : scale_to_f16(scale);
+    Half stored_bias = f16 ? to_f16(bias) : to_bf16(bias);
+    if (!as_mlx) {
       scale = stored_scale.value;
       bias = stored_bias.value;
     }
     LaneInts codes[32];
     for_quotients(x, scope.largest, -bias, scale,
                   [&](int i, LaneFloats q) { codes[i] = nearest_code(q, (float)kMax); });
+    if constexpr (kSearch) {
+      AffineLine line = {scale, bias};
+      fit_line(group, scope, kMax, f16, low, high, &line, codes);
+      stored_scale = f16 ? to_f16(line.scale) : to_bf16(line.scale);
+      stored_bias = f16 ? to_f16(line.second) : to_bf16(line.second);
+    }
     if (scope.team.member == 0) {
       store_u16(scope.block, stored_scale.bits);
       store_u16(scope.block + 2, stored_bias.bits);

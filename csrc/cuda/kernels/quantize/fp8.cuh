@@ -17,16 +17,26 @@ struct QuantizeFp8 : TileFormat {
 
   template <bool kWeighted>
   static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&)[32], const BlockScope& scope) {
-    const LaneFloats scale = select(scope.largest == 0.0f, 1.0f, max(scope.largest / kLargest, FLT_MIN));
+    const LaneFloats scale = scale_of(scope.largest);
     LaneInts codes[32];
-    for_quotients(x, scope.largest, 0.0f, scale,
-                  [&](int i, LaneFloats q) { codes[i] = encode(q) | (as_int(x[i]) >> 24 & 0x80); });
+    encode_all(x, scope.largest, scale, codes);
     if (scope.team.member == 0) store_u32<4>(scope.block, (uint32_t)as_int(scale).v);
     uint8_t* const to = scope.block + 4 + 32 * scope.team.member;
     ISQ_GPU_UNROLL for (int j = 0; j < 32; j += 4) {
       store_u32<4>(to + j, four_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]));
     }
     return false;
+  }
+
+  static ISQ_DEVICE LaneFloats scale_of(LaneFloats largest) {
+    return select(largest == 0.0f, 1.0f, max(largest / kLargest, FLT_MIN));
+  }
+  // Codes of some weights of a block; `largest` is that of the block, and so is its scale.
+  template <int kOwn>
+  static ISQ_DEVICE void encode_all(const LaneFloats (&x)[kOwn], LaneFloats largest, LaneFloats scale,
+                                    LaneInts (&codes)[kOwn]) {
+    for_quotients(x, largest, 0.0f, scale,
+                  [&](int i, LaneFloats q) { codes[i] = encode(q) | (as_int(x[i]) >> 24 & 0x80); });
   }
 
  private:

@@ -17,20 +17,26 @@ struct HqqState {
   int64_t stopped;  // whether the last step has been made
 };
 
+struct HqqGroup {
+  float inverse, zero;  // of the scale; zero point
+};
+
 // The solver's memory.
 struct HqqSpace {
   HqqState* state;
-  double* parts;   // [groups / 16, rounded up]: sums of |e|
-  float* inverse;  // [groups]: of the scale
-  float* zero;     // [groups]
+  HqqGroup* groups;
+  double* parts;  // [groups / 16, rounded up]: sums of |e|
+
+  static ISQ_DEVICE const HqqGroup* groups_in(const void* memory) {
+    return reinterpret_cast<const HqqGroup*>(static_cast<const HqqState*>(memory) + 1);
+  }
 
   static int64_t parts_of(int64_t groups) { return (groups + kHqqPart - 1) / kHqqPart; }
-  static int64_t bytes(int64_t groups) { return sizeof(HqqState) + 8 * parts_of(groups) + 8 * groups; }
-  HqqSpace(void* memory, int64_t groups)
+  static int64_t bytes(int64_t groups) { return sizeof(HqqState) + 8 * groups + 8 * parts_of(groups); }
+  HqqSpace(void* memory, int64_t count)
       : state(static_cast<HqqState*>(memory)),
-        parts(reinterpret_cast<double*>(state + 1)),
-        inverse(reinterpret_cast<float*>(parts + parts_of(groups))),
-        zero(inverse + groups) {}
+        groups(reinterpret_cast<HqqGroup*>(state + 1)),
+        parts(reinterpret_cast<double*>(groups + count)) {}
 };
 
 // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
@@ -77,11 +83,6 @@ struct HqqPlace {
   }
 };
 
-// The largest magnitude in the group, and faults as the frame in tile.cuh finds them.
-ISQ_DEVICE LaneFloats group_largest(const LaneFloats (&x)[32], const HqqPlace& at, const QuantizeJob& job) {
-  return __uint_as_float(at.team.largest(largest_bits(x, at.first + (int)threadIdx.x * 32, job.faults)));
-}
-
 // The package's start: the scale from the group's range.
 template <int kMax, bool kRound>
 ISQ_DEVICE void hqq_start(const LaneFloats (&x)[32], const Team& team, LaneFloats* inverse, LaneFloats* zero) {
@@ -108,12 +109,11 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   LaneFloats x[32], moved[32], size[32], s = 1.0f, z = 0.0f;
   take_own(staged, x);
   if (first_step) {
-    group_largest(x, at, job);
     hqq_start<kMax, kBits == 4>(x, at.team, &s, &z);
-    if (at.exists && at.team.member == 0) space.inverse[at.group] = s.v;
   } else if (at.exists) {
-    s = space.inverse[at.group];
-    z = space.zero[at.group];
+    const HqqGroup group = space.groups[at.group];
+    s = group.inverse;
+    z = group.zero;
   }
   ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
     const LaneFloats q = clamp(round_even(x[i] * s + z), 0.0f, (float)kMax);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
   const double sum_moved = sum_in_order(at.team, moved), sum_size = sum_in_order(at.team, size);
   __syncwarp();  // the others of the team have read the zero point
-  if (at.exists && at.team.member == 0) space.zero[at.group] = (float)(sum_moved / (double)shape.block);
+  if (at.exists && at.team.member == 0) space.groups[at.group] = {s.v, (float)(sum_moved / (double)shape.block)};
   if (at.team.member == 0) sizes[at.block] = at.exists ? sum_size : 0.0;
   __syncthreads();
   const int part = (int)threadIdx.x, groups = at.count / shape.block;
@@ -159,44 +159,46 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones.
-template <int kBits>
-__global__ void __launch_bounds__(kQuantizeThreads) hqq_store_kernel(QuantizeJob job, Shape shape, HqqSpace space) {
-  constexpr int kMax = (1 << kBits) - 1;
-  constexpr float kLargestF16 = 65504.0f, kExact = 2000.0f;  // integers up to 2048 are exact in f16
-  ISQ_SHARED(float, staged, [TileMemory<32>::kFloats]);
-  const HqqPlace at(job, shape);
-  stage_weights<32>(job, at.first, at.count, staged);
-  __syncthreads();
-  LaneFloats x[32], s = 1.0f, z = 0.0f;
-  take_own(staged, x);
-  __syncthreads();
-  if (at.exists) {
-    s = space.inverse[at.group];
-    z = space.zero[at.group];
-  }
-  const LaneFloats largest = group_largest(x, at, job);
-  const LaneFloats exact_scale = 1.0f / s, offset = z * exact_scale;
-  const LaneInts far = abs(z) > kLargestF16;
-  const Half scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
-  const Half zero = to_f16(select(far, round_even(offset / scale.value), z));
-  LaneInts codes[32];
-  for_quotients(x, largest, 0.0f, scale.value,
-                [&](int i, LaneFloats q) { codes[i] = nearest_code(q + zero.value, (float)kMax); });
+// Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones; with kSearch looks for better
+// ones.
+template <int kBits, bool kSearch>
+struct StoreHqq : TileFormat {
+  using Block = uint8_t;
+  static constexpr int kBlock = 0, kMax = (1 << kBits) - 1;
+  static constexpr bool kTakesImportance = kSearch;
 
-  uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);
-  uint8_t* const out = job.out + at.first_group * shape.block_bytes;
-  uint8_t* const block = bytes + reinterpret_cast<uintptr_t>(out) % 16 + at.block * shape.block_bytes;
-  if (at.team.member == 0) {
-    store_u16(block, scale.bits);
-    store_u16(block + 2, zero.bits);
-    const bool overflow = scale.overflow || zero.overflow || largest.v > kLargestWithF16Scales;
-    if (overflow && at.exists) lower_to(job.faults + 1, at.group * shape.block);
+  template <bool kWeighted>
+  static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&importance)[32], const BlockScope& scope) {
+    constexpr float kLargestF16 = 65504.0f, kExact = 2000.0f;  // integers up to 2048 are exact in f16
+    StagedGroup group;
+    LaneFloats low, high;
+    if constexpr (kSearch) {
+      group = share_group<kWeighted>(x, importance, scope);
+      range_of(x, scope.team, &low, &high);
+    }
+    HqqGroup solved = {1.0f, 0.0f};
+    if (scope.exists) solved = HqqSpace::groups_in(scope.workspace)[scope.index];
+    const LaneFloats z = solved.zero, exact_scale = 1.0f / solved.inverse, offset = z * exact_scale;
+    const LaneInts far = abs(z) > kLargestF16;
+    Half scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
+    Half zero = to_f16(select(far, round_even(offset / scale.value), z));
+    LaneInts codes[32];
+    for_quotients(x, scope.largest, 0.0f, scale.value,
+                  [&](int i, LaneFloats q) { codes[i] = nearest_code(q + zero.value, (float)kMax); });
+    if constexpr (kSearch) {
+      HqqLine line = {scale.value, zero.value};
+      fit_line(group, scope, kMax, true, low, high, &line, codes);
+      scale = to_f16(line.scale);
+      zero = to_f16(line.second);
+    }
+    if (scope.team.member == 0) {
+      store_u16(scope.block, scale.bits);
+      store_u16(scope.block + 2, zero.bits);
+    }
+    store_stream<kBits>(codes, scope.block + 4 + 4 * kBits * scope.team.member);
+    return scale.overflow || zero.overflow;
   }
-  store_stream<kBits>(codes, block + 4 + 4 * kBits * at.team.member);
-  __syncthreads();
-  write_tile(bytes, out, at.count / shape.block * shape.block_bytes);
-}
+};
 
 template <int kBits>
 struct QuantizeHqq {
@@ -214,7 +216,11 @@ struct QuantizeHqq {
       ISQ_LAUNCH(hqq_step_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space, step == 0);
       ISQ_LAUNCH(hqq_judge_kernel<kJudges>, {1}, {kJudges}, 0, on, space, groups, shape.block, step == 0);
     }
-    ISQ_LAUNCH(hqq_store_kernel<kBits>, grid, {kQuantizeThreads}, 0, on, job, shape, space);
+    if (job.rule == Rule::kSearch) {
+      BlockByBlock<StoreHqq<kBits, true>>::launch(job, shape, stream);
+    } else {
+      BlockByBlock<StoreHqq<kBits, false>>::launch(job, shape, stream);
+    }
   }
 };
 

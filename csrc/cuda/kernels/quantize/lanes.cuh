@@ -2,7 +2,7 @@
 // there, so that they are written once and give the same bytes.
 //
 // A number is a struct and not a plain float, for masks to be integers (-1 or 0) as on the CPU. Minimum, maximum and
-// comparisons are what C++ makes of them, never the GPU's own, which differ for NaN and for zeros of both signs.
+// comparisons are what C++ makes of them, not the GPU's own, which differ for NaN and for zeros of both signs.
 #pragma once
 
 #include <cfloat>
@@ -129,20 +129,30 @@ ISQ_DEVICE LaneFloats min(LaneFloats a, LaneFloats b) { return select(a < b, a, 
 ISQ_DEVICE LaneFloats max(LaneFloats a, LaneFloats b) { return select(a > b, a, b); }
 ISQ_DEVICE LaneInts min(LaneInts a, LaneInts b) { return select(a < b, a, b); }
 ISQ_DEVICE LaneInts max(LaneInts a, LaneInts b) { return select(a > b, a, b); }
-ISQ_DEVICE LaneFloats clamp(LaneFloats v, float lo, float hi) { return min(hi, max(lo, v)); }
+// By the GPU's own minimum and maximum that know NaN. A zero may get another sign than on the CPU, which no sum and no
+// code depends on.
+ISQ_DEVICE LaneFloats clamp(LaneFloats v, float lo, float hi) { return gpu::min_or_nan(gpu::max_or_nan(v.v, lo), hi); }
 ISQ_DEVICE LaneInts clamp(LaneInts v, int32_t lo, int32_t hi) { return min(hi, max(lo, v)); }
 ISQ_DEVICE LaneFloats abs(LaneFloats v) { return as_float(as_int(v) & 0x7fffffff); }
 ISQ_DEVICE LaneFloats sqrt(LaneFloats v) { return ::sqrtf(v.v); }
 
-ISQ_DEVICE LaneInts nearest_int(LaneFloats f) { return (as_int(f + 12582912.0f) & 0x007fffff) - 0x00400000; }
+// The CPU's arithmetic on bits makes 0 of its own NaN, whose low bits are 0; a GPU's has all bits set.
+ISQ_DEVICE LaneFloats zero_for_nan(LaneFloats f) { return select(f == f, f, 0.0f); }
+ISQ_DEVICE LaneInts nearest_int(LaneFloats f) {
+  return (as_int(zero_for_nan(f) + 12582912.0f) & 0x007fffff) - 0x00400000;
+}
 ISQ_DEVICE LaneFloats nearest_float(LaneFloats f) {
-  return as_float((as_int(f + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
+  return as_float((as_int(zero_for_nan(f) + 12582912.0f) & 0x007fffff) | 0x4b000000) - 12582912.0f;
 }
 ISQ_DEVICE LaneFloats nearest_small(LaneFloats f) { return (f + 12582912.0f) - 12582912.0f; }
 ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
   const LaneFloats magic = as_float(LaneInts(0x4b000000) | (as_int(f) & (int32_t)0x80000000));
   return select(abs(f) < 8388608.0f, (f + magic) - magic, f);
 }
+
+// The nearest numbers of 16 bits, as floats. Not by arithmetic on bits as on the CPU, which would make -0 of this NaN.
+ISQ_DEVICE LaneFloats rounded_to_f16(LaneFloats f) { return f16_to_f32(f32_to_f16(f.v)); }
+ISQ_DEVICE LaneFloats rounded_to_bf16(LaneFloats f) { return gpu::bf16_to_f32(gpu::f32_to_bf16(f.v)); }
 
 template <int kCount>
 ISQ_DEVICE LaneFloats first_extreme(const LaneFloats (&x)[kCount]) {

@@ -42,16 +42,20 @@ struct Team {
     }
     return value;
   }
-  // The sum of x^2 over the block, one after the other.
-  template <int kOwn>
-  ISQ_DEVICE LaneFloats sum_of_squares(const LaneFloats (&x)[kOwn]) const {
+  // The sum over the block of term(i), for each of a member's kOwn weights, one after the other.
+  template <int kOwn, class Term>
+  ISQ_DEVICE LaneFloats sum(const Term& term) const {
     LaneFloats sum = 0.0f;
     ISQ_GPU_ROLLED for (int who = 0; who < size; ++who) {
       LaneFloats mine = sum;
-      ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) mine += x[i] * x[i];
+      ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) mine += term(i);
       sum = from(mine.v, who);
     }
     return sum;
+  }
+  template <int kOwn>
+  ISQ_DEVICE LaneFloats sum_of_squares(const LaneFloats (&x)[kOwn]) const {
+    return sum<kOwn>([&](int i) { return x[i] * x[i]; });
   }
 };
 
@@ -60,10 +64,14 @@ struct BlockScope {
   Team team;
   LaneFloats largest;          // magnitude in the block
   LaneFloats row_mean_square;  // for formats that ask for it
-  bool mlx_rule;
+  Rule rule;
   Shape shape;
-  uint8_t* block;   // where its bytes go: shared memory, aligned as the format says
-  uint32_t* codes;  // shared memory for a byte per weight of the block
+  int64_t index;  // of the block in the matrix,
+  bool exists;    // if that has so many
+  const void* workspace;
+  float* staged;    // shared memory of the whole tile, of which these two are parts
+  uint8_t* block;   // where the block's bytes go, aligned as the format says
+  uint32_t* codes;  // room for a byte per weight of the block
 };
 
 // What a format says of itself, unless it says otherwise.
@@ -163,6 +171,10 @@ template <int kOwn>
 ISQ_DEVICE void take_own(const float* staged, LaneFloats (&x)[kOwn]) {
   ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) x[i] = staged[threadIdx.x * (kOwn + 1) + i];
 }
+template <int kOwn>
+ISQ_DEVICE void put_own(const LaneFloats (&x)[kOwn], float* staged) {
+  ISQ_GPU_UNROLL for (int i = 0; i < kOwn; ++i) staged[threadIdx.x * (kOwn + 1) + i] = x[i].v;
+}
 
 ISQ_DEVICE void lower_to(int64_t* target, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(target), (long long)value);
@@ -234,7 +246,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
   const int block_bytes = Q::kBlock ? (int)sizeof(typename Q::Block) : shape.block_bytes;
   const int block = (int)threadIdx.x / team_size;
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(staged);
-  uint8_t* const out = job.out + (int64_t)blockIdx.x * (kTile / block_size) * block_bytes;
+  const int64_t first_block = (int64_t)blockIdx.x * (kTile / block_size);
+  uint8_t* const out = job.out + first_block * block_bytes;
   BlockScope scope;
   scope.team = {team_size, (int)threadIdx.x % team_size};
   scope.largest = __uint_as_float(scope.team.largest(largest_bits(x, first + mine, job.faults)));
@@ -242,14 +255,18 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4)
   if (Q::kNeedsRowMeanSquare && kWeighted && mine < count) {
     scope.row_mean_square = row_mean_square[(first + mine) / job.k];
   }
-  scope.mlx_rule = job.mlx_rule;
+  scope.rule = job.rule;
   scope.shape = shape;
+  scope.index = first_block + block;
+  scope.exists = mine < count;
+  scope.workspace = job.workspace;
+  scope.staged = staged;
   scope.block = bytes + reinterpret_cast<uintptr_t>(out) % 16 + block * block_bytes;
   scope.codes = reinterpret_cast<uint32_t*>(bytes + TileMemory<kOwn>::kCodesAt + block * block_size);
 
   bool overflow = Q::template quantize<kWeighted>(x, importance, scope);
   if (Q::f16_scales(shape)) overflow |= scope.largest.v > kLargestWithF16Scales;
-  if (overflow && scope.team.member == 0 && mine < count) lower_to(job.faults + 1, first + mine);
+  if (overflow && scope.team.member == 0 && scope.exists) lower_to(job.faults + 1, first + mine);
   __syncthreads();
   write_tile(bytes, out, count / block_size * block_bytes);
 }

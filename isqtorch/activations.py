@@ -1,0 +1,62 @@
+"""`activations="fp8"`: linear layers in fp8 may round x to FP8 as well, where that is faster.
+
+It is a permission, like torch's allow_tf32, and no property of the bytes: `QuantLinear.activations` keeps it, files of a model
+remember it, and `torch.ops.isqtorch.linear_w8a8` decides, by device and rows of x. Experts and embeddings compute with their
+weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .modules import QuantLinear
+from .policy import LayerInfo, Request, Verdict
+
+
+def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Request) -> list[str]:
+    """Notes for the report about what `request.activations` comes to.
+
+    Raises:
+        ValueError: activations are to be rounded, and no linear layer will be in fp8.
+    """
+    if request.activations is None:
+        return []
+    after = [
+        (layer.kind, layer.packed_as if decision.format is None else decision.format.name)
+        for layer, decision in zip(layers, verdict.decisions, strict=True)
+    ]
+    rounded = after.count(("linear", "fp8"))
+    if not rounded:
+        drop = ', or drop it with activations=""' if request.op == "requantize_" else ", or leave activations out"
+        raise ValueError(
+            f'{request.op}: activations="{request.activations}" is for linear layers in fp8, and none will be. Use fp8{drop}.'
+        )
+    notes = [f'activations="fp8": {rounded} linear layers may round x to FP8; `explain` says from how many rows on']
+    experts = after.count(("experts", "fp8"))
+    if experts:
+        notes.append(
+            f'activations="fp8" does not concern experts: {experts} weights in fp8 are multiplied with x as it is'
+        )
+    return notes
+
+
+def permit(modules: Iterable[nn.Module], activations: str | None) -> None:
+    """Set the permission of every linear layer in fp8 among `modules`."""
+    for module in modules:
+        if isinstance(module, QuantLinear) and module.format == "fp8":
+            module.activations = activations
+
+
+def recorded_activations(model: nn.Module) -> str | list[str] | None:
+    """The permission for a model's configuration: "fp8", or the layers that have it if not all in fp8 do; None: none has."""
+    layers = {
+        name: module.activations
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear) and module.format == "fp8"
+    }
+    permitted = [name for name, activations in layers.items() if activations is not None]
+    if not permitted:
+        return None
+    return "fp8" if len(permitted) == len(layers) else permitted

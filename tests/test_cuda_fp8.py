@@ -1,0 +1,401 @@
+"""FP8 weights with FP8 activations: the kernels in the emulator, and `linear_w8a8` with torch's FP8 product replaced by one that
+checks its arguments as torch does on CUDA and multiplies in float64.
+
+Where there is a GPU, `-m cuda` runs the operator's tests on it, with torch's own product where it has one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulator import kernels
+from emulator.ops import emulated
+from helpers import DTYPES, ROUNDING, check_scaled_mm, linear_error, relative_error, shifted
+from torch import Tensor
+
+import isqtorch
+from isqtorch import ops
+from isqtorch.formats import get_format
+from isqtorch.ops.native import no_fp8_products
+
+HERE = Path(__file__).resolve()
+FP8 = get_format("fp8")
+RUN = 128
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+
+# ---- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def parts_of(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[rows, k]` and scales `[k / 128, rows]` of a packed weight, by the registry."""
+    fields = FP8.unpack(packed.reshape(-1, FP8.block_bytes))
+    return fields["q"].view(len(packed), -1), fields["scale"].view(len(packed), -1).t().contiguous()
+
+
+class Parts:
+    """Memory for codes and scales, full of 0xff, that ends where they end."""
+
+    def __init__(self, rows: int, k: int) -> None:
+        memory = kernels.Memory()
+        self.codes = memory.new((rows, k), torch.uint8, "codes")
+        self.scales = memory.new((k // RUN, rows), torch.float32, "scales")
+        self.struct = kernels.PARTS(self.codes.data_ptr(), self.scales.data_ptr(), rows, k)
+
+
+def quantized(x: Tensor, rows: int) -> Parts:
+    parts = Parts(rows, x.shape[1])
+    kernels.run_fp8(
+        "quantize_activations", kernels.Memory().put(x, "x") if len(x) else x, x.dtype, len(x), parts.struct
+    )
+    return parts
+
+
+def activations(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of every kind: zeros, one huge number, subnormal ones, ties."""
+    x = torch.randn(m, k)
+    x[0] = 0
+    if m > 5:
+        x[1, 5] = 3e4
+        x[2] *= 2e-7
+        x[3] = (x[3] * 16).round() / 16
+        x[4, : k // 2] = -x[4, : k // 2].abs()
+        x[5] *= torch.linspace(-20, 3, k).exp()
+    return x.to(dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (7, 640), (9, 384), (33, 512)])
+def test_activations_have_the_bytes_of_weights(m: int, k: int, dtype: torch.dtype) -> None:
+    """And zeros in the rows behind them."""
+    x, rows = activations(m, k, dtype), (m + 15) // 16 * 16
+    parts, (codes, scales) = quantized(x, rows), parts_of(ops.quantize(x, "fp8"))
+    assert torch.equal(parts.codes[:m], codes) and torch.equal(parts.scales[:, :m], scales)
+    assert not parts.codes[m:].any() and bool((parts.scales[:, m:] == 1).all())
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-30, 1e15, 8e37])
+def test_extreme_activations(scale: float) -> None:
+    x = activations(3, 256) * scale
+    codes, scales = parts_of(ops.quantize(x, "fp8"))
+    parts = quantized(x, 3)
+    assert torch.equal(parts.codes, codes) and torch.equal(parts.scales, scales)
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_run_with_a_number_that_is_none_has_nan_for_its_scale(value: float, dtype: torch.dtype) -> None:
+    x = activations(8, 512, dtype)
+    x[6, 300] = value
+    parts = quantized(x, 8)
+    nan = parts.scales.isnan()
+    assert bool(nan[2, 6]) and int(nan.sum()) == 1
+    x[6, 300] = 0
+    assert torch.equal(quantized(x, 8).scales[~nan], parts.scales[~nan])
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 128), (5, 640), (16, 384), (130, 256)])
+def test_a_weight_is_split_exactly(rows: int, k: int) -> None:
+    packed = torch.randint(0, 256, (rows, FP8.row_bytes(k)), dtype=torch.uint8)  # codes and scales of every kind
+    parts, (codes, scales) = Parts(rows, k), parts_of(packed)
+    kernels.run_fp8("split_fp8", kernels.Memory().put(packed, "weight", align=4), parts.struct)
+    assert torch.equal(parts.codes, codes)
+    assert torch.equal(parts.scales.view(torch.int32), scales.view(torch.int32))
+
+
+@every_dtype
+def test_a_bias_is_added_with_one_rounding(dtype: torch.dtype) -> None:
+    y, bias = torch.randn(37, 48).to(dtype), torch.randn(48).to(dtype)
+    memory = kernels.Memory()
+    out = memory.put(y, "y")
+    kernels.run_fp8("add_bias", out, memory.put(bias, "bias"), dtype, 37, 48)
+    assert torch.equal(out, (y.float() + bias.float()).to(dtype))
+
+
+def test_no_rows() -> None:
+    quantized(torch.zeros(0, 256), 0)
+    kernels.run_fp8("split_fp8", None, Parts(0, 256).struct)
+    kernels.run_fp8("add_bias", None, None, torch.float32, 0, 64)
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_order_does_not_matter(order: str) -> None:
+    with kernels.schedule(order):
+        test_activations_have_the_bytes_of_weights(9, 384, torch.bfloat16)
+        test_a_weight_is_split_exactly(5, 640)
+        test_a_bias_is_added_with_one_rounding(torch.float16)
+
+
+SANITIZED = "have_the_bytes or split_exactly or one_rounding"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.VARIANT != "plain", reason="runs these tests under a sanitizer")
+@pytest.mark.parametrize("variant", ["asan", "tsan"])
+def test_sanitizers_have_nothing_to_say(variant: str) -> None:
+    kernels.sanitized_pytest(variant, str(HERE), "-k", SANITIZED)
+
+
+# ---- the operator -----------------------------------------------------------------------------------------------------
+
+
+class Product:
+    """Stands for aten::_scaled_mm.out on the CPU, where torch has none with such scales."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []  # (m, n, k) of each call
+
+    def __call__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale_x: Tensor,
+        scale_w: Tensor,
+        bias: Tensor | None = None,
+        scale_result: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        use_fast_accum: bool = False,
+        *,
+        out: Tensor,
+    ) -> Tensor:
+        (m, k), n = x.shape, w.shape[1]
+        assert bias is None and scale_result is None and out_dtype == out.dtype and not use_fast_accum
+        assert out.shape == (m, n) and out.stride(1) == 1 and out.dtype in DTYPES
+        check_scaled_mm(x, w, scale_x, scale_w, out.dtype)
+        # what only C++ checks: scales of whole rows would be preferred, were there one run; and cuBLAS's alignment
+        assert k > RUN and scale_x.stride() == (1, m) and scale_w.t().stride() == (1, n)
+        assert m % 16 == 0 and n % 16 == 0 and out.stride(0) * out.element_size() % 16 == 0
+        assert all(t.data_ptr() % 16 == 0 for t in (x, w, scale_x, scale_w, out))
+        self.shapes.append((m, n, k))
+        exact = decoded(x, scale_x) @ decoded(w.t(), scale_w.t()).t()
+        return out.copy_(exact)
+
+
+def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    """float64 `[rows, k]` from codes and scales `[rows, k / 128]`."""
+    return codes.to(torch.float32).double() * scales.double().repeat_interleave(RUN, dim=1)
+
+
+def test_the_checks_check() -> None:
+    x, w = (torch.zeros(rows, 256).to(torch.float8_e4m3fn) for rows in (32, 48))
+    scale_x, scale_w = torch.ones(2, 32).t(), torch.ones(2, 48)
+    check_scaled_mm(x, w.t(), scale_x, scale_w, torch.float32)
+    for wrong in (
+        (x, w.t().contiguous(), scale_x, scale_w),
+        (x.t().contiguous().t(), w.t(), scale_x, scale_w),
+        (x, w[:40].t(), scale_x, scale_w[:, :40].contiguous()),
+        (x, w.t(), scale_x.contiguous(), scale_w),
+        (x, w.t(), scale_x, scale_w.t().contiguous().t()),
+        (x, w.t(), scale_x.half(), scale_w.half()),
+        (x, w.t(), scale_x[:, :1], scale_w[:1]),
+    ):
+        with pytest.raises(RuntimeError):
+            check_scaled_mm(*wrong, torch.float32)
+
+
+@pytest.fixture
+def product() -> Iterator[Product]:
+    made = Product()
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own is overridden, on purpose
+        library.impl("_scaled_mm.out", made, "CPU")
+    emulated().allow_fp8_products(True)
+    yield made
+    emulated().allow_fp8_products(False)
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fills what is allocated with NaN; not on a GPU, where cuBLAS would want settings for this mode."""
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("cuda") is None)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+MOST = 128  # rows that the weight's own kernels take
+
+
+def weights(packed: Tensor) -> Tensor:
+    """float64 `[n, k]`, without the rounding of `dequantize`."""
+    codes, scales = parts_of(packed.contiguous())
+    return decoded(codes.view(torch.float8_e4m3fn), scales.t())
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What x is multiplied as, float64."""
+    return weights(ops.quantize(x.reshape(-1, x.shape[-1]), "fp8")).view(x.shape)
+
+
+@pytest.fixture(scope="module")
+def packed() -> Tensor:
+    return ops.quantize(torch.randn(48, 384) / 20, "fp8")
+
+
+def test_the_border_is_that_of_linear() -> None:
+    assert json.loads(emulated().cuda_info())["formats"]["fp8"]["max_rows"] == MOST
+
+
+@every_dtype
+@pytest.mark.parametrize("m", [MOST + 1, 160])
+def test_x_is_rounded_where_there_are_many_rows(product: Product, packed: Tensor, m: int, dtype: torch.dtype) -> None:
+    x = activations(m, 384, dtype)
+    y = emulated().linear_w8a8(x, packed, "fp8")
+    assert product.shapes == [((m + 15) // 16 * 16, 48, 384)]
+    assert y.dtype == dtype and y.shape == (m, 48) and y.is_contiguous()
+    assert torch.equal(y, (rounded(x) @ weights(packed).t()).to(dtype))
+    assert torch.equal(emulated().linear_w8a8_frozen(x, packed, "fp8"), y)
+
+
+def test_any_shape_stride_and_bias(product: Product, packed: Tensor) -> None:
+    x = torch.randn(10, 15, 2 * 384).bfloat16()
+    for bias in (None, torch.randn(48), torch.randn(96).half()[::2]):
+        for view in (x[..., :384], x[..., ::2], x[..., 384:].transpose(0, 1), shifted(x[..., :384], 2)):
+            y = emulated().linear_w8a8(view, packed, "fp8", bias)
+            want = (rounded(view) @ weights(packed).t()).bfloat16()
+            want = want if bias is None else (want.float() + bias.bfloat16().float()).bfloat16()
+            assert torch.equal(y, want)
+    y = emulated().linear_w8a8(x[..., :384], shifted(packed, 1), "fp8")
+    assert torch.equal(y, emulated().linear_w8a8(x[..., :384], packed, "fp8"))
+    part = packed[:, : 2 * FP8.block_bytes]  # a strided weight
+    assert torch.equal(
+        emulated().linear_w8a8(x[..., :256], part, "fp8"), (rounded(x[..., :256]) @ weights(part).t()).bfloat16()
+    )
+
+
+def test_slices_of_a_large_weight(product: Product) -> None:
+    """Of about the same size, each with its codes, its scales and its outputs."""
+    k, n, m = 8192, 4096 + 272, 5 * 128
+    table = ops.quantize(torch.randn(37, k) / 64, "fp8")
+    rows = torch.arange(n) % 37
+    x = torch.randn(m, k)
+    y = emulated().linear_w8a8(x, table[rows], "fp8")
+    assert product.shapes == [(m, 2304, k), (m, n - 2304, k)]
+    want = rounded(x) @ weights(table).t()
+    assert relative_error(y, want[:, rows]) < 1e-7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_visible(product: Product, packed: Tensor, value: float) -> None:
+    x = torch.randn(MOST + 7, 384).bfloat16()
+    clean = emulated().linear_w8a8(x, packed, "fp8")
+    x[3, 17] = x[MOST + 6, 383] = value
+    y = emulated().linear_w8a8(x, packed, "fp8")
+    hit = torch.zeros(len(x), dtype=torch.bool)
+    hit[3] = hit[MOST + 6] = True
+    assert bool(y[hit].isnan().all()) and torch.equal(y[~hit], clean[~hit])
+
+
+def test_elsewhere_it_is_linear(product: Product, packed: Tensor) -> None:
+    """Few rows, outputs that cuBLAS does not take, a single run, and a torch without such products."""
+    bias = torch.randn(48)
+    x = torch.randn(MOST + 1, 384)
+    cases: list[tuple[Tensor, Tensor, Tensor | None]] = [
+        (x[:MOST], packed, bias),
+        (x[:0], packed, bias),
+        (x, packed[:40], None),
+        (x, packed[:0], None),
+        (x[:, :RUN], packed[:, : FP8.block_bytes], bias),
+    ]
+    for case in cases:
+        few, w, b = case
+        assert torch.equal(emulated().linear_w8a8(few, w, "fp8", b), emulated().linear(few, w, "fp8", b))
+    emulated().allow_fp8_products(False)
+    assert torch.equal(emulated().linear_w8a8(x, packed, "fp8"), emulated().linear(x, packed, "fp8"))
+    assert not product.shapes
+
+
+def test_the_error_is_that_of_rounding(product: Product, packed: Tensor) -> None:
+    """Each x is off by half a step of e4m3: 2^-4 of itself, or below 2^-6 of the scale 2^-10 of it. No output is further off
+    than the weights make of that, and for numbers of random signs the whole is off by as much as quantized weights are."""
+    x = activations(200, 384)
+    y = emulated().linear_w8a8(x, packed, "fp8").double()
+    w = weights(packed)
+    runs = x.double().abs().view(200, -1, RUN)
+    step = (runs / 16).maximum(runs.amax(-1, keepdim=True) / 448 / 1024).view(200, -1)
+    bound = step @ w.abs().t() * (1 + 2**-20) + 2**-24 * (x.double().abs() @ w.abs().t())
+    assert bool(((y - x.double() @ w.t()).abs() <= bound).all())
+    ordinary = slice(6, None)
+    error = linear_error(y[ordinary], x[ordinary], packed, FP8)
+    assert 0.5 * FP8.weight_error < error < 1.1 * FP8.weight_error
+
+
+MISUSES = {
+    "another format": lambda o: o.linear_w8a8(torch.zeros(200, 256), torch.zeros(4, 144, dtype=torch.uint8), "q4k"),
+    "other columns": lambda o: o.linear_w8a8(torch.zeros(200, 256), torch.zeros(16, 3 * 132, dtype=torch.uint8), "fp8"),
+    "another bias": lambda o: o.linear_w8a8(
+        torch.zeros(200, 256), torch.zeros(16, 264, dtype=torch.uint8), "fp8", torch.zeros(15)
+    ),
+    "integer x": lambda o: o.linear_w8a8(torch.zeros(200, 256).long(), torch.zeros(16, 264, dtype=torch.uint8), "fp8"),
+    "half a block": lambda o: o.linear_w8a8(torch.zeros(200, 256), torch.zeros(16, 140, dtype=torch.uint8), "fp8"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES.values(), ids=list(MISUSES))
+def test_faults_are_those_of_the_cpu(product: Product, misuse: Any) -> None:
+    said = []
+    for namespace in (torch.ops.isqtorch, emulated()):
+        with pytest.raises(ValueError) as caught:
+            misuse(namespace)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@every_dtype
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(129, 48, 384), (300, 1040, 1024), (2048, 9216, 8192)])
+def test_on_a_gpu(m: int, n: int, k: int, with_bias: bool, dtype: torch.dtype) -> None:
+    """With torch's product x is rounded, and nothing else beyond the sums in the matrix unit, which keep some 14 bits of the
+    products that they align; without, it is `linear` itself."""
+    x, w = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, k, device="cuda") / k**0.5
+    packed, bias = ops.quantize(w, "fp8"), torch.randn(n, device="cuda").to(dtype) if with_bias else None
+    y = torch.ops.isqtorch.linear_w8a8(x, packed, "fp8", bias)
+    assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
+    if no_fp8_products("cuda") is not None:
+        assert torch.equal(y, ops.linear(x, packed, "fp8", bias))
+        return
+    xr, wr = (ops.dequantize(t, "fp8", torch.float32) for t in (ops.quantize(x, "fp8"), packed))
+    want = xr.double() @ wr.double().t() + (0 if bias is None else bias.double())
+    assert relative_error(y, want) < 2**-9 + 2 * ROUNDING[dtype]
+    assert not torch.equal(y, ops.linear(x, packed, "fp8", bias))
+    x[5, 7] = float("nan")
+    again = torch.ops.isqtorch.linear_w8a8(x, packed, "fp8", bias)
+    assert bool(again[5].isnan().all()) and bool(again[6:].isfinite().all()) and bool(again[:5].isfinite().all())
+
+
+@pytest.mark.cuda
+def test_a_graph_captures_it() -> None:
+    x, packed = torch.randn(256, 1024, device="cuda").bfloat16(), ops.quantize(torch.randn(512, 1024).cuda(), "fp8")
+    torch.ops.isqtorch.linear_w8a8_frozen(x, packed, "fp8")  # cuBLAS allocates its workspace
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.isqtorch.linear_w8a8_frozen(x, packed, "fp8")
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, torch.ops.isqtorch.linear_w8a8_frozen(x, packed, "fp8"))
+
+
+@pytest.mark.cuda
+def test_a_layer_on_a_gpu() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 512, dtype=torch.bfloat16)).cuda()
+    isqtorch.quantize_(model, "fp8", activations="fp8")
+    x = torch.randn(2, 200, 1024, device="cuda", dtype=torch.bfloat16)
+    y = model(x)
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
+    assert torch.equal(
+        model(x[0, :8]), ops.linear(x[0, :8], model[0].weight, "fp8", model[0].bias)
+    )  # few rows: as it is
+    product = "_scaled_mm" in str(isqtorch.explain(model))
+    assert product == (no_fp8_products("cuda") is None)
+    assert torch.equal(y, ops.linear(x, model[0].weight, "fp8", model[0].bias)) != product
