@@ -242,7 +242,9 @@ def test_explain_says_that_the_cpu_does_not_round() -> None:
 
 def test_explain_names_the_product_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["isqtorch.explain"]
-    built = native.CudaInfo("13.0", ("90a",), {"fp8": {"block": 128, "block_bytes": 132, "max_rows": 128}})
+    built = native.CudaInfo(
+        "13.0", ("90a",), {"fp8": {"block": 128, "block_bytes": 132, "few_rows": 8, "max_rows": 512, "w8a8_rows": 128}}
+    )
     monkeypatch.setattr(module, "NATIVE_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(module, "cuda_info", lambda: built)
     monkeypatch.setattr(module, "no_fp8_products", lambda device: None)

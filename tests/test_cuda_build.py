@@ -283,7 +283,7 @@ def test_the_whole_of_csrc_is_in_a_source_distribution() -> None:
 # ---- what users are told ----------------------------------------------------------------------------------------------
 
 BUILT = native.CudaInfo(
-    "13.0", ("80", "90a"), {"q4k": {"block": 256, "block_bytes": 144, "few_rows": 8, "max_rows": 128}}
+    "13.0", ("80", "90a"), {"q4k": {"block": 256, "block_bytes": 144, "few_rows": 8, "max_rows": 128, "w8a8_rows": 128}}
 )
 
 
@@ -307,7 +307,10 @@ def test_doctor_checks_and_shows_both_devices(
         checked.append((fmt.name, device))
         return {"ok": device == "cpu" or fmt.name != "q4k", "kernel": "native", "detail": "made up"}
 
-    facts = {fmt.name: {"block": 1, "block_bytes": 1, "few_rows": 8, "max_rows": 128} for fmt in ALL_FORMATS}
+    facts = {
+        fmt.name: {"block": 1, "block_bytes": 1, "few_rows": 8, "max_rows": 128, "w8a8_rows": 128}
+        for fmt in ALL_FORMATS
+    }
     monkeypatch.setattr(doctor, "check_format", check_format)
     monkeypatch.setattr(doctor, "_gpu_runs", lambda: True)
     monkeypatch.setattr(doctor, "cuda_info", lambda: native.CudaInfo("13.0", ("80", "90a"), facts))

@@ -31,7 +31,7 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 
 bool pays(const FormatKernels& fp8, int64_t m, int64_t n, int64_t k, int32_t device) {
   // With a single run, torch would take the scales for those of whole rows.
-  return m > fp8.max_rows && n > 0 && n % kMultiple == 0 && k > Fp8Parts::kRun && products_allowed &&
+  return m > fp8.w8a8_rows && n > 0 && n % kMultiple == 0 && k > Fp8Parts::kRun && products_allowed &&
          compute_capability(device) / 10 == 9;
 }
 

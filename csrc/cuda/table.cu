@@ -25,6 +25,7 @@ constexpr FormatKernels kernels_of(const char* name, int block, Header header) {
           launch_decode<F>,
           kFewRows,
           kMaxLinearRows,
+          kMaxW8A8Rows,
           linear_workspace<F>,
           launch_linear<F>,
           experts_workspace<F>,

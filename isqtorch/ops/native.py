@@ -155,11 +155,11 @@ class CudaInfo:
 
     toolkit: str  # nvcc's version
     archs: tuple[str, ...]  # GPUs: "80", "90a", ...
-    formats: dict[str, dict[str, int]]  # name -> "block", "block_bytes", and how many rows of x are few_rows, max_rows
+    formats: dict[str, dict[str, int]]  # name -> "block", "block_bytes"; rows of x: "few_rows", "max_rows", "w8a8_rows"
 
     def linear(self, format: str, *, fp8_products: bool = False) -> tuple[LinearKernel, ...]:
         """The kernels of `linear`, or of `linear_w8a8` where there are FP8 products, for a format, by rows of x."""
-        few, most = self.formats[format]["few_rows"], self.formats[format]["max_rows"]
+        few, most = (self.formats[format][name] for name in ("few_rows", "w8a8_rows" if fp8_products else "max_rows"))
         if fp8_products:
             many = ("FP8 codes, then torch's _scaled_mm (CUDA)", "", "x is rounded to FP8, 128 columns under one scale")
         else:
