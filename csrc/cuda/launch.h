@@ -74,8 +74,8 @@ struct FormatKernels {
   int align;      // of every block's address
   uint8_t rules;  // bits of those that the operator takes besides the default
   void (*decode)(const DecodeJob&, const Shape&, Stream);
-  int64_t few_rows;  // of x that cost `linear` what one costs
-  int64_t max_rows;  // that it is meant for; more are faster decoded and multiplied by torch
+  int64_t few_rows;   // of x that cost `linear` what one costs
+  int64_t max_rows;   // that it is meant for; more are faster decoded and multiplied by torch
   int64_t w8a8_rows;  // that `linear_w8a8` takes likewise, before x may be rounded to FP8
   int64_t (*linear_workspace)(const LinearJob&, const Shape&);
   void (*linear)(const LinearJob&, const Shape&, Stream);

@@ -194,8 +194,7 @@ std::string cuda_info() {
     const FormatKernels& f = format_at(i);
     formats +=
         text(i ? ", " : "", '"', f.name, "\": {\"block\": ", f.shape.block, ", \"block_bytes\": ", f.shape.block_bytes,
-             ", \"few_rows\": ", f.few_rows, ", \"max_rows\": ", f.max_rows,
-             ", \"w8a8_rows\": ", f.w8a8_rows, '}');
+             ", \"few_rows\": ", f.few_rows, ", \"max_rows\": ", f.max_rows, ", \"w8a8_rows\": ", f.w8a8_rows, '}');
   }
   return text("{\"toolkit\": \"", toolkit_version(), "\", \"archs\": \"", ISQTORCH_CUDA_ARCHS, "\", \"formats\": {",
               formats, "}}");
