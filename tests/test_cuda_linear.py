@@ -131,6 +131,15 @@ def test_all_shapes(fmt: QuantFormat, dtype: torch.dtype) -> None:
                 check(fmt, m, n, k, dtype)
 
 
+@every_format
+@pytest.mark.parametrize("limit", [99, 163], ids=lambda kilobytes: f"{kilobytes}KB")
+def test_gpus_with_less_shared_memory(fmt: QuantFormat, limit: int) -> None:
+    """An RTX 4090's blocks, and an A100's. The kernel for every width of x, with as many chunks as there are warps."""
+    with kernels.shared_memory(limit << 10):
+        for i, m in enumerate((1, 8, 16, 32, 64, 128)):
+            check(fmt, m, 65, 4096, DTYPES[(i + len(fmt.name)) % 3])
+
+
 def some(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("fmt", [get_format(name) for name in names], ids=lambda f: f.name)
 

@@ -41,7 +41,7 @@ inline int64_t shared_limit() {
   }
   return bytes;
 #else
-  return 227 << 10;
+  return (int64_t)simt::shared_limit;
 #endif
 }
 

@@ -10,6 +10,8 @@ EXPORT void emulator_options(int order, unsigned seed, int workers, int late_cop
   simt::options = {(simt::Order)order, seed, workers, late_copies != 0};
 }
 
+EXPORT void emulator_shared_limit(size_t bytes) { simt::shared_limit = bytes; }
+
 EXPORT const char* emulator_error() {
   static thread_local std::string error;
   error = simt::take_error();

@@ -152,6 +152,14 @@ def schedule(order: str = "forward", late_copies: bool = True, seed: int = 1) ->
     library().emulator_options(0, 1, 0, 1)
 
 
+@contextmanager
+def shared_memory(limit: int) -> Iterator[None]:
+    """Blocks may have so many bytes of shared memory; a launch that asks for more fails."""
+    library().emulator_shared_limit(ctypes.c_size_t(limit))
+    yield
+    library().emulator_shared_limit(ctypes.c_size_t(227 << 10))
+
+
 class Memory:
     """The GPU's memory: every tensor on pages of its own, with nothing behind its last byte. It is freed with its tensor."""
 

@@ -13,6 +13,7 @@
 namespace simt {
 
 Options options;
+size_t shared_limit = 227 << 10;
 Counts counts;
 thread_local Thread* self = nullptr;
 constinit thread_local Block* current = nullptr;
@@ -234,6 +235,10 @@ std::string run(Dim grid, Dim threads, size_t shared_bytes, const std::function<
   if (grid.count() == 0) return "a launch of no blocks";
   if (threads.count() == 0 || threads.count() > 1024)
     return "a launch with " + std::to_string(threads.count()) + " threads per block";
+  if (shared_bytes > shared_limit) {
+    return "a launch with " + std::to_string(shared_bytes) + " bytes of shared memory, of " +
+           std::to_string(shared_limit);
+  }
   if (!all.count()) all = {grid.x * threads.x, grid.y * threads.y, grid.z * threads.z};
   const Grid launch = {grid, threads, all};
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;

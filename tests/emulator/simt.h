@@ -36,6 +36,10 @@ struct Options {
 };
 extern Options options;
 
+// Bytes of dynamic shared memory that a launch may ask for: an H100's. An A100 has 163 KB, an RTX 3090, 4090 or
+// 5090 99.
+extern size_t shared_limit;
+
 // What a launch counted.
 struct Counts {
   uint64_t switches = 0;          // from one fiber to another
