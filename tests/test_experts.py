@@ -119,6 +119,14 @@ def test_gradients_reach_router_and_input() -> None:
         assert relative_error(got, want) < 0.05
 
 
+def test_forward_mode_is_refused_rather_than_zero() -> None:
+    _, packed = quantized()
+    x = routed()[0]
+    message = r"gate_up_proj is packed, and experts have no forward-mode derivative. Use reverse mode \(backward\)."
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(packed, (x,), (x,))
+
+
 def test_says_what_it_is() -> None:
     _, packed = quantized()
     assert "down_proj=[5, 64, 96] q8_0 8.50 bpw" in repr(packed.experts) and packed.experts.bits_per_weight == 8.5

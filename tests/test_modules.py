@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import state_bytes
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from isqtorch.formats import formats, get_format
 from isqtorch.modules import QuantEmbedding, QuantLinear
@@ -363,7 +364,22 @@ def test_both_operators_give_the_same(mode: Any, bias_trains: bool) -> None:
         y = layer(x)
     assert torch.equal(y.detach(), want)
     assert y.requires_grad == (bias_trains and mode is torch.enable_grad)
-    assert torch.equal(torch.func.vmap(layer)(x), want)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), want, rtol=0, atol=0.02 * float(want.abs().max()))
+
+
+def test_every_kind_of_derivative() -> None:
+    """torch.func and forward mode, which know nothing of the operator's gradient: a forward-mode one of zero is wrong."""
+    layer = linear("q8_0")
+    w = torch.ops.isqtorch.dequantize(layer.weight, "q8_0", torch.float32)
+    x, direction = torch.randn(2, 3, 512)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(tangent, direction @ w.t())
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (direction,))[1], direction @ w.t())
+    for jacobian in (torch.func.jacrev(layer), torch.func.jacfwd(layer)):
+        torch.testing.assert_close(jacobian(x[0]), w)
+    square = torch.func.hessian(lambda row: layer(row).square().sum())(x[0])
+    torch.testing.assert_close(square, 2 * w.t() @ w, rtol=1e-4, atol=1e-3)
 
 
 def test_tracers_see_the_operator_with_a_gradient() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from isqtorch.formats import QuantFormat, get_format
 
@@ -115,6 +116,10 @@ class QuantExperts(PackedModule):
         if name not in self.formats:
             raise RuntimeError(
                 f"{type(self).__name__}: {name} is not packed, because quantize_ was interrupted. Quantize the model again."
+            )
+        if forward_ad._current_level >= 0:  # forward mode would take the operator's derivative for zero
+            raise NotImplementedError(
+                f"{type(self).__name__}: {name} is packed, and experts have no forward-mode derivative. Use reverse mode (backward)."
             )
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

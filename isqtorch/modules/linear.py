@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from isqtorch.formats import QuantFormat, get_format
 
@@ -115,15 +116,16 @@ class QuantLinear(PackedModule, nn.Linear):
             device = x.device.type
             if device != "meta" and torch.is_autocast_enabled(device):  # nn.Linear's product is cast, so this is, too
                 x = x.to(torch.get_autocast_dtype(device))
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+            # torch.func and forward mode do not know the operator's gradient; forward mode would take it for zero.
+            w = torch.ops.isqtorch.dequantize(weight, self.format, x.dtype)
+            return nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         # The gradient of `linear` is a Python function, which costs more than a small layer: it is passed by where there is
-        # none to record. Functorch's wrapped tensors do not say which they are, and tracers must see the ordinary operator.
+        # none to record. Tracers must see the ordinary operator.
         linear, frozen = (_linear, _linear_frozen) if self._activations is None else (_w8a8, _w8a8_frozen)
         y: Tensor
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        ):
+        if compiling or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             y = linear(x, weight, self.format, bias)
         else:
             y = frozen(x, weight, self.format, bias)
