@@ -127,9 +127,10 @@ def check(x: Tensor, packed: Tensor, format: str) -> None:
 def compare(y: Tensor, x: Tensor, packed: Tensor, format: str, more: float = 0.0) -> None:
     """AssertionError unless y is x times the weight, but for what the format allows and `more`."""
     rows = slice(0, 128)  # of the weight; each is computed as all others are
-    w = ops.reference.dequantize(packed[rows].cpu(), format, torch.float32)
-    exact = x.cpu().double() @ w.double().t()
-    error = float((y[..., rows].cpu().double() - exact).norm() / exact.norm())
+    there = x.device if x.is_cuda else torch.device("cpu")  # where torch has f64
+    w = ops.reference.dequantize(packed[rows].cpu(), format, torch.float32).to(there)
+    exact = x.to(there).double() @ w.double().t()
+    error = float((y[..., rows].to(there).double() - exact).norm() / exact.norm())
     allowed = get_format(format).linear_error + ROUNDING + more
     assert error < allowed, f"linear of {format}, {len(x)} rows, is off by {error:.2g}; {allowed:.2g} is allowed"
 
