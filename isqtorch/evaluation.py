@@ -300,7 +300,12 @@ def token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
         if tokenizer is None:
             raise ValueError(f"{op}: a text needs tokenizer=...; or give token ids")
         return torch.tensor(_tokenize(tokenizer, ids_or_text), dtype=torch.int64)
-    ids = torch.as_tensor(ids_or_text)
+    try:
+        ids = torch.as_tensor(ids_or_text)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{op}: a text or token ids must come second, before the tokenizer; got a {type(ids_or_text).__name__}"
+        ) from None
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.ndim != 1:

@@ -300,6 +300,8 @@ def configured(**config: Any) -> Bigram:
         (Bigram(), "", {"tokenizer": Tokenizer(False)}, "0 tokens are too few"),
         (Bigram(), text(50).view(2, 25), {}, r"shape \[T\] or \[1, T\], got \[2, 25\]"),
         (Bigram(), text(50).float(), {}, "must be integers, got torch.float32"),
+        (Bigram(), None, {}, "a text or token ids must come second, before the tokenizer; got a NoneType"),
+        (Bigram(), Bigram(), {}, "before the tokenizer; got a Bigram"),
         (Bigram(), text(50) - 5, {}, "token ids run from -5"),
         (configured(vocab_size=9), text(50), {}, "token ids run from 0 to 9, the model knows 0 to 8"),
         (configured(max_position_embeddings=128), text(50), {}, "512, but the model has max_position_embeddings = 128"),
