@@ -9,6 +9,7 @@ VENV    ?= .venv
 PYTHON  := $(VENV)/bin/python
 # make PYTHON=python3 ... works with what an environment of yours has, installs nothing, and needs no network.
 OWN_ENVIRONMENT := $(filter command line,$(origin PYTHON))
+CLANG_FORMAT := $(if $(OWN_ENVIRONMENT),clang-format,$(VENV)/bin/clang-format)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Stamps: empty files that remember what was done. A changed prerequisite makes make do that step again, and no other.
@@ -55,7 +56,7 @@ test-emulator: build  ## the CUDA and Metal kernels in an emulator of a GPU, all
 	$(PYTHON) -m pytest -m "not cuda and not mps" $(wildcard tests/test_emulator*.py tests/test_cuda_*.py tests/test_metal*.py)
 
 cuda-check: build  ## compile the CUDA kernels without a GPU; fails on spills and slower inner loops; ARCHS=all for every GPU
-	@$(PYTHON) -m pip install --quiet nvidia-cuda-nvdisasm
+	$(if $(OWN_ENVIRONMENT),,@$(PYTHON) -m pip install --quiet nvidia-cuda-nvdisasm)
 	$(PYTHON) -m benchmarks.cuda.check $(if $(ARCHS),--archs '$(ARCHS)')
 
 # The kernels are compiled for the GPU that is here. A torch with CUDA is needed: make gpu-check TORCH='torch==2.11.0', or PYTHON=python3
@@ -83,13 +84,13 @@ lint: build  ## ruff, mypy --strict, clang-format, generated tables
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 	$(PYTHON) docs/tables.py --check
 
 format: build  ## rewrite sources in the house format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES) $(TEST_SOURCES)
+	$(CLANG_FORMAT) -i $(SOURCES) $(TEST_SOURCES)
 
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py
