@@ -23,16 +23,24 @@ def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Re
     """
     if request.activations is None:
         return []
+    notes = activation_notes(layers, verdict)
+    if not notes:
+        raise ValueError(
+            f'{request.op}: activations="{request.activations}" is for linear layers in fp8, and none will be. Use fp8, or leave '
+            "activations out."
+        )
+    return notes
+
+
+def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]:
+    """What the permission comes to with these formats; nothing if no linear layer will be in fp8."""
     after = [
         (layer.kind, layer.packed_as if decision.format is None else decision.format.name)
         for layer, decision in zip(layers, verdict.decisions, strict=True)
     ]
     rounded = after.count(("linear", "fp8"))
     if not rounded:
-        drop = ', or drop it with activations=""' if request.op == "requantize_" else ", or leave activations out"
-        raise ValueError(
-            f'{request.op}: activations="{request.activations}" is for linear layers in fp8, and none will be. Use fp8{drop}.'
-        )
+        return []
     notes = [f'activations="fp8": {rounded} linear layers may round x to FP8; `explain` says from how many rows on']
     experts = after.count(("experts", "fp8"))
     if experts:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .activations import permit
+from .activations import activation_notes, permit
 from .exchange import Swap, check_outside, exchange
 from .inventory import inspect_model, packed_names
 from .listeners import announce
@@ -85,7 +85,7 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
-        activations: see `quantize_`. None: as it is, which is refused if no linear layer is in fp8 afterwards; "" drops it.
+        activations: see `quantize_`. None: as it was, and dropped with a note if no linear layer is in fp8 afterwards; "" drops it.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
             importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.
@@ -113,12 +113,9 @@ def requantize_(
     before = Origin.of(model)
     origin = before or Origin()
     had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
-    wanted = ("fp8" if had else None) if activations is None else activations or None
-    request = origin.request(fmt, topology, organization, include, exclude, fallback, wanted)
+    request = origin.request(fmt, topology, organization, include, exclude, fallback, activations or None)
     files, weights, notes, alarm = _weights(model, source, origin)
-    if had and request.activations is None:
-        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
-    choice, activations = None, request.activations
+    choice, asked = None, request.activations
     if budget is not None:
         request = smallest_choice(model, request, budget, None)
     if before is None:
@@ -134,12 +131,19 @@ def requantize_(
         _prepare(model, request, imatrix, rule, weights)  # what is wrong shows before everything is measured
         text = Calibrate(None, None)
         request, choice = choose_formats(model, request, budget, imatrix, text, None, rule, progress, weights.of)
-        request = replace(request, activations=activations)
+        request = replace(request, activations=asked)
     prepared = _prepare(model, request, imatrix, rule, weights)
     for message in [*alarm, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _packed(model, prepared, weights, progress, measure_error)
-    permit((swap.new for swap in swaps), request.activations)
+    inherits = had and activations is None
+    if inherits:
+        kept_notes = activation_notes(prepared.inventory.layers, prepared.verdict)
+        notes += kept_notes or ['activations="fp8" is dropped: no linear layer is in fp8 any more']
+    elif had and request.activations is None:
+        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
+    allowed = "fp8" if inherits else request.activations
+    permit((swap.new for swap in swaps), allowed)
     kept = _kept(model, prepared, swaps)
 
     report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
@@ -153,7 +157,7 @@ def requantize_(
     if choice is not None:
         report.record(choice)
     trouble = origin.trouble if source == STORED else None
-    _commit(model, swaps, kept, request.activations, Origin.made(files, trouble, request), report, began)
+    _commit(model, swaps, kept, allowed, Origin.made(files, trouble, request), report, began)
     return report
 
 

@@ -175,15 +175,30 @@ def test_it_survives_while_there_is_fp8() -> None:
     assert permitted(model) == ["0", "2"]
 
 
-def test_it_is_dropped_on_demand_alone() -> None:
+def test_it_is_dropped_with_fp8_or_on_demand() -> None:
     model = model_in_fp8()
-    with pytest.raises(ValueError, match=r'requantize_: activations="fp8" .* Use fp8, or drop it with activations=""'):
-        requantize_(model, "q8_0", source="stored")
+    with pytest.raises(ValueError, match=r'requantize_: activations="fp8" .* Use fp8, or leave activations out'):
+        requantize_(model, "q8_0", source="stored", activations="fp8")
     assert permitted(model) == ["0", "1", "2"]
+    report = requantize_(model, "q8_0", source="stored")
+    assert not permitted(model)
+    assert 'activations="fp8" is dropped: no linear layer is in fp8 any more' in report.notes
+    model = model_in_fp8()
+    report = requantize_(model, "fp8", source="stored")
+    assert permitted(model) == ["0", "1", "2"] and any("may round x" in note for note in report.notes)
     report = requantize_(model, "fp8", source="stored", activations="")
     assert not permitted(model) and any("is dropped" in note for note in report.notes)
     requantize_(model, "fp8", source="stored", activations="fp8")
     assert permitted(model) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("asked", "stays"), [(None, True), ("fp8", True), ("", False)])
+def test_auto_keeps_it_too(asked: str | None, stays: bool) -> None:
+    model = model_in_fp8()
+    options = {"target_bpw": 8.4, "formats": ["q2k", "fp8"], "source": "stored"}
+    requantize_(model, "auto", activations=asked, **options)
+    in_fp8 = [name for name, layer in model.named_modules() if isinstance(layer, QuantLinear) and layer.format == "fp8"]
+    assert in_fp8 and permitted(model) == (in_fp8 if stays else [])
 
 
 def test_a_failure_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +352,7 @@ def test_isq_config_keeps_it_through_save_pretrained(tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "some/config.json").read_text()
 
-    requantize_(again, "q8_0", source="stored", activations="")
+    requantize_(again, "q8_0", source="stored")
     again.save_pretrained(tmp_path / "none")
     assert "activations" not in json.loads((tmp_path / "none/config.json").read_text())["quantization_config"]
 

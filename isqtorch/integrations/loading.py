@@ -105,7 +105,7 @@ class LoadedModel:
                 source = STORED
             options = self._options(isq)
             if mix_name(isq) is not None or resolve_format(isq, torch.device(self.device or "cpu")).name != "fp8":
-                options["activations"] = ""  # which the report notes; they come back with fp8 if they were asked for
+                options.pop("activations", None)  # asked for with fp8; layers that stay in it keep theirs
             self.report = requantize_(self.model, isq, source=source, progress=False, **options)
         else:
             self.model, self.report = self._load(isq)
