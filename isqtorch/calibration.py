@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import Ids, bos_token, context_length, evaluating, run_model, token_ids
+from .evaluation import context_length, evaluating, run_model
 from .imatrix import Imatrix
 from .imatrix_files import DEFAULT_CHUNK
 from .modules import PackedModule
@@ -30,6 +30,7 @@ from .modules.convert import layer_kind
 from .modules.packed import ordinary_tensors
 from .progress import progress_bar
 from .routed import RoutedExperts, find_routed_experts
+from .tokens import Ids, bos_token, token_ids
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _running_lock = threading.Lock()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .tokens import Ids, bos_token, token_ids
+
 Model = Callable[..., Any]
 """Anything that maps ids `[B, T]` to logits `[B, T, vocab]`: a tensor, a tuple that begins with it, or an object with .logits."""
-
-Ids = Tensor | Sequence[int] | str
-"""Token ids `[T]` or `[1, T]`, or a text, which then needs a tokenizer."""
 
 _PIECE = 1 << 22  # logits worked on at once, in f32 or f64: 27 positions of a vocabulary of 150,000
 
@@ -292,40 +291,6 @@ class _Windows:
                 f"{self.op}: token ids run from {low} to {high}, the model knows 0 to "
                 f"{vocabulary - 1 if isinstance(vocabulary, int) else '...'}. Use the model's own tokenizer."
             )
-
-
-def token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
-    """int64 `[T]` on the CPU."""
-    if isinstance(ids_or_text, str):
-        if tokenizer is None:
-            raise ValueError(f"{op}: a text needs tokenizer=...; or give token ids")
-        return torch.tensor(_tokenize(tokenizer, ids_or_text), dtype=torch.int64)
-    try:
-        ids = torch.as_tensor(ids_or_text)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{op}: a text or token ids must come second, before the tokenizer; got a {type(ids_or_text).__name__}"
-        ) from None
-    if ids.ndim == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.ndim != 1:
-        raise ValueError(f"{op}: token ids must have shape [T] or [1, T], got {list(ids.shape)}")
-    if len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise ValueError(f"{op}: token ids must be integers, got {ids.dtype}")
-    return ids.to("cpu", torch.int64)
-
-
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    if callable(tokenizer):  # transformers; quiet, because it warns of every text longer than the model's context
-        return list(tokenizer(text, verbose=False)["input_ids"])
-    encoded = tokenizer.encode(text)  # tokenizers.Tokenizer, sentencepiece
-    return list(getattr(encoded, "ids", encoded))
-
-
-def bos_token(tokenizer: Any) -> int | None:
-    """The BOS token, if the tokenizer puts one before a text."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if bos is not None and _tokenize(tokenizer, "a")[:1] == [bos] else None
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

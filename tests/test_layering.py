@@ -40,6 +40,7 @@ LAYERS = [
         "plan",
         "fit",
         "explain",
+        "tokens",
         "evaluation",
         "recipes",
         "mixed",

@@ -13,7 +13,8 @@ from torch import Tensor
 import isqtorch
 from isqtorch.cli._common import read_text
 from isqtorch.cli.demo import model_size
-from isqtorch.evaluation import Recorded, token_ids
+from isqtorch.evaluation import Recorded
+from isqtorch.tokens import token_ids
 
 from .rows import Row
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import read_calibration_text
-from ..evaluation import Ids, context_length, evaluating, run_model, token_ids
+from ..evaluation import context_length, evaluating, run_model
 from ..modules.convert import locate, upright
 from ..modules.packed import ordinary_tensors
 from ..progress import progress_bar
+from ..tokens import Ids, token_ids
 from .sensitivity import Weighing
 
 CHUNK = 256  # tokens of a backward pass, which holds the activations of all of them
