@@ -75,6 +75,14 @@ def test_our_products_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault.startswith("isqtorch q4k 64x256 M=8: linear of q4k, 8 rows, is off by 0.1")
 
 
+def test_a_product_with_another_weight_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.ops.quantize
+    monkeypatch.setattr(contenders.ops, "quantize", lambda weight, format: right(-weight, format))
+    run = session()
+    run.products([Ours(["q8_0"])], SHAPE, [1])
+    assert run.results.faults == ["isqtorch q8_0 64x256 M=1: its product is off by 2"] and not run.results.cases
+
+
 def test_our_quantizers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contenders.ops.dequantize
     monkeypatch.setattr(contenders.ops, "dequantize", lambda *arguments: -right(*arguments))

@@ -378,6 +378,13 @@ def test_every_kind_of_derivative() -> None:
     torch.testing.assert_close(torch.func.jvp(layer, (x,), (direction,))[1], direction @ w.t())
     for jacobian in (torch.func.jacrev(layer), torch.func.jacfwd(layer)):
         torch.testing.assert_close(jacobian(x[0]), w)
+    half, few = layer.bfloat16(), x.bfloat16()
+    half.bias.data = half.bias.data.float()  # a bias of another type than x
+    got, tangent = torch.func.jvp(half, (few,), (direction.bfloat16(),))
+    assert got.dtype == tangent.dtype == torch.bfloat16
+    torch.testing.assert_close(tangent.float(), direction @ w.t(), rtol=0.05, atol=0.5)
+    layer = linear("q8_0", bias=False)
+    w = torch.ops.isqtorch.dequantize(layer.weight, "q8_0", torch.float32)
     square = torch.func.hessian(lambda row: layer(row).square().sum())(x[0])
     torch.testing.assert_close(square, 2 * w.t() @ w, rtol=1e-4, atol=1e-3)
 

@@ -148,16 +148,20 @@ def facts(name: str) -> dict[str, int]:
 def schedule(order: str = "forward", late_copies: bool = True, seed: int = 1) -> Iterator[None]:
     """In which order threads get their turn, and when asynchronous copies are made."""
     library().emulator_options(ORDERS[order], seed, 0, int(late_copies))
-    yield
-    library().emulator_options(0, 1, 0, 1)
+    try:
+        yield
+    finally:
+        library().emulator_options(0, 1, 0, 1)
 
 
 @contextmanager
 def shared_memory(limit: int) -> Iterator[None]:
     """Blocks may have so many bytes of shared memory; a launch that asks for more fails."""
     library().emulator_shared_limit(ctypes.c_size_t(limit))
-    yield
-    library().emulator_shared_limit(ctypes.c_size_t(227 << 10))
+    try:
+        yield
+    finally:
+        library().emulator_shared_limit(ctypes.c_size_t(227 << 10))
 
 
 class Memory:
