@@ -12,9 +12,9 @@ from .packed import PackedModule, check_packed, ordinary_tensors, packed_paramet
 
 _linear = torch.ops.isqtorch.linear.default  # the overload itself: looking it up in each call costs a microsecond
 _linear_frozen = torch.ops.isqtorch.linear_frozen.default._op  # without OpOverload.__call__, which only passes on
-
 _w8a8 = torch.ops.isqtorch.linear_w8a8.default
 _w8a8_frozen = torch.ops.isqtorch.linear_w8a8_frozen.default._op
+_is_compiling, _functorch_is_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -116,19 +116,18 @@ class QuantLinear(PackedModule, nn.Linear):
             device = x.device.type
             if device != "meta" and torch.is_autocast_enabled(device):  # nn.Linear's product is cast, so this is, too
                 x = x.to(torch.get_autocast_dtype(device))
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        compiling = _is_compiling()
+        if not compiling and (forward_ad._current_level >= 0 or _functorch_is_active()):
             # torch.func and forward mode do not know the operator's gradient; forward mode would take it for zero.
             w = torch.ops.isqtorch.dequantize(weight, self.format, x.dtype)
             return nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         # The gradient of `linear` is a Python function, which costs more than a small layer: it is passed by where there is
         # none to record. Tracers must see the ordinary operator.
-        linear, frozen = (_linear, _linear_frozen) if self._activations is None else (_w8a8, _w8a8_frozen)
         y: Tensor
         if compiling or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-            y = linear(x, weight, self.format, bias)
+            y = (_linear if self._activations is None else _w8a8)(x, weight, self.format, bias)
         else:
-            y = frozen(x, weight, self.format, bias)
+            y = (_linear_frozen if self._activations is None else _w8a8_frozen)(x, weight, self.format, bias)
         return y
 
     def reset_parameters(self) -> None:
