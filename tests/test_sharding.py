@@ -50,33 +50,40 @@ def test_a_sharded_parameter_decides_k_not_in_features(fmt: QuantFormat) -> None
     assert whole(torch.randn(2, whole.in_features // 2)).shape == (2, 10)
 
 
-def _train_step_sharded(rank: int, port: int, failures: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def _compare_train_step(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(100, 256), nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 64))
-        isqtorch.quantize_(model, 4, progress=False)
-        ids = torch.tensor([[1, 2, 99]])
-        sharded = copy.deepcopy(model)
-        mesh = init_device_mesh("cpu", (2,))
-        for module in sharded:
-            fully_shard(module, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        assert sharded[1].weight.to_local().shape == (256, model[1].weight.shape[1])
-        got, want = sharded(ids), model(ids)
-        assert torch.equal(got, want)
-        got.square().mean().backward()
-        want.square().mean().backward()
-        torch.testing.assert_close(sharded[1].bias.grad.full_tensor(), model[1].bias.grad)
-        torch.distributed.destroy_process_group()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(100, 256), nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 64))
+    isqtorch.quantize_(model, 4, progress=False)
+    ids = torch.tensor([[1, 2, 99]])
+    sharded = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for module in sharded:
+        fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert sharded[1].weight.to_local().shape == (256, model[1].weight.shape[1])
+    got, want = sharded(ids), model(ids)
+    assert torch.equal(got, want)
+    got.square().mean().backward()
+    want.square().mean().backward()
+    torch.testing.assert_close(sharded[1].bias.grad.full_tensor(), model[1].bias.grad)
+    torch.distributed.barrier()
+
+
+def _report_train_step(rank: int, port: int, reports: Any) -> None:
+    try:
+        _compare_train_step(rank, port)
+        reports.put(f"rank {rank}: equal")
     except BaseException as error:
-        failures.put(f"rank {rank}: {type(error).__name__}: {error}")
-        raise
+        reports.put(f"rank {rank}: {type(error).__name__}: {error}")
+    # Past Python's shutdown: gloo's threads may still let go of tensors then, which ends the process by
+    # std::terminate, with destroy_process_group and without (pytorch/pytorch#179291, #190489).
+    os._exit(0)
 
 
 def test_fsdp2_gathers_packed_parameters() -> None:
@@ -86,12 +93,15 @@ def test_fsdp2_gathers_packed_parameters() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    processes = [context.Process(target=_train_step_sharded, args=(rank, port, failures)) for rank in range(2)]
+    reports = context.SimpleQueue()
+    processes = [context.Process(target=_report_train_step, args=(rank, port, reports)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=120)
         if process.is_alive():
             process.kill()
-    assert all(process.exitcode == 0 for process in processes), failures.get(timeout=1) if not failures.empty() else ""
+    said = []
+    while not reports.empty():
+        said.append(reports.get())
+    assert sorted(said) == ["rank 0: equal", "rank 1: equal"]

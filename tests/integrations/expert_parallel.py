@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from two_processes import leave
 
 
 def main(folder: Path) -> None:
@@ -34,7 +35,7 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(logits, folder / "logits.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

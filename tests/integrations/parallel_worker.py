@@ -20,6 +20,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
+from two_processes import leave
 
 import isqtorch
 
@@ -167,7 +168,7 @@ def main() -> None:
         print(name, results[name], flush=True)
         dist.barrier()
     (FOLDER / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from moe_models import build
 from safetensors.torch import load_file, save_file
 from synthetic import write_moe
 from torch import Tensor
+from two_processes import run_two
 
 from isqtorch import IsqConfig, ops
 from isqtorch.modules import QuantExperts
@@ -128,16 +128,7 @@ def test_expert_parallel(family: str, tmp_path: Path) -> None:
     one.save_pretrained(tmp_path / "one")
     with torch.no_grad():
         want = one(torch.arange(12)[None]).logits
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29637"]
-    done = subprocess.run(
-        [*command, str(HERE / "expert_parallel.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(HERE / "expert_parallel.py", str(tmp_path), timeout=600)
     got = torch.load(tmp_path / "logits.pt")
     assert float((got - want).float().norm() / want.float().norm()) < 0.02
     again = load(tmp_path / "two", None)

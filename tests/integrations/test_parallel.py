@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 from models import tiny_llama
 from torch import nn
+from two_processes import run_two
 
 import isqtorch
 
@@ -43,23 +40,6 @@ def tiny_qwen3_moe() -> Any:
         num_experts_per_tok=2,
     )
     return Qwen3MoeForCausalLM(config).eval()
-
-
-def run_two(script: Path, *arguments: str, timeout: int) -> str:
-    """What a script prints that two processes run together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--master-port", str(port), str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def write_checkpoints(folder: Path) -> None:
