@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from isqtorch.ops.native import LIBRARY, NATIVE_DEVICES, NO_CUDA
 
 
 def pytest_configure() -> None:
-    """`make sanitize` must not test the ordinary library."""
+    """`make sanitize` must not test the ordinary library; Ctrl-C is tested also where tests run in the background."""
+    # Shells start background jobs with SIGINT ignored, which every process that a test starts would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert os.environ.get("ISQTORCH_SANITIZE") != "1" or "sanitize" in LIBRARY.parts, LIBRARY
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import _thread
 import itertools
 import random
-import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -255,15 +254,6 @@ def test_layers_that_others_replaced_meanwhile(tmp_path: Path, monkeypatch: pyte
     assert model[1].format == "q2k"
 
 
-@pytest.fixture
-def _interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, also where this process was started to ignore it, as with nohup."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interrupts")
 def test_interrupts_at_any_moment(tmp_path: Path) -> None:
     """All of one format or all of the other, whenever Ctrl-C comes, and nobody is left waiting at the gate."""
     stored(Deep(), tmp_path)
