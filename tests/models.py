@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isqtorch import quantize_
+from isqtorch import QuantLinear, quantize_
 
 IDS = torch.arange(24).view(2, 12) % 60
 """Tokens for the language models."""
@@ -85,6 +85,14 @@ def tiny_moe(family: str = "Qwen3Moe") -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def linear(
+    fmt: str = "q4k", *, rows: int = 24, columns: int = 512, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> QuantLinear:
+    """A packed layer, always the same for the same arguments."""
+    torch.manual_seed(0)
+    return QuantLinear.from_float(nn.Linear(columns, rows, bias=bias, dtype=dtype), fmt)
 
 
 def mlp(width: int = 256, depth: int = 3, *, bias: bool = True) -> nn.Sequential:
