@@ -85,7 +85,8 @@ def requantize_(
             `""` and `()` drop a topology, include and exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
             the model as it is now.
-        activations: see `quantize_`. None: as it was, and dropped with a note if no linear layer is in fp8 afterwards; "" drops it.
+        activations: see `quantize_`. None: if any layer may round x, all that are fp8 afterwards may; with a note, also if there is
+            none. "" drops it.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
             importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
         rule, progress, measure_error: see `quantize_`; the error is that against the source.

@@ -115,6 +115,26 @@ def shifted(t: Tensor, by: int) -> Tensor:
     return view
 
 
+def fp8_parts(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[rows, k]` and scales `[k / 128, rows]` of a weight packed in fp8, by the registry."""
+    fp8 = get_format("fp8")
+    fields = fp8.unpack(packed.reshape(-1, fp8.block_bytes))
+    return fields["q"].view(len(packed), -1), fields["scale"].view(len(packed), -1).t().contiguous()
+
+
+def uneven(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Activations `[m, k]` with rows of every kind: zeros, one huge number, subnormal ones, ties."""
+    x = torch.randn(m, k)
+    x[0] = 0
+    if m > 5:
+        x[1, 5] = 3e4
+        x[2] *= 2e-7
+        x[3] = (x[3] * 16).round() / 16
+        x[4, : k // 2] = -x[4, : k // 2].abs()
+        x[5] *= torch.linspace(-20, 3, k).exp()
+    return x.to(dtype)
+
+
 def check_scaled_mm(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, out_dtype: torch.dtype) -> None:
     """torch's own checks of the arguments of `_scaled_mm`, of its old and its new interface, as for tensors on CUDA.
 

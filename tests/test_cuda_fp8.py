@@ -1,4 +1,4 @@
-"""FP8 weights with FP8 activations: the kernels in the emulator, and `linear_w8a8` with torch's FP8 product replaced by one that
+"""FP8 weights with FP8 activations: `linear_w8a8` with the kernels in the emulator, and torch's FP8 product replaced by one that
 checks its arguments as torch does on CUDA and multiplies in float64.
 
 Where there is a GPU, `-m cuda` runs the operator's tests on it, with torch's own product where it has one."""
@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulator import kernels
 from emulator.ops import emulated
-from helpers import DTYPES, ROUNDING, check_scaled_mm, linear_error, relative_error, shifted
+from helpers import DTYPES, ROUNDING, check_scaled_mm, fp8_parts, linear_error, relative_error, shifted, uneven
 from torch import Tensor
 
 import isqtorch
@@ -23,125 +21,9 @@ from isqtorch import ops
 from isqtorch.formats import get_format
 from isqtorch.ops.native import no_fp8_products
 
-HERE = Path(__file__).resolve()
 FP8 = get_format("fp8")
 RUN = 128
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
-
-
-# ---- the kernels ------------------------------------------------------------------------------------------------------
-
-
-def parts_of(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes `[rows, k]` and scales `[k / 128, rows]` of a packed weight, by the registry."""
-    fields = FP8.unpack(packed.reshape(-1, FP8.block_bytes))
-    return fields["q"].view(len(packed), -1), fields["scale"].view(len(packed), -1).t().contiguous()
-
-
-class Parts:
-    """Memory for codes and scales, full of 0xff, that ends where they end."""
-
-    def __init__(self, rows: int, k: int) -> None:
-        memory = kernels.Memory()
-        self.codes = memory.new((rows, k), torch.uint8, "codes")
-        self.scales = memory.new((k // RUN, rows), torch.float32, "scales")
-        self.struct = kernels.PARTS(self.codes.data_ptr(), self.scales.data_ptr(), rows, k)
-
-
-def quantized(x: Tensor, rows: int) -> Parts:
-    parts = Parts(rows, x.shape[1])
-    kernels.run_fp8(
-        "quantize_activations", kernels.Memory().put(x, "x") if len(x) else x, x.dtype, len(x), parts.struct
-    )
-    return parts
-
-
-def activations(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of every kind: zeros, one huge number, subnormal ones, ties."""
-    x = torch.randn(m, k)
-    x[0] = 0
-    if m > 5:
-        x[1, 5] = 3e4
-        x[2] *= 2e-7
-        x[3] = (x[3] * 16).round() / 16
-        x[4, : k // 2] = -x[4, : k // 2].abs()
-        x[5] *= torch.linspace(-20, 3, k).exp()
-    return x.to(dtype)
-
-
-@every_dtype
-@pytest.mark.parametrize(("m", "k"), [(1, 128), (7, 640), (9, 384), (33, 512)])
-def test_activations_have_the_bytes_of_weights(m: int, k: int, dtype: torch.dtype) -> None:
-    """And zeros in the rows behind them."""
-    x, rows = activations(m, k, dtype), (m + 15) // 16 * 16
-    parts, (codes, scales) = quantized(x, rows), parts_of(ops.quantize(x, "fp8"))
-    assert torch.equal(parts.codes[:m], codes) and torch.equal(parts.scales[:, :m], scales)
-    assert not parts.codes[m:].any() and bool((parts.scales[:, m:] == 1).all())
-
-
-@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e-30, 1e15, 8e37])
-def test_extreme_activations(scale: float) -> None:
-    x = activations(3, 256) * scale
-    codes, scales = parts_of(ops.quantize(x, "fp8"))
-    parts = quantized(x, 3)
-    assert torch.equal(parts.codes, codes) and torch.equal(parts.scales, scales)
-
-
-@every_dtype
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_run_with_a_number_that_is_none_has_nan_for_its_scale(value: float, dtype: torch.dtype) -> None:
-    x = activations(8, 512, dtype)
-    x[6, 300] = value
-    parts = quantized(x, 8)
-    nan = parts.scales.isnan()
-    assert bool(nan[2, 6]) and int(nan.sum()) == 1
-    x[6, 300] = 0
-    assert torch.equal(quantized(x, 8).scales[~nan], parts.scales[~nan])
-
-
-@pytest.mark.parametrize(("rows", "k"), [(1, 128), (5, 640), (16, 384), (130, 256)])
-def test_a_weight_is_split_exactly(rows: int, k: int) -> None:
-    packed = torch.randint(0, 256, (rows, FP8.row_bytes(k)), dtype=torch.uint8)  # codes and scales of every kind
-    parts, (codes, scales) = Parts(rows, k), parts_of(packed)
-    kernels.run_fp8("split_fp8", kernels.Memory().put(packed, "weight", align=4), parts.struct)
-    assert torch.equal(parts.codes, codes)
-    assert torch.equal(parts.scales.view(torch.int32), scales.view(torch.int32))
-
-
-@every_dtype
-def test_a_bias_is_added_with_one_rounding(dtype: torch.dtype) -> None:
-    y, bias = torch.randn(37, 48).to(dtype), torch.randn(48).to(dtype)
-    memory = kernels.Memory()
-    out = memory.put(y, "y")
-    kernels.run_fp8("add_bias", out, memory.put(bias, "bias"), dtype, 37, 48)
-    assert torch.equal(out, (y.float() + bias.float()).to(dtype))
-
-
-def test_no_rows() -> None:
-    quantized(torch.zeros(0, 256), 0)
-    kernels.run_fp8("split_fp8", None, Parts(0, 256).struct)
-    kernels.run_fp8("add_bias", None, None, torch.float32, 0, 64)
-
-
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
-def test_order_does_not_matter(order: str) -> None:
-    with kernels.schedule(order):
-        test_activations_have_the_bytes_of_weights(9, 384, torch.bfloat16)
-        test_a_weight_is_split_exactly(5, 640)
-        test_a_bias_is_added_with_one_rounding(torch.float16)
-
-
-SANITIZED = "have_the_bytes or split_exactly or one_rounding"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(kernels.VARIANT != "plain", reason="runs these tests under a sanitizer")
-@pytest.mark.parametrize("variant", ["asan", "tsan"])
-def test_sanitizers_have_nothing_to_say(variant: str) -> None:
-    kernels.sanitized_pytest(variant, str(HERE), "-k", SANITIZED)
-
-
-# ---- the operator -----------------------------------------------------------------------------------------------------
 
 
 class Product:
@@ -224,7 +106,7 @@ MOST = 128  # rows that the weight's own kernels take if x may be rounded
 
 def weights(packed: Tensor) -> Tensor:
     """float64 `[n, k]`, without the rounding of `dequantize`."""
-    codes, scales = parts_of(packed.contiguous())
+    codes, scales = fp8_parts(packed.contiguous())
     return decoded(codes.view(torch.float8_e4m3fn), scales.t())
 
 
@@ -245,7 +127,7 @@ def test_the_border_is_known() -> None:
 @every_dtype
 @pytest.mark.parametrize("m", [MOST + 1, 160])
 def test_x_is_rounded_where_there_are_many_rows(product: Product, packed: Tensor, m: int, dtype: torch.dtype) -> None:
-    x = activations(m, 384, dtype)
+    x = uneven(m, 384, dtype)
     y = emulated().linear_w8a8(x, packed, "fp8")
     assert product.shapes == [((m + 15) // 16 * 16, 48, 384)]
     assert y.dtype == dtype and y.shape == (m, 48) and y.is_contiguous()
@@ -314,7 +196,7 @@ def test_elsewhere_it_is_linear(product: Product, packed: Tensor) -> None:
 def test_the_error_is_that_of_rounding(product: Product, packed: Tensor) -> None:
     """Each x is off by half a step of e4m3: 2^-4 of itself, or below 2^-6 of the scale 2^-10 of it. No output is further off
     than the weights make of that, and for numbers of random signs the whole is off by as much as quantized weights are."""
-    x = activations(200, 384)
+    x = uneven(200, 384)
     y = emulated().linear_w8a8(x, packed, "fp8").double()
     w = weights(packed)
     runs = x.double().abs().view(200, -1, RUN)

@@ -27,7 +27,7 @@ Shape = tuple[int, int]
 
 
 def _check(product: Product, weight: Tensor, x: Tensor) -> None:
-    """A contender that multiplies with another weight takes no part; two bits are a fifth off at least."""
+    """AssertionError if it multiplies with another weight. Even two bits are less than 0.6 off, another weight more than 1."""
     y = product.calls[0]()
     if isinstance(y, Tensor):
         exact = x.float() @ weight[:128].float().t()
