@@ -86,6 +86,7 @@ def _report_train_step(rank: int, port: int, reports: Any) -> None:
     os._exit(0)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 of this torch refuses bytes")
 def test_fsdp2_gathers_packed_parameters() -> None:
     if not torch.distributed.is_available():
         pytest.skip("torch was built without torch.distributed")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from two_processes import leave
 
 import isqtorch
+from isqtorch.integrations.transformers import shards
 
 FOLDER = Path(sys.argv[1])
 FORMAT = "q8_0"  # blocks of 32, which also the narrow layers of a tiny model can be cut at
@@ -100,6 +102,18 @@ def cut_blocks() -> dict[str, Any]:
     return {"messages": messages}
 
 
+def fully_sharded_by_an_old_torch() -> dict[str, Any]:
+    """For weights that are packed on the way, and for packed ones."""
+    messages = []
+    with mock.patch.object(shards, "FSDP_SINCE", "99.0"):
+        for name, config in (("llama", isqtorch.IsqConfig(FORMAT)), ("llama-packed", None)):
+            try:
+                load(name, {"fsdp_size": 2}, config)
+            except ValueError as error:
+                messages.append(str(error))
+    return {"messages": messages}
+
+
 def fully_sharded() -> dict[str, Any]:
     alone = load("llama", config=isqtorch.IsqConfig(FORMAT))
     model = load("llama", {"fsdp_size": 2}, isqtorch.IsqConfig(FORMAT))
@@ -150,11 +164,12 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "tensor parallel, packed": tensor_parallel_packed,
     "tensor parallel, importance": tensor_parallel_importance,
     "cut blocks": cut_blocks,
-    "fully sharded": fully_sharded,
-    "fully sharded, training": fully_sharded_training,
+    "fully sharded, old torch": fully_sharded_by_an_old_torch,
     "experts, tensor parallel": lambda: experts({"tp_size": 2}),
     "experts, expert parallel": lambda: experts({"tp_size": 2, "ep_size": 2}),
 }
+if torch.__version__ >= shards.FSDP_SINCE:
+    SCENARIOS |= {"fully sharded": fully_sharded, "fully sharded, training": fully_sharded_training}
 
 
 def main() -> None:

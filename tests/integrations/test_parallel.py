@@ -21,6 +21,7 @@ if not torch.distributed.is_available():
 WORKER = Path(__file__).with_name("parallel_worker.py")
 ROUNDING = 1e-3  # of f32 sums that are split in two, after two layers and a head
 MIXED = 0.02  # of the same in bf16
+fsdp_takes_bytes = pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 of this torch refuses bytes")
 
 
 def tiny_qwen3_moe() -> Any:
@@ -103,6 +104,16 @@ def test_a_cut_inside_a_block_stops_every_process(results: list[dict[str, Any]])
         assert result["messages"] == [expected] * 2
 
 
+def test_fully_sharded_by_an_old_torch(results: list[dict[str, Any]]) -> None:
+    expected = (
+        f"isq: packed weights over 2 processes by FSDP2 need torch >= 99.0, this is {torch.__version__}, which refuses parameters of "
+        "bytes. Update torch, or use tp_size."
+    )
+    for result in both(results, "fully sharded, old torch"):
+        assert result["messages"] == [expected] * 2
+
+
+@fsdp_takes_bytes
 def test_fully_sharded(results: list[dict[str, Any]]) -> None:
     for result in both(results, "fully sharded"):
         assert result["distance"] == 0.0
@@ -110,6 +121,7 @@ def test_fully_sharded(results: list[dict[str, Any]]) -> None:
         assert result["mixed"] < MIXED
 
 
+@fsdp_takes_bytes
 def test_adapters_train_on_spread_layers(results: list[dict[str, Any]]) -> None:
     pytest.importorskip("peft")
     assert all(result["distance"] < ROUNDING for result in both(results, "fully sharded, training"))
@@ -134,4 +146,5 @@ def test_the_example_in_the_guide() -> None:
         "Return a new",
         timeout=200,
     )
-    assert text.startswith("Return a new") and len(text.split()) > 10
+    _, prompt, reply = text.partition("Return a new")  # gloo of older versions of torch prints before it
+    assert prompt and len(reply.split()) > 7

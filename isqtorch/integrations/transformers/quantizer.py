@@ -33,7 +33,7 @@ from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
 from .loading import MappedFiles, Pack
 from .measuring import Meter, choose_while_loading
-from .shards import check_shards, local_columns, mark_rows
+from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, restore_activations, unpack_missing
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
@@ -84,6 +84,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        check_fully_sharded(model)
         config = self.quantization_config
         self._unchecked = model
         if self.pre_quantized:

@@ -16,6 +16,9 @@ from isqtorch.formats import QuantFormat, get_format
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding
 
+FSDP_SINCE = "2.12"
+"""The first torch whose FSDP2 takes parameters that cannot have a gradient, as bytes cannot."""
+
 
 def is_sharded(parameter: object) -> bool:
     """Whether a parameter is a DTensor; asks only if torch.distributed is in this build of torch."""
@@ -24,6 +27,20 @@ def is_sharded(parameter: object) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
+
+
+def check_fully_sharded(model: Any) -> None:
+    """Before anything is read.
+
+    Raises:
+        ValueError: FSDP2 was asked for, and this torch's refuses bytes.
+    """
+    asked = getattr(model.config, "distributed_config", None)
+    if asked is not None and asked.dp_size > 1 and torch.__version__ < FSDP_SINCE:
+        raise ValueError(
+            f"{METHOD}: packed weights over {asked.dp_size} processes by FSDP2 need torch >= {FSDP_SINCE}, this is "
+            f"{torch.__version__}, which refuses parameters of bytes. Update torch, or use tp_size."
+        )
 
 
 def check_shards(model: nn.Module) -> None:
