@@ -165,11 +165,14 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "tensor parallel, importance": tensor_parallel_importance,
     "cut blocks": cut_blocks,
     "fully sharded, old torch": fully_sharded_by_an_old_torch,
-    "experts, tensor parallel": lambda: experts({"tp_size": 2}),
     "experts, expert parallel": lambda: experts({"tp_size": 2, "ep_size": 2}),
 }
-if torch.__version__ >= shards.FSDP_SINCE:
-    SCENARIOS |= {"fully sharded": fully_sharded, "fully sharded, training": fully_sharded_training}
+if torch.__version__ >= shards.FSDP_SINCE:  # which is also when DTensors can put merged gates together again
+    SCENARIOS |= {
+        "fully sharded": fully_sharded,
+        "fully sharded, training": fully_sharded_training,
+        "experts, tensor parallel": lambda: experts({"tp_size": 2}),
+    }
 
 
 def main() -> None:
