@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isqtorch.cli._common import text_table
+from isqtorch.text import text_table
 
 from . import workloads
 from .bandwidth import Bandwidth

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from isqtorch import formats, get_format
-from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import machine_facts, versions
+from isqtorch.text import markdown_table
 
 from . import output
 from .cuda.clock import Call

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from isqtorch.cli._common import markdown_table
+from isqtorch.text import markdown_table
 
 FOLDER = Path(__file__).resolve().parent / "results"
 MARK = {True: "yes", False: "**no**", None: "-"}

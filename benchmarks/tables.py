@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isqtorch.cli._common import markdown_table
+from isqtorch.text import markdown_table
 
 from .output import MARK
 from .results import BF16, GGML, MEMORY, OURS, Case, Results

@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .calibration import Calibration, calibrate, collect_imatrix
 from .evaluation import kl_divergence, perplexity, reference_logits
 from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
-from .imatrix import Imatrix, read_imatrix
+from .importance.calibration import Calibration, calibrate, collect_imatrix
+from .importance.imatrix import Imatrix, read_imatrix
+from .inplace.dequantize import dequantize_
+from .inplace.quantize import quantize_
+from .inplace.requantize import requantize_
 from .modules import QuantEmbedding, QuantLinear
 from .ops import metal
-from .plan import plan
-from .quantize import dequantize_, quantize_
-from .report import LayerReport, QuantReport
-from .requantize import requantize_
+from .report.plan import plan
+from .report.layer import LayerReport
+from .report.report import QuantReport
 from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_

@@ -25,14 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isqtorch.binary import replacing
+from isqtorch.files.binary import replacing
 from isqtorch.formats import QuantFormat, get_format
-
-from .inventory import storage_key
-from .listeners import announce
-from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
-from .modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix
-from .origin import forget
+from isqtorch.inplace.listeners import announce
+from isqtorch.inplace.origin import forget
+from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix
+from isqtorch.policy.inventory import storage_key
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}

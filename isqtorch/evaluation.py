@@ -7,10 +7,8 @@ far smaller than between texts: compare numbers from the same ids and the same c
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .tokens import Ids, bos_token, token_ids
-
-Model = Callable[..., Any]
-"""Anything that maps ids `[B, T]` to logits `[B, T, vocab]`: a tensor, a tuple that begins with it, or an object with .logits."""
+from isqtorch.running import Ids, Model, bos_token, context_length, evaluating, run_model, text_config, token_ids
 
 _PIECE = 1 << 22  # logits worked on at once, in f32 or f64: 27 positions of a vocabulary of 150,000
 
@@ -284,7 +279,7 @@ class _Windows:
                 f"{self.op}: context is {self.context}, but the model has max_position_embeddings = {longest}. "
                 f"Use context={longest} or less."
             )
-        vocabulary = getattr(_text_config(model), "vocab_size", None)
+        vocabulary = getattr(text_config(model), "vocab_size", None)
         low, high = (int(value) for value in torch.aminmax(self.ids))
         if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
             raise ValueError(
@@ -294,50 +289,6 @@ class _Windows:
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
-
-
-def context_length(model: Model) -> int | None:
-    """The most tokens a transformers model takes at once; None where it does not say."""
-    longest = getattr(_text_config(model), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
-
-
-def _text_config(model: Model) -> Any:
-    config = getattr(model, "config", None)
-    return getattr(config, "text_config", None) or config
-
-
-@contextmanager
-def evaluating(model: Tensor | Model) -> Iterator[None]:
-    """No gradients and eval mode; every submodule gets its own training flag back.
-
-    Not inference_mode: what a model caches during a forward must stay usable in training.
-    """
-    if not isinstance(model, nn.Module):
-        with torch.no_grad():
-            yield
-        return
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(flags[0][1])  # a call and not just the flags: some modules act on it
-        for module, training in flags:
-            module.training = training
-
-
-def run_model(model: Model, ids: Tensor) -> Any:
-    """What a model returns for ids `[B, T]`, from an empty cache that is not kept."""
-    extra: dict[str, Any] = {}
-    if isinstance(model, nn.Module):
-        parameter = next(model.parameters(), None)
-        if parameter is not None:
-            ids = ids.to(parameter.device)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            extra["use_cache"] = False  # transformers would keep keys and values that nobody reads
-    return model(ids, **extra)
 
 
 def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from .formats import get_format
-from .modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
-from .modules.convert import name_of
-from .ops import CpuInfo, cpu_info, cuda_info
-from .ops.metal.chips import limits
-from .ops.native import NATIVE_DEVICES, missing_kernels, no_fp8_products
+from isqtorch.formats import get_format
+from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.convert import name_of
+from isqtorch.ops import CpuInfo, cpu_info, cuda_info
+from isqtorch.ops.metal.chips import limits
+from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels, no_fp8_products
 
 JSON_VERSION = 1
 _HEAD = ("layer", "count", "shape", "format", "bpw", "device", "op", "kernel, by rows of x")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
-from .formats import QuantFormat, get_format, resolve_format
+from isqtorch import ops
+from isqtorch.formats import QuantFormat, get_format, resolve_format
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat, formats, get_format
-from isqtorch.report import QuantReport
+from isqtorch.report.report import QuantReport
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FORMATS = [get_format(name) for name in formats()]

@@ -208,7 +208,7 @@ def test_a_failure_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         raise RuntimeError("listener")
 
-    monkeypatch.setattr(sys.modules["isqtorch.requantize"], "announce", fail)
+    monkeypatch.setattr(sys.modules["isqtorch.inplace.requantize"], "announce", fail)
     with pytest.raises(RuntimeError, match="listener"):
         requantize_(model, "fp8", source="stored", activations="")
     assert permitted(model) == ["0", "1", "2"]
@@ -323,7 +323,7 @@ def test_doctor_says_whether_there_are_such_products(capsys: pytest.CaptureFixtu
 
 def test_a_server_drops_it_with_fp8_and_takes_it_up_again() -> None:
     pytest.importorskip("transformers")
-    from isqtorch.integrations.loading import LoadedModel
+    from isqtorch.app.model import LoadedModel
 
     loaded = LoadedModel(DEMO, "fp8", options={"activations": "fp8"})
     every = permitted(loaded.model)

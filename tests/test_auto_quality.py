@@ -17,7 +17,7 @@ import torch
 from test_imatrix_quality import CONTEXT, DEMO, calibrated, demo
 
 import isqtorch
-from isqtorch.mixed.curvature import measure_curvature
+from isqtorch.auto.curvature import measure_curvature
 
 AT_MOST = 0.9  # of the divergence of the plain format at the same size
 

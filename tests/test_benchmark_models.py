@@ -174,7 +174,7 @@ def test_a_model_that_has_no_gguf_says_so(tmp_path: Path) -> None:
 
 
 def test_a_model_that_stayed_in_float_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    loading = pytest.importorskip("isqtorch.integrations.loading")
+    loading = pytest.importorskip("isqtorch.app.model")
     monkeypatch.setattr(loading, "load_causal_lm", lambda source, fmt: torch.nn.Linear(64, 64))
     with pytest.raises(Unavailable, match="98 % of the bytes of the model are matrices that were not quantized"):
         Ours().load(Path("made-up"), "q4k")

@@ -14,8 +14,8 @@ from models import ConvNet, mlp, tiny_gpt2, tiny_llama, tiny_moe
 from torch import Tensor, nn
 
 import isqtorch
-from isqtorch.calibration import Calibration
-from isqtorch.imatrix import read_imatrix
+from isqtorch.importance.calibration import Calibration
+from isqtorch.importance.imatrix import read_imatrix
 
 
 class Recorder:

@@ -13,7 +13,7 @@ from models import ConvNet, MoEModel, tiny_gpt2, tiny_llama, tiny_moe
 from torch import Tensor, nn
 
 import isqtorch
-from isqtorch.imatrix import read_imatrix
+from isqtorch.importance.imatrix import read_imatrix
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])

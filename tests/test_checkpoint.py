@@ -14,8 +14,9 @@ from torch import nn
 
 from isqtorch.checkpoint import FORMAT_VERSION, load_, save
 from isqtorch.formats import formats
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.quantize import quantize_
 from isqtorch.modules import QuantEmbedding, QuantLinear
-from isqtorch.quantize import dequantize_, quantize_
 
 IDS = torch.arange(12)[None]
 

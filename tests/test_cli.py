@@ -140,7 +140,7 @@ def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch, caps
 def test_missing_server_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     utils = pytest.importorskip("transformers.utils.import_utils")
     monkeypatch.setattr(utils, "is_serve_available", lambda: False)
-    monkeypatch.delitem(sys.modules, "isqtorch.integrations.server", raising=False)
+    monkeypatch.delitem(sys.modules, "isqtorch.app.server", raising=False)
     assert run("serve", "-m", MODEL) == 1
     assert "pip install 'isqtorch[serve]'" in capsys.readouterr().err
 

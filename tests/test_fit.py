@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import tiny_gpt2, tiny_llama
 
-from isqtorch import fit
-from isqtorch.plan import plan
+from isqtorch.report import fit
+from isqtorch.report.plan import plan
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from imatrix_files import EXPECTED, GOLDEN, META, PAIR, Write, cimatrix, floats, gguf, legacy
 
-from isqtorch.imatrix import Imatrix, read_imatrix
+from isqtorch.importance.imatrix import Imatrix, read_imatrix
 
 # ---- golden files ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from imatrix_files import EXPECTED, GGUF, LEGACY, META, PAIR, Write, cimatrix, gguf, gguf_string, legacy
 
-from isqtorch.imatrix import read_imatrix
+from isqtorch.importance.imatrix import read_imatrix
 
 
 def test_missing_file_and_not_a_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from imatrix_files import GGUF, LEGACY, PAIR, cimatrix, gguf
 
-from isqtorch.imatrix import read_imatrix
+from isqtorch.importance.imatrix import read_imatrix
 
 SEEDS = [LEGACY, GGUF, cimatrix({"model.layers.0.mlp.up_proj": [1.0] * 64, "x": [0.5] * 8}), gguf(PAIR)]
 NUMBERS = (0, 1, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from imatrix_files import GOLDEN
 
-from isqtorch.gguf_names import gguf_names, names_to_write
-from isqtorch.imatrix import Imatrix, read_imatrix
+from isqtorch.files.gguf_names import gguf_names, names_to_write
+from isqtorch.importance.imatrix import Imatrix, read_imatrix
 
 # ---- lookup ----------------------------------------------------------------------------------------------------------
 

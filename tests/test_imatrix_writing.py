@@ -12,7 +12,7 @@ from torch import nn
 
 import isqtorch
 from isqtorch.formats import formats, get_format
-from isqtorch.imatrix import Imatrix, read_imatrix
+from isqtorch.importance.imatrix import Imatrix, read_imatrix
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 

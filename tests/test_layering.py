@@ -1,9 +1,10 @@
-"""Imports go one way: formats -> quantizers -> ops -> modules -> policy, quantize, ... -> integrations -> cli."""
+"""The rooms of docs/architecture.md: imports go down the list of rooms, and no files import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,93 +12,126 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isqtorch"
 
-# What may import what: a module imports its own layer and those above it in this list. A new module needs a line here.
-LAYERS = [
-    ["_version", "binary", "gguf_file", "gguf_names", "progress"],  # know nothing of quantization
+# From the ground up: a file imports files of its own room, and of rooms above it in this list. A new room needs a line here, and one
+# in docs/architecture.md.
+FLOORS = [
+    ["_version", "files", "text", "progress", "running"],
     ["formats"],
-    ["quantizers"],
-    ["ops", "metal"],
-    ["tensor"],
-    ["modules"],
-    [
-        "inventory",
-        "listeners",
-        "weight_reads",
-        "topology",
-        "policy",
-        "activations",
-        "imatrix",
-        "imatrix_files",
-        "calibration",
-        "routed",
-        "prepare",
-        "quantize",
-        "origin",
-        "source",
-        "exchange",
-        "requantize",
-        "report",
-        "plan",
-        "fit",
-        "explain",
-        "tokens",
-        "evaluation",
-        "recipes",
-        "mixed",
-        "checkpoint",
-    ],
-    ["integrations"],
+    ["quantizers", "evaluation"],
+    ["ops"],
+    ["modules", "tensor"],
+    ["policy", "explain"],
+    ["report", "importance"],
+    ["auto"],
+    ["inplace"],
+    ["checkpoint", "integrations"],
+    ["app"],
     ["cli"],
     ["__init__", "__main__"],
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+RANK = {room: rank for rank, rooms in enumerate(FLOORS) for room in rooms}
+SOURCES = sorted(
+    path.relative_to(ROOT) for folder in ("isqtorch", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+INSIDE = [path for path in SOURCES if path.parts[0] == "isqtorch"]
 
 
-def component(path: Path) -> str:
-    """The first part of a module's name below isqtorch: `ops/native.py` and `ops/__init__.py` are "ops"."""
-    return path.parts[0].removesuffix(".py")
+def module_name(path: Path) -> str:
+    """`isqtorch/ops/native.py` is "isqtorch.ops.native", `isqtorch/ops/__init__.py` is "isqtorch.ops"."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> set[str]:
-    """The components of isqtorch that a file imports, inside functions too."""
-    package = ["isqtorch", *path.parts[:-1]]
-    found = set()
-    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
-        names: list[list[str]] = []
+FILES = {module_name(path): path for path in SOURCES}
+
+
+def imports(path: Path, text: str | None = None) -> list[tuple[ast.stmt, str]]:
+    """The modules of this repository that a file imports, also inside functions and for type checkers only."""
+    text = (ROOT / path).read_text(encoding="utf-8") if text is None else text
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            found += [(node, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            names = [[*base, alias.name] for alias in node.names]
-        for name in names:
-            if name[0] == "isqtorch":
-                found.add(name[1] if len(name) > 1 else "__init__")
-    return found
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                found.append((node, f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source))
+    # `from isqtorch import plan`, `formats`, ...: a public name that is called as a file is
+    return [(node, name) for node, name in found if name in FILES]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_imports_go_one_way(path: Path) -> None:
-    own = component(path)
-    assert own in RANK, f"isqtorch/{path}: put {own!r} into LAYERS"
-    for name in imported(path):
-        if (
-            name == "__init__" or name not in RANK
-        ):  # `from isqtorch import x`: a public name, or a module without a layer
-            name = name if name in RANK else "__init__"
-        assert RANK[name] <= RANK[own], f"isqtorch/{path} imports {name!r}, which is a layer above it"
+def room(name: str) -> str:
+    """The room of a module, or the file at the top."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
-def test_nothing_imports_integrations() -> None:
-    for path in SOURCES:
-        if component(path) not in ("integrations", "cli", "__init__"):
-            assert "integrations" not in imported(path), path
+def circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """Some files that import each other in a circle; empty if there are none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name not in done:
+            for other in graph.get(name, ()):
+                found = walk(other, [*way, name])
+                if found:
+                    return found
+            done.add(name)
+        return []
+
+    return next(filter(None, (walk(name, []) for name in graph)), [])
 
 
-def test_the_check_sees_imports() -> None:
-    assert {"cli", "_version"} & imported(Path("__main__.py"))
-    assert "formats" in imported(Path("cli/formats.py"))
+@pytest.mark.parametrize("path", INSIDE, ids=str)
+def test_imports_go_down(path: Path) -> None:
+    own = room(module_name(path))
+    assert own in RANK, f"{path}: put {own!r} into FLOORS"
+    for node, name in imports(path):
+        assert RANK[room(name)] <= RANK[own], f"{path}:{node.lineno} imports {name}, which is on a floor above"
+        if RANK[room(name)] == RANK[own] and room(name) != own:
+            assert FLOORS[RANK[own]].index(room(name)) < FLOORS[RANK[own]].index(own), f"{path}:{node.lineno}: {name}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not circle({module_name(path): [name for _, name in imports(path)] for path in SOURCES})
+
+
+def test_a_planted_circle_is_found() -> None:
+    graph = {module_name(path): [name for _, name in imports(path)] for path in SOURCES}
+    graph["isqtorch.policy.topology"] += ["isqtorch.inplace.quantize"]
+    assert {"isqtorch.policy.topology", "isqtorch.inplace.quantize"} <= set(circle(graph))
+
+
+def test_the_check_sees_every_kind_of_import() -> None:
+    planted = (
+        "def f():\n    from ..inplace import pack\nimport isqtorch.cli.run\nfrom isqtorch.auto.budget import Budget"
+    )
+    found = {name for _, name in imports(Path("isqtorch/policy/topology.py"), planted)}
+    assert found == {"isqtorch.inplace.pack", "isqtorch.cli.run", "isqtorch.auto.budget"}
+
+
+@pytest.mark.parametrize("path", [path for path in INSIDE if len(path.parts) > 2], ids=str)
+def test_names_of_a_room_are_relative_and_of_others_absolute(path: Path) -> None:
+    own = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node, name in imports(path):
+        if isinstance(node, ast.ImportFrom):
+            inside = name == own or name.startswith(f"{own}.")
+            assert (node.level > 0) == inside, f"{path}:{node.lineno} imports {name}"
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=str)
+def test_only_integrations_and_the_program_know_transformers(path: Path) -> None:
+    """Everything else works with any model; what it must know of transformers' classes, it knows by name."""
+    if room(module_name(path)) in ("integrations", "app", "cli"):
+        return
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    assert not [name for name in names if name.split(".")[0] in ("transformers", "vllm", "peft", "accelerate")]
 
 
 CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(pattern))

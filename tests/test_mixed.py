@@ -13,11 +13,11 @@ from models import MoEModel, mlp, state_bytes, tiny_gpt2, tiny_llama
 from torch import nn
 
 import isqtorch
+from isqtorch.auto import Budget, knapsack, sensitivity
+from isqtorch.auto.curvature import measure_curvature
+from isqtorch.auto.knapsack import Option
 from isqtorch.formats import AUTO, formats, get_format
-from isqtorch.mixed import Budget, knapsack, sensitivity
-from isqtorch.mixed.curvature import measure_curvature
-from isqtorch.mixed.knapsack import Option
-from isqtorch.topology import Topology
+from isqtorch.policy.topology import Topology
 
 IDS = torch.randint(0, 512, (1024,), generator=torch.Generator().manual_seed(1)).tolist()
 

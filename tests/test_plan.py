@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from isqtorch import checkpoint
-from isqtorch.plan import plan
-from isqtorch.quantize import quantize_
-from isqtorch.report import QuantReport
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.report.plan import plan
+from isqtorch.report.report import QuantReport
 
 
 def facts(report: QuantReport) -> dict[str, tuple]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from isqtorch.formats import formats, get_format
-from isqtorch.policy import Decision, LayerInfo, Request, decide
+from isqtorch.policy.decide import Decision, Request, decide
+from isqtorch.policy.layers import LayerInfo
 
 
 def info(name: str, rows: int = 256, columns: int = 512, kind: str = "linear", **more) -> LayerInfo:

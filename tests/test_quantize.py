@@ -11,8 +11,9 @@ from models import IDS, ConvNet, MoEModel, logits, mlp, tiny_bert, tiny_gpt2, ti
 from torch import nn
 
 from isqtorch.formats import formats, get_format
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.quantize import quantize_
 from isqtorch.modules import QuantEmbedding, QuantLinear
-from isqtorch.quantize import dequantize_, quantize_
 
 
 def real_bytes(model: nn.Module) -> int:

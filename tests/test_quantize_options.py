@@ -9,9 +9,9 @@ import torch
 from models import mlp, state_bytes, tiny_llama
 from torch import nn
 
-from isqtorch.imatrix import Imatrix
+from isqtorch.importance.imatrix import Imatrix
+from isqtorch.inplace.quantize import quantize_
 from isqtorch.modules import QuantLinear
-from isqtorch.quantize import quantize_
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 

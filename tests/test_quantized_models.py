@@ -13,9 +13,10 @@ from helpers import formats_of
 from models import IDS, logits, mlp, state_bytes, tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
 
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.inplace.requantize import requantize_
 from isqtorch.modules import QuantEmbedding, QuantLinear
-from isqtorch.quantize import dequantize_, quantize_
-from isqtorch.requantize import requantize_
 
 # ---- what a quantized model must survive -----------------------------------------------------------------------------
 

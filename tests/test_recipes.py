@@ -7,8 +7,10 @@ import torch
 from models import state_bytes, tiny_gpt2, tiny_llama
 
 import isqtorch
-from isqtorch.formats import MIXES, mix_name
-from isqtorch.policy import LayerInfo, Request, decide
+from isqtorch.formats import mix_name
+from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.layers import LayerInfo
+from isqtorch.policy.mixes import MIXES
 
 MORE_OF_32 = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}  # i < 4, i >= 28, and every third between
 ALL = set(range(32))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import ConvNet, tiny_llama
 
-from isqtorch.quantize import quantize_
+from isqtorch.inplace.quantize import quantize_
 
 
 def test_the_report_is_a_table() -> None:
@@ -46,9 +46,10 @@ def test_quantize_warns_about_nothing_else() -> None:
 
 
 def test_the_report_says_where_the_reference_runs() -> None:
-    from isqtorch.inventory import Inventory
-    from isqtorch.policy import LayerInfo, Request, decide
-    from isqtorch.prepare import _kernel_notes
+    from isqtorch.inplace.prepare import _kernel_notes
+    from isqtorch.policy.decide import Request, decide
+    from isqtorch.policy.inventory import Inventory
+    from isqtorch.policy.layers import LayerInfo
 
     layers = [
         LayerInfo(f"{d}.up", "linear", (8, 256), torch.bfloat16, device_type=d) for d in ("cpu", "mps", "cuda", "xpu")

@@ -16,8 +16,9 @@ from models import EXPERTS, HIDDEN, FusedMoE, everything, mlp, quantized, state_
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isqtorch import checkpoint, dequantize_, quantize_, requantize, requantize_
-from isqtorch.report import QuantReport
+from isqtorch import checkpoint, dequantize_, quantize_, requantize_
+from isqtorch.inplace import requantize
+from isqtorch.report.report import QuantReport
 
 # ---- from the source -------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from models import FusedMoE, everything, mlp, quantized, state_bytes, stored
 from torch import Tensor, nn
 
 import isqtorch
-from isqtorch import exchange, listeners, requantize, requantize_
-from isqtorch.report import QuantReport
+from isqtorch import requantize_
+from isqtorch.inplace import exchange, listeners, requantize
+from isqtorch.report.report import QuantReport
 
 GLOBAL_HOOKS = nn.modules.module._global_forward_pre_hooks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isqtorch.topology import MAX_FILE_BYTES, Topology
+from isqtorch.policy.topology import MAX_FILE_BYTES, Topology
 
 
 def winner(source, name: str) -> str | None:

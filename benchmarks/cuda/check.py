@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from csrc.cuda import build as cuda
-from isqtorch.cli._common import text_table
+from isqtorch.text import text_table
 
 from .sass import Code, Usage, demangle, disassemble, read_log
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from isqtorch import formats, get_format
-from isqtorch.cli._common import markdown_table
 from isqtorch.cli.doctor import cuda_kernels, machine_facts, versions
 from isqtorch.ops import cuda_info
+from isqtorch.text import markdown_table
 
 from .. import output
 from ..output import FOLDER, bullets, slug, targets_table

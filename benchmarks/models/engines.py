@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..peers import Array, Unavailable, bitsandbytes, torchao
+from .prompts import tokens
 
 ISQTORCH, TRANSFORMERS, LLAMA_CPP = "isqtorch", "transformers", "llama.cpp"
 BF16 = "bf16"  # the model as its checkpoint has it, by transformers alone
@@ -88,7 +89,7 @@ class Transformers:
         self.model = self._load(str(source), fmt)
 
     def _load(self, source: str, fmt: str) -> Any:
-        from isqtorch.integrations.loading import load_causal_lm
+        from isqtorch.app.model import load_causal_lm
 
         return load_causal_lm(source)
 
@@ -102,7 +103,7 @@ class Transformers:
             raise Unavailable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
 
     def generate(self, prompt: int, new: int) -> tuple[float, float]:
-        from isqtorch.integrations.benchmark import timed_generate
+        from isqtorch.app.benchmark import timed_generate
 
         ids = self._torch.from_numpy(tokens(self.model.config.vocab_size, prompt))[None]
         with self._torch.inference_mode():
@@ -119,7 +120,7 @@ class Ours(Transformers):
     """isqtorch; without a format, a checkpoint that it has saved."""
 
     def _load(self, source: str, fmt: str) -> Any:
-        from isqtorch.integrations.loading import load_causal_lm
+        from isqtorch.app.model import load_causal_lm
 
         model = load_causal_lm(source, fmt or None)
         left = sum(p.nbytes for p in model.parameters() if p.ndim > 1 and p.dtype != self._torch.uint8)
@@ -175,8 +176,3 @@ def open(who: str) -> Engine:
         engine: Engine = importlib.import_module(".llama_cpp", __package__).LlamaCpp()
         return engine
     return {ISQTORCH: Ours, TRANSFORMERS: Transformers, "bitsandbytes": BitsAndBytes, "torchao": TorchAO}[who]()
-
-
-def tokens(vocabulary: int, count: int) -> Array:
-    """int64 `[count]`: tokens at random, always the same."""
-    return np.random.default_rng(0).integers(vocabulary, size=count)

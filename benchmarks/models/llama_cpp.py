@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..peers import Array, Unavailable
-from .engines import tokens
+from .prompts import tokens
 from .gguf_writer import write_gguf
 
 INSTALL = "pip install llama-cpp-python gguf"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from isqtorch.integrations.benchmark import peak_resident_bytes
+from isqtorch.app.benchmark import peak_resident_bytes
 
 STATUS = Path("/proc/self/status")
 _FIELDS = {"VmRSS": "total", "RssAnon": "anonymous"}

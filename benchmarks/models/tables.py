@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from isqtorch.cli._common import markdown_table
+from isqtorch.text import markdown_table
 
 from .engines import BF16, TRANSFORMERS
 from .results import ModelResults, Run

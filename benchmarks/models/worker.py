@@ -26,6 +26,7 @@ from ..ours import Here
 from ..peers.worker import serve
 from ..timing import interleave
 from . import engines
+from .prompts import tokens
 from .checkpoints import matrix
 from .memory import Peak, resident
 
@@ -105,7 +106,7 @@ class Worker:
 
     def logits(self, vocabulary: int, to: str) -> dict[str, Any]:
         """Writes the logits after a few tokens to a file of numpy's; they say whether all compute the same model."""
-        np.save(to, self._engine.logits(engines.tokens(vocabulary, _WARM)))
+        np.save(to, self._engine.logits(tokens(vocabulary, _WARM)))
         return {}
 
     def generate(self, prompt: int, new: int) -> dict[str, Any]:

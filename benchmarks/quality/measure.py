@@ -14,7 +14,7 @@ import isqtorch
 from isqtorch.cli._common import read_text
 from isqtorch.cli.demo import model_size
 from isqtorch.evaluation import Recorded
-from isqtorch.tokens import token_ids
+from isqtorch.running import token_ids
 
 from .rows import Row
 

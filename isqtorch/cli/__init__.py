@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .._version import __version__
+from isqtorch._version import __version__
+
 from . import bench, demo, doctor, formats, imatrix, perplexity, plan, quantize, run, serve
 
 __all__ = ["COMMANDS", "build_parser", "main"]

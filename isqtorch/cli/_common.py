@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def add_json(parser: argparse._ActionsContainer) -> None:
 
 def load_model(model: str) -> tuple[Any, Any]:
     """A causal language model as its checkpoint has it, in evaluation mode, and its tokenizer."""
-    from ..integrations.loading import load_causal_lm, load_tokenizer
+    from isqtorch.app.model import load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return load_causal_lm(model), tokenizer
@@ -118,21 +117,3 @@ def read_text(path: str) -> str:
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text
-
-
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Columns aligned with spaces; `right` are the indices of right-aligned columns."""
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    lines = []
-    for row in [headers, ["-" * width for width in widths], *rows]:
-        cells = [
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """The same as a Markdown table."""
-    rule = ["--:" if i in right else "---" for i in range(len(headers))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headers, rule, *rows])

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> list[str | None]:
     """What is to be measured, None for the model as it is; everything that can be wrong, before anything slow."""
-    from ..formats import AUTO, mix_name
-    from ..integrations.loading import check_request
+    from isqtorch.app.model import check_request
+    from isqtorch.formats import AUTO, mix_name
 
     for name, least in (("prompt_len", 1), ("gen_len", 2), ("repeat", 1)):
         if getattr(args, name) < least:
@@ -90,10 +90,10 @@ def _check(args: argparse.Namespace) -> list[str | None]:
 
 
 def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
-    from ..integrations.loading import needs_transformers
+    from isqtorch.app.model import needs_transformers
 
     with needs_transformers():
-        from ..integrations.benchmark import measure
+        from isqtorch.app.benchmark import measure
     return measure(
         args.model,
         fmt,
@@ -124,7 +124,7 @@ def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] |
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    from ..report import human_size
+    from isqtorch.text import human_size
 
     def speed(name: str) -> str:
         low, high = row[f"{name}_range"]

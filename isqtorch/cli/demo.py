@@ -21,7 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._common import add_json, load_model, markdown_table, read_text
+from isqtorch.text import markdown_table
+
+from ._common import add_json, load_model, read_text
 from .doctor import machine_facts
 
 HELP = "compare formats on the demo model: size, quality, speed, text"
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> list[str]:
     """Everything that can be wrong with the arguments, before anything slow; canonical format names."""
-    from ..formats import resolve_format
+    from isqtorch.formats import resolve_format
 
     if args.tokens < 2:
         raise ValueError(f"--tokens must be 2 or more, got {args.tokens}")
@@ -144,8 +146,8 @@ class Measure:
 
     def __call__(self, name: str) -> Row:
         """The row of a format; "" is the unquantized model and comes first."""
-        from ..evaluation import Recorded, kl_divergence, perplexity, reference_logits
-        from ..quantize import quantize_
+        from isqtorch.evaluation import Recorded, kl_divergence, perplexity, reference_logits
+        from isqtorch.inplace.quantize import quantize_
 
         model = self.model
         if name:

@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
-from ..formats import QuantFormat, formats, get_format
-from ..ops import LinearKernel, cpu_info, cuda_info
-from ..ops.native import CUDA_LIBRARY, LIBRARY, NATIVE_DEVICES, NO_CUDA, missing_kernels, no_fp8_products
-from ._common import add_json, text_table
+from isqtorch._version import __version__
+from isqtorch.formats import QuantFormat, formats, get_format
+from isqtorch.ops import LinearKernel, cpu_info, cuda_info
+from isqtorch.ops.native import CUDA_LIBRARY, LIBRARY, NATIVE_DEVICES, NO_CUDA, missing_kernels, no_fp8_products
+from isqtorch.text import text_table
+
+from ._common import add_json
 
 HELP = "check the installation and every kernel"
 
@@ -185,7 +187,7 @@ def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
     Returns:
         `ok`; `kernel`, "native" or "reference"; `detail`, the largest error of linear and its bound, or what went wrong.
     """
-    from ..ops import reference
+    from isqtorch.ops import reference
 
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(_ROWS, 4 * fmt.block, generator=generator)

@@ -14,8 +14,10 @@ import argparse
 import json
 from typing import Any
 
-from ..formats import QuantFormat, formats, get_format
-from ._common import add_json, markdown_table, text_table
+from isqtorch.formats import QuantFormat, formats, get_format
+from isqtorch.text import markdown_table, text_table
+
+from ._common import add_json
 
 HELP = "list the formats"
 _HEADERS = (

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..calibration import collect_imatrix
-    from ..imatrix import check_extension
+    from isqtorch.importance.calibration import collect_imatrix
+    from isqtorch.importance.imatrix import check_extension
 
     check_extension(args.output)  # before minutes of work
     if not args.output.absolute().parent.is_dir():

@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    from ..evaluation import kl_divergence, perplexity
-    from ..quantize import quantize_
+    from isqtorch.evaluation import kl_divergence, perplexity
+    from isqtorch.inplace.quantize import quantize_
 
     text = read_text(args.text)
     model, tokenizer = load_model(args.model)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..integrations.loading import check_request
+    from isqtorch.app.model import check_request
 
     if args.kl and not args.isq:
         raise ValueError("--kl needs --isq FORMAT")

@@ -16,10 +16,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ._common import add_isq, add_json, add_model, add_policy, text_table
+from isqtorch.text import text_table
+
+from ._common import add_isq, add_json, add_model, add_policy
 
 if TYPE_CHECKING:
-    from ..fit import Overview
+    from isqtorch.report.fit import Overview
 
 HELP = "what quantizing a model would do: sizes, fit, promotions, fallbacks, skips"
 
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..fit import overview
+    from isqtorch.report.fit import overview
 
     if args.plot and args.isq is None:
         raise ValueError("--plot draws one format: it needs --isq FORMAT")
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(found: Overview) -> str:
-    from ..report import human_size
+    from isqtorch.text import human_size
 
     names = [memory.name for memory in found.memories]
     headers = ["format", "size", "of now", "bits/weight", "fallbacks", "left", *(f"fits {name}" for name in names)]
@@ -92,7 +94,7 @@ def _fit(found: Overview, weights: int) -> list[str]:
 
 
 def _footing(found: Overview, *, notes: bool = True) -> list[str]:
-    from ..report import human_size
+    from isqtorch.text import human_size
 
     memory = ", ".join(f"{m.name} {human_size(m.free)} free of {human_size(m.total)}" for m in found.memories)
     cache = [] if found.cache_bytes is None else [f"cache of {found.context} tokens: {human_size(found.cache_bytes)}"]

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..integrations.loading import LoadedModel, check_request
+    from isqtorch.app.model import LoadedModel, check_request
 
     options = policy_options(args)
     check_request(args.model, args.isq, args.device, options)

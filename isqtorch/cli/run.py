@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
 
 if TYPE_CHECKING:
-    from ..integrations.chat import Conversation, Reply, Stop
-    from ..integrations.loading import LoadedModel
+    from isqtorch.app.chat import Conversation, Reply, Stop
+    from isqtorch.app.model import LoadedModel
 
 HELP = "chat with a model, or continue a prompt"
 _HELP = "/exit (or Ctrl-D) ends, /clear forgets what was said, /re_isq FORMAT [SOURCE] changes the format, Ctrl-C ends a reply"
@@ -55,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = _check(args)
-    from ..integrations.loading import LoadedModel, check_request, needs_transformers
+    from isqtorch.app.model import LoadedModel, check_request, needs_transformers
 
     options = policy_options(args)
     check_request(args.model, args.isq, args.device, options)
     with needs_transformers():
-        from ..integrations.chat import Conversation, Sampling
+        from isqtorch.app.chat import Conversation, Sampling
 
     loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
@@ -155,7 +155,7 @@ def _command(conversation: Conversation, line: str) -> None:
 
 def _reply(conversation: Conversation, message: str, *, echo: bool = True) -> Reply:
     """A reply, printed as it is made; Ctrl-C ends it."""
-    from ..integrations.chat import Stop
+    from isqtorch.app.chat import Stop
 
     def write(text: str) -> None:
         print(text, end="", flush=True)

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..integrations.loading import LoadedModel, check_request
-    from ..integrations.server import Served, bind, build_app, serve
+    from isqtorch.app.model import LoadedModel, check_request
+    from isqtorch.app.server import Served, bind, build_app, serve
 
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to 65535, got {args.port}")

@@ -1,16 +1,15 @@
 """The formats: what the bytes of a quantized weight mean."""
 
-from . import ggml, kquants, affine, hqq, fp8, mixes  # isort: skip  # in the order in which formats are listed
-from .base import AUTO, Fields, Part, QuantFormat, formats, get_format, mix_name, register, resolve_format
-from .mixes import MIXES, Mix
+from . import ggml, kquants, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
+from .base import Fields, Part, QuantFormat, formats, get_format, mix_name, register
+from .choices import AUTO, Spec, resolve_format
 
 __all__ = [
     "AUTO",
-    "MIXES",
     "Fields",
-    "Mix",
     "Part",
     "QuantFormat",
+    "Spec",
     "formats",
     "get_format",
     "mix_name",
@@ -18,4 +17,4 @@ __all__ = [
     "resolve_format",
 ]
 
-del affine, fp8, ggml, hqq, kquants, mixes  # imported so that they register; reached through get_format
+del affine, fp8, ggml, hqq, kquants  # imported so that they register; reached through get_format

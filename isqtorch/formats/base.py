@@ -162,10 +162,6 @@ _ALIASES: dict[str, str] = {}  # lower-case spelling -> canonical name
 _BASE: list[str] = []  # the names `formats()` lists: every family member once, without variants
 _MIXES: dict[str, str] = {}  # lower-case spelling -> name of a rule for whole models
 
-AUTO = "auto"  # the rule that measures the layers and chooses (isqtorch.mixed)
-_BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
-_BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
-
 
 def register(fmt: QuantFormat, *, variant: bool = False) -> None:
     """Add a format. Variants (other group sizes, other scale types) work everywhere but are left out of `formats()`."""
@@ -209,26 +205,3 @@ def get_format(name: str | QuantFormat) -> QuantFormat:
             f"unknown format {name!r}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
         )
     return _REGISTRY[canonical]
-
-
-def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "cpu") -> QuantFormat:
-    """A format from what a user may write: a name, or a number of bits, which means the best format for the device.
-
-    Raises:
-        ValueError: an unknown name, or a number of bits without a format.
-    """
-    if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
-        raise ValueError(f"format must be a name or a number of bits, got {spec!r}")
-    if isinstance(spec, str) and spec.isdecimal():
-        spec = int(spec)
-    if isinstance(spec, int):
-        table = _BY_BITS_MPS if torch.device(device).type == "mps" else _BY_BITS
-        if spec not in table:
-            raise ValueError(
-                f"no format has {spec} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}."
-            )
-        spec = table[spec]
-    return get_format(spec)
-
-
-register_mix(AUTO)

@@ -199,3 +199,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     new.training = old.training
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
+
+
+def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._modules[leaf] = new

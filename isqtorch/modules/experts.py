@@ -211,32 +211,6 @@ def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
 
 
-def pack_stack(weight: Tensor, fmt: QuantFormat, importance: Tensor | None, rule: str | None) -> Tensor:
-    """Quantize matrix by matrix, so that a stack that is stored transposed is copied in no larger pieces.
-
-    Args:
-        weight: float `[E, N, K]`, any strides.
-        fmt: the format.
-        importance: f32 `[K]`, or `[E, K]`.
-        rule: alternative rule of the format's quantizer.
-
-    Returns:
-        uint8 `[E, N, row_bytes]`.
-
-    Raises:
-        ValueError: as the operator `quantize`; says which expert.
-    """
-    experts, rows, columns = weight.shape
-    out = weight.new_empty((experts, rows, fmt.row_bytes(columns)), dtype=torch.uint8)
-    for expert in range(experts):
-        vector = importance[expert] if importance is not None and importance.dim() == 2 else importance
-        try:
-            out[expert] = torch.ops.isqtorch.quantize(weight[expert], fmt.name, vector, rule)
-        except ValueError as error:
-            raise ValueError(f"expert {expert}: {error}") from None
-    return out
-
-
 def _copied(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module, for another one to own: its dicts are copies, their members the same objects."""
     return {name: value.copy() if type(value) is dict else value for name, value in vars(module).items()}

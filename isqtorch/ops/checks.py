@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..formats import get_format
-from ..quantizers import check_rule, solve
-from ..quantizers.denormals import blocks_per_chunk, denormals_kept
+from isqtorch.formats import get_format
+from isqtorch.quantizers import check_rule, solve
+from isqtorch.quantizers.denormals import blocks_per_chunk, denormals_kept
+
 from .checks import (
     check_experts,
     check_finite,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import get_format
-from . import native, reference  # native: the operators exist from here on
+from isqtorch.formats import get_format
+
+from . import native, reference
 from .checks import check_expert_rows, check_w8a8
 from .metal import ops as metal
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
+
 from . import absmax, affine, fp8, hqq, kquants, minmax
 from .blocks import Blocks, row_mean_square
 from .denormals import blocks_per_chunk, denormals_kept

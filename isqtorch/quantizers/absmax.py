@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
+
 from .blocks import Blocks, importance_weight
 from .rounding import divide, first_extreme, nearest_int, reciprocal, round_half_away
 from .search import search_symmetric

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
-from ..formats.affine import AffineFormat
+from isqtorch.formats import Fields, QuantFormat
+from isqtorch.formats.affine import AffineFormat
+
 from .blocks import Blocks
 from .line_fit import Line, error_weights, fit_lines
 from .rounding import divide

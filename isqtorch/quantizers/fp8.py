@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
-from ..formats.fp8 import E4M3_MAX
+from isqtorch.formats import Fields, QuantFormat
+from isqtorch.formats.fp8 import E4M3_MAX
+
 from .blocks import Blocks
 from .rounding import divide
 

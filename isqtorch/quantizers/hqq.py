@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
+
 from .blocks import Blocks
 from .denormals import blocks_per_chunk
 from .line_fit import Line, error_weights, fit_lines

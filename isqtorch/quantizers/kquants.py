@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
+
 from .blocks import Blocks, importance_weight
 from .rounding import divide, first_extreme, first_max, nearest_int, ordered_sum, square_root
 from .search import search_affine, search_positive, search_q3, search_symmetric

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat
+
 from .blocks import Blocks, importance_weight
 from .rounding import divide, first_max, first_min, reciprocal
 from .search import search_affine

@@ -145,7 +145,7 @@ def test_bad_commands(argv: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 def test_another_format_after_auto(tmp_path: Path) -> None:
-    from isqtorch.integrations.loading import LoadedModel
+    from isqtorch.app.model import LoadedModel
 
     loaded = LoadedModel(MODEL, "auto", options={"target_bpw": 4.5})
     loaded.requantize("q8_0")

@@ -165,8 +165,8 @@ def test_chat_commands(chat_model: str, capsys: pytest.CaptureFixture[str], monk
 
 
 def test_conversation_remembers_and_forgets(chat_model: str) -> None:
-    from isqtorch.integrations.chat import Conversation, Sampling
-    from isqtorch.integrations.loading import LoadedModel
+    from isqtorch.app.chat import Conversation, Sampling
+    from isqtorch.app.model import LoadedModel
 
     talk = Conversation(LoadedModel(chat_model, "4"), Sampling(max_new_tokens=6), system="be brief")
     first = talk.say("hello")
@@ -189,7 +189,7 @@ def test_conversation_remembers_and_forgets(chat_model: str) -> None:
 
 def test_requantize_reads_the_checkpoint_again(packed: str) -> None:
     """From 2 bits to 8 the model is the one quantized to 8 directly; a packed checkpoint cannot give more than it has."""
-    from isqtorch.integrations.loading import LoadedModel
+    from isqtorch.app.model import LoadedModel
 
     options = {"topology": {"0": "q6k"}}
     changed, fresh = LoadedModel(MODEL, "q2k", options=options), LoadedModel(MODEL, "q8_0", options=options)
@@ -337,7 +337,7 @@ def test_calibrating_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_calibration_showed_serves_every_format(tmp_path: Path) -> None:
-    from isqtorch.integrations.loading import LoadedModel
+    from isqtorch.app.model import LoadedModel
 
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "examples/demo_model/calibration.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")

@@ -11,8 +11,8 @@ from models import state_bytes
 from torch import Tensor
 
 import isqtorch
+from isqtorch.inplace.quantize import quantize_
 from isqtorch.modules import QuantLinear
-from isqtorch.quantize import quantize_
 
 transformers = pytest.importorskip("transformers", "5.23")
 

@@ -14,11 +14,12 @@ from models import state_bytes
 from torch import nn
 
 from isqtorch import checkpoint
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.inplace.requantize import requantize_
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
 from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.subclasses import meaning_of
-from isqtorch.quantize import dequantize_, quantize_
-from isqtorch.requantize import requantize_
 
 transformers = pytest.importorskip("transformers", "5.0")
 

@@ -13,9 +13,10 @@ from models import state_bytes, tiny_gpt2, tiny_llama
 from torch import nn
 
 from isqtorch.formats import formats, get_format
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.inplace.requantize import requantize_
 from isqtorch.modules import QuantLinear
-from isqtorch.quantize import dequantize_, quantize_
-from isqtorch.requantize import requantize_
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", "0.21")

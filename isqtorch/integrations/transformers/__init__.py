@@ -18,8 +18,8 @@ if _found < MINIMUM:
         "Upgrade it, or load the model as it is and use isqtorch.quantize_."
     )
 
-from isqtorch.listeners import listen  # noqa: E402
-from isqtorch.source import register  # noqa: E402
+from isqtorch.inplace.listeners import listen  # noqa: E402
+from isqtorch.inplace.source import register  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
 from .live import follow  # noqa: E402

@@ -11,15 +11,15 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
-from isqtorch.formats import QuantFormat
+from isqtorch.auto import Budget
+from isqtorch.formats import QuantFormat, Spec
+from isqtorch.importance.imatrix import ImatrixLike, imatrix_name, load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
-from isqtorch.mixed import Budget
-from isqtorch.policy import Request
-from isqtorch.prepare import ImatrixLike, imatrix_name, load_imatrix
-from isqtorch.topology import Spec, Topology, TopologyLike
+from isqtorch.policy.decide import Request
+from isqtorch.policy.topology import Topology, TopologyLike
 
 if TYPE_CHECKING:
-    from .measuring import Meter
+    from .meter import Meter
 
 _OP = "IsqConfig"
 

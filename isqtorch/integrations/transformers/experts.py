@@ -9,7 +9,7 @@ place in the packed stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,18 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 from isqtorch.formats import QuantFormat
 from isqtorch.modules import QuantExperts
 
-if TYPE_CHECKING:
-    from .quantizer import IsqHfQuantizer
-
 Matrix = Callable[[], "Tensor | None"]
 """Reads a matrix; None for one that belongs to another rank."""
+
+
+class Packer(Protocol):
+    """What packs the experts: the quantizer of this load."""
+
+    def param_needs_quantization(self, model: Any, param_name: str) -> bool: ...
+
+    def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor: ...
+
+    def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor: ...
 
 
 class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers is not typed
@@ -48,7 +55,7 @@ class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers i
 
     def convert(self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **context: Any) -> dict[str, Any]:
         path = layer_name.rpartition(".")[0]
-        quantizer: IsqHfQuantizer | None = hf_quantizer
+        quantizer: Packer | None = hf_quantizer
         if model is None or quantizer is None or not quantizer.param_needs_quantization(model, layer_name):
             packs = False
         else:

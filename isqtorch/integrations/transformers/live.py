@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import _assign_is_quantized
 
 from isqtorch.integrations.record import METHOD
-from isqtorch.report import QuantReport
+from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
 from .quantizer import IsqHfQuantizer, record

@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from isqtorch.activations import permit, recorded_activations
+from isqtorch.formats import Spec
+from isqtorch.inplace.dequantize import dequantize_
+from isqtorch.inplace.origin import Origin
+from isqtorch.inplace.pack import pack_stack
+from isqtorch.inplace.prepare import Job, Prepared
 from isqtorch.integrations.record import METHOD
-from isqtorch.inventory import inspect_model, storage_key
-from isqtorch.mixed import Choice
 from isqtorch.modules import PackedModule, QuantExperts
+from isqtorch.modules.activations import permit, recorded_activations
 from isqtorch.modules.convert import locate, name_of
-from isqtorch.modules.experts import pack_stack
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
-from isqtorch.origin import Origin
-from isqtorch.prepare import Job, Prepared
-from isqtorch.quantize import dequantize_
-from isqtorch.report import QuantReport
-from isqtorch.topology import Spec
+from isqtorch.policy.inventory import inspect_model, storage_key
+from isqtorch.report.choice import Choice
+from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
-from .loading import MappedFiles, Pack
-from .measuring import Meter, choose_while_loading
+from .first_reading import choose_while_loading
+from .mapped import MappedFiles, Pack
+from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, restore_activations, unpack_missing
 

@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from isqtorch.activations import permit
 from isqtorch.formats import QuantFormat, get_format
+from isqtorch.inplace.prepare import Prepared, prepare_inventory
 from isqtorch.integrations.record import METHOD
-from isqtorch.inventory import Inventory, inspect_model
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
-from isqtorch.policy import Request
-from isqtorch.prepare import Prepared, prepare_inventory
+from isqtorch.policy.decide import Request
+from isqtorch.policy.inventory import Inventory, inspect_model
 
 from .config import IsqConfig
 

@@ -25,10 +25,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.inplace.source import Source
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
-from isqtorch.plan import checkpoint_files, read_json
-from isqtorch.source import Source
 
 from .quantizer import IsqHfQuantizer
 

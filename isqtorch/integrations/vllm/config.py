@@ -15,7 +15,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from isqtorch.formats import get_format, mix_name
 from isqtorch.integrations.record import METHOD, checked_layers, checked_version
-from isqtorch.policy import FLOAT_DTYPES, LayerInfo, Request, decide, head_by_name
+from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.layers import FLOAT_DTYPES, LayerInfo, head_by_name
 
 from .methods import IsqEmbeddingMethod, IsqLinearMethod, IsqOnlineMethod
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...formats import formats
+from isqtorch.formats import formats
+
 from .library import TYPES, compile_all
 
 __all__ = ["check"]

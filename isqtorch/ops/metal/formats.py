@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from ...formats import QuantFormat, get_format
-from ...formats.affine import AffineFormat
-from ...formats.fp8 import Fp8Format
-from ...formats.hqq import HqqFormat
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.formats.affine import AffineFormat
+from isqtorch.formats.fp8 import Fp8Format
+from isqtorch.formats.hqq import HqqFormat
 
 
 class Struct(NamedTuple):

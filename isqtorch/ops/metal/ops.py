@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...formats import QuantFormat, get_format
-from ..checks import (
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.ops.checks import (
     check_experts_shapes,
     check_finite,
     check_ids_type,
@@ -20,6 +20,7 @@ from ..checks import (
     check_weight,
     refuse_scale,
 )
+
 from .chips import limits
 from .formats import struct_of
 from .library import IDS, Kernel, kernel, most_tokens

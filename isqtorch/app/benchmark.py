@@ -1,0 +1,149 @@
+"""How fast a model reads a prompt and writes a reply, and what memory it takes: one model, measured in this process."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isqtorch.formats import mix_name, resolve_format
+from isqtorch.modules import PackedModule
+
+from .model import LoadedModel
+
+
+@dataclass
+class Measured:
+    """One model. Speeds are those of `generate` with one sequence, greedy, median of the repeats."""
+
+    model: str
+    isq: str | None
+    format: str  # the format asked for, or what the weights are without
+    bytes: int  # all weights and buffers, shared ones once
+    load_seconds: float  # quantizing included
+    peak_bytes: int  # the most memory during all of it, over what the process had before loading
+    peak_kind: str  # "resident memory" of the process, or "GPU memory"
+    prompt_len: int
+    gen_len: int
+    prefill: float  # prompt tokens / seconds until the first new token
+    decode: float  # new tokens / second, without the first
+    prefill_range: tuple[float, float]  # slowest and fastest repeat
+    decode_range: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    source: str,
+    isq: str | None,
+    *,
+    prompt_len: int = 512,
+    gen_len: int = 128,
+    repeat: int = 3,
+    device: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Measured:
+    """Load a model and time it on random tokens. Memory means something in a fresh process only.
+
+    Args:
+        source, isq, device, options: see `LoadedModel`.
+        prompt_len, gen_len: tokens; gen_len is 2 or more.
+        repeat: timed runs, after one that is not.
+
+    Raises:
+        ValueError: prompt and reply are longer than the context; or as for loading.
+    """
+    import transformers.generation  # noqa: F401  # its memory and its time are not the model's
+
+    before, gpu = resident_bytes(), device is not None and torch.device(device).type == "cuda"
+    loaded = LoadedModel(source, isq, device=device, options=options)
+    model, context = loaded.model, loaded.context
+    if context is not None and prompt_len + gen_len > context:
+        raise ValueError(f"{prompt_len} + {gen_len} tokens are more than {source}'s context of {context}")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, prompt_len), generator=generator).to(model.device)
+
+    timed_generate(model, ids, 2)  # the first run is slower: threads start, memory is touched
+    runs = [timed_generate(model, ids, gen_len) for _ in range(repeat)]
+    prefill = [prompt_len / first for first, _ in runs]
+    decode = [(gen_len - 1) / rest for _, rest in runs]
+    return Measured(
+        model=source,
+        isq=isq,
+        format=_format(loaded),
+        bytes=model_bytes(model),
+        load_seconds=loaded.load_seconds,
+        peak_bytes=torch.cuda.max_memory_allocated() if gpu else peak_resident_bytes() - before,
+        peak_kind="GPU memory" if gpu else "resident memory",
+        prompt_len=prompt_len,
+        gen_len=gen_len,
+        prefill=statistics.median(prefill),
+        decode=statistics.median(decode),
+        prefill_range=(min(prefill), max(prefill)),
+        decode_range=(min(decode), max(decode)),
+    )
+
+
+def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds until the first of `new` tokens, and from there to the last."""
+    stamps: list[float] = []
+
+    class Stamp:
+        def put(self, _: Any) -> None:  # the prompt, then every token, on the CPU: the device has finished it
+            stamps.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    began = time.perf_counter()
+    mask = torch.ones_like(ids)
+    model.generate(
+        ids, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new, streamer=Stamp(), num_beams=1
+    )
+    assert len(stamps) == new + 1, f"{len(stamps) - 1} tokens instead of {new}"
+    return stamps[1] - began, stamps[-1] - stamps[1]
+
+
+def _format(loaded: LoadedModel) -> str:
+    if loaded.isq is not None:
+        return mix_name(loaded.isq) or resolve_format(loaded.isq, loaded.device or "cpu").name
+    names = sorted({module.format for module in loaded.model.modules() if isinstance(module, PackedModule)})
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return "+".join(names) or dtype.replace("bfloat16", "bf16").replace("float", "f")
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; where the system does not tell, the most so far."""
+    return _status("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had. On Linux not from getrusage, which counts the parent's memory at the fork."""
+    found = _status("VmHWM")
+    if found is None:
+        import resource
+
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return found
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None  # not Linux
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)

@@ -1,0 +1,19 @@
+"""An OpenAI-compatible server of one model that can change its format while it serves.
+
+Needs `isqtorch[serve]`; importing this without it is an ImportError that says so.
+"""
+
+from __future__ import annotations
+
+from isqtorch.app.model import needs_transformers
+
+with needs_transformers():
+    from transformers.utils.import_utils import is_serve_available
+
+if not is_serve_available():
+    raise ImportError("the server needs fastapi, uvicorn and openai: pip install 'isqtorch[serve]'")
+
+from .app import bind, build_app, serve
+from .handlers import Served
+
+__all__ = ["Served", "bind", "build_app", "serve"]

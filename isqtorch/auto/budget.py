@@ -1,0 +1,104 @@
+"""What the user allows "auto": a size, the formats to choose from, and how to measure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import inf
+
+from isqtorch.formats import AUTO, Spec, formats, get_format, mix_name, resolve_format
+from isqtorch.policy.inventory import Inventory
+from isqtorch.text import human_size
+
+PROBES = ("kl", "output")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The checked options of "auto"; exactly one of `target_bpw` and `max_bytes` is set.
+
+    The size counts everything that the report counts: all weights, quantized or not, shared ones once, with norms, biases and
+    saved buffers. `target_bpw` is a bound of the report's `bits_per_weight`, `max_bytes` of its `bytes_after`.
+    """
+
+    target_bpw: Fraction | None
+    max_bytes: int | None
+    formats: tuple[Spec, ...]
+    probe: str | None
+
+    @classmethod
+    def parse(
+        cls,
+        op: str,
+        fmt: Spec | None,
+        target_bpw: float | None,
+        max_size: int | str | None,
+        allowed: Sequence[Spec] | None,
+        probe: str | None,
+    ) -> Budget | None:
+        """The options of `quantize_`; None where `fmt` is not "auto".
+
+        Raises:
+            ValueError: an option that is missing, has a bad value, or is given for another format than "auto".
+        """
+        if mix_name(fmt) != AUTO:
+            given = {"target_bpw": target_bpw, "max_size": max_size, "formats": allowed, "probe": probe}
+            extra = [name for name, value in given.items() if value is not None]
+            if extra:
+                raise ValueError(f"{op}: {extra[0]} is for the format 'auto', and the format is {fmt!r}")
+            return None
+        if (target_bpw is None) == (max_size is None):
+            raise ValueError(f"{op}: 'auto' needs one of target_bpw=4.5 (bits per weight) and max_size='6GB'")
+        if target_bpw is not None and (isinstance(target_bpw, bool) or not 0 < target_bpw < inf):
+            raise ValueError(f"{op}: target_bpw must be a positive number, got {target_bpw!r}")
+        if probe is not None and probe not in PROBES:
+            raise ValueError(f"{op}: probe must be one of {', '.join(PROBES)}; got {probe!r}")
+        bpw = None if target_bpw is None else Fraction(target_bpw)
+        return cls(bpw, None if max_size is None else _bytes(op, max_size), _allowed(op, allowed), probe)
+
+    def bytes_for(self, inventory: Inventory) -> int:
+        """The most bytes the model may have."""
+        if self.target_bpw is None:
+            assert self.max_bytes is not None
+            return self.max_bytes
+        return int(self.target_bpw * numel_of(inventory) / 8)
+
+    def __str__(self) -> str:
+        if self.target_bpw is not None:
+            return f"{float(self.target_bpw):g} bits per weight"
+        assert self.max_bytes is not None
+        return human_size(self.max_bytes)
+
+
+def numel_of(inventory: Inventory) -> int:
+    """Weights of a model, as reports count them."""
+    return inventory.rest_numel + sum(layer.numel for layer in inventory.layers if layer.tied_to is None)
+
+
+def _bytes(op: str, size: int | str) -> int:
+    """Bytes from a number or a string such as "6GB", "800 MB" or "5.5GiB"."""
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is not None:
+        size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match[2].upper() in _UNITS else 0
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ValueError(
+            f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r}"
+        )
+    return size
+
+
+def _allowed(op: str, allowed: Sequence[Spec] | None) -> tuple[Spec, ...]:
+    if allowed is None:  # numbers of bits, which mean the formats that are good on each layer's device
+        return tuple(sorted({get_format(name).bits for name in formats()}))
+    if isinstance(allowed, (str, int)) or not allowed:
+        raise ValueError(f"{op}: formats must be a list of formats to choose from, got {allowed!r}")
+    try:
+        for spec in allowed:
+            resolve_format(spec)
+    except ValueError as error:
+        raise ValueError(f"{op}: formats: {error}") from None
+    return tuple(dict.fromkeys(allowed))

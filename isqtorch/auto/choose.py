@@ -1,0 +1,294 @@
+"""`quantize_(model, "auto", target_bpw=4.5)`: the format of each layer by measurement, within a budget.
+
+    items    the layers that the request quantizes. Tied weights are one item, and so are the experts of a list of linear layers;
+             each stack of fused experts is one
+    options  what each allowed format comes to for the layer, fallbacks included; layers that a topology pins have one
+    costs    sensitivity.py
+    choice   knapsack.py
+
+Embeddings and output heads are not promoted: their measured cost decides, like everybody's. Speed is not weighed: decoding reads
+every byte once, so fewer bytes are faster, whatever the formats; to leave out a format that is slow on a device, name
+the others in `formats`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat, Spec, get_format
+from isqtorch.importance.imatrix import Imatrix, ImatrixLike, load_imatrix
+from isqtorch.importance.imatrix import importance_of as importance_of_layers
+from isqtorch.modules.convert import locate, weight_matrix
+from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.inventory import Inventory, checked_device, inspect_model
+from isqtorch.policy.layers import LayerInfo
+from isqtorch.policy.mixes import LISTED_EXPERT, Assigned
+from isqtorch.progress import progress_bar
+from isqtorch.report.choice import Choice, Measured
+from isqtorch.report.report import QuantReport
+from isqtorch.text import human_size
+
+from .budget import Budget, numel_of
+from .curvature import measure_curvature
+from .knapsack import Option, solve
+from .sensitivity import Error, Weighing, costs, errors_of, measure
+
+
+@dataclass(frozen=True)
+class Item:
+    """Weights that get one format together."""
+
+    weights: tuple[tuple[LayerInfo, ...], ...]  # of each weight, the layers that share it
+    options: dict[str, Spec]  # format it would have -> what to ask for, smallest first
+
+    @property
+    def names(self) -> list[str]:
+        return [layer.name for sharing in self.weights for layer in sharing]
+
+    @property
+    def numel(self) -> int:
+        return sum(sharing[0].numel for sharing in self.weights)
+
+    @property
+    def is_head(self) -> bool:
+        return any(layer.role == "head" for sharing in self.weights for layer in sharing)
+
+    def size(self, fmt: str) -> int:
+        return sum(sharing[0].packed_bytes(get_format(fmt)) for sharing in self.weights)
+
+
+class TextFile(Protocol):
+    """A calibration text, if there is one, and what reads it."""
+
+    @property
+    def file(self) -> str | os.PathLike[str] | None: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+WeightOf = Callable[[Sequence[str]], Tensor]
+"""The float weight, `[N, K]` or `[E, N, K]`, of layers that share it."""
+
+
+class Auto:
+    """The problem: items, what is fixed, and the budget. Knows no weights.
+
+    Raises:
+        ValueError: nothing to choose for, or a budget below the smallest choice, which the message names.
+    """
+
+    def __init__(self, inventory: Inventory, request: Request, budget: Budget) -> None:
+        self.inventory, self.request, self.budget = inventory, request, budget
+        self.items, self.misfits = _items(inventory, request, budget.formats)
+        smallest = [next(iter(item.options)) for item in self.items]
+        self.fixed = self._total(smallest) - self._size(smallest)  # everything that is no choice
+        self.limit = budget.bytes_for(inventory)
+        least = self._total(smallest)
+        if least > self.limit:
+            bpw = 8 * least / numel_of(inventory)
+            raise ValueError(
+                f"{request.op}: {budget} cannot be reached: with the smallest of the allowed formats everywhere, what is pinned and "
+                f"what is not quantized, the model has {bpw:.4f} bits per weight, {human_size(least)} ({least} bytes)."
+            )
+
+    def smallest(self) -> Request:
+        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow.
+
+        Nothing is said of activations: which layers will be in fp8 is not known yet.
+        """
+        return replace(self._request([next(iter(item.options)) for item in self.items]), activations=None)
+
+    def choose(self, errors: Sequence[Mapping[str, Error]], measure: str) -> tuple[Request, Choice]:
+        """The best choice, as a request, and as a record.
+
+        Args:
+            errors: of each item, by format.
+            measure: what the costs are.
+        """
+        by_item = costs(errors, [item.numel for item in self.items], [item.is_head for item in self.items])
+        options = [
+            [Option(item.size(fmt), cost[fmt]) for fmt in item.options]
+            for item, cost in zip(self.items, by_item, strict=True)
+        ]
+        picks = solve(options, self.limit - self.fixed)
+        chosen = [list(item.options)[pick] for item, pick in zip(self.items, picks, strict=True)]
+        rows = [
+            (
+                item.names,
+                fmt,
+                {name: Measured(item.size(name), cost[name], error[name].weight) for name in item.options},
+            )
+            for item, fmt, cost, error in zip(self.items, chosen, by_item, errors, strict=True)
+        ]
+        predicted = sum(cost[fmt] for cost, fmt in zip(by_item, chosen, strict=True))
+        choice = Choice(measure, str(self.budget), rows, predicted, self._notes(chosen, measure, predicted))
+        return self._request(chosen), choice
+
+    def _notes(self, chosen: Sequence[str], measure: str, predicted: float) -> list[str]:
+        total = self._total(chosen)
+        by = {
+            "kl": f"the curvature of the KL divergence, which predicts {predicted:.5f} nats",
+            "output": "the errors of weights, weighed by importance; quantize_ with a calibration file chooses better",
+            "weight": "the errors of weights; quantize_ with a calibration file chooses better",
+        }[measure]
+        notes = [
+            f"auto: {8 * total / numel_of(self.inventory):.4f} bits per weight, {human_size(total)}, for {self.budget}; by {by}; "
+            f"{self.limit - total} bytes unused"
+        ]
+        if all(fmt == list(item.options)[-1] for item, fmt in zip(self.items, chosen, strict=True)):
+            notes.append("auto: every layer has the largest of the allowed formats; the budget would hold more")
+        return notes
+
+    def _request(self, chosen: Sequence[str]) -> Request:
+        assigned = {
+            name: Assigned(spec.name if isinstance(spec := item.options[fmt], QuantFormat) else spec, "")
+            for item, fmt in zip(self.items, chosen, strict=True)
+            for name in item.names
+        }
+        return replace(self.request, assigned=self.misfits | assigned)
+
+    def _total(self, chosen: Sequence[str]) -> int:
+        verdict = decide(self.inventory.layers, self._request(chosen))
+        return QuantReport.build(self.inventory, verdict, None).bytes_after
+
+    def _size(self, chosen: Sequence[str]) -> int:
+        return sum(item.size(fmt) for item, fmt in zip(self.items, chosen, strict=True))
+
+
+def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> tuple[list[Item], dict[str, Assigned]]:
+    """What to choose for, and what to ask for layers that none of the formats fits.
+
+    The policy is asked once per allowed format what would become of each layer.
+    """
+    options: dict[str, dict[str, Spec]] = {}
+    misfits: dict[str, Assigned] = {}
+    fallback = "skip" if request.fallback == "error" else request.fallback  # an error only where no format fits
+    for spec in allowed:
+        name = Assigned(spec.name if isinstance(spec, QuantFormat) else spec, "")
+        everywhere = {layer.name: name for layer in inventory.layers}
+        trial = replace(request, assigned=everywhere, fallback=fallback)
+        for decision in decide(inventory.layers, trial).decisions:
+            if decision.format is not None:
+                options.setdefault(decision.name, {}).setdefault(decision.format.name, spec)
+            elif decision.fell_back:
+                misfits[decision.name] = name
+    sharing: dict[str, list[LayerInfo]] = {}
+    for layer in inventory.layers:
+        if layer.name in options:
+            sharing.setdefault(layer.tied_to or layer.name, []).append(layer)
+    together: dict[object, list[tuple[LayerInfo, ...]]] = {}
+    for layers in sharing.values():
+        expert = LISTED_EXPERT.fullmatch(layers[0].name)
+        formats = tuple(options[layers[0].name])
+        key = (*expert.groups(), layers[0].shape, formats) if expert else layers[0].name
+        together.setdefault(key, []).append(tuple(layers))
+    if not together and not misfits:
+        raise ValueError(f"{request.op}: 'auto' finds no layer to quantize; isqtorch.plan(model, 4) tells why")
+    items = []
+    for weights in together.values():
+        of_first = options[weights[0][0].name]
+        by_size = sorted(of_first, key=lambda fmt: get_format(fmt).bits_per_weight)
+        items.append(Item(tuple(weights), {fmt: of_first[fmt] for fmt in by_size}))
+    return items, misfits
+
+
+def smallest_choice(model: nn.Module, request: Request, budget: Budget, device: torch.device | str | None) -> Request:
+    """The request with the smallest choice everywhere, for checks before anything slow; errors as of `Auto`."""
+    return Auto(_inventory(model, device), request, budget).smallest()
+
+
+def choose_formats(
+    model: nn.Module,
+    request: Request,
+    budget: Budget,
+    imatrix: ImatrixLike | None,
+    text: TextFile,
+    device: torch.device | str | None,
+    rule: str | None,
+    progress: bool | None,
+    weight_of: WeightOf | None = None,
+) -> tuple[Request, Choice]:
+    """Measure a live model and choose; see `quantize_` for the arguments. The model stays as it is.
+
+    Args:
+        weight_of: where the weights are, if they are not the model's own.
+
+    Raises:
+        ValueError: see `Auto` and `measure_curvature`; `probe="kl"` without a text.
+    """
+    auto = Auto(_inventory(model, device), request, budget)
+    if budget.probe == "kl" and text.file is None:
+        raise ValueError(f"{request.op}: probe='kl' needs calibration_file=..., a text to measure on")
+    curvature = None
+    if text.file is not None and budget.probe != "output":
+        names = [sharing[0].name for item in auto.items for sharing in item.weights]
+        curvature = measure_curvature(model, names, text.tokenizer, Path(text.file), progress=progress)
+    weight_of = weight_of or partial(_own_weight, model)
+    errors, measure = measure_items(auto, weight_of, load_imatrix(imatrix), curvature, rule, progress)
+    return auto.choose(errors, measure)
+
+
+def _inventory(model: nn.Module, device: torch.device | str | None) -> Inventory:
+    """The model, as if it were on the device where it goes."""
+    inventory = inspect_model(model)
+    if device is None:
+        return inventory
+    place = checked_device(device, "quantize_: device").type
+    return replace(inventory, layers=[replace(layer, device_type=place) for layer in inventory.layers])
+
+
+def _own_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
+    path, leaf = locate(model, names[0])
+    return weight_matrix(model.get_submodule(path), leaf).detach()
+
+
+def measure_items(
+    auto: Auto,
+    weight_of: WeightOf,
+    imatrix: Imatrix | None,
+    curvature: Mapping[str, Weighing] | None,
+    rule: str | None,
+    progress: bool | None,
+) -> tuple[list[dict[str, Error]], str]:
+    """The errors of every item in each of its options, and the name of the measure.
+
+    Items with one option are measured, too, so that the predicted cost is that of the whole model.
+
+    Raises:
+        ValueError: a weight that is not finite, or too large for one of its formats.
+    """
+    errors = []
+    for item in progress_bar("measure", "layer", progress, auto.items):
+        formats = [get_format(fmt) for fmt in item.options]
+        parts = []
+        for sharing in item.weights:
+            weighing = None if curvature is None else curvature.get(sharing[0].name)
+            importance = importance_of(sharing, imatrix)
+            with ordinary_tensors():
+                weight = weight_of([layer.name for layer in sharing])
+                try:
+                    parts.append(measure(weight, formats, weighing, *importance, rule))
+                except ValueError as error:
+                    raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
+                del weight  # before the next one is there
+        errors.append(errors_of(parts))
+    return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
+
+
+def importance_of(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:
+    """The importance that packing will use, of one weight, and the experts' shares of the tokens."""
+    if imatrix is None:
+        return None, None
+    shape = sharing[0].shape
+    shares = imatrix.shares(sharing[0].name, shape[0]) if len(shape) == 3 else None
+    return importance_of_layers(imatrix, sharing, shape), shares

@@ -1,0 +1,154 @@
+"""The curvature of the KL divergence in every weight of a model: what makes errors of different layers comparable.
+
+To second order, KL(model || model with W + dW) = 1/2 dW^T F dW, with F the Fisher information: the mean of s s^T over labels
+drawn from the model's own predictions, s being the gradient of their log-likelihood in W. Of F only the diagonal is
+kept, because rounding errors have no common direction, and of that, for each matrix, the sums over rows and over columns:
+
+    F[n, k] = R[n] C[k] / sum(R)        R[n] = sum over k of s[n, k]^2,  C[k] = sum over n of s[n, k]^2
+
+A forward and a backward pass per chunk of text give it for all layers at once, tied weights and fused experts included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.importance.calibration import read_calibration_text
+from isqtorch.modules.convert import locate, upright
+from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.progress import progress_bar
+from isqtorch.running import Ids, context_length, evaluating, run_model, token_ids
+
+from .sensitivity import Weighing
+
+CHUNK = 256  # tokens of a backward pass, which holds the activations of all of them
+CHUNKS = 8
+
+
+def measure_curvature(
+    model: nn.Module,
+    names: Sequence[str],
+    tokenizer: Any,
+    text: Ids | os.PathLike[str],
+    *,
+    progress: bool | None = None,
+) -> dict[str, Weighing]:
+    """The weighing "kl" of weights: the cost of an error is the divergence it causes, in nats per token.
+
+    Runs in eval mode on chunks of the text that are spread evenly over it. Memory: the activations of one chunk and the
+    gradient of one weight. Gradients that parameters have, and which of them want one, stay as they are. The same
+    text gives the same numbers: labels are drawn with a generator of their own.
+
+    Args:
+        model: a float causal language model that can run where it is.
+        names: weights, under the names that reports give them; of tied ones, any.
+        tokenizer: the model's; may be None with token ids.
+        text: as for `collect_imatrix`.
+        progress: a progress bar; None shows one if stderr is a terminal.
+
+    Returns:
+        By name; without those that nothing flowed through.
+
+    Raises:
+        ValueError: too short a text, a model that gives no logits or no gradients, or gradients that are not finite.
+        OSError: the file cannot be read.
+    """
+    content, _ = read_calibration_text(text)
+    ids = token_ids(content, tokenizer, "probe")
+    longest = context_length(model)
+    size = min(CHUNK, len(ids), *([longest] if longest is not None else []))
+    if size < 2:
+        raise ValueError(f"probe: {len(ids)} tokens are too few to measure with. Use a longer text.")
+    starts = torch.linspace(0, len(ids) - size, min(CHUNKS, len(ids) // size)).long().tolist()
+    meters = {name: _Meter() for name in names}
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(model), torch.enable_grad(), _watched(model, meters):
+        for start in progress_bar("probe", "chunk", progress, starts):
+            _sampled_loss(model, ids[None, start : start + size], generator).backward()
+    tokens = size * len(starts)
+    found = {name: weighing for name, meter in meters.items() if (weighing := meter.weighing(name, tokens)) is not None}
+    if not found:
+        raise ValueError("probe: no gradient reached any weight; the model must be made of differentiable layers")
+    return found
+
+
+def _sampled_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over positions of the log-likelihood of labels drawn from the predictions themselves."""
+    output = run_model(model, ids)
+    logits = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.requires_grad:
+        raise ValueError(
+            "probe: the model must return logits [B, T, vocabulary] with gradients. Use a causal language model."
+        )
+    log_p = logits[0].float().log_softmax(-1)
+    p = log_p.detach().exp().cpu()
+    if not bool(torch.isfinite(p).all()):
+        raise ValueError("probe: the model's logits are not finite. Run the model in bf16 or f32.")
+    labels = torch.multinomial(p, 1, generator=generator)
+    return log_p.gather(1, labels.to(log_p.device)).sum()
+
+
+class _Meter:
+    """Sums of squared gradients of one weight: by row and by column, f64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None  # [N] or [E, N]
+        self.columns: Tensor | None = None  # [K] or [E, K]
+
+    def add(self, gradient: Tensor) -> None:
+        squares = gradient.float().square()
+        rows, columns = squares.sum(-1).cpu().double(), squares.sum(-2).cpu().double()
+        self.rows = rows if self.rows is None else self.rows.add_(rows)
+        self.columns = columns if self.columns is None else self.columns.add_(columns)
+
+    def weighing(self, name: str, tokens: int) -> Weighing | None:
+        if self.rows is None or self.columns is None:
+            return None
+        total = self.rows.sum(-1, keepdim=True)  # [1] or [E, 1]
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(f"probe: the gradient of {name} is not finite. Run the model in bf16 or f32.")
+        if not bool(total.any()):
+            return None
+        share = torch.where(total > 0, self.columns / total, 0.0)  # an expert that no token reached costs nothing
+        return Weighing(self.rows / (2 * tokens), share)
+
+
+@contextmanager
+def _watched(model: nn.Module, meters: dict[str, _Meter]) -> Iterator[None]:
+    """Only the weights with a meter get a gradient, which is gone as soon as it is added up."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    handles = []
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, meter in meters.items():
+            path, leaf = locate(model, name)
+            module = model.get_submodule(path)
+            weight = module._parameters[leaf]
+            assert weight is not None
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(_taker(module, meter)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted, gradient in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+
+
+def _taker(module: nn.Module, meter: _Meter) -> Any:
+    def take(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        with ordinary_tensors(), torch.no_grad():
+            meter.add(upright(module, gradient))
+
+    return take

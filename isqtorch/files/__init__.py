@@ -1,0 +1,1 @@
+"""Containers on disk: GGUF, safetensors headers, bounded binary reading. Nothing here knows about quantization."""

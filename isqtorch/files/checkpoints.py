@@ -1,0 +1,120 @@
+"""Checkpoints on disk and on the Hub: which files there are, and what their headers say."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from safetensors import SafetensorError, safe_open
+
+Headers = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (safetensors dtype, shape)."""
+
+
+MAX_JSON_BYTES = 1 << 26  # the index of the largest models is a few MB
+
+
+def checkpoint_headers(source: str | os.PathLike[str]) -> tuple[Headers, Mapping[str, Any]]:
+    """(headers, config) of a folder, a file, or a model id."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"plan: model must be an nn.Module, a path or a model id, got {type(source).__name__}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        config_path = path / "config.json"
+        return _folder_headers(path), read_json(config_path) if config_path.is_file() else {}
+    if path.is_file():
+        return _file_headers(path), {}
+    text = os.fspath(source)
+    if (
+        isinstance(source, os.PathLike)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") != 1
+        or text.endswith(".safetensors")
+    ):
+        raise FileNotFoundError(f"plan: {text!r} is not a file or folder here, nor a model id (owner/name)")
+    return _hub_headers(text)
+
+
+def checkpoint_files(folder: Path, op: str) -> list[Path]:
+    """The files of a folder with a checkpoint: those of its index, else model.safetensors, else every .safetensors file.
+
+    Raises:
+        ValueError: an index that is none, or names files elsewhere.
+        FileNotFoundError: there are none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: 'weight_map' must map tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index}: {outside[0]!r} is not a plain file name")
+        files = [folder / name for name in names]
+    else:
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{op}: {folder} holds no .safetensors file")
+    return files
+
+
+def _folder_headers(folder: Path) -> Headers:
+    """All tensors of a folder."""
+    headers: Headers = {}
+    for file in checkpoint_files(folder, "plan"):
+        for name, entry in _file_headers(file).items():
+            if name in headers:
+                raise ValueError(f"{file}: tensor {name} is in another file of the folder too")
+            headers[name] = entry
+    return headers
+
+
+def _file_headers(path: Path) -> Headers:
+    """Names, types and shapes of one file; nothing behind the header is read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"plan: {path} is missing")
+    try:
+        with safe_open(path, framework="np") as file:  # maps read-only; "pt" needs memory for a mapping of this size
+            if "isqtorch" in (file.metadata() or {}):
+                raise ValueError(f"{path}: is quantized by isqtorch already; plan takes the original model")
+            pieces = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+
+
+def _hub_headers(repo: str) -> tuple[Headers, Mapping[str, Any]]:
+    """Headers of a model on the Hub, by range requests, and its config.json."""
+
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(repo)
+        config = read_json(Path(huggingface_hub.hf_hub_download(repo, "config.json")))
+    except Exception as error:  # the client's own errors, its HTTP library's, and those of the socket
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"plan: cannot read the headers of {repo!r} from the Hub ({type(error).__name__}: {message}). Check the name and the "
+            "connection, or give a local folder."
+        ) from error
+    headers: Headers = {}
+    for file in metadata.files_metadata.values():
+        headers.update({name: (info.dtype, tuple(info.shape)) for name, info in file.tensors.items()})
+    return headers, config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object; ValueError if the file is none."""
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    try:
+        content = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is not a JSON object")
+    return content

@@ -1,0 +1,203 @@
+"""The container of GGUF files: metadata and the directory of tensors, written, and read without trusting a number in it.
+
+"GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
+metadata entry:   key string | type u32 | value                      string: length u64 | bytes
+directory entry:  name string | number of dims u32 | dims u64[] (contiguous one first) | type u32 | offset u64
+padding to `general.alignment`, then the tensors; offsets count from here
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .binary import BinaryReader
+
+MAGIC = b"GGUF"
+F32 = 0  # the tensor type number of f32
+
+_KINDS = {
+    0: "u8",
+    1: "i8",
+    2: "u16",
+    3: "i16",
+    4: "u32",
+    5: "i32",
+    6: "f32",
+    7: "u8",  # bool
+    10: "u64",
+    11: "i64",
+    12: "f64",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_ENTRIES = 1 << 17  # tensors, metadata entries: far above any real file, quick to loop over
+_MAX_STRINGS = 1 << 20  # of one array: the vocabulary of a model
+_MAX_ALIGNMENT = 1 << 20
+_ALIGNMENT = 32  # where a file does not say; what is written here
+_U32 = 4
+
+Value = int | float | str | list[str] | bytes
+"""A metadata value. An array of numbers stays the raw bytes of the file: nothing here needs one."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One line of the directory. Its size and place are checked when it is read."""
+
+    name: str
+    dims: tuple[int, ...]  # as stored: the contiguous dimension first
+    type: int
+    offset: int  # from the start of the tensor data
+    at: int  # byte of the file where this line starts, for messages
+
+
+class GgufFile:
+    """A GGUF file whose header has been read: `metadata`, `tensors` (the directory, by name) and `alignment`."""
+
+    def __init__(self, reader: BinaryReader) -> None:
+        """Read the header; ValueError if anything in it is wrong."""
+        self._reader = reader
+        magic = reader.take(4, "magic")
+        assert magic == MAGIC, "callers look at the magic first"
+        version = reader.integer("u32", "version")
+        if version not in (2, 3):
+            hint = " (a big-endian file?)" if version in (2 << 24, 3 << 24) else ""
+            raise reader.error(f"GGUF version {version}{hint}, only 2 and 3 can be read", 4)
+        tensor_count = reader.count("u64", "number of tensors", 33, _MAX_ENTRIES)
+        value_count = reader.count("u64", "number of metadata entries", 14, _MAX_ENTRIES)
+        self.metadata = self._read_metadata(value_count)
+        self.tensors = self._read_directory(tensor_count)
+        self.alignment = self._read_alignment()
+        self._data_start = -(-reader.position // self.alignment) * self.alignment
+
+    def read_f32(self, tensors: Iterable[GgufTensor]) -> dict[str, NDArray[np.float32]]:
+        """The values of some f32 tensors, by name, each `[product of dims]`.
+
+        Raises:
+            ValueError: another type, a misaligned offset, data outside the file, or two tensors that share bytes;
+                all of this is checked before anything is allocated.
+        """
+        placed = sorted((self._place(tensor) for tensor in tensors), key=lambda item: item[0])
+        end_before = 0
+        for start, end, tensor in placed:
+            if start < end_before:  # also what keeps the sum of all allocations below the size of the file
+                raise self._reader.error(f"tensor {tensor.name!r} overlaps the one before it", start)
+            end_before = end
+        values = {}
+        for start, end, tensor in placed:
+            self._reader.seek(start)
+            values[tensor.name] = self._reader.floats((end - start) // 4, f"tensor {tensor.name!r}")
+        return values
+
+    def _place(self, tensor: GgufTensor) -> tuple[int, int, GgufTensor]:
+        """First and last byte of an f32 tensor in the file."""
+        what = f"tensor {tensor.name!r}"
+        if tensor.type != F32:
+            raise self._reader.error(f"{what} has type {tensor.type}, must be {F32} (f32)", tensor.at)
+        if tensor.offset % self.alignment:
+            raise self._reader.error(
+                f"{what} has offset {tensor.offset}, must be a multiple of {self.alignment}", tensor.at
+            )
+        start = self._data_start + tensor.offset
+        end = start + 4 * prod(tensor.dims)
+        if end <= start or end > self._reader.size:
+            raise self._reader.error(
+                f"{what} of shape {list(tensor.dims)} would lie at bytes {start} to {end}, "
+                f"the file has {self._reader.size}",
+                tensor.at,
+            )
+        return start, end, tensor
+
+    # ---- header ------------------------------------------------------------------------------------------------------
+
+    def _read_metadata(self, count: int) -> dict[str, Value]:
+        metadata: dict[str, Value] = {}
+        for _ in range(count):
+            at = self._reader.position
+            key = self._reader.name("u64", "metadata key")
+            if key in metadata:
+                raise self._reader.error(f"metadata key {key!r} appears twice", at)
+            metadata[key] = self._read_value(key)
+        return metadata
+
+    def _read_value(self, key: str) -> Value:
+        at = self._reader.position
+        what = f"metadata {key!r}"
+        kind = self._reader.integer("u32", f"type of {what}")
+        if kind == _STRING:
+            return self._reader.text("u64", what)
+        if kind in _KINDS:
+            return self._reader.scalar(_KINDS[kind], what)
+        if kind != _ARRAY:
+            raise self._reader.error(f"{what} has unknown type {kind}", at)
+        kind = self._reader.integer("u32", f"element type of {what}")
+        if kind == _STRING:
+            return [
+                self._reader.text("u64", what)
+                for _ in range(self._reader.count("u64", f"length of {what}", 8, _MAX_STRINGS))
+            ]
+        if kind in _KINDS:
+            width = self._reader.width(_KINDS[kind])
+            return self._reader.take(width * self._reader.count("u64", f"length of {what}", width), what)
+        raise self._reader.error(f"{what} is an array with elements of type {kind}, which no known file has", at)
+
+    def _read_directory(self, count: int) -> dict[str, GgufTensor]:
+        reader = self._reader
+        tensors: dict[str, GgufTensor] = {}
+        for _ in range(count):
+            at = reader.position
+            name = reader.name("u64", "tensor name")
+            if name in tensors:
+                raise reader.error(f"tensor {name!r} appears twice", at)
+            n_dims = reader.integer("u32", f"number of dims of tensor {name!r}")
+            if not 1 <= n_dims <= 4:
+                raise reader.error(f"tensor {name!r} has {n_dims} dims, must be 1 to 4", at)
+            dims = tuple(reader.integer("u64", f"dims of tensor {name!r}") for _ in range(n_dims))
+            kind = reader.integer("u32", f"type of tensor {name!r}")
+            tensors[name] = GgufTensor(name, dims, kind, reader.integer("u64", f"offset of tensor {name!r}"), at)
+        return tensors
+
+    def _read_alignment(self) -> int:
+        value = self.metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(value, int) or not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
+            raise self._reader.error(
+                f"metadata 'general.alignment' is {value!r}, must be a power of two up to {_MAX_ALIGNMENT}"
+            )
+        return value
+
+
+def encode_header(metadata: Mapping[str, str | int | list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """Everything up to the first tensor, of a file whose tensors are all f32 and follow in this order, each padded to 32 bytes.
+
+    Args:
+        metadata: strings, lists of strings, and integers, which become u32.
+        shapes: dims by name, the contiguous one first; trailing ones are dropped, as ggml does.
+    """
+    out = [MAGIC, struct.pack("<IQQ", 3, len(shapes), len(metadata))]
+    for key, value in metadata.items():
+        out.append(_string(key))
+        if isinstance(value, str):
+            out += [struct.pack("<I", _STRING), _string(value)]
+        elif isinstance(value, int):
+            out.append(struct.pack("<II", _U32, value))
+        else:
+            out += [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_string, value)]
+    offset = 0
+    for name, shape in shapes.items():
+        dims = list(shape)
+        while len(dims) > 1 and dims[-1] == 1:
+            dims.pop()
+        out += [_string(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, F32, offset)]
+        offset += -(-4 * prod(dims) // _ALIGNMENT) * _ALIGNMENT
+    header = b"".join(out)
+    return header + bytes(-len(header) % _ALIGNMENT)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

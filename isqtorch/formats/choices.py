@@ -1,0 +1,37 @@
+"""What a user may write for a format: a name, or a number of bits, which means the best format for the device."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import QuantFormat, formats, get_format, register_mix
+
+Spec = int | str | QuantFormat
+"""A number of bits, a name, or a format."""
+
+AUTO = "auto"  # the rule that measures the layers and chooses (isqtorch.auto)
+_BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
+_BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
+
+
+def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "cpu") -> QuantFormat:
+    """A format from what a user may write: a name, or a number of bits, which means the best format for the device.
+
+    Raises:
+        ValueError: an unknown name, or a number of bits without a format.
+    """
+    if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
+        raise ValueError(f"format must be a name or a number of bits, got {spec!r}")
+    if isinstance(spec, str) and spec.isdecimal():
+        spec = int(spec)
+    if isinstance(spec, int):
+        table = _BY_BITS_MPS if torch.device(device).type == "mps" else _BY_BITS
+        if spec not in table:
+            raise ValueError(
+                f"no format has {spec} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}."
+            )
+        spec = table[spec]
+    return get_format(spec)
+
+
+register_mix(AUTO)

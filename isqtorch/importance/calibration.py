@@ -1,0 +1,302 @@
+"""Collecting an importance matrix: watch what flows into the layers of a model while it runs.
+
+    with isqtorch.calibrate(model) as im:      any traffic
+        serve(model)
+    im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     a text, in chunks, as llama.cpp does it
+
+The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for routed
+experts, per expert. A layer's hook costs one pass over its input, and layers with the same input (q, k and v; gate and up)
+share that pass.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import layer_kind
+from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.progress import progress_bar
+from isqtorch.running import Ids, bos_token, context_length, evaluating, run_model, token_ids
+
+from .files import DEFAULT_CHUNK
+from .imatrix import Imatrix, ImatrixLike
+from .routed import RoutedExperts, find_routed_experts
+
+_running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_running_lock = threading.Lock()
+
+
+class Calibration(Imatrix):
+    """An importance matrix that is being collected; `calibrate` makes it.
+
+    It is complete when the `with` block ends. Inside, `refresh()` takes over what has been seen so far, as to save it now
+    and then.
+
+    Attributes:
+        tokens: most rows that any one layer has seen, padding included.
+    """
+
+    def __init__(self, meters: dict[str, _Meter], source: str) -> None:
+        super().__init__({}, source=source)
+        self._meters = meters
+
+    @property
+    def tokens(self) -> int:
+        return max((meter.rows for meter in self._meters.values()), default=0)
+
+    def refresh(self) -> None:
+        """Make the entries what has been collected so far.
+
+        A matrix that saw no token gets no entry, unless it is one of a list of experts: experts without data count all
+        their columns alike, as llama.cpp has it.
+
+        Raises:
+            ValueError: a layer's inputs were not finite.
+        """
+        sums, counts = {}, {}
+        for name, meter in self._meters.items():
+            read = meter.read()
+            if read is not None and (read[1].any() or ".experts." in f".{name}."):
+                sums[name], counts[name] = read
+        try:
+            fresh = Imatrix(sums, counts, source=self.source)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: this layer's inputs overflowed during calibration. Run the model in bf16."
+            ) from None
+        self.sums, self.counts = fresh.sums, fresh.counts
+
+
+class _Meter:
+    """Sums and counts of one matrix, or of a stack of experts, wherever the model is. The lock of the watch guards it."""
+
+    def __init__(self, columns: int, experts: int | None = None) -> None:
+        self.columns, self.experts = columns, experts
+        self.rows = 0  # handed in, whatever expert they went to
+        self._sums: Tensor | None = None  # f32 [K] or [E, K]
+        self._counts: Tensor | None = None  # int64 [E]; without experts, `rows` is the count
+
+    def add(self, sums: Tensor, rows: int, counts: Tensor | None = None) -> None:
+        self.rows += rows
+        self._sums = sums.clone() if self._sums is None else self._sums.add_(sums.to(self._sums.device))
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts.add_(counts.to(self._counts.device))
+
+    def read(self) -> tuple[Tensor, Tensor] | None:
+        """Sums and counts on the CPU, as `Imatrix` keeps them."""
+        if self._sums is None:
+            shape = (self.columns,) if self.experts is None else (self.experts, self.columns)
+            return torch.zeros(shape), torch.zeros(self.experts or 1, dtype=torch.int64)
+        counts = torch.tensor([self.rows]) if self._counts is None else self._counts.to("cpu", torch.int64, copy=True)
+        return self._sums.to("cpu", copy=True), counts
+
+
+class _Watch:
+    """The hooks of one calibration, and what they add up."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.meters: dict[str, _Meter] = {}
+        self._model = model
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self._active = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hooks are there inside, and gone after, however it ends."""
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                if isinstance(module, nn.Linear) or layer_kind(module) == "conv1d":
+                    self.meters[name] = _Meter(_columns(module))
+                    handle = module.register_forward_pre_hook(self._linear_hook(name), with_kwargs=True)
+                    stack.callback(handle.remove)
+            for name, routed in find_routed_experts(self._model):
+                for leaf, columns in routed.columns.items():
+                    self.meters[f"{name}.{leaf}"] = _Meter(columns, routed.experts)
+                stack.enter_context(routed.observed(self._experts_observer(name, routed)))
+            self._active = True
+            stack.callback(setattr, self, "_active", False)  # a forward of another thread may still hold a hook
+            yield
+
+    def _linear_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if self._active and isinstance(x, Tensor) and x.numel() and x.device.type != "meta":
+                sums = self._shared_squares(x)
+                with self._lock, ordinary_tensors():
+                    self.meters[name].add(sums, x.numel() // x.shape[-1])
+
+        return hook
+
+    def _shared_squares(self, x: Tensor) -> Tensor:
+        """The sums of an input, once for all layers that get this very tensor one after the other."""
+        version = None if x.is_inference() else x._version  # changes made in place to the first cannot be seen
+        last = getattr(self._thread, "last", None)
+        if last is not None and version is not None and last[0]() is x and last[1] == version:
+            shared: Tensor = last[2]
+            return shared
+        with ordinary_tensors():
+            sums: Tensor = torch.ops.isqtorch.square_sums(x.detach())[0]
+        self._thread.last = weakref.ref(x), version, sums
+        return sums
+
+    def _experts_observer(self, name: str, routed: RoutedExperts) -> Callable[[str, Tensor, Tensor], None]:
+        def observe(leaf: str, x: Tensor, experts: Tensor) -> None:
+            """Rows x `[S, K]` went to experts `[S]` or `[S, top_k]`."""
+            if self._active and len(x):
+                with ordinary_tensors():
+                    groups = experts.reshape(len(x), -1)
+                    sums = torch.ops.isqtorch.square_sums(x.detach(), groups, routed.experts)
+                    counts = _occurrences(groups, routed.experts)
+                with self._lock, ordinary_tensors():
+                    self.meters[f"{name}.{leaf}"].add(sums, len(x), counts)
+
+        return observe
+
+
+@contextmanager
+def calibrate(model: nn.Module) -> Iterator[Calibration]:
+    """Collect an importance matrix from whatever runs through a model.
+
+    Linear layers, quantized or not, and the fused experts of transformers models are watched, from any thread. Every row of a
+    layer's input counts, so pad little. Experts run in their "grouped_mm" implementation meanwhile.
+
+    Args:
+        model: any module; must not be under calibration already.
+
+    Yields:
+        The matrix, empty until the block ends or `refresh()` is called.
+
+    Raises:
+        ValueError: the model has no linear layer, is being calibrated, or a layer's inputs were not finite; also where the
+            block ends without anything having run (a model compiled before does not see hooks).
+    """
+    with _running_lock:
+        if model in _running:
+            raise ValueError("calibrate: this model is being calibrated already")
+        _running.add(model)
+    watch = _Watch(model)
+    im = Calibration(watch.meters, f"calibration of {type(model).__name__}")
+    try:
+        with watch.running():
+            if not watch.meters:
+                raise ValueError(f"calibrate: {type(model).__name__} has no linear layer to watch")
+            yield im
+    finally:
+        _running.discard(model)
+    im.refresh()
+    if not im:
+        raise ValueError(
+            "calibrate: no layer of the model ran inside the block. Run the model itself, not a compiled or exported form of it."
+        )
+
+
+def collect_imatrix(
+    model: nn.Module,
+    text: Ids | os.PathLike[str],
+    tokenizer: Any = None,
+    chunk: int = DEFAULT_CHUNK,
+    max_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Run a text through a causal language model and collect its importance matrix.
+
+    As llama.cpp's tool: chunks of `chunk` tokens, each from an empty cache and with BOS as its first token if the tokenizer
+    puts one before a text; whole chunks only. 10,000 to 50,000 tokens are enough.
+
+    Args:
+        model: in the dtype that it should run in; it runs in eval mode and gets its training flags back.
+        text: a file (a path object, or a string that names an existing one), a text, or token ids.
+        tokenizer: the model's; not needed with token ids.
+        chunk: tokens per chunk; less where the model's context is not longer than that.
+        max_tokens: only the first so many tokens of the text.
+        progress: a progress bar; None shows one if stderr is a terminal.
+
+    Raises:
+        ValueError: a bad argument, or too short a text.
+        OSError: the file cannot be read.
+    """
+    for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
+        if value is not None and (not isinstance(value, int) or value < 2):
+            raise ValueError(f"collect_imatrix: {option} must be an integer of 2 or more, got {value!r}")
+    content, dataset = read_calibration_text(text)
+    ids = token_ids(content, tokenizer, "collect_imatrix")[:max_tokens]
+    if len(ids) < 2:
+        raise ValueError(f"collect_imatrix: {len(ids)} tokens are too few to calibrate with. Use a longer text.")
+    longest = context_length(model)
+    size = min(chunk, len(ids), *([max(longest - 1, 1)] if longest is not None else []))
+    chunks = ids[: len(ids) // size * size].view(-1, size).clone()  # [chunks, size]
+    bos = bos_token(tokenizer) if tokenizer is not None else None
+    if bos is not None:
+        chunks[:, 0] = bos
+
+    with calibrate(model) as im, evaluating(model):
+        for ids_of_one in progress_bar("calibrate", "chunk", progress, chunks):
+            run_model(model, ids_of_one[None])
+    im.chunk_count, im.chunk_size, im.datasets = len(chunks), size, (dataset,)
+    return im
+
+
+def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
+    """Text or ids, and what to call them."""
+    if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
+        try:
+            return Path(text).read_text(encoding="utf-8"), os.fspath(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{os.fspath(text)} is not UTF-8 text (byte {error.start})") from None
+    return text, "text" if isinstance(text, str) else "token ids"
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:  # a NUL character
+        return False
+
+
+def _columns(module: nn.Module) -> int:
+    """K of a linear layer: packed, ordinary or Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor) and not isinstance(module, PackedModule)
+    return weight.shape[0]
+
+
+def _occurrences(groups: Tensor, count: int) -> Tensor:
+    """How often each of 0 .. count - 1 occurs, int64 `[count]`; unlike bincount, the host waits for nothing."""
+    return (groups.reshape(-1, 1) == torch.arange(count, device=groups.device)).sum(0)
+
+
+class Calibrate(NamedTuple):
+    """A text to calibrate with, if there is one, and what reads it."""
+
+    file: str | os.PathLike[str] | None
+    tokenizer: Any
+
+
+def collect(
+    model: nn.Module,
+    op: str,
+    imatrix: ImatrixLike | None,
+    calibrate: Calibrate,
+    progress: bool | None,
+    check: Callable[[], object],
+) -> ImatrixLike:
+    """The importance matrix of the model as it is, from a text file; `check` finds what is wrong before the minutes this takes."""
+    if imatrix is not None:
+        raise ValueError(f"{op}: give either imatrix or calibration_file, not both")
+    if calibrate.tokenizer is None:
+        raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
+    check()
+    return collect_imatrix(model, Path(calibrate.file or ""), calibrate.tokenizer, progress=progress)

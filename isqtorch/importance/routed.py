@@ -1,0 +1,125 @@
+"""Fused experts: what each of their stacks of matrices gets as input, per expert.
+
+Packed ones send everything through `QuantExperts._multiply`. Those of a transformers model are less direct: transformers 5
+keeps the experts of a layer in one module with weights `[E, N, K]`, whose forward is one of several implementations.
+"grouped_mm" sorts the rows by expert; between its two products it calls `_apply_gate` (or `act_fn`), whose result is the
+input of the second. That is where this looks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import get_format
+from isqtorch.modules import PackedModule, QuantExperts
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called with the name of a weight, the rows `[S, K]` that go into it, and their experts `[S]` or `[S, top_k]`."""
+
+
+class RoutedExperts(Protocol):
+    """One such module.
+
+    Attributes:
+        experts: E.
+        columns: K of each of its matrices, by the name of the parameter.
+    """
+
+    experts: int
+    columns: dict[str, int]
+
+    def observed(self, observer: Observer) -> AbstractContextManager[None]:
+        """Call `observer` with every input of the matrices, inside this block."""
+        ...
+
+
+class PackedExperts:
+    """Stacks of packed matrices."""
+
+    def __init__(self, module: QuantExperts) -> None:
+        self._module = module
+        stacks = {leaf: cast(Tensor, module._parameters[leaf]) for leaf in module.formats}
+        self.experts = next(iter(stacks.values())).shape[0]
+        self.columns = {
+            leaf: get_format(module.formats[leaf]).in_features(stack.shape[2]) for leaf, stack in stacks.items()
+        }
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        multiply = self._module._multiply
+
+        def watched(name: str, x: Tensor, ids: Tensor) -> Tensor:
+            observer(name, x.reshape(-1, x.shape[-1]), ids if x.ndim == 2 else ids.reshape(-1))
+            return multiply(name, x, ids)
+
+        vars(self._module)["_multiply"] = watched
+        try:
+            yield
+        finally:
+            del vars(self._module)["_multiply"]
+
+
+class FloatExperts:
+    """Experts of a class that transformers' `use_experts_implementation` made."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._first = "gate_up_proj" if module.has_gate else "up_proj"
+        down = module.down_proj
+        self.experts: int = down.shape[0]
+        at = 1 if module.is_transposed else 2  # [E, K, N] or [E, N, K]
+        self.columns = {leaf: int(getattr(module, leaf).shape[at]) for leaf in (self._first, "down_proj")}
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        module, routing = self._module, threading.local()
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+            x, chosen = named["hidden_states"], named["top_k_index"]
+            routing.sorted = torch.sort(chosen.reshape(-1))[0]  # the rows of the second product
+            observer(self._first, x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]))
+
+        def between(x: Tensor) -> None:
+            observer("down_proj", x, routing.sorted)
+
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        config, asked = module.config, module.config._experts_implementation
+        try:
+            config._experts_implementation = "grouped_mm"
+            if module.has_gate:
+                gate = module._apply_gate
+
+                def apply_gate(x: Tensor) -> Tensor:
+                    out: Tensor = gate(x)
+                    between(out)
+                    return out
+
+                module._apply_gate = apply_gate
+            else:
+                handles.append(module.act_fn.register_forward_hook(lambda _, args, out: between(out)))
+            yield
+        finally:
+            config._experts_implementation = asked
+            vars(module).pop("_apply_gate", None)
+            for handle in handles:
+                handle.remove()
+
+
+def find_routed_experts(model: nn.Module) -> Iterator[tuple[str, RoutedExperts]]:
+    """The fused experts of a model, by path."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantExperts) and module.formats:
+            yield name, PackedExperts(module)
+        marks = ("has_gate", "is_transposed", "_apply_gate", "config")  # of transformers' use_experts_implementation
+        weight = module._parameters.get("down_proj")
+        if isinstance(module, PackedModule) or weight is None or weight.ndim != 3:
+            continue
+        if all(hasattr(module, mark) for mark in marks):
+            yield name, FloatExperts(module)

@@ -1,0 +1,64 @@
+"""dequantize_: turn the quantized layers of a model back into ordinary ones."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
+from isqtorch.modules.convert import experts_to_float, float_weight, put_module, to_float
+from isqtorch.policy.inventory import check_model, packed_names, storage_key
+
+from .listeners import announce
+from .origin import forget
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turn every quantized layer back into the ordinary layer it was, with the weights it computes with.
+
+    Tied weights stay tied; what was an nn.Linear, nn.Embedding or Conv1D is one again.
+
+    Args:
+        model: a model with quantized layers.
+        dtype: float type of the weights and of the layers' biases; None keeps each layer's own.
+
+    Raises:
+        ValueError: the model holds no quantized layer, is one itself, or `dtype` is not a float type.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dequantize_: dtype must be a float type, got {dtype}")
+    check_model(model, "dequantize_")
+    names = packed_names(model)
+    if not names:
+        raise ValueError("dequantize_: the model holds no quantized layer.")
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        key = id(module) if isinstance(module, QuantExperts) else storage_key(_weight(model, name))
+        groups.setdefault(key, []).append(name)
+    for group in groups.values():
+        weights: dict[bool, nn.Parameter] = {}  # by orientation
+        done: dict[int, nn.Module] = {}
+        for name in group:
+            old = model.get_submodule(name)
+            if not isinstance(old, PackedModule):
+                continue  # the same parent under another name: replaced already
+            if id(old) not in done and isinstance(old, QuantExperts):
+                new = experts_to_float(old, dtype)
+                done[id(old)] = new if dtype is None else new.to(dtype)
+            elif id(old) not in done:
+                assert isinstance(old, (QuantLinear, QuantEmbedding))
+                transposed = old.origin not in (nn.Linear, nn.Embedding)
+                if transposed not in weights:
+                    weights[transposed] = float_weight(old, dtype)
+                new = to_float(old, weights[transposed])
+                done[id(old)] = new if dtype is None else new.to(dtype)
+            put_module(model, name, done[id(old)])
+    forget(model)
+    announce(model, None)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(name).weight)

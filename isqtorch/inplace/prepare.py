@@ -1,0 +1,261 @@
+"""Everything that quantize_ checks before it touches the first layer, and the list of jobs that comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import QuantFormat
+from isqtorch.importance.imatrix import Imatrix, ImatrixLike, imatrix_name, importance_of, load_imatrix
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import locate, weight_matrix
+from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
+from isqtorch.policy.activations import check_activations
+from isqtorch.policy.decide import Request, Verdict, decide
+from isqtorch.policy.inventory import Inventory, checked_device, inspect_model
+from isqtorch.policy.layers import LayerInfo
+from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.text import first_names
+
+_ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
+_F16_SCALES_HOLD = 6e4  # weights up to this overflow no format's 16-bit scale or offset
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight to pack, under all the names that share it."""
+
+    names: tuple[str, ...]
+    has_input: bool  # one of them is not an embedding, so that columns can matter
+    fmt: QuantFormat
+    importance: Tensor | None
+    rule: str | None  # the rule that was asked for, if the format has it
+    device: torch.device | None  # None: where it is
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request, ready to be carried out."""
+
+    inventory: Inventory
+    verdict: Verdict
+    jobs: list[Job]
+    target: torch.device | None  # where the whole model goes
+    rule: str | None  # as it was asked for
+    imatrix: str | None  # where the importance that some job uses came from
+    notes: list[str]  # for the report, besides the verdict's
+    warnings: list[str]  # to be shown at once
+
+
+def prepare(
+    model: nn.Module, request: Request, imatrix: ImatrixLike | None, device: torch.device | str | None, rule: str | None
+) -> Prepared:
+    """Decide about every weight and check all that can fail.
+
+    Raises:
+        ValueError: see `quantize_`.
+    """
+    target = None if device is None else checked_device(device, f"{request.op}: device")
+    for entry in request.entries.entries:
+        if entry.device is not None:
+            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
+    inventory = inspect_model(model)
+    if target is not None:
+        inventory = replace(inventory, layers=[replace(layer, device_type=target.type) for layer in inventory.layers])
+    prepared = prepare_inventory(inventory, request, imatrix, target, rule)
+    for job in prepared.jobs:
+        _check_weight(model, job, request.op)
+    return prepared
+
+
+def prepare_inventory(
+    inventory: Inventory,
+    request: Request,
+    imatrix: ImatrixLike | None,
+    target: torch.device | None,
+    rule: str | None,
+    again: bool = False,
+) -> Prepared:
+    """The part of `prepare` that needs no weights.
+
+    Args:
+        again: layers that have their format already are packed once more, from other weights than they hold.
+
+    Raises:
+        ValueError: see `quantize_`.
+    """
+    verdict = decide(inventory.layers, request)
+    permissions = check_activations(inventory.layers, verdict, request)
+    importance = load_imatrix(imatrix)
+    jobs = _jobs(inventory, verdict, importance, target, rule, again)
+    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule), *permissions]
+    if importance is not None:
+        notes += _importance_notes(jobs, importance, request.op)
+    alarms = _dead_columns(jobs)
+    if not any(decision.format for decision in verdict.decisions):
+        alarms.append(f"{request.op} quantized nothing; the report has the reasons")
+    _check_kernels(jobs, rule, request.op)
+    source = imatrix_name(importance) if any(job.importance is not None for job in jobs) else None
+    return Prepared(inventory, verdict, jobs, target, rule, source, [*notes, *alarms], [*verdict.notes, *alarms])
+
+
+def _jobs(
+    inventory: Inventory,
+    verdict: Verdict,
+    imatrix: Imatrix | None,
+    target: torch.device | None,
+    rule: str | None,
+    again: bool,
+) -> list[Job]:
+    """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
+    groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
+    for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
+        if decision.format is not None and (again or decision.format.name != layer.packed_as):
+            groups.setdefault(layer.tied_to or layer.name, []).append((layer, decision.format, decision.device))
+    jobs = []
+    for members in groups.values():
+        layers = [layer for layer, _, _ in members]
+        first, fmt, device = members[0]
+        importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
+        own_rule = rule if has_rule(fmt, rule) else None
+        jobs.append(
+            Job(
+                tuple(layer.name for layer in layers),
+                any(layer.kind != "embedding" for layer in layers),
+                fmt,
+                importance if uses_importance(fmt, own_rule) else None,
+                own_rule,
+                device or target,
+            )
+        )
+    return jobs
+
+
+def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
+    """Which devices compute with the reference, for want of kernels."""
+    devices = {
+        decision.device.type if decision.device else layer.device_type
+        for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)
+        if decision.format is not None
+    }
+    return [
+        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow"
+        for device in sorted(devices - {*NATIVE_DEVICES, "meta"})
+    ]
+
+
+def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
+    """Which layers go without the rule that was asked for; if all do, `_check_kernels` refuses."""
+    without = [job.names[0] for job in jobs if job.rule != rule]
+    return [f"{len(without)} layers have formats without a rule {rule!r}: {first_names(without)}"] if without else []
+
+
+def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
+    """Which layers go without importance; ValueError if all do that could use it."""
+    useful: list[Job] = []
+    useless: list[Job] = []
+    for job in jobs:
+        (useful if uses_importance(job.fmt, job.rule) else useless).append(job)
+    without = [job.names[0] for job in useful if job.importance is None and job.has_input]
+    if without and not any(job.importance is not None for job in jobs):
+        raise ValueError(
+            f"{op}: no entry of {imatrix!r} belongs to a layer of this model; {without[0]}, for example, has none. "
+            "It was made for another model."
+        )
+    notes = [imatrix.summary()] if imatrix.datasets else []
+    unseen = sum(imatrix.unseen.values())
+    if unseen:
+        notes.append(f"{unseen} expert matrices saw no token in calibration: all their columns count alike")
+    if without:
+        notes.append(
+            f"{len(without)} layers have no entry in the importance matrix and were quantized without: {first_names(without)}"
+        )
+    for search, told in (
+        (False, "formats that take no importance"),
+        (True, "formats that take it only with rule='search'"),
+    ):
+        names = [job.names[0] for job in useless if has_rule(job.fmt, "search") == search]
+        if names:
+            notes.append(f"{len(names)} layers have {told}: {first_names(names)}")
+    return notes
+
+
+def _dead_columns(jobs: list[Job]) -> list[str]:
+    """Warnings about sub-blocks in which no column matters; rules of our own then do as without importance."""
+    warnings = []
+    for job in jobs:
+        start = None if job.importance is None or not job.fmt.takes_importance else _zero_run(job.importance)
+        if start is not None:
+            assert job.importance is not None
+            expert, start = divmod(start, job.importance.shape[-1])
+            whose = f"{job.names[0]}[{expert}]" if job.importance.dim() == 2 else job.names[0]
+            warnings.append(
+                f"importance of {whose} is zero for columns {start} to {start + _ZERO_RUN - 1}: as in llama.cpp, a "
+                f"sub-block of {job.fmt.name} without any importance is stored as zeros or coarsely. Calibrate with more text."
+            )
+    return warnings
+
+
+def _zero_run(importance: Tensor) -> int | None:
+    """First column of a sub-block whose importance is zero throughout."""
+    dead = (importance.reshape(-1, _ZERO_RUN) == 0).all(dim=1).nonzero()
+    return int(dead[0]) * _ZERO_RUN if len(dead) else None
+
+
+def _check_weight(model: nn.Module, job: Job, op: str) -> None:
+    """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
+    path, leaf = locate(model, job.names[0])
+    module = model.get_submodule(path)
+    name = f"{path}.{leaf}"
+    weight = cast(Tensor, getattr(module, leaf))
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{op}: {name} is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
+        )
+    with ordinary_tensors():
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            matrix = decoded = torch.ops.isqtorch.dequantize(weight, module.packed[leaf], torch.float32)
+        else:
+            matrix, decoded = weight_matrix(module, leaf).detach(), weight
+        low, high = decoded.aminmax()  # NaN comes through; allocates nothing of the weight's size
+        if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+            if max(-float(low), float(high)) > _F16_SCALES_HOLD:
+                _check_scales(matrix, job, op)
+            return
+        position = _first_bad(decoded)
+        raise ValueError(
+            f"{op}: {name}[{', '.join(map(str, position))}] is {decoded[position].item()}; weights must be finite. Repair the "
+            "checkpoint, or leave the layer out with exclude. Nothing was changed."
+        )
+
+
+def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
+    """Pack a weight with enormous values once for nothing: only the quantizer knows whether a scale overflows."""
+    importance = None if job.importance is None else job.importance.to(matrix.device)
+    try:
+        torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, job.rule)
+    except ValueError as error:
+        raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
+
+
+def _first_bad(weight: Tensor) -> tuple[int, ...]:
+    """Position of the first weight that is NaN or infinite; there is one."""
+    for row in range(weight.shape[0]):
+        bad = (~torch.isfinite(weight[row])).nonzero()
+        if len(bad):
+            return row, *bad[0].tolist()
+    raise AssertionError("all weights are finite")
+
+
+def _check_kernels(jobs: list[Job], rule: str | None, op: str) -> None:
+    """Pack one block per format, so that a rule or kernel that is missing shows before the first layer is touched."""
+    known = any(job.rule == rule for job in jobs)
+    for job in {job.fmt.name: job for job in jobs}.values():
+        try:
+            torch.ops.isqtorch.quantize(torch.zeros(1, job.fmt.block), job.fmt.name, None, job.rule if known else rule)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None

@@ -1,0 +1,200 @@
+"""The checkpoint that a model came from: its tensors, read again one by one under the names that the model has for them.
+
+A plain module's checkpoint has its state dict's names. Libraries whose loaders rename, join or turn tensors register a reader,
+which does the same to what is read here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from isqtorch.files.checkpoints import checkpoint_files, read_json
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    file: Path
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+
+
+class Source:
+    """The float tensors of some safetensors files.
+
+    Attributes:
+        where: the folder or file, for messages.
+        tensors: {name in the files: where it is}.
+
+    Raises:
+        ValueError: a damaged file, a tensor that is in two of them, or files that hold packed weights.
+        OSError: a file is missing or cannot be read.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
+        paths = [Path(file) for file in files]
+        self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
+        self.tensors: dict[str, Stored] = {}
+        self._open: dict[Path, Any] = {}
+        self._seen: dict[Path, tuple[int, int, int]] = {}  # what tells a file from the one that replaces it
+        method = _quantized_by(paths[0].parent)
+        for path in paths:
+            file = self._file(path)
+            if "isqtorch" in (file.metadata() or {}):
+                method = "isqtorch"
+            for name in file.keys():
+                piece = file.get_slice(name)
+                if name in self.tensors:
+                    raise ValueError(f"{path}: tensor {name} is in another file of the checkpoint too")
+                self.tensors[name] = Stored(path, str(piece.get_dtype()), tuple(piece.get_shape()))
+        if method is not None:
+            raise ValueError(f"{self.where}: is quantized by {method} itself. {_ELSE}.")
+        self.release()
+
+    def read(self, name: str) -> Tensor | None:
+        """A parameter of the model as it was loaded, in the checkpoint's type, on the CPU; None if the checkpoint has none.
+
+        The result may be a view of the mapped file: nobody may write to it.
+
+        Raises:
+            ValueError: it is not of a type that weights are quantized from, or the file was changed since it was opened.
+        """
+        return self.tensor(name) if name in self.tensors else None
+
+    def first_row(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The first row of a parameter, the whole of a vector; None where it has another shape or is put together of others."""
+        key = self._plain(name)
+        return self.tensor(key, row=True) if key is not None and self.tensors[key].shape == shape else None
+
+    def _plain(self, name: str) -> str | None:
+        """The tensor that a parameter is without any conversion."""
+        return name if name in self.tensors else None
+
+    def tensor(self, key: str, row: bool = False) -> Tensor:
+        """A tensor, or its first row, by its name in the files."""
+        stored = self.tensors[key]
+        if stored.dtype not in _FLOATS:
+            raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
+        with _readable(stored.file):
+            piece = self._file(stored.file).get_slice(key)
+            tensor: Tensor = piece[:1] if row and len(stored.shape) > 1 else piece[...]
+        return tensor
+
+    def release(self) -> None:
+        """Let go of the files. They are mapped again when needed; what was read does not stay in memory that way."""
+        self._open.clear()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file. {_ELSE}.")
+            state = path.stat()
+            mark = state.st_ino, state.st_size, state.st_mtime_ns
+            if self._seen.setdefault(path, mark) != mark:
+                raise ValueError(f"{path}: was replaced or written to while it was read. Nothing was changed.")
+            with _readable(path):
+                self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+
+class Reader(Protocol):
+    """What a library contributes that has a loader of its own."""
+
+    def files(self, model: nn.Module) -> list[str] | None:
+        """The files that `model` was loaded from, None if that is not known. No network, and no error."""
+
+    def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
+        """The source that converts as the loader does, None for a model that is not the library's.
+
+        `remembered` says that the model was loaded from these files, and not only that the user says so.
+        """
+
+
+_readers: list[Reader] = []
+
+
+def register(reader: Reader) -> None:
+    _readers.append(reader)
+
+
+def files_of(model: nn.Module) -> tuple[str, ...]:
+    """Absolute paths of the files that a model was loaded from; empty if they are not known."""
+    found = next(filter(None, (reader.files(model) for reader in _readers)), [])
+    return tuple(os.path.abspath(file) for file in found)
+
+
+def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The files of what a user gives: a folder, or one file.
+
+    Raises:
+        ValueError: an index that is none.
+        OSError: there is no such thing, or it holds no safetensors.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(f"requantize_: source: no folder or file {str(path)!r}")
+    files = checkpoint_files(given, "requantize_: source") if given.is_dir() else [given]
+    return tuple(os.path.abspath(file) for file in files)
+
+
+def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True) -> Source:
+    """The checkpoint in `files`, read as `model` was; errors as those of Source."""
+    opened = (reader.open(model, files, remembered) for reader in _readers)
+    return next((source for source in opened if source is not None), None) or Source(files)
+
+
+def difference(model: nn.Module, source: Source) -> str | None:
+    """The first float parameter of the model that is not what the checkpoint has: trained, merged or replaced since.
+
+    Vectors are compared whole and matrices by their first rows, as far as the checkpoint has them in the same shape: seconds for
+    any model, and it finds what training and merged adapters leave behind, which is a little everywhere.
+    """
+    shared: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter) is nn.Parameter:
+            shared.setdefault(id(parameter), []).append(name)
+    try:
+        for names in shared.values():
+            own = parameters[names[0]].detach()
+            rows = (source.first_row(name, tuple(own.shape)) for name in names)
+            found = [_same(own[:1] if own.dim() > 1 else own, row) for row in rows if row is not None]
+            if found and not any(found):
+                return names[0]
+    finally:
+        source.release()
+    return None
+
+
+def _same(own: Tensor, other: Tensor) -> bool:
+    """Whether the checkpoint's values are the model's, in the model's type, bit for bit."""
+    bits = [tensor.to("cpu", own.dtype).reshape(-1).contiguous().view(torch.uint8) for tensor in (own, other)]
+    return bool(torch.equal(*bits))
+
+
+def _quantized_by(folder: Path) -> str | None:
+    """Who quantized the checkpoint in a folder, according to its config.json."""
+    config = folder / "config.json"
+    entry = read_json(config).get("quantization_config") if config.is_file() else None
+    return str(entry.get("quant_method")) if isinstance(entry, dict) else None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None

@@ -1,0 +1,71 @@
+"""IsqConfig("auto"): the first of two readings of a checkpoint, which measures what each format would do to each layer.
+
+transformers hands over every weight as the model will hold it, whatever the checkpoint calls it. So the first reading is an
+ordinary load, into a model with the smallest of the allowed formats, which is dropped when all weights were measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from isqtorch.auto import Auto
+from isqtorch.importance.imatrix import load_imatrix
+from isqtorch.integrations.record import METHOD
+from isqtorch.policy.decide import Request
+from isqtorch.policy.inventory import Inventory
+from isqtorch.report.choice import Choice
+
+from .meter import Meter
+
+if TYPE_CHECKING:
+    from .config import IsqConfig
+
+
+def choose_while_loading(
+    model: Any, config: IsqConfig, inventory: Inventory, checkpoint_files: list[str] | None
+) -> tuple[Request, Choice]:
+    """Read the files of a checkpoint once, and choose.
+
+    Args:
+        model: the model that is being loaded, without weights.
+        inventory: of it.
+
+    Raises:
+        ValueError: see `Auto`; a checkpoint that does not come from files.
+    """
+    budget, request = config.budget(), config.request()
+    assert budget is not None
+    auto = Auto(inventory, request, budget)
+    if not checkpoint_files:
+        raise ValueError(f"{METHOD}: 'auto' reads the checkpoint twice, and this one is not in files. Use quantize_.")
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            f"{METHOD}: 'auto' measures whole weights, and here each process reads its share. Choose in one process, save "
+            "report.topology(), and give that as topology."
+        )
+    meter = Meter(auto, load_imatrix(config.imatrix), config.rule)
+    first = copy.copy(config)
+    first.measuring = meter
+    settings = copy.deepcopy(model.config)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    with torch.device("cpu"):
+        type(model).from_pretrained(
+            Path(checkpoint_files[0]).parent, config=settings, dtype=model.dtype, quantization_config=first
+        )
+    unseen = meter.unseen()
+    if unseen:  # they stay in float, and count so
+        without = replace(request, exclude=[*(request.exclude or []), *(f"^{re.escape(name)}$" for name in unseen)])
+        auto = Auto(inventory, without, budget)
+    chosen, choice = auto.choose(meter.errors(auto.items), "weight" if config.imatrix is None else "output")
+    return replace(request, assigned={**(meter.auto.smallest().assigned or {}), **(chosen.assigned or {})}), choice

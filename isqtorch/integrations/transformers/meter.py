@@ -1,0 +1,50 @@
+"""Measuring the weights of a checkpoint while transformers reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isqtorch.auto import Auto
+from isqtorch.auto.choose import Item, importance_of
+from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure
+from isqtorch.formats import get_format
+from isqtorch.importance.imatrix import Imatrix
+
+
+@dataclass
+class Meter:
+    """Measures the weights of a model as they pass by."""
+
+    auto: Auto
+    imatrix: Imatrix | None
+    rule: str | None
+    parts: dict[str, list[Sums]] = field(default_factory=dict)  # by the first name of a weight
+
+    def __post_init__(self) -> None:
+        self._weights = {
+            layer.name: (item, sharing) for item in self.auto.items for sharing in item.weights for layer in sharing
+        }
+
+    def add(self, name: str, weight: Tensor, expert: int | None = None, pieces: int = 1) -> None:
+        """A weight `[N, K]` or `[E, N, K]`, or the matrix of one expert out of so many pieces of a stack."""
+        item, sharing = self._weights[name]
+        importance, shares = importance_of(sharing, self.imatrix)
+        if expert is not None:
+            importance = importance[expert] if importance is not None and importance.dim() == 2 else importance
+            shares = None if shares is None else shares[expert : expert + 1]
+        formats = [get_format(fmt) for fmt in item.options]
+        with torch.no_grad():
+            sums = measure(weight, formats, None, importance, shares, self.rule, pieces)
+        self.parts.setdefault(sharing[0].name, []).append(sums)
+
+    def errors(self, items: Sequence[Item]) -> list[dict[str, Error]]:
+        """Of some of the items, all of whose weights have been seen."""
+        return [errors_of([sums for sharing in item.weights for sums in self.parts[sharing[0].name]]) for item in items]
+
+    def unseen(self) -> list[str]:
+        """Weights that the checkpoint lacks."""
+        return [name for name, (_, sharing) in self._weights.items() if sharing[0].name not in self.parts]

@@ -1,0 +1,1 @@
+"""Which weight gets which format, and why. Nothing here reads the value of a weight."""

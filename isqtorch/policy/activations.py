@@ -1,0 +1,48 @@
+"""`activations="fp8"`: linear layers in fp8 may round x to FP8 as well, where that is faster.
+
+It is a permission, like torch's allow_tf32, and no property of the bytes: `QuantLinear.activations` keeps it, files of a model
+remember it, and `torch.ops.isqtorch.linear_w8a8` decides, by device and rows of x. Experts and embeddings compute with their
+weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .decide import Request, Verdict
+from .layers import LayerInfo
+
+
+def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Request) -> list[str]:
+    """Notes for the report about what `request.activations` comes to.
+
+    Raises:
+        ValueError: activations are to be rounded, and no linear layer will be in fp8.
+    """
+    if request.activations is None:
+        return []
+    notes = activation_notes(layers, verdict)
+    if not notes:
+        raise ValueError(
+            f'{request.op}: activations="{request.activations}" is for linear layers in fp8, and none will be. Use fp8, or leave '
+            "activations out."
+        )
+    return notes
+
+
+def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]:
+    """What the permission comes to with these formats; nothing if no linear layer will be in fp8."""
+    after = [
+        (layer.kind, layer.packed_as if decision.format is None else decision.format.name)
+        for layer, decision in zip(layers, verdict.decisions, strict=True)
+    ]
+    rounded = after.count(("linear", "fp8"))
+    if not rounded:
+        return []
+    notes = [f'activations="fp8": {rounded} linear layers may round x to FP8; `explain` says from how many rows on']
+    experts = after.count(("experts", "fp8"))
+    if experts:
+        notes.append(
+            f'activations="fp8" does not concern experts: {experts} weights in fp8 are multiplied with x as it is'
+        )
+    return notes

@@ -1,0 +1,340 @@
+"""Policy: which layer gets which format, and why.
+
+Works on descriptions of layers, not on layers, so that a live model (`inventory.py`) and the headers of a checkpoint
+(`plan.py`) meet the same rules, in this order: never-quantize rules and include/exclude, organization, topology,
+promotion of embeddings and heads, the scale type for the weights' dtype, fallback to a block that divides K. A rule for whole
+models ("q4k_m", "auto") takes the place of both the one format and the promotion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from isqtorch.formats import AUTO, QuantFormat, Spec, get_format, mix_name, resolve_format
+
+from .layers import FLOAT_DTYPES, LayerInfo
+from .mixes import Assigned, assign
+from .topology import Entry, Topology, TopologyLike
+
+_ORGANIZATIONS = ("default", "moqe")
+_FALLBACKS = ("up", "skip", "error")
+
+_POSITIONS = re.compile(
+    r"(?:^|_)(?:pos|positions?|positional|token_type|segment)(?:_|$)|^(?:wpe|wtte)$|^relative_attention_bias$|^distance_embedding$"
+)
+_ROUTER_LAST = ("gate", "wg", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one weight."""
+
+    name: str
+    requested: str | None  # canonical name of what was asked for this layer; None: nothing was
+    format: QuantFormat | None  # None: left as it is
+    reason: str = ""  # why `format` is not `requested`
+    promoted: bool = False
+    fell_back: bool = False
+    firm: bool = False  # a rule about this very layer decided, not a default: it outvotes tied layers
+    device: torch.device | None = None  # where a topology entry puts the layer
+
+
+@dataclass
+class Request:
+    """What the user asked for, checked; see `quantize_` for the meaning of each option.
+
+    `activations` is "fp8" where linear layers in fp8 may round x, too.
+    `assigned` is what was chosen layer by layer where `fmt` is "auto", by layer name.
+
+    Raises:
+        ValueError: a bad format, topology, organization, fallback or pattern.
+    """
+
+    fmt: Spec | None
+    topology: TopologyLike | None = None
+    organization: str = "default"
+    include: Sequence[str] | str | None = None
+    exclude: Sequence[str] | str | None = None
+    fallback: str = "up"
+    op: str = "quantize_"
+    assigned: Mapping[str, Assigned] | None = None
+    activations: str | None = None
+    entries: Topology = field(init=False)
+    included: list[re.Pattern[str]] | None = field(init=False)
+    excluded: list[re.Pattern[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.fmt is not None:
+            if mix_name(self.fmt) is None:
+                resolve_format(self.fmt)
+        elif not self.topology:
+            raise ValueError(f"{self.op}: there is neither a format nor a topology, so nothing to do")
+        for option, value, known in (
+            ("organization", self.organization, _ORGANIZATIONS),
+            ("fallback", self.fallback, _FALLBACKS),
+        ):
+            if value not in known:
+                raise ValueError(f"{self.op}: {option} must be one of {', '.join(known)}; got {value!r}")
+        if self.activations not in (None, "fp8"):
+            raise ValueError(f'{self.op}: activations must be None or "fp8"; got {self.activations!r}')
+        self.entries = Topology.load({} if self.topology is None else self.topology)
+        self.included = None if self.include is None else _patterns(self.op, "include", self.include)
+        self.excluded = [] if self.exclude is None else _patterns(self.op, "exclude", self.exclude)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decisions, one per layer in the same order, and what the user should be told besides."""
+
+    decisions: list[Decision]
+    notes: list[str]
+
+
+def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
+    """Apply all rules.
+
+    Raises:
+        ValueError: `fallback="error"` and a shape that does not fit; "moqe" without routed experts; layers that share one
+            weight and would get two formats.
+    """
+    if request.organization == "moqe" and not any(_is_expert(layer) and not layer.keep for layer in layers):
+        raise ValueError(
+            f"{request.op}: organization='moqe' quantizes routed experts only, and this model has no fused experts that can be "
+            "quantized, nor a linear layer with a component 'experts' in its path. Use organization='default'."
+        )
+    siblings = {layer.name for layer in layers}
+    assigned = _assigned(layers, request)
+    decisions = [_decide_one(layer, request, siblings, assigned) for layer in layers]
+    decisions = _keep_experts_together(layers, decisions)
+    if request.fallback == "error":
+        bad = [d for d in decisions if d.fell_back]
+        if bad:
+            listed = "; ".join(f"{d.name}: {d.reason}" for d in bad[:5]) + (" ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"{request.op}: {len(bad)} layers do not fit as asked: {listed}. Set fallback='up' to allow this."
+            )
+    return Verdict(_agree_on_ties(layers, decisions, request.op), _unmatched(layers, request))
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Assigned] | None:
+    """What a rule for whole models gives each layer; None where the request names one format."""
+    mix = mix_name(request.fmt)
+    if mix != AUTO:
+        return None if mix is None else assign(mix, layers)
+    if request.assigned is None:
+        raise ValueError(
+            f"{request.op}: 'auto' chooses formats by measuring weights, which {request.op} does not do. Use quantize_ (or `isqtorch "
+            "quantize --isq auto`), save report.topology(), and give that as topology."
+        )
+    return request.assigned
+
+
+def _decide_one(
+    layer: LayerInfo, request: Request, siblings: set[str], assigned: Mapping[str, Assigned] | None
+) -> Decision:
+    entry = request.entries.find(layer.name)
+    pinned = entry is not None and (entry.spec is not None or entry.leave)
+    spec: Spec | None = entry.spec if entry is not None and pinned else request.fmt
+    rule = None if assigned is None or pinned else assigned.get(layer.name)
+    if assigned is not None and not pinned:
+        spec = None if rule is None else rule.format
+    place = entry.device if entry is not None and entry.device is not None else layer.device_type
+    requested = None if spec is None else resolve_format(spec, place)
+    decision = Decision(
+        layer.name,
+        requested.name if requested else None,
+        None,
+        device=entry.device if entry else None,
+    )
+    never = _reason_never(layer, request, entry, siblings)
+    if never is not None:
+        return replace(decision, reason=never, firm=True)
+    not_asked = _reason_not_asked(layer, request, spec)
+    if not_asked is not None:
+        return replace(decision, reason=not_asked)
+    assert spec is not None and requested is not None, f"{layer.name}: no format and no reason"
+
+    wanted, reasons = requested, [rule.why] if rule is not None and rule.why else []
+    promoted = False
+    firm = entry is not None and entry.spec is not None
+    if layer.role and not firm and rule is None and requested.promoted not in (None, requested.name):
+        wanted, promoted = get_format(requested.promoted or requested.name), True
+        reasons.append(
+            f"{'output head' if layer.role == 'head' else 'embedding'}: promoted from {requested.name} to {wanted.name}"
+        )
+    if not (isinstance(spec, str) and "." in spec):  # "afq4.f16": the user chose the scale type
+        suited = wanted.for_dtype(layer.dtype)
+        if suited.name != wanted.name:
+            reasons.append(f"{suited.name}: its scales have the weights' type")
+        wanted = suited
+    fmt, misfit = _fit(wanted, layer.shape[-1], request.fallback)
+    if misfit:
+        reasons.append(misfit)
+    return replace(
+        decision, format=fmt, reason="; ".join(reasons), promoted=promoted, fell_back=bool(misfit), firm=firm or not fmt
+    )
+
+
+def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, siblings: set[str]) -> str | None:
+    """Why this very layer must stay as it is, if it must."""
+    never = _unsuited(layer, siblings)
+    if never is not None:
+        return never
+    for pattern in request.excluded:
+        if pattern.search(layer.name):
+            return f"excluded by {pattern.pattern!r}"
+    if entry is not None and entry.leave:
+        return f"topology entry {entry.key!r} leaves it"
+    return None
+
+
+def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> str | None:
+    """Why nobody asked for this layer, if nobody did."""
+    if request.included is not None and not any(pattern.search(layer.name) for pattern in request.included):
+        return "no include pattern matches"
+    if request.organization == "moqe" and not _is_expert(layer):
+        return "organization moqe: not a routed expert"
+    if spec is None:
+        return "not in the topology, and there is no default format"
+    return None
+
+
+def _unsuited(layer: LayerInfo, siblings: set[str]) -> str | None:
+    """Rules that no option overrides."""
+    if layer.keep is not None or layer.kind == "other":
+        return layer.keep or "not a linear layer or embedding"
+    if layer.dtype not in FLOAT_DTYPES:
+        return f"its weight is {str(layer.dtype).removeprefix('torch.')}; only float32, float16 and bfloat16 can be quantized"
+    if layer.numel == 0:
+        return "its weight is empty"
+    parts = layer.name.split(".")
+    if layer.kind == "embedding" and _POSITIONS.search(parts[-1]):
+        return "position and token type embeddings are small and sensitive, never quantized"
+    if layer.kind == "linear" and _is_router(layer, parts, siblings):
+        return "routers are small and sensitive, never quantized"
+    return None
+
+
+def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
+    """A layer that chooses experts. "gate" alone is not enough: many gated MLPs call a full-size projection so."""
+    if "router" in parts or parts[-1] == "shared_expert_gate":
+        return True
+    if parts[-1] not in _ROUTER_LAST:
+        return False
+    rows, columns = layer.shape
+    if rows <= 512 and 8 * rows <= columns:
+        return True
+    uncles = [".".join([*parts[:-depth], "experts"]) for depth in (1, 2) if len(parts) >= depth]
+    return any(name.startswith(f"{uncle}.") for uncle in uncles for name in siblings)
+
+
+def _is_expert(layer: LayerInfo) -> bool:
+    return layer.kind == "experts" or (layer.kind == "linear" and "experts" in layer.name.split("."))
+
+
+def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | None, str]:
+    """The first format along the fallback chain whose block divides K, and why it is not the first one."""
+    if columns % fmt.block == 0:
+        return fmt, ""
+    misfit = f"{columns} columns are not a multiple of {fmt.block}, which {fmt.name} needs"
+    if fallback == "skip":
+        return None, f"{misfit}: left as it is"
+    candidate: QuantFormat | None = fmt
+    while candidate is not None and columns % candidate.block:
+        candidate = get_format(candidate.fallback) if candidate.fallback else None
+    if candidate is None:
+        return None, f"{misfit}, and no larger format fits: left as it is"
+    return candidate, f"{misfit}: {candidate.name} instead"
+
+
+# ---- all layers together ---------------------------------------------------------------------------------------------
+
+
+def _keep_experts_together(layers: Sequence[LayerInfo], decisions: list[Decision]) -> list[Decision]:
+    """The stacks of one module are packed all, each in a format of its own, or none: no code runs half of them."""
+    stays: dict[str, Decision] = {}
+    for layer, decision in zip(layers, decisions, strict=True):
+        if layer.block is not None and decision.format is None and layer.packed_as is None:
+            stays.setdefault(layer.block, decision)
+    return [
+        decision
+        if layer.block not in stays or decision.format is None
+        else replace(
+            decision,
+            format=None,
+            reason=f"{stays[layer.block].name} of the same experts stays as it is ({stays[layer.block].reason})",
+            promoted=False,
+            firm=True,
+        )
+        for layer, decision in zip(layers, decisions, strict=True)
+    ]
+
+
+def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: str) -> list[Decision]:
+    """One weight, one decision: a layer that must stay keeps those tied to it; a topology entry outvotes a default."""
+    groups: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault(layer.tied_to or layer.name, []).append(i)
+    agreed = list(decisions)
+    for members in groups.values():
+        if len(members) == 1:
+            continue
+        votes = [decisions[i] for i in members]
+        firm = [d for d in votes if d.firm]
+        wanted = {d.format.name for d in firm if d.format is not None}
+        stays = [d for d in firm if d.format is None]
+        if len(wanted) > 1 and not stays:
+            raise ValueError(
+                f"{op}: {firm[0].name} and {firm[-1].name} share one weight, but the topology gives them {' and '.join(sorted(wanted))}"
+            )
+        chosen = (stays or firm or [d for d in votes if d.format is not None] or votes)[0]
+        for i in members:
+            reason = chosen.reason
+            if i != members[0]:
+                reason = f"shares the weight of {layers[members[0]].name}"
+            elif decisions[i] is not chosen and decisions[i].reason != reason:
+                reason = f"as {chosen.name}, which shares the weight" + (f": {reason}" if reason else "")
+            agreed[i] = replace(
+                decisions[i],
+                format=chosen.format,
+                reason=reason,
+                promoted=chosen.promoted,
+                fell_back=chosen.fell_back,
+                device=chosen.device,
+            )
+    return agreed
+
+
+def _unmatched(layers: Sequence[LayerInfo], request: Request) -> list[str]:
+    """Notes about entries and patterns that match nothing: typos, most often."""
+    names = [layer.name for layer in layers]
+    notes = [
+        f"topology entry {entry.key!r} matches no layer"
+        for entry in request.entries.entries
+        if not any(entry.matches(name) for name in names)
+    ]
+    for option, patterns in (("include", request.included or []), ("exclude", request.excluded)):
+        notes += [
+            f"{option} pattern {pattern.pattern!r} matches no layer"
+            for pattern in patterns
+            if not any(pattern.search(name) for name in names)
+        ]
+    return notes
+
+
+def _patterns(op: str, option: str, patterns: Iterable[str]) -> list[re.Pattern[str]]:
+    """Compiled regexes, searched in the full module path."""
+    compiled = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{op}: {option} pattern {pattern!r} is not a regex: {error}") from None
+    return compiled

@@ -1,0 +1,270 @@
+"""Inventory: every weight of a live model, described for the policy.
+
+Nothing here holds on to a tensor: what is described can be freed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.formats import get_format
+from isqtorch.modules import PackedModule, QuantExperts
+from isqtorch.modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
+
+from .layers import LayerInfo, Role, head_by_name
+from .weight_reads import layers_read_directly
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All weights of a model: matrices and larger one by one, the rest summed up.
+
+    Only what `state_dict` holds counts; buffers that are not saved do not.
+    """
+
+    layers: list[LayerInfo]
+    rest_bytes: int  # vectors (norms, biases) and saved buffers
+    rest_numel: int
+
+
+def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> Inventory:
+    """Describe every parameter and saved buffer of `model`, each stored one once.
+
+    Args:
+        model: may be on the meta device.
+        shared: parameters that are not the same tensor yet and will be: name -> name of the one it is tied to.
+    """
+    others = {} if not shared else {name: model.get_parameter(source) for name, source in shared.items()}
+    owners = _layers_by_name(model)
+    roles = _hugging_face_roles(model)
+    kept = _kept_in_float(model)
+    readers = layers_read_directly(model)
+    first: dict[object, int] = {}  # storage -> index into layers
+    layers: list[LayerInfo] = []
+    rest: dict[object, tuple[int, int]] = {}  # storage -> (bytes, elements)
+    for name, module in owners:
+        for leaf, weight in _tensors(module):
+            key = storage_key(others.get(f"{name}.{leaf}", weight))
+            if weight.dim() < 2 or not isinstance(weight, nn.Parameter):
+                rest[key] = (weight.numel() * weight.element_size(), weight.numel())
+                continue
+            info = _describe(name, module, leaf, weight, roles, kept, readers)
+            if key in first:
+                info = replace(info, tied_to=layers[first[key]].name)
+            else:
+                first[key] = len(layers)
+            layers.append(info)
+    layers = _spread_over_ties(layers)
+    return Inventory(layers, sum(size for size, _ in rest.values()), sum(count for _, count in rest.values()))
+
+
+def storage_key(tensor: Tensor) -> object:
+    """Equal for tensors that are the same memory seen the same way; a meta tensor is only itself."""
+    if tensor.device.type == "meta" or tensor.numel() == 0 or type(tensor) not in (Tensor, nn.Parameter):
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def packed_names(model: nn.Module) -> list[str]:
+    """Paths of the layers that hold packed weights."""
+    return [name for name, module in _layers_by_name(model) if isinstance(module, PackedModule)]
+
+
+def _layers_by_name(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules under all their names: a module used twice is there twice."""
+    return list(model.named_modules(remove_duplicate=False))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The module's own parameters and saved buffers."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _describe(
+    name: str,
+    module: nn.Module,
+    leaf: str,
+    weight: nn.Parameter,
+    roles: dict[int, Role],
+    kept: list[tuple[str, re.Pattern[str]]],
+    readers: dict[int, str],
+) -> LayerInfo:
+    device = weight.device.type
+    if isinstance(module, QuantExperts) or layer_kind(module) == "experts":
+        if leaf in matrices(module):
+            return _describe_experts(name, module, leaf, weight, kept, readers)
+    elif isinstance(module, PackedModule) and leaf == "weight":
+        packed = cast(Any, module)
+        is_table = isinstance(module, nn.Embedding)
+        shape = (weight.shape[0], packed.embedding_dim if is_table else packed.in_features)
+        kind: Literal["linear", "embedding"] = "embedding" if is_table else "linear"
+        return LayerInfo(
+            name,
+            kind,
+            shape,
+            packed.dtype,
+            _role(name, module, kind, roles),
+            device_type=device,
+            packed_as=packed.format,
+        )
+    known = layer_kind(module)
+    if known is None or known == "experts" or leaf != "weight":
+        path = name if leaf == "weight" and name else f"{name}.{leaf}".lstrip(".")
+        return LayerInfo(
+            path, "other", tuple(weight.shape), weight.dtype, device_type=device, keep=_why_other(module, leaf, weight)
+        )
+    kind = "embedding" if known == "embedding" else "linear"
+    reader = readers.get(id(module))
+    keep = obstacle(module) or (f"{reader} reads its weight directly" if reader else None) or _kept_reason(name, kept)
+    shape_2d = cast("tuple[int, int]", tuple(weight_matrix(module).shape))
+    return LayerInfo(
+        name, kind, shape_2d, weight.dtype, _role(name, module, kind, roles), device_type=device, keep=keep
+    )
+
+
+def _describe_experts(
+    name: str,
+    module: nn.Module,
+    leaf: str,
+    weight: nn.Parameter,
+    kept: list[tuple[str, re.Pattern[str]]],
+    readers: dict[int, str],
+) -> LayerInfo:
+    """A stack of matrices of fused experts, under the name of the parameter."""
+    device = weight.device.type
+    path = name_of(name, leaf)
+    if isinstance(module, QuantExperts) and leaf in module.formats:
+        fmt = get_format(module.formats[leaf])
+        shape = (*weight.shape[:2], fmt.in_features(weight.shape[2]))
+        return LayerInfo(path, "experts", shape, module.dtype, device_type=device, packed_as=fmt.name, block=name)
+    reader = readers.get(id(module))
+    keep = obstacle(module, leaf) or (f"{reader} reads its weight directly" if reader else None)
+    shape = tuple(weight_matrix(module, leaf).shape)
+    return LayerInfo(
+        path,
+        "experts",
+        shape,
+        weight.dtype,
+        device_type=device,
+        keep=keep or _kept_reason(name, kept),
+        block=name,
+    )
+
+
+def _role(name: str, module: nn.Module, kind: str, roles: dict[int, Role]) -> Role:
+    if kind == "embedding":
+        return "embedding"
+    return "head" if roles.get(id(module)) == "head" or head_by_name(name) else ""
+
+
+def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
+    """Why a parameter with two or more dimensions is not ours to quantize."""
+    cls = type(module).__name__
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolutions are never quantized"
+    if isinstance(module, _RECURRENT):
+        return f"{cls} reads its weights directly: not quantized"
+    if isinstance(module, nn.Linear):
+        return f"{cls} is a subclass of nn.Linear with code of its own: not quantized"
+    if isinstance(module, nn.Embedding):
+        return f"{cls} is a subclass of nn.Embedding with code of its own: not quantized"
+    if leaf.endswith("_bias"):
+        return "biases, also those of experts, are never quantized"
+    if re.search("router|gate$", cls, re.IGNORECASE):
+        return "routers are small and sensitive, never quantized"
+    if weight.dim() == 3 and "expert" in cls.lower():
+        return f"{cls} are fused experts with code of their own: not quantized"
+    return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding, Conv1D and fused experts are quantized"
+
+
+def _kept_in_float(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
+    """(path, pattern) of what transformers models say must stay in float32."""
+    kept = []
+    for path, module in model.named_modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names = getattr(module, attribute, None)
+            if names:
+                pattern = "|".join(re.escape(str(name)) for name in names)
+                kept.append((f"{path}." if path else "", re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")))
+    return kept
+
+
+def _kept_reason(name: str, kept: list[tuple[str, re.Pattern[str]]]) -> str | None:
+    for path, pattern in kept:
+        if name.startswith(path) and pattern.search(f"{name[len(path) :]}.weight"):
+            return "the model keeps it in float32 (_keep_in_fp32_modules)"
+    return None
+
+
+def _hugging_face_roles(model: nn.Module) -> dict[int, Role]:
+    """id of the module -> role, from a transformers model that says which layer its head is."""
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return {}
+    try:
+        head = getter()
+    except (AttributeError, NotImplementedError):
+        return {}
+    return {id(head): "head"} if isinstance(head, nn.Module) else {}
+
+
+def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
+    """What one tied layer is decides about all of them: linear layers that share an embedding's table are heads."""
+    groups: dict[str, list[LayerInfo]] = {}
+    for layer in layers:
+        groups.setdefault(layer.tied_to or layer.name, []).append(layer)
+    out = []
+    for layer in layers:
+        group = groups[layer.tied_to or layer.name]
+        if len(group) > 1 and layer.kind != "other":
+            if layer.kind == "linear" and any(other.kind == "embedding" for other in group):
+                layer = replace(layer, role="head")
+            if len({other.shape for other in group if other.kind != "other"}) > 1:
+                layer = replace(layer, keep=layer.keep or "layers use the same weight in different orientations")
+        out.append(layer)
+    return out
+
+
+def check_model(model: nn.Module, op: str) -> None:
+    """The model must be a module around the layers, not a layer itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+    if layer_kind(model) is not None or isinstance(model, PackedModule):
+        raise ValueError(
+            f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "
+            "isqtorch.quantize on its weight."
+        )
+
+
+def parsed_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that torch understands, whether or not it is there."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{what} {str(device)!r} is not a torch device: {str(error).splitlines()[0]}") from None
+
+
+def checked_device(device: torch.device | str, what: str) -> torch.device:
+    """A device that is there and holds values."""
+    checked = parsed_device(device, what)
+    if checked.type == "meta":
+        raise ValueError(f"{what} 'meta' holds no weights; isqtorch.plan foresees sizes without them")
+    try:
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise ValueError(f"{what} {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+    return checked

@@ -1,0 +1,228 @@
+"""Topology: which format (or none) a user gives to which layers, from a dict or a YAML file.
+
+    0-8: q6k                        # layers 0..7: the end is exclusive
+    12: {isq: q8_0, device: "cuda:1"}
+    '/\\.mlp\\.down_proj$/': 6        # a regex, searched in the full module path
+    '/lm_head/': null               # leave it as it is
+
+A regex beats a range; of two that match, the later wins; the winner replaces the others entirely.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from isqtorch.files.binary import write_atomically
+from isqtorch.formats import QuantFormat, Spec, resolve_format
+
+MAX_FILE_BYTES = 1 << 20
+
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.|$)")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+_EXAMPLES = "a layer number (12), a range with an exclusive end (0-8) or a regex between slashes (/lm_head/)"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a topology: where it applies, and what it asks for."""
+
+    key: str
+    start: int = 0  # layers start <= i < stop; a regex leaves both 0
+    stop: int = 0
+    regex: re.Pattern[str] | None = None
+    spec: Spec | None = None  # None: no format of its own
+    leave: bool = False  # leave the layer as it is
+    device: torch.device | None = None
+
+    def matches(self, name: str) -> bool:
+        if self.regex is not None:
+            return self.regex.search(name) is not None
+        index = _LAYER_INDEX.search(name)
+        return index is not None and self.start <= int(index[1]) < self.stop
+
+
+class Topology:
+    """The entries of one topology, in order."""
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        self.entries = entries
+
+    @classmethod
+    def load(cls, source: TopologyLike) -> Topology:
+        """A topology from a dict, or from the path of a YAML file.
+
+        Raises:
+            ValueError: an entry that does not parse; the message names it. A file over 1 MiB or not YAML.
+            OSError: the file cannot be read.
+        """
+        if isinstance(source, Topology):
+            return source
+        if isinstance(source, (str, os.PathLike)):
+            source = _read_yaml(Path(source))
+        if not isinstance(source, Mapping):
+            raise ValueError(f"topology: must be a dict or the path of a YAML file, got {type(source).__name__}")
+        return cls(tuple(_entry(key, value) for key, value in source.items()))
+
+    @classmethod
+    def exact(cls, formats: Mapping[str, str | None]) -> Topology:
+        """A topology that gives these layers, by path, these formats (None: leave it) and says nothing of others.
+
+        Layers whose paths differ in a number only, and that have the same format, share an entry.
+        """
+        return cls.load({f"/^{pattern}$/": fmt for pattern, fmt in _merged(formats)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `load` makes this topology of, in plain types."""
+        out: dict[str, Any] = {}
+        for entry in self.entries:
+            spec = entry.spec.name if isinstance(entry.spec, QuantFormat) else entry.spec
+            if entry.device is None:
+                out[entry.key] = spec
+            else:
+                asked = {"isq": spec} if entry.leave or spec is not None else {}
+                out[entry.key] = {**asked, "device": str(entry.device)}
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a YAML file that `load` reads; what was there before is replaced at once or, on an error, not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        lines = [f"{_yaml(key)}: {_yaml(value)}\n" for key, value in self.to_dict().items()]
+        write_atomically(path, ["".join(lines).encode()])
+
+    def find(self, name: str) -> Entry | None:
+        """The entry that decides about the module `name`, if any."""
+        found = [entry for entry in self.entries if entry.matches(name)]
+        regexes = [entry for entry in found if entry.regex is not None]
+        winners = regexes or found
+        return winners[-1] if winners else None
+
+
+TopologyLike = Topology | Mapping[Any, Any] | str | os.PathLike[str]
+
+
+def _merged(formats: Mapping[str, str | None]) -> list[tuple[str, str | None]]:
+    """(regex of paths, format), in the order of first appearance; numbers of experts are joined first, then those of blocks."""
+    entries = [(tuple(map(re.escape, path.split("."))), fmt) for path, fmt in formats.items()]
+    for last in (True, False):
+        joined: dict[tuple[Any, ...], list[str]] = {}  # (parts before the number, parts after it, format) -> numbers
+        for parts, fmt in entries:
+            at = [i for i, part in enumerate(parts) if part.isdecimal()]
+            i = (at[-1] if last else at[0]) if at else len(parts)
+            joined.setdefault((parts[:i], parts[i + 1 :], fmt), []).extend(parts[i : i + 1])
+        entries = [
+            ((*before, *_alternatives(numbers), *after), fmt) for (before, after, fmt), numbers in joined.items()
+        ]
+    return [(r"\.".join(parts), fmt) for parts, fmt in entries]
+
+
+def _alternatives(numbers: list[str]) -> list[str]:
+    return numbers if len(numbers) < 2 else [f"(?:{'|'.join(numbers)})"]
+
+
+def _yaml(value: Any) -> str:
+    """A key or value of a topology as YAML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return "null" if value is None else str(value)
+
+
+def _entry(key: object, value: object) -> Entry:
+    start, stop, regex = _place(key)
+    spec, leave, device = _wish(str(key), value)
+    return Entry(str(key), start, stop, regex, spec, leave, device)
+
+
+def _place(key: object) -> tuple[int, int, re.Pattern[str] | None]:
+    """(start, stop, regex) of a key."""
+    if isinstance(key, bool) or not isinstance(key, (int, str)):
+        raise ValueError(f"topology: key {key!r} is not {_EXAMPLES}")
+    text = str(key)
+    if len(text) > 2 and text.startswith("/") and text.endswith("/"):
+        try:
+            return 0, 0, re.compile(text[1:-1])
+        except re.error as error:
+            raise ValueError(f"topology: entry {text!r}: bad regex: {error}") from None
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"topology: unknown key {text!r}. A key is {_EXAMPLES}.")
+    start = int(match[1])
+    stop = start + 1 if match[2] is None else int(match[2])
+    if stop <= start:
+        raise ValueError(f"topology: entry {text!r}: the end of a range is exclusive and must be larger than its start")
+    return start, stop, None
+
+
+def _wish(key: str, value: object) -> tuple[Spec | None, bool, torch.device | None]:
+    """(format, leave, device) of a value."""
+    if not isinstance(value, Mapping):
+        return _spec(key, value), value is None, None
+    unknown = sorted(str(name) for name in value if name not in ("isq", "device"))
+    if unknown or not value:
+        what = f"unknown subkey {unknown[0]!r}" if unknown else "an empty mapping says nothing"
+        raise ValueError(f"topology: entry {key!r}: {what}. Use isq (a format, or null to leave the layer) and device.")
+    device = _device(key, value["device"]) if "device" in value else None
+    leave = "isq" in value and value["isq"] is None
+    return _spec(key, value.get("isq")), leave, device
+
+
+def _spec(key: str, value: object) -> Spec | None:
+    if value is None:
+        return None
+    try:
+        resolve_format(cast(Spec, value))  # it checks the type itself
+    except ValueError as error:
+        raise ValueError(f"topology: entry {key!r}: {error}") from None
+    return cast(Spec, value)
+
+
+def _device(key: str, value: object) -> torch.device:
+    try:
+        return torch.device(cast(str, value))
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"topology: entry {key!r}: device {value!r} is not a torch device such as cpu or cuda:1"
+        ) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    """The contents of a small YAML file, with repeated keys as errors instead of the last one winning."""
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            f"topology: reading {path} needs PyYAML (pip install pyyaml); a dict works without it"
+        ) from None
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)) in seen:
+                    raise ValueError(
+                        f"topology: {path}: line {key.start_mark.line + 1}: key {key.value!r} is there twice"
+                    )
+                seen.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)))
+            return super().construct_mapping(node, deep)
+
+    with open(path, "rb") as file:
+        text = file.read(MAX_FILE_BYTES + 1)
+    if len(text) > MAX_FILE_BYTES:
+        raise ValueError(f"topology: {path} is larger than {MAX_FILE_BYTES} bytes; that is not a topology")
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"topology: {path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"topology: {path} is nested too deeply") from None

@@ -1,0 +1,1 @@
+"""What happened to every weight of a model, or would happen."""

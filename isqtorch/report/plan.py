@@ -1,0 +1,82 @@
+"""plan: what quantize_ would do, without reading a weight.
+
+For a live model (also on the meta device) the answer is exact. For a checkpoint only names and shapes are known: rules that
+look at a module's class cannot apply there, and layers are told apart by what models usually call them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from isqtorch.files.checkpoints import checkpoint_headers
+from isqtorch.formats import Spec
+from isqtorch.policy.activations import check_activations
+from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.headers import describe_headers
+from isqtorch.policy.inventory import Inventory, check_model, inspect_model, parsed_device
+from isqtorch.policy.topology import TopologyLike
+
+from .report import QuantReport
+
+
+def plan(
+    model: nn.Module | str | os.PathLike[str],
+    fmt: Spec | None,
+    *,
+    topology: TopologyLike | None = None,
+    organization: str = "default",
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    fallback: str = "up",
+    device: torch.device | str | None = None,
+    activations: str | None = None,
+) -> QuantReport:
+    """Foresee the report of `quantize_`: formats, sizes, promotions, fallbacks and what is left, with reasons.
+
+    Args:
+        model: a live model; a folder with safetensors files and, for a transformers model, its config.json; one
+            .safetensors file; or a model id on the Hugging Face Hub, whose headers are fetched.
+        fmt: see `quantize_`, like the other options.
+        device: where the model would end up, which decides what a number of bits means.
+
+    Returns:
+        A report with `planned=True`.
+
+    Raises:
+        ValueError: a bad option, or a damaged or already quantized checkpoint.
+        OSError: no such file or folder, or the Hub cannot be reached or does not have it.
+    """
+    request = Request(fmt, topology, organization, include, exclude, fallback, "plan", activations=activations)
+    notes: list[str] = []
+    if isinstance(model, nn.Module):
+        check_model(model, "plan")
+        inventory = inspect_model(model)
+    else:
+        inventory, notes, _ = read_checkpoint(model)
+    if device is not None:
+        kind = parsed_device(device, "plan: device").type
+        inventory = replace(inventory, layers=[replace(layer, device_type=kind) for layer in inventory.layers])
+    verdict = decide(inventory.layers, request)
+    report = QuantReport.build(inventory, verdict, fmt, planned=True)
+    report.notes += [*notes, *check_activations(inventory.layers, verdict, request)]
+    return report
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
+    """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
+    headers, config = checkpoint_headers(source)
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        by = "isqtorch" if method == "isq" else method
+        raise ValueError(f"{source}: is quantized by {by} already; plan takes the original model")
+    return *describe_headers(headers, config), config
+
+
+# ---- where headers come from -----------------------------------------------------------------------------------------
