@@ -19,8 +19,8 @@ from .inplace.quantize import quantize_
 from .inplace.requantize import requantize_
 from .modules import QuantEmbedding, QuantLinear
 from .ops import metal
-from .report.plan import plan
 from .report.layer import LayerReport
+from .report.plan import plan
 from .report.report import QuantReport
 from .tensor import QuantizedTensor, quantize
 

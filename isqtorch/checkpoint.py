@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from isqtorch.files.binary import replacing
 from isqtorch.formats import QuantFormat, get_format
-from isqtorch.inplace.listeners import announce
+from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import forget
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix

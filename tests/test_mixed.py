@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from isqtorch.auto import Budget, knapsack, sensitivity
 from isqtorch.auto.curvature import measure_curvature
 from isqtorch.auto.knapsack import Option
 from isqtorch.formats import AUTO, formats, get_format
+from isqtorch.importance import imatrix
+from isqtorch.policy import inventory
+from isqtorch.policy.options import Options
 from isqtorch.policy.topology import Topology
 
 IDS = torch.randint(0, 512, (1024,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -116,7 +120,7 @@ def test_a_budget_beyond_everything_takes_the_largest_and_says_so() -> None:
     ],
 )
 def test_sizes(size, want: int) -> None:
-    budget = Budget.parse("x", AUTO, None, size, None, None)
+    budget = Budget.of("x", AUTO, Options(max_size=size))
     assert budget is not None and budget.max_bytes == want
 
 
@@ -171,6 +175,21 @@ def test_bits_go_where_errors_count() -> None:
     report = isqtorch.quantize_(model, "auto", target_bpw=5, progress=False)
     assert report["hard"].bits_per_weight > report["easy"].bits_per_weight
     assert report.choice is not None and report.choice.measure == "weight"
+
+
+def test_the_file_is_opened_once_and_every_weight_described_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    isqtorch.collect_imatrix(model, IDS, progress=False).save(tmp_path / "x.gguf")
+    opened, described = [], []
+    open_binary, describe = imatrix.open_binary, inventory._describe
+    monkeypatch.setattr(imatrix, "open_binary", lambda path: (opened.append(path), open_binary(path))[1])
+    monkeypatch.setattr(inventory, "_describe", lambda name, *more: (described.append(name), describe(name, *more))[1])
+    report = isqtorch.quantize_(model, "auto", target_bpw=4.5, imatrix=tmp_path / "x.gguf", progress=False)
+    assert report.choice is not None and report.choice.measure == "output" and report.imatrix == "x.gguf"
+    assert opened == [tmp_path / "x.gguf"]
+    assert len(described) == len(report.layers)
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_llama(tied=True), tiny_gpt2, lambda: tiny_llama(hidden=288), MoEModel])
@@ -233,7 +252,7 @@ def test_the_allowed_formats_are_kept_and_fall_back() -> None:
 
 
 def test_the_default_formats_go_from_two_to_eight_bits() -> None:
-    budget = Budget.parse("x", AUTO, 4.5, None, None, None)
+    budget = Budget.of("x", AUTO, Options(target_bpw=4.5))
     assert budget is not None and budget.formats == (2, 3, 4, 5, 6, 8)
     assert set(budget.formats) == {get_format(name).bits for name in formats()}
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from isqtorch.formats import formats, get_format
-from isqtorch.policy.decide import Decision, Request, decide
+from isqtorch.policy.decide import Decision, decide
 from isqtorch.policy.layers import LayerInfo
+from isqtorch.policy.options import Options
+from isqtorch.policy.request import Request
 
 
 def info(name: str, rows: int = 256, columns: int = 512, kind: str = "linear", **more) -> LayerInfo:
@@ -17,7 +19,7 @@ def info(name: str, rows: int = 256, columns: int = 512, kind: str = "linear", *
 
 
 def one(layer: LayerInfo, fmt=4, *others: LayerInfo, **options) -> Decision:
-    return decide([layer, *others], Request(fmt, **options)).decisions[0]
+    return decide([layer, *others], Request(fmt, Options(**options))).decisions[0]
 
 
 def stored(decision: Decision) -> str | None:
@@ -149,14 +151,18 @@ def test_reasons_known_from_the_module_come_first() -> None:
 
 def test_include_and_exclude_search_the_path() -> None:
     layers = [info(f"layers.{i}.{leaf}") for i in range(2) for leaf in ("q_proj", "up_proj")]
-    verdict = decide(layers, Request("q4k", include=[r"_proj$"], exclude=[r"^layers\.1\.", "q_"]))
+    verdict = decide(layers, Request("q4k", Options(include=[r"_proj$"], exclude=[r"^layers\.1\.", "q_"])))
     assert [stored(d) for d in verdict.decisions] == [None, "q4k", None, None]
     assert verdict.decisions[0].reason == "excluded by 'q_'"
-    assert decide(layers, Request("q4k", include="up_proj")).decisions[0].reason == "no include pattern matches"
+    assert (
+        decide(layers, Request("q4k", Options(include="up_proj"))).decisions[0].reason == "no include pattern matches"
+    )
 
 
 def test_patterns_and_entries_that_match_nothing_are_noted() -> None:
-    verdict = decide([info("layers.0.up")], Request(4, topology={"7": "q4k"}, include=["up", "gone"], exclude=["nope"]))
+    verdict = decide(
+        [info("layers.0.up")], Request(4, Options(topology={"7": "q4k"}, include=["up", "gone"], exclude=["nope"]))
+    )
     assert verdict.notes == [
         "topology entry '7' matches no layer",
         "include pattern 'gone' matches no layer",
@@ -169,7 +175,7 @@ def test_patterns_and_entries_that_match_nothing_are_noted() -> None:
 
 def test_moqe_takes_routed_experts_only() -> None:
     names = ["attn.q_proj", "mlp.experts.0.up", "mlp.shared_experts.up", "mlp.shared_expert.up", "lm_head"]
-    decisions = decide([info(name) for name in names], Request(4, organization="moqe")).decisions
+    decisions = decide([info(name) for name in names], Request(4, Options(organization="moqe"))).decisions
     assert [stored(d) for d in decisions] == [None, "q4k", None, None, None]
     assert decisions[0].reason == "organization moqe: not a routed expert"
 
@@ -192,7 +198,7 @@ def test_topology_overrides_promotion() -> None:
 
 def test_topology_without_a_default_takes_only_what_it_names() -> None:
     layers = [info("layers.0.up"), info("layers.1.up")]
-    decisions = decide(layers, Request(None, topology={"1": "q5k"})).decisions
+    decisions = decide(layers, Request(None, Options(topology={"1": "q5k"}))).decisions
     assert [stored(d) for d in decisions] == [None, "q5k"]
     assert decisions[0].reason == "not in the topology, and there is no default format"
     assert decisions[0].requested is None
@@ -219,16 +225,16 @@ def test_tied_layers_get_one_format() -> None:
 
 
 def test_one_that_must_stay_keeps_the_other() -> None:
-    decisions = decide(tied_pair(), Request("q4k", exclude=["lm_head"])).decisions
+    decisions = decide(tied_pair(), Request("q4k", Options(exclude=["lm_head"]))).decisions
     assert [stored(d) for d in decisions] == [None, None]
     assert decisions[0].reason == "as lm_head, which shares the weight: excluded by 'lm_head'"
 
 
 def test_a_topology_entry_for_one_decides_for_both() -> None:
-    decisions = decide(tied_pair(), Request("q4k", topology={"/lm_head/": "q5k"})).decisions
+    decisions = decide(tied_pair(), Request("q4k", Options(topology={"/lm_head/": "q5k"}))).decisions
     assert [stored(d) for d in decisions] == ["q5k", "q5k"]
     assert decisions[0].reason == "as lm_head, which shares the weight"
-    only = decide(tied_pair(), Request(None, topology={"/lm_head/": "q5k"})).decisions
+    only = decide(tied_pair(), Request(None, Options(topology={"/lm_head/": "q5k"}))).decisions
     assert [stored(d) for d in only] == ["q5k", "q5k"]
 
 
@@ -236,4 +242,4 @@ def test_two_entries_for_one_weight_are_an_error() -> None:
     with pytest.raises(
         ValueError, match="embed_tokens and lm_head share one weight, but the topology gives them q4k and q5k"
     ):
-        decide(tied_pair(), Request("q4k", topology={"/lm_head/": "q5k", "/embed/": "q4k"}))
+        decide(tied_pair(), Request("q4k", Options(topology={"/lm_head/": "q5k", "/embed/": "q4k"})))

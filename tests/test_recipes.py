@@ -8,9 +8,10 @@ from models import state_bytes, tiny_gpt2, tiny_llama
 
 import isqtorch
 from isqtorch.formats import mix_name
-from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.decide import decide
 from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.mixes import MIXES
+from isqtorch.policy.request import Request
 
 MORE_OF_32 = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}  # i < 4, i >= 28, and every third between
 ALL = set(range(32))

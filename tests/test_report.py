@@ -47,9 +47,10 @@ def test_quantize_warns_about_nothing_else() -> None:
 
 def test_the_report_says_where_the_reference_runs() -> None:
     from isqtorch.inplace.prepare import _kernel_notes
-    from isqtorch.policy.decide import Request, decide
+    from isqtorch.policy.decide import decide
     from isqtorch.policy.inventory import Inventory
     from isqtorch.policy.layers import LayerInfo
+    from isqtorch.policy.request import Request
 
     layers = [
         LayerInfo(f"{d}.up", "linear", (8, 256), torch.bfloat16, device_type=d) for d in ("cpu", "mps", "cuda", "xpu")

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import isqtorch
 from isqtorch import requantize_
-from isqtorch.inplace import exchange, listeners, requantize
+from isqtorch.inplace import exchange, host, requantize
 from isqtorch.report.report import QuantReport
 
 GLOBAL_HOOKS = nn.modules.module._global_forward_pre_hooks
@@ -69,16 +69,21 @@ def test_a_failure_leaves_the_model_as_it_was(
     assert state_bytes(model) == state_bytes(quantized(FusedMoE(), "q4_0", exclude="up_proj"))
 
 
-def test_listeners_hear_of_it_and_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_hear_of_it_and_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(mlp(), tmp_path)
     model, heard = quantized(mlp(), "q4_0"), []
 
-    def listener(model: nn.Module, report: QuantReport | None) -> None:
-        heard.append(model[0].format)
-        if len(heard) == 1:
-            raise OSError("full")
+    class Listener:
+        def files(self, model: nn.Module) -> None: ...
 
-    monkeypatch.setattr(listeners, "_listeners", [listener])
+        def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> None: ...
+
+        def changed(self, model: nn.Module, report: QuantReport | None) -> None:
+            heard.append(model[0].format)
+            if len(heard) == 1:
+                raise OSError("full")
+
+    monkeypatch.setattr(host, "_hosts", [Listener()])
     with pytest.raises(OSError, match="full"):
         requantize_(model, "q8_0", source=tmp_path)
     assert heard == ["q8_0", "q4_0"]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..peers import Array, Unavailable
-from .prompts import tokens
 from .gguf_writer import write_gguf
+from .prompts import tokens
 
 INSTALL = "pip install llama-cpp-python gguf"
 _CONTEXT = 1024

@@ -26,9 +26,9 @@ from ..ours import Here
 from ..peers.worker import serve
 from ..timing import interleave
 from . import engines
-from .prompts import tokens
 from .checkpoints import matrix
 from .memory import Peak, resident
+from .prompts import tokens
 
 _CHUNK = 8 << 20
 _WARM = 9  # tokens before anything is timed

@@ -97,9 +97,13 @@ class Session:
         """Add one row; None, and a reason in `skipped`, where quantize_ refuses it."""
         model = self._load()
         began = time.perf_counter()
-        options = {**row.options, "imatrix": self.imatrix} if row.imatrix else row.options
+        options: dict[str, Any] = {
+            **row.options,
+            "rule": row.rule,
+            **({"imatrix": self.imatrix} if row.imatrix else {}),
+        }
         try:
-            report = isqtorch.quantize_(model, row.spec, rule=row.rule, progress=False, **options)
+            report = isqtorch.quantize_(model, row.spec, progress=False, **options)
         except (ValueError, TypeError) as error:  # TypeError: an option that this version does not have
             self.results.skipped[row.name] = str(error)
             return None

@@ -18,17 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
-from isqtorch.auto import Budget
+from isqtorch.auto import AUTO_OPTIONS, Budget
 from isqtorch.formats import AUTO, mix_name, resolve_format
 from isqtorch.importance.calibration import collect_imatrix
 from isqtorch.inplace.quantize import quantize_
-from isqtorch.inplace.requantize import STORED, requantize_
-from isqtorch.policy.inventory import checked_device
+from isqtorch.inplace.requantize import requantize_
+from isqtorch.inplace.weights import STORED
+from isqtorch.policy.options import Options
+from isqtorch.policy.request import checked_device
 from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
-
-AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
-"""Options of `quantize_` for the format "auto" alone."""
 
 
 class LoadedModel:
@@ -104,7 +103,7 @@ class LoadedModel:
             if source is None and self.packed:
                 source = STORED
             options = self._options(isq)
-            if mix_name(isq) is not None or resolve_format(isq, torch.device(self.device or "cpu")).name != "fp8":
+            if mix_name(isq) is not None or not resolve_format(isq, self.device or "cpu").activations:
                 options.pop("activations", None)  # asked for with fp8; layers that stay in it keep theirs
             self.report = requantize_(self.model, isq, source=source, progress=False, **options)
         else:
@@ -233,8 +232,8 @@ def check_request(
 
 def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:
     """What "auto" is allowed, checked; None for other formats."""
-    values = [options.get(name) for name in AUTO_OPTIONS]
-    return Budget.parse("--isq", isq, *values)
+    given: dict[str, Any] = {name: options.get(name) for name in AUTO_OPTIONS}
+    return Budget.of("--isq", isq, Options(**given))
 
 
 def packed_by(source: str) -> str | None:

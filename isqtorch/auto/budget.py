@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import inf
+from typing import get_args
 
 from isqtorch.formats import AUTO, Spec, formats, get_format, mix_name, resolve_format
 from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.options import Options, Probe
 from isqtorch.text import human_size
 
-PROBES = ("kl", "output")
+AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
+"""Options of `quantize_` for the format "auto" alone."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 
@@ -28,55 +32,44 @@ class Budget:
     target_bpw: Fraction | None
     max_bytes: int | None
     formats: tuple[Spec, ...]
-    probe: str | None
 
     @classmethod
-    def parse(
-        cls,
-        op: str,
-        fmt: Spec | None,
-        target_bpw: float | None,
-        max_size: int | str | None,
-        allowed: Sequence[Spec] | None,
-        probe: str | None,
-    ) -> Budget | None:
-        """The options of `quantize_`; None where `fmt` is not "auto".
+    def of(cls, op: str, fmt: Spec | None, options: Options) -> Budget | None:
+        """The options of "auto"; None where `fmt` is another format.
 
         Raises:
             ValueError: an option that is missing, has a bad value, or is given for another format than "auto".
         """
         if mix_name(fmt) != AUTO:
-            given = {"target_bpw": target_bpw, "max_size": max_size, "formats": allowed, "probe": probe}
-            extra = [name for name, value in given.items() if value is not None]
+            extra = [name for name in AUTO_OPTIONS if getattr(options, name) is not None]
             if extra:
                 raise ValueError(f"{op}: {extra[0]} is for the format 'auto', and the format is {fmt!r}")
             return None
-        if (target_bpw is None) == (max_size is None):
+        bpw, size, probe = options.target_bpw, options.max_size, options.probe
+        if (bpw is None) == (size is None):
             raise ValueError(f"{op}: 'auto' needs one of target_bpw=4.5 (bits per weight) and max_size='6GB'")
-        if target_bpw is not None and (isinstance(target_bpw, bool) or not 0 < target_bpw < inf):
-            raise ValueError(f"{op}: target_bpw must be a positive number, got {target_bpw!r}")
-        if probe is not None and probe not in PROBES:
-            raise ValueError(f"{op}: probe must be one of {', '.join(PROBES)}; got {probe!r}")
-        bpw = None if target_bpw is None else Fraction(target_bpw)
-        return cls(bpw, None if max_size is None else _bytes(op, max_size), _allowed(op, allowed), probe)
+        if bpw is not None and (isinstance(bpw, bool) or not 0 < bpw < inf):
+            raise ValueError(f"{op}: target_bpw must be a positive number, got {bpw!r}")
+        if probe is not None and probe not in get_args(Probe):
+            raise ValueError(f"{op}: probe must be one of {', '.join(get_args(Probe))}; got {probe!r}")
+        return cls(
+            None if bpw is None else Fraction(bpw),
+            None if size is None else _bytes(op, size),
+            _allowed(op, options.formats),
+        )
 
     def bytes_for(self, inventory: Inventory) -> int:
         """The most bytes the model may have."""
         if self.target_bpw is None:
             assert self.max_bytes is not None
             return self.max_bytes
-        return int(self.target_bpw * numel_of(inventory) / 8)
+        return int(self.target_bpw * inventory.numel / 8)
 
     def __str__(self) -> str:
         if self.target_bpw is not None:
             return f"{float(self.target_bpw):g} bits per weight"
         assert self.max_bytes is not None
         return human_size(self.max_bytes)
-
-
-def numel_of(inventory: Inventory) -> int:
-    """Weights of a model, as reports count them."""
-    return inventory.rest_numel + sum(layer.numel for layer in inventory.layers if layer.tied_to is None)
 
 
 def _bytes(op: str, size: int | str) -> int:

@@ -13,31 +13,28 @@ the others in `formats`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, Spec, get_format
-from isqtorch.importance.imatrix import Imatrix, ImatrixLike, load_imatrix
-from isqtorch.importance.imatrix import importance_of as importance_of_layers
+from isqtorch.importance.imatrix import Imatrix, importance_of
 from isqtorch.modules.convert import locate, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
-from isqtorch.policy.decide import Request, decide
-from isqtorch.policy.inventory import Inventory, checked_device, inspect_model
+from isqtorch.policy.decide import decide
+from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.layers import LayerInfo
-from isqtorch.policy.mixes import LISTED_EXPERT, Assigned
+from isqtorch.policy.mixes import LISTED_EXPERT
+from isqtorch.policy.request import Assigned, Request
 from isqtorch.progress import progress_bar
 from isqtorch.report.choice import Choice, Measured
 from isqtorch.report.report import QuantReport
 from isqtorch.text import human_size
 
-from .budget import Budget, numel_of
+from .budget import Budget
 from .curvature import measure_curvature
 from .knapsack import Option, solve
 from .sensitivity import Error, Weighing, costs, errors_of, measure
@@ -66,16 +63,6 @@ class Item:
         return sum(sharing[0].packed_bytes(get_format(fmt)) for sharing in self.weights)
 
 
-class TextFile(Protocol):
-    """A calibration text, if there is one, and what reads it."""
-
-    @property
-    def file(self) -> str | os.PathLike[str] | None: ...
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-
 WeightOf = Callable[[Sequence[str]], Tensor]
 """The float weight, `[N, K]` or `[E, N, K]`, of layers that share it."""
 
@@ -95,7 +82,7 @@ class Auto:
         self.limit = budget.bytes_for(inventory)
         least = self._total(smallest)
         if least > self.limit:
-            bpw = 8 * least / numel_of(inventory)
+            bpw = 8 * least / inventory.numel
             raise ValueError(
                 f"{request.op}: {budget} cannot be reached: with the smallest of the allowed formats everywhere, what is pinned and "
                 f"what is not quantized, the model has {bpw:.4f} bits per weight, {human_size(least)} ({least} bytes)."
@@ -104,9 +91,9 @@ class Auto:
     def smallest(self) -> Request:
         """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow.
 
-        Nothing is said of activations: which layers will be in fp8 is not known yet.
+        Activations are left out: which layers will be in fp8 is not known yet.
         """
-        return replace(self._request([next(iter(item.options)) for item in self.items]), activations=None)
+        return self._request([next(iter(item.options)) for item in self.items]).changed(activations=None)
 
     def choose(self, errors: Sequence[Mapping[str, Error]], measure: str) -> tuple[Request, Choice]:
         """The best choice, as a request, and as a record.
@@ -142,7 +129,7 @@ class Auto:
             "weight": "the errors of weights; quantize_ with a calibration file chooses better",
         }[measure]
         notes = [
-            f"auto: {8 * total / numel_of(self.inventory):.4f} bits per weight, {human_size(total)}, for {self.budget}; by {by}; "
+            f"auto: {8 * total / self.inventory.numel:.4f} bits per weight, {human_size(total)}, for {self.budget}; by {by}; "
             f"{self.limit - total} bytes unused"
         ]
         if all(fmt == list(item.options)[-1] for item, fmt in zip(self.items, chosen, strict=True)):
@@ -172,11 +159,12 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
     """
     options: dict[str, dict[str, Spec]] = {}
     misfits: dict[str, Assigned] = {}
-    fallback = "skip" if request.fallback == "error" else request.fallback  # an error only where no format fits
+    if request.options.fallback == "error":  # an error only where no format fits
+        request = request.changed(fallback="skip")
     for spec in allowed:
         name = Assigned(spec.name if isinstance(spec, QuantFormat) else spec, "")
         everywhere = {layer.name: name for layer in inventory.layers}
-        trial = replace(request, assigned=everywhere, fallback=fallback)
+        trial = replace(request, assigned=everywhere)
         for decision in decide(inventory.layers, trial).decisions:
             if decision.format is not None:
                 options.setdefault(decision.name, {}).setdefault(decision.format.name, spec)
@@ -202,49 +190,33 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
     return items, misfits
 
 
-def smallest_choice(model: nn.Module, request: Request, budget: Budget, device: torch.device | str | None) -> Request:
-    """The request with the smallest choice everywhere, for checks before anything slow; errors as of `Auto`."""
-    return Auto(_inventory(model, device), request, budget).smallest()
-
-
 def choose_formats(
-    model: nn.Module,
-    request: Request,
-    budget: Budget,
-    imatrix: ImatrixLike | None,
-    text: TextFile,
-    device: torch.device | str | None,
-    rule: str | None,
-    progress: bool | None,
-    weight_of: WeightOf | None = None,
+    model: nn.Module, auto: Auto, imatrix: Imatrix | None, weight_of: WeightOf | None = None
 ) -> tuple[Request, Choice]:
-    """Measure a live model and choose; see `quantize_` for the arguments. The model stays as it is.
+    """Measure a live model and choose. The model stays as it is.
 
     Args:
-        weight_of: where the weights are, if they are not the model's own.
+        model: the model.
+        auto: the problem; its request's options say how to measure.
+        imatrix: importance, if there is any.
+        weight_of: where the weights are, if they are not the model's own; then there are no gradients to measure.
+
+    Returns:
+        The request with the chosen formats, and what was measured.
 
     Raises:
-        ValueError: see `Auto` and `measure_curvature`; `probe="kl"` without a text.
+        ValueError: see `measure_curvature`; `probe="kl"` without a text; a weight that is not finite.
     """
-    auto = Auto(_inventory(model, device), request, budget)
-    if budget.probe == "kl" and text.file is None:
-        raise ValueError(f"{request.op}: probe='kl' needs calibration_file=..., a text to measure on")
+    options = auto.request.options
+    if options.probe == "kl" and options.calibration_file is None:
+        raise ValueError(f"{auto.request.op}: probe='kl' needs calibration_file=..., a text to measure on")
     curvature = None
-    if text.file is not None and budget.probe != "output":
+    if weight_of is None and options.calibration_file is not None and options.probe != "output":
         names = [sharing[0].name for item in auto.items for sharing in item.weights]
-        curvature = measure_curvature(model, names, text.tokenizer, Path(text.file), progress=progress)
-    weight_of = weight_of or partial(_own_weight, model)
-    errors, measure = measure_items(auto, weight_of, load_imatrix(imatrix), curvature, rule, progress)
-    return auto.choose(errors, measure)
-
-
-def _inventory(model: nn.Module, device: torch.device | str | None) -> Inventory:
-    """The model, as if it were on the device where it goes."""
-    inventory = inspect_model(model)
-    if device is None:
-        return inventory
-    place = checked_device(device, "quantize_: device").type
-    return replace(inventory, layers=[replace(layer, device_type=place) for layer in inventory.layers])
+        text = Path(options.calibration_file)
+        curvature = measure_curvature(model, names, options.tokenizer, text, progress=options.progress)
+    errors, measured = measure_items(auto, weight_of or partial(_own_weight, model), imatrix, curvature)
+    return auto.choose(errors, measured)
 
 
 def _own_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
@@ -257,8 +229,6 @@ def measure_items(
     weight_of: WeightOf,
     imatrix: Imatrix | None,
     curvature: Mapping[str, Weighing] | None,
-    rule: str | None,
-    progress: bool | None,
 ) -> tuple[list[dict[str, Error]], str]:
     """The errors of every item in each of its options, and the name of the measure.
 
@@ -267,17 +237,18 @@ def measure_items(
     Raises:
         ValueError: a weight that is not finite, or too large for one of its formats.
     """
+    options = auto.request.options
     errors = []
-    for item in progress_bar("measure", "layer", progress, auto.items):
+    for item in progress_bar("measure", "layer", options.progress, auto.items):
         formats = [get_format(fmt) for fmt in item.options]
         parts = []
         for sharing in item.weights:
             weighing = None if curvature is None else curvature.get(sharing[0].name)
-            importance = importance_of(sharing, imatrix)
+            importance = importance_and_shares(sharing, imatrix)
             with ordinary_tensors():
                 weight = weight_of([layer.name for layer in sharing])
                 try:
-                    parts.append(measure(weight, formats, weighing, *importance, rule))
+                    parts.append(measure(weight, formats, weighing, *importance, options.rule))
                 except ValueError as error:
                     raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
                 del weight  # before the next one is there
@@ -285,10 +256,10 @@ def measure_items(
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
 
 
-def importance_of(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:
+def importance_and_shares(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:
     """The importance that packing will use, of one weight, and the experts' shares of the tokens."""
     if imatrix is None:
         return None, None
     shape = sharing[0].shape
     shares = imatrix.shares(sharing[0].name, shape[0]) if len(shape) == 3 else None
-    return importance_of_layers(imatrix, sharing, shape), shares
+    return importance_of(imatrix, sharing, shape), shares

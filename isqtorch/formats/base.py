@@ -68,6 +68,7 @@ class QuantFormat(ABC):
     promoted: str | None = None  # what embeddings and output heads get instead; None: the format itself
     aliases: tuple[str, ...] = ()
     weight_error: float = 0.0  # upper bound of the relative RMS error on normally distributed weights
+    activations: str | None = None  # what `linear` may round x to, besides: "fp8"
     linear_error: float = 0.012  # bound of the relative RMS error of `linear` against exact decoded weights
 
     # ---- facts -----------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ register(
         formula="e4m3(q) * scale",
         source="OCP 8-bit floating point specification (E4M3); scale = amax / 448",
         solver="fp8",
+        activations="fp8",
         fallback="q8_0",
         aliases=("fp8_e4m3", "fp8_e4m3fn"),
         weight_error=0.027,

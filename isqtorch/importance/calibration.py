@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.policy.request import Request
 from isqtorch.progress import progress_bar
 from isqtorch.running import Ids, bos_token, context_length, evaluating, run_model, token_ids
 
 from .files import DEFAULT_CHUNK
-from .imatrix import Imatrix, ImatrixLike
+from .imatrix import Imatrix
 from .routed import RoutedExperts, find_routed_experts
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -278,25 +279,23 @@ def _occurrences(groups: Tensor, count: int) -> Tensor:
     return (groups.reshape(-1, 1) == torch.arange(count, device=groups.device)).sum(0)
 
 
-class Calibrate(NamedTuple):
-    """A text to calibrate with, if there is one, and what reads it."""
+def collect(model: nn.Module, request: Request, imatrix: Imatrix | None, check: Callable[[], object]) -> Imatrix:
+    """The importance matrix of the model as it is, from the calibration file of a request.
 
-    file: str | os.PathLike[str] | None
-    tokenizer: Any
+    Args:
+        model: the model.
+        request: its options name the file and the tokenizer.
+        imatrix: what the request has besides; must be None.
+        check: finds what is wrong with the request, before the minutes that this takes.
 
-
-def collect(
-    model: nn.Module,
-    op: str,
-    imatrix: ImatrixLike | None,
-    calibrate: Calibrate,
-    progress: bool | None,
-    check: Callable[[], object],
-) -> ImatrixLike:
-    """The importance matrix of the model as it is, from a text file; `check` finds what is wrong before the minutes this takes."""
+    Raises:
+        ValueError: see `quantize_` and `collect_imatrix`.
+    """
+    op, options = request.op, request.options
     if imatrix is not None:
         raise ValueError(f"{op}: give either imatrix or calibration_file, not both")
-    if calibrate.tokenizer is None:
+    if options.tokenizer is None:
         raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
     check()
-    return collect_imatrix(model, Path(calibrate.file or ""), calibrate.tokenizer, progress=progress)
+    text = Path(options.calibration_file or "")
+    return collect_imatrix(model, text, options.tokenizer, progress=options.progress)

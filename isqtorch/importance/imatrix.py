@@ -20,6 +20,7 @@ from isqtorch.files.binary import MAX_NAME_BYTES, open_binary, write_atomically
 from isqtorch.files.gguf_names import gguf_names, names_to_write
 from isqtorch.policy.inventory import inspect_model
 from isqtorch.policy.layers import LayerInfo
+from isqtorch.policy.options import ImatrixLike
 
 from . import files
 
@@ -305,9 +306,6 @@ def check_extension(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-ImatrixLike = Imatrix | Mapping[str, Tensor] | str | os.PathLike[str]
-
-
 def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
     """An Imatrix from what a user may pass for one."""
     if imatrix is None or isinstance(imatrix, Imatrix):
@@ -320,7 +318,7 @@ def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
 
 
 def imatrix_name(imatrix: ImatrixLike | None) -> str:
-    """A word about where importance came from; not the path, which is nobody else's business."""
+    """Where importance came from: the file's name only, because reports are shared."""
     if isinstance(imatrix, (str, os.PathLike)):
         return Path(imatrix).name
     source = getattr(imatrix, "source", None)

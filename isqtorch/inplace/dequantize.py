@@ -11,7 +11,7 @@ from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLi
 from isqtorch.modules.convert import experts_to_float, float_weight, put_module, to_float
 from isqtorch.policy.inventory import check_model, packed_names, storage_key
 
-from .listeners import announce
+from .host import announce
 from .origin import forget
 
 

@@ -10,47 +10,37 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from isqtorch.formats import Spec
-from isqtorch.policy.decide import Request
-from isqtorch.policy.topology import Topology, TopologyLike
+from isqtorch.policy.options import Options
+from isqtorch.policy.request import Request
 
-from .source import difference, files_of, open_source
+from .host import files_of, open_source
+from .source import difference
 
 _ATTRIBUTE = "_isq_origin"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights of a model came from, and the options of the request that was carried out last.
+    """Where the weights of a model came from, and which layers the last request meant.
 
     Attributes:
         files: the checkpoint; empty if it is not known.
         trouble: why the checkpoint does not stand for the weights that were quantized; None: it does.
+        options: what lasts of the request, see `Options.lasting`.
     """
 
     files: tuple[str, ...] = ()
     trouble: str | None = None
-    topology: Topology = field(default_factory=lambda: Topology(()))
-    organization: str = "default"
-    include: Sequence[str] | str | None = None
-    exclude: Sequence[str] | str | None = None
-    fallback: str = "up"
+    options: Options = field(default_factory=Options)
 
     @classmethod
     def made(cls, files: Sequence[str], trouble: str | None, request: Request) -> Origin:
-        return cls(
-            tuple(files),
-            trouble,
-            request.entries,
-            request.organization,
-            request.include,
-            request.exclude,
-            request.fallback,
-        )
+        return cls(tuple(files), trouble, request.options.lasting())
 
     @classmethod
     def before(cls, model: nn.Module, request: Request) -> Origin:
-        """For a model whose float weights are about to be packed: afterwards nobody can tell whether they are the checkpoint's."""
+        """For a model whose float weights are about to be packed. They are compared with the checkpoint now: after packing
+        it is impossible."""
         files = files_of(model)
         try:
             changed = difference(model, open_source(model, files)) if files else None
@@ -69,39 +59,6 @@ class Origin:
 
     def attach(self, model: nn.Module) -> None:
         vars(model)[_ATTRIBUTE] = self
-
-    def request(
-        self,
-        fmt: Spec | None,
-        topology: TopologyLike | None,
-        organization: str | None,
-        include: Sequence[str] | str | None,
-        exclude: Sequence[str] | str | None,
-        fallback: str | None,
-        activations: str | None,
-    ) -> Request:
-        """A new request; what it leaves open is as before (but for `activations`, which the layers know).
-
-        Raises:
-            ValueError: see `Request`, and where a new topology places layers on devices.
-        """
-        if topology is not None:
-            for entry in Topology.load(topology).entries:
-                if entry.device is not None:
-                    raise ValueError(
-                        f"requantize_: topology entry {entry.key!r} names a device, and requantize_ moves no layer. Leave it out, and "
-                        "use .to() on the layer."
-                    )
-        return Request(
-            fmt,
-            self.topology if topology is None else topology,
-            self.organization if organization is None else organization,
-            self.include if include is None else include,
-            self.exclude if exclude is None else exclude,
-            self.fallback if fallback is None else fallback,
-            "requantize_",
-            activations=activations,
-        )
 
 
 def forget(model: nn.Module) -> None:

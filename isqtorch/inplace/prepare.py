@@ -1,116 +1,160 @@
-"""Everything that quantize_ checks before it touches the first layer, and the list of jobs that comes out of it."""
+"""From a request to a list of jobs: everything that is checked, chosen and looked up before the first layer is touched."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from isqtorch.auto import Auto, Budget, choose_formats
+from isqtorch.auto.choose import WeightOf
 from isqtorch.formats import QuantFormat
-from isqtorch.importance.imatrix import Imatrix, ImatrixLike, imatrix_name, importance_of, load_imatrix
+from isqtorch.importance.calibration import collect
+from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of, load_imatrix
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import locate, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
-from isqtorch.policy.decide import Request, Verdict, decide
-from isqtorch.policy.inventory import Inventory, checked_device, inspect_model
+from isqtorch.policy.decide import Verdict, decide
+from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.layers import LayerInfo
+from isqtorch.policy.request import Request, checked_device
 from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.report.choice import Choice
+from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
+
+from .pack import Job, pack_weight
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
 _F16_SCALES_HOLD = 6e4  # weights up to this overflow no format's 16-bit scale or offset
 
 
 @dataclass(frozen=True)
-class Job:
-    """One weight to pack, under all the names that share it."""
-
-    names: tuple[str, ...]
-    has_input: bool  # one of them is not an embedding, so that columns can matter
-    fmt: QuantFormat
-    importance: Tensor | None
-    rule: str | None  # the rule that was asked for, if the format has it
-    device: torch.device | None  # None: where it is
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A checked request, ready to be carried out."""
 
+    request: Request
     inventory: Inventory
     verdict: Verdict
     jobs: list[Job]
-    target: torch.device | None  # where the whole model goes
-    rule: str | None  # as it was asked for
+    again: bool  # layers that have their format already are packed once more
     imatrix: str | None  # where the importance that some job uses came from
     notes: list[str]  # for the report, besides the verdict's
     warnings: list[str]  # to be shown at once
 
+    def report(
+        self, errors: Mapping[str, float] | None = None, choice: Choice | None = None, notes: Sequence[str] = ()
+    ) -> QuantReport:
+        """What was done.
 
-def prepare(
-    model: nn.Module, request: Request, imatrix: ImatrixLike | None, device: torch.device | str | None, rule: str | None
-) -> Prepared:
-    """Decide about every weight and check all that can fail.
-
-    Raises:
-        ValueError: see `quantize_`.
-    """
-    target = None if device is None else checked_device(device, f"{request.op}: device")
-    for entry in request.entries.entries:
-        if entry.device is not None:
-            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
-    inventory = inspect_model(model)
-    if target is not None:
-        inventory = replace(inventory, layers=[replace(layer, device_type=target.type) for layer in inventory.layers])
-    prepared = prepare_inventory(inventory, request, imatrix, target, rule)
-    for job in prepared.jobs:
-        _check_weight(model, job, request.op)
-    return prepared
+        Args:
+            errors: relative errors that were measured, by layer.
+            choice: what "auto" chose.
+            notes: for the report, besides those that are known here.
+        """
+        report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
+        for layer in report.layers:
+            layer.error = (errors or {}).get(layer.name)
+        report.notes += [*self.notes, *notes]
+        report.imatrix, report.rule = self.imatrix, self.request.options.rule
+        if choice is not None:
+            report.record(choice)
+        return report
 
 
-def prepare_inventory(
+def settle(
+    model: nn.Module,
     inventory: Inventory,
     request: Request,
-    imatrix: ImatrixLike | None,
-    target: torch.device | None,
-    rule: str | None,
+    check: Callable[[Prepared], None],
+    weight_of: WeightOf | None = None,
     again: bool = False,
-) -> Prepared:
-    """The part of `prepare` that needs no weights.
+) -> tuple[Prepared, Choice | None]:
+    """Read the importance, calibrate, choose formats for "auto", and decide. Faults show before each step that takes minutes.
 
     Args:
+        model: the model, which runs if there is a calibration file.
+        inventory: of the model.
+        request: what was asked for.
+        check: finds what is wrong with the weights of the jobs; called with every decision that is made.
+        weight_of: where "auto" finds the weights, if they are not the model's own.
+        again: see `prepare`.
+
+    Returns:
+        The jobs, and what "auto" chose, if it was asked.
+
+    Raises:
+        ValueError, OSError: see `quantize_`.
+    """
+    options = request.options
+    budget = Budget.of(request.op, request.fmt, options)
+    auto = None if budget is None else Auto(inventory, request, budget)
+    trial = request if auto is None else auto.smallest()  # the same layers as in the end
+
+    def checked(request: Request, imatrix: Imatrix | None) -> Prepared:
+        prepared = prepare(inventory, request, imatrix, again)
+        check(prepared)
+        return prepared
+
+    imatrix = load_imatrix(options.imatrix)
+    measures_on_text = auto is not None and weight_of is None  # so that an importance matrix may be given as well
+    if options.calibration_file is not None and not (measures_on_text and imatrix is not None):
+        imatrix = collect(model, request, imatrix, lambda: checked(trial, None))
+    prepared = checked(trial, imatrix)
+    if auto is None:
+        return prepared, None
+    chosen, choice = choose_formats(model, auto, imatrix, weight_of)
+    return checked(chosen, imatrix), choice
+
+
+def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, again: bool = False) -> Prepared:
+    """Decide about every weight, and check all that needs no weights.
+
+    Args:
+        inventory: the weights.
+        request: what was asked for; for "auto" with what was chosen.
+        imatrix: importance, if there is any.
         again: layers that have their format already are packed once more, from other weights than they hold.
 
     Raises:
         ValueError: see `quantize_`.
     """
+    op, rule = request.op, request.options.rule
     verdict = decide(inventory.layers, request)
     permissions = check_activations(inventory.layers, verdict, request)
-    importance = load_imatrix(imatrix)
-    jobs = _jobs(inventory, verdict, importance, target, rule, again)
+    jobs = _jobs(inventory, verdict, request, imatrix, again)
     notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule), *permissions]
-    if importance is not None:
-        notes += _importance_notes(jobs, importance, request.op)
+    if imatrix is not None:
+        notes += _importance_notes(jobs, imatrix, op)
     alarms = _dead_columns(jobs)
     if not any(decision.format for decision in verdict.decisions):
-        alarms.append(f"{request.op} quantized nothing; the report has the reasons")
-    _check_kernels(jobs, rule, request.op)
-    source = imatrix_name(importance) if any(job.importance is not None for job in jobs) else None
-    return Prepared(inventory, verdict, jobs, target, rule, source, [*notes, *alarms], [*verdict.notes, *alarms])
+        alarms.append(f"{op} quantized nothing; the report has the reasons")
+    _check_kernels(jobs, rule, op)
+    source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
+    return Prepared(request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *alarms])
 
 
-def _jobs(
-    inventory: Inventory,
-    verdict: Verdict,
-    imatrix: Imatrix | None,
-    target: torch.device | None,
-    rule: str | None,
-    again: bool,
-) -> list[Job]:
+def check_devices(request: Request) -> None:
+    """ValueError unless the devices that a request names are there."""
+    if request.device is not None:
+        checked_device(request.device, f"{request.op}: device")
+    for entry in request.topology.entries:
+        if entry.device is not None:
+            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
+
+
+def check_weights(model: nn.Module, prepared: Prepared) -> None:
+    """ValueError unless the model's own weights can be packed as was decided."""
+    for job in prepared.jobs:
+        _check_weight(model, job, prepared.request.op)
+
+
+def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Imatrix | None, again: bool) -> list[Job]:
     """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
@@ -121,22 +165,23 @@ def _jobs(
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
         importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
-        own_rule = rule if has_rule(fmt, rule) else None
+        rule = request.options.rule if has_rule(fmt, request.options.rule) else None
         jobs.append(
             Job(
                 tuple(layer.name for layer in layers),
                 any(layer.kind != "embedding" for layer in layers),
                 fmt,
-                importance if uses_importance(fmt, own_rule) else None,
-                own_rule,
-                device or target,
+                importance if uses_importance(fmt, rule) else None,
+                rule,
+                device or request.device,
+                request.options,
             )
         )
     return jobs
 
 
 def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
-    """Which devices compute with the reference, for want of kernels."""
+    """Devices without native kernels, which compute with the reference."""
     devices = {
         decision.device.type if decision.device else layer.device_type
         for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)
@@ -234,10 +279,9 @@ def _check_weight(model: nn.Module, job: Job, op: str) -> None:
 
 
 def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
-    """Pack a weight with enormous values once for nothing: only the quantizer knows whether a scale overflows."""
-    importance = None if job.importance is None else job.importance.to(matrix.device)
+    """Pack a weight with enormous values once, and drop the result: only the quantizer knows whether a scale overflows."""
     try:
-        torch.ops.isqtorch.quantize(matrix, job.fmt.name, importance, job.rule)
+        pack_weight(matrix, job)
     except ValueError as error:
         raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 

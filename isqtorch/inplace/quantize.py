@@ -1,4 +1,4 @@
-"""quantize_ and dequantize_: replace the layers of a live model, one by one, in place.
+"""quantize_: replace the layers of a live model, one by one, in place.
 
 Two phases. First everything that can fail is checked (`prepare.py`), without touching the model. Then each layer is packed
 and put in its place, and the original is freed before the next one is read, so that memory peaks at the model plus the
@@ -11,35 +11,26 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from isqtorch.auto import Budget, choose_formats, smallest_choice
 from isqtorch.formats import Spec
-from isqtorch.importance.calibration import Calibrate, collect
-from isqtorch.importance.imatrix import ImatrixLike
 from isqtorch.modules.activations import permit
-from isqtorch.modules.convert import (
-    locate,
-    put_module,
-    to_packed,
-    weight_matrix,
-)
+from isqtorch.modules.convert import locate, put_module, to_packed, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
-from isqtorch.policy.decide import Request
-from isqtorch.policy.inventory import check_model, packed_names
+from isqtorch.policy.inventory import check_model, inspect_model, packed_names
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe, Rule
+from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
 from isqtorch.report.report import QuantReport
 
-from .listeners import announce
+from .host import announce
 from .origin import Origin
-from .pack import pack_weight
-from .prepare import Job, prepare
+from .pack import Job, pack_weight, relative_error
+from .prepare import Prepared, check_devices, check_weights, settle
 
 
 def quantize_(
@@ -47,20 +38,20 @@ def quantize_(
     fmt: Spec | None,
     *,
     topology: TopologyLike | None = None,
-    organization: str = "default",
+    organization: Organization = "default",
     imatrix: ImatrixLike | None = None,
     calibration_file: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    fallback: str = "up",
+    include: Names | None = None,
+    exclude: Names | None = None,
+    fallback: Fallback = "up",
     device: torch.device | str | None = None,
-    rule: str | None = None,
-    activations: str | None = None,
+    rule: Rule | None = None,
+    activations: Activations | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
     formats: Sequence[Spec] | None = None,
-    probe: str | None = None,
+    probe: Probe | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -113,7 +104,27 @@ def quantize_(
             as it was.
         OSError: a topology, imatrix or calibration file that cannot be read.
     """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "quantize_", activations=activations)
+    began = time.perf_counter()
+    options = Options(
+        topology=topology,
+        organization=organization,
+        include=include,
+        exclude=exclude,
+        fallback=fallback,
+        device=device,
+        imatrix=imatrix,
+        calibration_file=calibration_file,
+        tokenizer=tokenizer,
+        rule=rule,
+        activations=activations,
+        target_bpw=target_bpw,
+        max_size=max_size,
+        formats=formats,
+        probe=probe,
+        progress=progress,
+        measure_error=measure_error,
+    )
+    request = Request(fmt, options, "quantize_")
     check_model(model, request.op)
     packed = packed_names(model)
     if packed:
@@ -121,72 +132,44 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    calibrate = Calibrate(calibration_file, tokenizer)
-    budget = Budget.parse(request.op, fmt, target_bpw, max_size, formats, probe)
-    return _run(model, request, imatrix, calibrate, device, rule, progress, measure_error, budget)
-
-
-# ---- carrying it out -------------------------------------------------------------------------------------------------
-
-
-def _run(
-    model: nn.Module,
-    request: Request,
-    imatrix: ImatrixLike | None,
-    calibrate: Calibrate,
-    device: torch.device | str | None,
-    rule: str | None,
-    progress: bool | None,
-    measure_error: bool,
-    budget: Budget | None,
-) -> QuantReport:
-    """Check, then replace layer by layer."""
-    started = time.perf_counter()
-    choice, activations = None, request.activations
-    if budget is not None:
-        request = smallest_choice(model, request, budget, device)
-    if calibrate.file is not None and (budget is None or imatrix is None):
-        check = partial(prepare, model, request, None, device, rule)
-        imatrix = collect(model, request.op, imatrix, calibrate, progress, check)
-    if budget is not None:
-        prepare(model, request, imatrix, device, rule)  # what is wrong shows before the minutes that this takes
-        request, choice = choose_formats(model, request, budget, imatrix, calibrate, device, rule, progress)
-        request = replace(request, activations=activations)
-    prepared = prepare(model, request, imatrix, device, rule)
+    check_devices(request)
+    inventory = inspect_model(model).on(request.device)
+    prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
     origin = Origin.before(model, request)
     for message in prepared.warnings:
-        warnings.warn(message, stacklevel=3)
-    errors: dict[str, float] = {}
-    placed: set[int] = set()
-    with progress_bar(request.op, "layer", progress, total=len(prepared.jobs)) as bar:
-        for job in prepared.jobs:
-            bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            error = _replace(model, job, measure_error, placed)
-            if error is not None:
-                errors.update(dict.fromkeys(job.names, error))
-            bar.update()
-    permit(model.modules(), activations)
-    if prepared.target is not None:
-        _move_rest(model, prepared.target, placed)
-
-    report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
-    for layer in report.layers:
-        layer.error = errors.get(layer.name)
-    report.notes += prepared.notes
-    report.imatrix, report.rule = prepared.imatrix, prepared.rule
-    if choice is not None:
-        report.record(choice)
-    report.seconds = time.perf_counter() - started
+        warnings.warn(message, stacklevel=2)
+    errors = _replace_layers(model, prepared)
+    report = prepared.report(errors, choice)
+    report.seconds = time.perf_counter() - began
     origin.attach(model)
     announce(model, report)
     return report
 
 
-def _replace(model: nn.Module, job: Job, measure: bool, placed: set[int]) -> float | None:
+# ---- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
+    """Pack layer by layer, and move the rest of the model where it goes; the errors, where they are measured."""
+    request = prepared.request
+    errors: dict[str, float] = {}
+    placed: set[int] = set()
+    with progress_bar(request.op, "layer", request.options.progress, total=len(prepared.jobs)) as bar:
+        for job in prepared.jobs:
+            bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
+            error = _replace(model, job, placed)
+            if error is not None:
+                errors.update(dict.fromkeys(job.names, error))
+            bar.update()
+    permit(model.modules(), request.options.activations)
+    if request.device is not None:
+        _move_rest(model, request.device, placed)
+    return errors
+
+
+def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
     """Pack one weight and put the packed layers in place; the originals are free when this returns."""
-    path, leaf = locate(model, job.names[0])
-    packed, error = _pack(model.get_submodule(path), leaf, job, measure)
-    parameter = nn.Parameter(packed, requires_grad=False)
+    parameter, error = _packed(model, job)
     done: dict[int, nn.Module] = {}
     for name in job.names:
         path, leaf = locate(model, name)
@@ -201,10 +184,15 @@ def _replace(model: nn.Module, job: Job, measure: bool, placed: set[int]) -> flo
     return error
 
 
-def _pack(module: nn.Module, leaf: str, job: Job, measure: bool) -> tuple[Tensor, float | None]:
+def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
+    """The packed weight of a job, and its error if that is wanted."""
+    path, leaf = locate(model, job.names[0])
     with ordinary_tensors():
-        weight = weight_matrix(module, leaf).detach()
-        return pack_weight(weight if job.device is None else weight.to(job.device), job, measure)
+        weight = weight_matrix(model.get_submodule(path), leaf).detach()
+        weight = weight if job.device is None else weight.to(job.device)
+        packed = pack_weight(weight, job)
+        error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
+        return nn.Parameter(packed, requires_grad=False), error
 
 
 def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None:

@@ -10,40 +10,31 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
-from isqtorch.auto import Budget, choose_formats, smallest_choice
 from isqtorch.formats import Spec
-from isqtorch.importance.calibration import Calibrate, collect
-from isqtorch.importance.imatrix import ImatrixLike
-from isqtorch.modules import PackedModule, QuantExperts, QuantLinear
+from isqtorch.modules import QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
-from isqtorch.modules.convert import float_shape, is_turned, locate, to_packed, weight_matrix
+from isqtorch.modules.convert import locate, to_packed
 from isqtorch.modules.packed import ordinary_tensors
-from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.activations import activation_notes
-from isqtorch.policy.decide import Request
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe, Rule
+from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
 from isqtorch.report.report import QuantReport
 
 from .exchange import Swap, check_outside, exchange
-from .listeners import announce
+from .host import announce
 from .origin import Origin, forget
-from .pack import pack_weight
-from .prepare import Job, Prepared, prepare, prepare_inventory
-from .source import Source, difference, files_in, open_source
+from .pack import Job, pack_weight, relative_error
+from .prepare import Prepared, check_weights, settle
+from .weights import Weights
 
-STORED = "stored"
-_WAYS_OUT = (
-    "Give source=..., the folder or .safetensors file with the model's float weights, or source='stored' to start from the "
-    "quantized weights, whose errors then stay"
-)
+_OP = "requantize_"
 
 
 def requantize_(
@@ -52,19 +43,19 @@ def requantize_(
     *,
     source: str | os.PathLike[str] | None = None,
     topology: TopologyLike | None = None,
-    organization: str | None = None,
+    organization: Organization | None = None,
     imatrix: ImatrixLike | None = None,
     calibration_file: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    fallback: str | None = None,
-    rule: str | None = None,
-    activations: str | None = None,
+    include: Names | None = None,
+    exclude: Names | None = None,
+    fallback: Fallback | None = None,
+    rule: Rule | None = None,
+    activations: Activations | Literal[""] | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
     formats: Sequence[Spec] | None = None,
-    probe: str | None = None,
+    probe: Probe | None = None,
     progress: bool | None = None,
     measure_error: bool = False,
 ) -> QuantReport:
@@ -106,8 +97,55 @@ def requantize_(
         RuntimeError: calls in other threads do not come to an end. The model is as it was.
     """
     began = time.perf_counter()
-    check_model(model, "requantize_")
-    budget = Budget.parse("requantize_", fmt, target_bpw, max_size, formats, probe)
+    check_model(model, _OP)
+    before = Origin.of(model)
+    origin = before or Origin()
+    lasting = origin.options.lasting(
+        topology=topology, organization=organization, include=include, exclude=exclude, fallback=fallback
+    )
+    options = lasting.changed(
+        imatrix=imatrix,
+        calibration_file=calibration_file,
+        tokenizer=tokenizer,
+        rule=rule,
+        activations=activations or None,
+        target_bpw=target_bpw,
+        max_size=max_size,
+        formats=formats,
+        probe=probe,
+        progress=progress,
+        measure_error=measure_error,
+    )
+    _check(model, probe)
+    request = Request(fmt, options, _OP)
+    _check_no_device(request)
+    weights = Weights.find(model, source, origin)
+    if before is None:
+        weights.notes.append(
+            "how the model was quantized is not known here; topology, include and exclude are only those of this call"
+        )
+
+    def check(prepared: Prepared) -> None:
+        _check_parameters(model, prepared)
+        if weights.source is None:  # those of a source are checked when they are read: until the end nothing is changed
+            check_weights(model, prepared)
+
+    again = weights.source is not None
+    prepared, choice = settle(model, inspect_model(model), request, check, weights.of, again)
+    for message in [*weights.alarms, *prepared.warnings]:
+        warnings.warn(message, stacklevel=2)
+    swaps, errors = _new_layers(model, prepared, weights)
+    permission = _permission(model, prepared, swaps, activations)
+    report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *weights.alarms])
+    _commit(model, swaps, permission, Origin.made(weights.files, weights.trouble, request), report, began)
+    return report
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, probe: str | None) -> None:
+    """ValueError unless the model can be quantized again at all."""
     if probe == "kl":
         raise ValueError(
             "requantize_: probe='kl' needs the gradients of float weights, and these are packed. Leave it out, or use quantize_ on the "
@@ -116,154 +154,20 @@ def requantize_(
     if not packed_names(model):
         raise ValueError("requantize_: the model holds no quantized layer. Use quantize_.")
     check_outside(model)
-    before = Origin.of(model)
-    origin = before or Origin()
-    had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
-    request = origin.request(fmt, topology, organization, include, exclude, fallback, activations or None)
-    files, weights, notes, alarm = _weights(model, source, origin)
-    choice, asked = None, request.activations
-    if budget is not None:
-        request = smallest_choice(model, request, budget, None)
-    if before is None:
-        notes.append(
-            "how the model was quantized is not known here; topology, include and exclude are only those of this call"
-        )
-    if calibration_file is not None:
-        calibrate = Calibrate(calibration_file, tokenizer)
-        imatrix = collect(
-            model, "requantize_", imatrix, calibrate, progress, lambda: _prepare(model, request, None, rule, weights)
-        )
-    if budget is not None:
-        _prepare(model, request, imatrix, rule, weights)  # what is wrong shows before everything is measured
-        text = Calibrate(None, None)
-        request, choice = choose_formats(model, request, budget, imatrix, text, None, rule, progress, weights.of)
-        request = replace(request, activations=asked)
-    prepared = _prepare(model, request, imatrix, rule, weights)
-    for message in [*alarm, *prepared.warnings]:
-        warnings.warn(message, stacklevel=2)
-    swaps, errors = _packed(model, prepared, weights, progress, measure_error)
-    inherits = had and activations is None
-    if inherits:
-        kept_notes = activation_notes(prepared.inventory.layers, prepared.verdict)
-        notes += kept_notes or ['activations="fp8" is dropped: no linear layer is in fp8 any more']
-    elif had and request.activations is None:
-        notes.append('activations="fp8" is dropped: the layers that this request concerns use x as it is')
-    allowed = "fp8" if inherits else request.activations
-    permit((swap.new for swap in swaps), allowed)
-    kept = _kept(model, prepared, swaps)
-
-    report = QuantReport.build(prepared.inventory, prepared.verdict, request.fmt)
-    made = {name for job in prepared.jobs for name in job.names}
-    for layer in report.layers:
-        layer.error = errors.get(layer.name)
-        if layer.name in made:
-            layer.reason = layer.reason.replace(f"is {layer.stored} already", "made anew")
-    report.notes += [*prepared.notes, *notes, *alarm]
-    report.imatrix, report.rule = prepared.imatrix, prepared.rule
-    if choice is not None:
-        report.record(choice)
-    trouble = origin.trouble if source == STORED else None
-    _commit(model, swaps, kept, allowed, Origin.made(files, trouble, request), report, began)
-    return report
 
 
-# ---- where weights come from -----------------------------------------------------------------------------------------
-
-
-class Weights:
-    """The float weight of each layer to be packed: of an ordinary layer its own, of a packed one that of the source."""
-
-    def __init__(self, model: nn.Module, source: Source | None) -> None:
-        self.model, self.source = model, source
-
-    def of(self, names: Sequence[str]) -> Tensor:
-        """`[N, K]` or `[E, N, K]`, where it can be packed; not to be written to.
-
-        Args:
-            names: of all layers that share the weight.
-
-        Raises:
-            ValueError: the source has no such weight, or not in this shape.
-            OSError: it cannot be read.
-        """
-        path, leaf = locate(self.model, names[0])
-        module = self.model.get_submodule(path)
-        own = cast(Tensor, module._parameters[leaf])
-        if not isinstance(module, PackedModule) or leaf not in module.packed:
-            return weight_matrix(module, leaf).detach()
-        self.release()  # what was read before
-        if self.source is None:
-            decoded: Tensor = torch.ops.isqtorch.dequantize(own, module.packed[leaf], torch.float32)
-            return decoded
-        weight = self._read(names, module, leaf).to(module.dtype)
-        if own.device.type in NATIVE_DEVICES:  # elsewhere packing is slower than both copies
-            weight = weight.to(own.device)
-        return weight.transpose(-2, -1) if is_turned(module) else weight
-
-    def _read(self, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
-        assert self.source is not None, "checked by the caller"
-        names = [".".join(locate(self.model, layer)) for layer in layers]  # it is stored under any one of them
-        shape = float_shape(module, leaf)
-        for name in names:
-            weight = self.source.read(name)
-            if weight is None:
-                continue
-            if tuple(weight.shape) != shape:
-                raise ValueError(
-                    f"requantize_: {name} is {list(weight.shape)} in {self.source.where}, {list(shape)} in the model. {_WAYS_OUT}, or "
-                    "exclude the layer."
-                )
-            return weight
-        raise ValueError(f"requantize_: {self.source.where} has no {names[0]}. {_WAYS_OUT}, or exclude the layer.")
-
-    def release(self) -> None:
-        if self.source is not None:
-            self.source.release()
-
-
-def _weights(
-    model: nn.Module, source: str | os.PathLike[str] | None, origin: Origin
-) -> tuple[tuple[str, ...], Weights, list[str], list[str]]:
-    """(the files to remember, where to read weights, notes for the report, what the user should be warned of)"""
-    if source == STORED:
-        note = "made from the quantized weights: their errors stay, and more bits gain nothing"
-        return origin.files, Weights(model, None), [note], []
-    if source is None:
-        if not origin.files:
-            raise ValueError(f"requantize_: it is not known where the model's weights came from. {_WAYS_OUT}.")
-        if origin.trouble is not None:
+def _check_no_device(request: Request) -> None:
+    """ValueError where a topology places layers on devices."""
+    for entry in request.topology.entries:
+        if entry.device is not None:
             raise ValueError(
-                f"requantize_: {_folder(origin.files)} cannot stand for the model's weights: {origin.trouble}. {_WAYS_OUT}."
+                f"requantize_: topology entry {entry.key!r} names a device, and requantize_ moves no layer. Leave it out, and "
+                "use .to() on the layer."
             )
-    files = origin.files if source is None else files_in(source)
-    opened = open_source(model, files, files == origin.files)
-    changed = difference(model, opened)
-    alarm = []
-    if changed is not None:
-        finding = (
-            f"{changed} is not what {opened.where} has: the model was changed since, or it is another one's checkpoint"
-        )
-        if source is None:
-            raise ValueError(f"requantize_: {finding}. {_WAYS_OUT}.")
-        alarm.append(f"requantize_: {finding}; the parameters that are not quantized stay as they are")
-    return files, Weights(model, opened), [f"made from the weights in {opened.where}"], alarm
 
 
-def _folder(files: Sequence[str]) -> str:
-    return os.path.dirname(files[0])
-
-
-# ---- carrying it out -------------------------------------------------------------------------------------------------
-
-
-def _prepare(
-    model: nn.Module, request: Request, imatrix: ImatrixLike | None, rule: str | None, weights: Weights
-) -> Prepared:
-    """Decide about every weight. Those of a source are checked when they are read: until the end nothing is changed."""
-    if weights.source is None:
-        prepared = prepare(model, request, imatrix, None, rule)
-    else:
-        prepared = prepare_inventory(inspect_model(model), request, imatrix, None, rule, again=True)
+def _check_parameters(model: nn.Module, prepared: Prepared) -> None:
+    """ValueError unless the parameters to be replaced are whole and here."""
     for job in prepared.jobs:
         path, leaf = locate(model, job.names[0])
         parameter = model.get_submodule(path)._parameters[leaf]
@@ -272,21 +176,21 @@ def _prepare(
             raise ValueError(
                 f"requantize_: {job.names[0]} is {kind}: it is offloaded or spread over processes. Exclude it."
             )
-    return prepared
 
 
-def _packed(
-    model: nn.Module, prepared: Prepared, weights: Weights, progress: bool | None, measure: bool
-) -> tuple[list[Swap], dict[str, float]]:
+# ---- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple[list[Swap], dict[str, float]]:
     """The new layers and where they belong, and the errors that were measured."""
     swaps: dict[tuple[int, str], Swap] = {}
     fresh: dict[int, nn.Module] = {}  # id of an old layer -> the new one
     errors: dict[str, float] = {}
     places = {name: _place(model, name) for job in prepared.jobs for name in job.names}
-    with progress_bar("requantize_", "layer", progress, total=len(prepared.jobs)) as bar:
+    with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            parameter, error = _pack(model, job, weights, measure)
+            parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             for name in job.names:
@@ -300,18 +204,6 @@ def _packed(
     return list(swaps.values()), errors
 
 
-def _kept(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap]) -> dict[QuantLinear, str | None]:
-    """Linear layers that the request concerns and that are in fp8 already: {layer: its activations}."""
-    replaced = {id(swap.old) for swap in swaps}
-    found: dict[QuantLinear, str | None] = {}
-    for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
-        if decision.format is not None and decision.format.name == "fp8":
-            module = model.get_submodule(locate(model, layer.name)[0])
-            if isinstance(module, QuantLinear) and id(module) not in replaced:
-                found[module] = module.activations
-    return found
-
-
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]:
     """(parent, name in it, module, name of the parameter) of a weight."""
     path, leaf = locate(model, name)
@@ -319,40 +211,68 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]
     return model.get_submodule(above), key, model.get_submodule(path), leaf
 
 
-def _pack(model: nn.Module, job: Job, weights: Weights, measure: bool) -> tuple[nn.Parameter, float | None]:
+def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter, float | None]:
+    """The packed weight of a job on the device of the old one, and its error if that is wanted."""
     path, leaf = locate(model, job.names[0])
     device = cast(Tensor, model.get_submodule(path)._parameters[leaf]).device
     with ordinary_tensors():
         weight = weights.of(job.names)
         try:
-            packed, error = pack_weight(weight, job, measure)
+            packed = pack_weight(weight, job)
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
+        error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
         del weight
         weights.release()
         return nn.Parameter(packed.to(device), requires_grad=False), error
 
 
+class _Permission(NamedTuple):
+    """What becomes of `activations`."""
+
+    value: str | None  # of all layers that the request concerns
+    kept: dict[QuantLinear, str | None]  # those of them that stay the same objects, with what they had
+    notes: list[str]  # for the report
+
+
+def _permission(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap], asked: str | None) -> _Permission:
+    """The permission after the exchange; the new layers have it already. `asked` is None where it stays as it was."""
+    had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
+    value, notes = asked or None, []
+    if had and asked is None:
+        value = next(
+            layer.activations for layer in model.modules() if isinstance(layer, QuantLinear) and layer.activations
+        )
+        notes = activation_notes(prepared.inventory.layers, prepared.verdict) or [
+            'activations="fp8" is dropped: no linear layer is in fp8 any more'
+        ]
+    elif had and not asked:
+        notes = ['activations="fp8" is dropped: the layers that this request concerns use x as it is']
+    permit((swap.new for swap in swaps), value)
+    replaced = {id(swap.old) for swap in swaps}
+    kept: dict[QuantLinear, str | None] = {}
+    for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
+        if decision.format is not None and decision.format.activations:
+            module = model.get_submodule(locate(model, layer.name)[0])
+            if isinstance(module, QuantLinear) and id(module) not in replaced:
+                kept[module] = module.activations
+    return _Permission(value, kept, notes)
+
+
 def _commit(
-    model: nn.Module,
-    swaps: list[Swap],
-    kept: dict[QuantLinear, str | None],
-    activations: str | None,
-    origin: Origin,
-    report: QuantReport,
-    began: float,
+    model: nn.Module, swaps: list[Swap], permission: _Permission, origin: Origin, report: QuantReport, began: float
 ) -> None:
-    """Exchange the layers and tell everybody, or neither."""
+    """Exchange the layers and tell the hosts, or neither."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
 
     def tell() -> None:
         report.seconds = time.perf_counter() - began
         origin.attach(model)
-        permit(kept, activations)
+        permit(permission.kept, permission.value)
         announce(model, report)
 
     def take_back() -> None:
-        for layer, had in kept.items():
+        for layer, had in permission.kept.items():
             layer.activations = had
         if before is None:
             forget(model)

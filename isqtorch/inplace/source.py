@@ -1,7 +1,7 @@
 """The checkpoint that a model came from: its tensors, read again one by one under the names that the model has for them.
 
-A plain module's checkpoint has its state dict's names. Libraries whose loaders rename, join or turn tensors register a reader,
-which does the same to what is read here.
+A plain module's checkpoint has its state dict's names. Libraries whose loaders rename, join or turn tensors have a source of their
+own (`host.py`), which does the same to what is read here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,32 +110,6 @@ class Source:
         return self._open[path]
 
 
-class Reader(Protocol):
-    """What a library contributes that has a loader of its own."""
-
-    def files(self, model: nn.Module) -> list[str] | None:
-        """The files that `model` was loaded from, None if that is not known. No network, and no error."""
-
-    def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
-        """The source that converts as the loader does, None for a model that is not the library's.
-
-        `remembered` says that the model was loaded from these files, and not only that the user says so.
-        """
-
-
-_readers: list[Reader] = []
-
-
-def register(reader: Reader) -> None:
-    _readers.append(reader)
-
-
-def files_of(model: nn.Module) -> tuple[str, ...]:
-    """Absolute paths of the files that a model was loaded from; empty if they are not known."""
-    found = next(filter(None, (reader.files(model) for reader in _readers)), [])
-    return tuple(os.path.abspath(file) for file in found)
-
-
 def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The files of what a user gives: a folder, or one file.
 
@@ -148,12 +122,6 @@ def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
         raise FileNotFoundError(f"requantize_: source: no folder or file {str(path)!r}")
     files = checkpoint_files(given, "requantize_: source") if given.is_dir() else [given]
     return tuple(os.path.abspath(file) for file in files)
-
-
-def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True) -> Source:
-    """The checkpoint in `files`, read as `model` was; errors as those of Source."""
-    opened = (reader.open(model, files, remembered) for reader in _readers)
-    return next((source for source in opened if source is not None), None) or Source(files)
 
 
 def difference(model: nn.Module, source: Source) -> str | None:

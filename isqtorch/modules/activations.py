@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from . import QuantLinear
+from isqtorch.formats import get_format
+
+from .linear import QuantLinear
 
 
 def permit(modules: Iterable[nn.Module], activations: str | None) -> None:
     """Set the permission of every linear layer in fp8 among `modules`."""
     for module in modules:
-        if isinstance(module, QuantLinear) and module.format == "fp8":
+        if isinstance(module, QuantLinear) and get_format(module.format).activations:
             module.activations = activations
 
 
@@ -21,9 +23,9 @@ def recorded_activations(model: nn.Module) -> str | list[str] | None:
     layers = {
         name: module.activations
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantLinear) and module.format == "fp8"
+        if isinstance(module, QuantLinear) and get_format(module.format).activations
     }
     permitted = [name for name, activations in layers.items() if activations is not None]
     if not permitted:
         return None
-    return "fp8" if len(permitted) == len(layers) else permitted
+    return layers[permitted[0]] if len(permitted) == len(layers) else permitted

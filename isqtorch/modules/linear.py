@@ -101,7 +101,7 @@ class QuantLinear(PackedModule, nn.Linear):
 
     @activations.setter
     def activations(self, value: str | None) -> None:
-        if value is not None and (value != "fp8" or self.format != "fp8"):
+        if value is not None and value != get_format(self.format).activations:
             raise ValueError(
                 f'QuantLinear: activations must be None, or "fp8" for a weight in fp8; got {value!r} for one in {self.format}'
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats import get_format
-from isqtorch.quantizers import check_rule, solve
+from isqtorch.quantizers import check_rule, needs_whole, solve
 from isqtorch.quantizers.denormals import blocks_per_chunk, denormals_kept
 
 from .checks import (
@@ -50,7 +50,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     check_finite(w, w32, fmt)
 
     *matrices, rows, columns = w.shape
-    if fmt.solver == "hqq":  # stops by the error of a whole matrix
+    if needs_whole(fmt):  # stops by the error of a whole matrix
         apart = w32.reshape(-1, rows, columns) if w32.numel() else w32.reshape(1, 0, columns)
         own = [None] * len(apart) if vectors is None or not w32.numel() else vectors.expand(len(apart), columns)
         parts = [solve(fmt, matrix, vector, rule) for matrix, vector in zip(apart, own, strict=True)]

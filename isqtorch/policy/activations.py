@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .decide import Request, Verdict
+from isqtorch.formats import get_format
+
+from .decide import Verdict
 from .layers import LayerInfo
+from .request import Request
 
 
 def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Request) -> list[str]:
-    """Notes for the report about what `request.activations` comes to.
+    """Notes for the report about what `request.options.activations` comes to.
 
     Raises:
         ValueError: activations are to be rounded, and no linear layer will be in fp8.
     """
-    if request.activations is None:
+    if request.options.activations is None:
         return []
     notes = activation_notes(layers, verdict)
     if not notes:
         raise ValueError(
-            f'{request.op}: activations="{request.activations}" is for linear layers in fp8, and none will be. Use fp8, or leave '
+            f'{request.op}: activations="{request.options.activations}" is for linear layers in fp8, and none will be. Use fp8, or leave '
             "activations out."
         )
     return notes
@@ -32,15 +35,16 @@ def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Re
 
 def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]:
     """What the permission comes to with these formats; nothing if no linear layer will be in fp8."""
-    after = [
-        (layer.kind, layer.packed_as if decision.format is None else decision.format.name)
+    kinds = [
+        layer.kind
         for layer, decision in zip(layers, verdict.decisions, strict=True)
+        if (fmt := decision.format or (layer.packed_as and get_format(layer.packed_as))) and fmt.activations
     ]
-    rounded = after.count(("linear", "fp8"))
+    rounded = kinds.count("linear")
     if not rounded:
         return []
     notes = [f'activations="fp8": {rounded} linear layers may round x to FP8; `explain` says from how many rows on']
-    experts = after.count(("experts", "fp8"))
+    experts = kinds.count("experts")
     if experts:
         notes.append(
             f'activations="fp8" does not concern experts: {experts} weights in fp8 are multiplied with x as it is'

@@ -9,19 +9,17 @@ models ("q4k_m", "auto") takes the place of both the one format and the promotio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from isqtorch.formats import AUTO, QuantFormat, Spec, get_format, mix_name, resolve_format
 
 from .layers import FLOAT_DTYPES, LayerInfo
-from .mixes import Assigned, assign
-from .topology import Entry, Topology, TopologyLike
-
-_ORGANIZATIONS = ("default", "moqe")
-_FALLBACKS = ("up", "skip", "error")
+from .mixes import assign
+from .request import Assigned, Request
+from .topology import Entry
 
 _POSITIONS = re.compile(
     r"(?:^|_)(?:pos|positions?|positional|token_type|segment)(?:_|$)|^(?:wpe|wtte)$|^relative_attention_bias$|^distance_embedding$"
@@ -43,49 +41,6 @@ class Decision:
     device: torch.device | None = None  # where a topology entry puts the layer
 
 
-@dataclass
-class Request:
-    """What the user asked for, checked; see `quantize_` for the meaning of each option.
-
-    `activations` is "fp8" where linear layers in fp8 may round x, too.
-    `assigned` is what was chosen layer by layer where `fmt` is "auto", by layer name.
-
-    Raises:
-        ValueError: a bad format, topology, organization, fallback or pattern.
-    """
-
-    fmt: Spec | None
-    topology: TopologyLike | None = None
-    organization: str = "default"
-    include: Sequence[str] | str | None = None
-    exclude: Sequence[str] | str | None = None
-    fallback: str = "up"
-    op: str = "quantize_"
-    assigned: Mapping[str, Assigned] | None = None
-    activations: str | None = None
-    entries: Topology = field(init=False)
-    included: list[re.Pattern[str]] | None = field(init=False)
-    excluded: list[re.Pattern[str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.fmt is not None:
-            if mix_name(self.fmt) is None:
-                resolve_format(self.fmt)
-        elif not self.topology:
-            raise ValueError(f"{self.op}: there is neither a format nor a topology, so nothing to do")
-        for option, value, known in (
-            ("organization", self.organization, _ORGANIZATIONS),
-            ("fallback", self.fallback, _FALLBACKS),
-        ):
-            if value not in known:
-                raise ValueError(f"{self.op}: {option} must be one of {', '.join(known)}; got {value!r}")
-        if self.activations not in (None, "fp8"):
-            raise ValueError(f'{self.op}: activations must be None or "fp8"; got {self.activations!r}')
-        self.entries = Topology.load({} if self.topology is None else self.topology)
-        self.included = None if self.include is None else _patterns(self.op, "include", self.include)
-        self.excluded = [] if self.exclude is None else _patterns(self.op, "exclude", self.exclude)
-
-
 @dataclass(frozen=True)
 class Verdict:
     """The decisions, one per layer in the same order, and what the user should be told besides."""
@@ -101,7 +56,7 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
         ValueError: `fallback="error"` and a shape that does not fit; "moqe" without routed experts; layers that share one
             weight and would get two formats.
     """
-    if request.organization == "moqe" and not any(_is_expert(layer) and not layer.keep for layer in layers):
+    if request.options.organization == "moqe" and not any(_is_expert(layer) and not layer.keep for layer in layers):
         raise ValueError(
             f"{request.op}: organization='moqe' quantizes routed experts only, and this model has no fused experts that can be "
             "quantized, nor a linear layer with a component 'experts' in its path. Use organization='default'."
@@ -110,7 +65,7 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
     assigned = _assigned(layers, request)
     decisions = [_decide_one(layer, request, siblings, assigned) for layer in layers]
     decisions = _keep_experts_together(layers, decisions)
-    if request.fallback == "error":
+    if request.options.fallback == "error":
         bad = [d for d in decisions if d.fell_back]
         if bad:
             listed = "; ".join(f"{d.name}: {d.reason}" for d in bad[:5]) + (" ..." if len(bad) > 5 else "")
@@ -139,7 +94,7 @@ def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Ass
 def _decide_one(
     layer: LayerInfo, request: Request, siblings: set[str], assigned: Mapping[str, Assigned] | None
 ) -> Decision:
-    entry = request.entries.find(layer.name)
+    entry = request.topology.find(layer.name)
     pinned = entry is not None and (entry.spec is not None or entry.leave)
     spec: Spec | None = entry.spec if entry is not None and pinned else request.fmt
     rule = None if assigned is None or pinned else assigned.get(layer.name)
@@ -174,7 +129,7 @@ def _decide_one(
         if suited.name != wanted.name:
             reasons.append(f"{suited.name}: its scales have the weights' type")
         wanted = suited
-    fmt, misfit = _fit(wanted, layer.shape[-1], request.fallback)
+    fmt, misfit = _fit(wanted, layer.shape[-1], request.options.fallback)
     if misfit:
         reasons.append(misfit)
     return replace(
@@ -188,8 +143,8 @@ def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, sibli
     if never is not None:
         return never
     for pattern in request.excluded:
-        if pattern.search(layer.name):
-            return f"excluded by {pattern.pattern!r}"
+        if pattern.regex.search(layer.name):
+            return pattern.reason
     if entry is not None and entry.leave:
         return f"topology entry {entry.key!r} leaves it"
     return None
@@ -197,9 +152,9 @@ def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, sibli
 
 def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> str | None:
     """Why nobody asked for this layer, if nobody did."""
-    if request.included is not None and not any(pattern.search(layer.name) for pattern in request.included):
+    if request.included is not None and not any(pattern.regex.search(layer.name) for pattern in request.included):
         return "no include pattern matches"
-    if request.organization == "moqe" and not _is_expert(layer):
+    if request.options.organization == "moqe" and not _is_expert(layer):
         return "organization moqe: not a routed expert"
     if spec is None:
         return "not in the topology, and there is no default format"
@@ -317,24 +272,12 @@ def _unmatched(layers: Sequence[LayerInfo], request: Request) -> list[str]:
     names = [layer.name for layer in layers]
     notes = [
         f"topology entry {entry.key!r} matches no layer"
-        for entry in request.entries.entries
+        for entry in request.topology.entries
         if not any(entry.matches(name) for name in names)
     ]
-    for option, patterns in (("include", request.included or []), ("exclude", request.excluded)):
-        notes += [
-            f"{option} pattern {pattern.pattern!r} matches no layer"
-            for pattern in patterns
-            if not any(pattern.search(name) for name in names)
-        ]
+    notes += [
+        f"{pattern.label} matches no layer"
+        for pattern in (*(request.included or []), *request.excluded)
+        if not any(pattern.regex.search(name) for name in names)
+    ]
     return notes
-
-
-def _patterns(op: str, option: str, patterns: Iterable[str]) -> list[re.Pattern[str]]:
-    """Compiled regexes, searched in the full module path."""
-    compiled = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{op}: {option} pattern {pattern!r} is not a regex: {error}") from None
-    return compiled

@@ -35,6 +35,17 @@ class Inventory:
     rest_bytes: int  # vectors (norms, biases) and saved buffers
     rest_numel: int
 
+    @property
+    def numel(self) -> int:
+        """Weights in the model, shared ones once, with everything that is not quantized."""
+        return self.rest_numel + sum(layer.numel for layer in self.layers if layer.tied_to is None)
+
+    def on(self, device: torch.device | None) -> Inventory:
+        """The same model as if all of it were on a device; None: where it is."""
+        if device is None:
+            return self
+        return replace(self, layers=[replace(layer, device_type=device.type) for layer in self.layers])
+
 
 def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> Inventory:
     """Describe every parameter and saved buffer of `model`, each stored one once.
@@ -248,23 +259,3 @@ def check_model(model: nn.Module, op: str) -> None:
             f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "
             "isqtorch.quantize on its weight."
         )
-
-
-def parsed_device(device: torch.device | str, what: str) -> torch.device:
-    """A device that torch understands, whether or not it is there."""
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{what} {str(device)!r} is not a torch device: {str(error).splitlines()[0]}") from None
-
-
-def checked_device(device: torch.device | str, what: str) -> torch.device:
-    """A device that is there and holds values."""
-    checked = parsed_device(device, what)
-    if checked.type == "meta":
-        raise ValueError(f"{what} 'meta' holds no weights; isqtorch.plan foresees sizes without them")
-    try:
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise ValueError(f"{what} {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
-    return checked

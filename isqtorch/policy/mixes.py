@@ -21,6 +21,7 @@ from isqtorch.files.gguf_names import gguf_names
 from isqtorch.formats.base import register_mix
 
 from .layers import LayerInfo
+from .request import Assigned
 
 Rule = Callable[[int, int, int], "str | None"]
 """(index i among n matrices of this kind, n, query heads per key-value head) -> format, or None for the mix's own."""
@@ -108,13 +109,6 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 LISTED_EXPERT = re.compile(r"(.+\.experts)\.\d+(?:\.(.+))?")
 """One of a list of experts that are ordinary layers: (path of the list, which matrix of the expert)."""
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
-
-
-class Assigned(NamedTuple):
-    """What a rule for whole models gives one layer."""
-
-    format: str | int  # a name, or a number of bits that the layer's device makes a format of
-    why: str  # "" where it needs no explanation
 
 
 class _Place(NamedTuple):

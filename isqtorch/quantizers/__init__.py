@@ -18,7 +18,7 @@ from . import absmax, affine, fp8, hqq, kquants, minmax
 from .blocks import Blocks, row_mean_square
 from .denormals import blocks_per_chunk, denormals_kept
 
-__all__ = ["check_rule", "has_rule", "solve", "uses_importance"]
+__all__ = ["check_rule", "has_rule", "needs_whole", "solve", "uses_importance"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def has_rule(fmt: QuantFormat, rule: str | None) -> bool:
 def uses_importance(fmt: QuantFormat, rule: str | None) -> bool:
     """Whether an importance vector changes what `rule` chooses: where there is a search."""
     return fmt.takes_importance or rule == "search"
+
+
+def needs_whole(fmt: QuantFormat) -> bool:
+    """Whether the quantizer must see a whole matrix at once, because its search stops by the error of all blocks."""
+    return _SOLVERS[fmt.solver].whole
 
 
 def check_rule(fmt: QuantFormat, rule: str | None) -> None:

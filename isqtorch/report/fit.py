@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 import torch
 
 from isqtorch.formats import Spec, formats
-from isqtorch.policy.activations import check_activations
-from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.options import Options
+from isqtorch.policy.request import Request
 
-from .plan import read_checkpoint
+from .plan import planned, read_checkpoint
 from .report import QuantReport
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -84,7 +84,7 @@ class Overview:
 def overview(
     source: str | os.PathLike[str], specs: Sequence[Spec] | None = None, *, context: int = 4096, **options: Any
 ) -> Overview:
-    """Foresee a checkpoint in several formats; its headers are read once.
+    """Predict the size of a checkpoint in several formats; its headers are read once.
 
     Args:
         source: a folder, a file or a model id, as for `plan`.
@@ -100,10 +100,7 @@ def overview(
     inventory, notes, config = read_checkpoint(source)
     reports = {}
     for spec in formats() if specs is None else specs:
-        request = Request(spec, op="plan", **options)
-        verdict = decide(inventory.layers, request)
-        report = reports[str(spec)] = QuantReport.build(inventory, verdict, spec, planned=True)
-        report.notes += check_activations(inventory.layers, verdict, request)
+        reports[str(spec)] = planned(inventory, Request(spec, Options(**options), "plan"))
     text = _text_config(config)
     longest = text.get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:

@@ -50,17 +50,16 @@ class LayerReport:
         return {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4)}
 
 
-def report_layer(layer: LayerInfo, decision: Decision) -> LayerReport:
-    """The entry of a weight about which was decided."""
+def report_layer(layer: LayerInfo, decision: Decision, again: bool = False) -> LayerReport:
+    """The entry of a weight about which was decided; `again`: it is packed anew even if it has its format already."""
     stored = decision.format.name if decision.format is not None else layer.packed_as
     after = layer.nbytes
     if decision.format is not None and layer.tied_to is None:
         after = layer.packed_bytes(decision.format)
     reason = decision.reason
     if layer.packed_as is not None and stored == layer.packed_as:
-        reason = "; ".join(
-            filter(None, (reason, f"stays {stored}" if decision.format is None else f"is {stored} already"))
-        )
+        now = f"stays {stored}" if decision.format is None else "made anew" if again else f"is {stored} already"
+        reason = f"{reason}; {now}" if reason else now
     return LayerReport(
         name=layer.name,
         kind=layer.kind,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from torch import nn
 from isqtorch.files.checkpoints import checkpoint_headers
 from isqtorch.formats import Spec
 from isqtorch.policy.activations import check_activations
-from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.decide import decide
 from isqtorch.policy.headers import describe_headers
-from isqtorch.policy.inventory import Inventory, check_model, inspect_model, parsed_device
+from isqtorch.policy.inventory import Inventory, check_model, inspect_model
+from isqtorch.policy.options import Activations, Fallback, Names, Options, Organization
+from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 
 from .report import QuantReport
@@ -30,14 +31,14 @@ def plan(
     fmt: Spec | None,
     *,
     topology: TopologyLike | None = None,
-    organization: str = "default",
-    include: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str | None = None,
-    fallback: str = "up",
+    organization: Organization = "default",
+    include: Names | None = None,
+    exclude: Names | None = None,
+    fallback: Fallback = "up",
     device: torch.device | str | None = None,
-    activations: str | None = None,
+    activations: Activations | None = None,
 ) -> QuantReport:
-    """Foresee the report of `quantize_`: formats, sizes, promotions, fallbacks and what is left, with reasons.
+    """Predict the report of `quantize_`: formats, sizes, promotions, fallbacks and what is left, with reasons.
 
     Args:
         model: a live model; a folder with safetensors files and, for a transformers model, its config.json; one
@@ -52,18 +53,28 @@ def plan(
         ValueError: a bad option, or a damaged or already quantized checkpoint.
         OSError: no such file or folder, or the Hub cannot be reached or does not have it.
     """
-    request = Request(fmt, topology, organization, include, exclude, fallback, "plan", activations=activations)
-    notes: list[str] = []
+    options = Options(
+        topology=topology,
+        organization=organization,
+        include=include,
+        exclude=exclude,
+        fallback=fallback,
+        device=device,
+        activations=activations,
+    )
+    request = Request(fmt, options, "plan")
     if isinstance(model, nn.Module):
         check_model(model, "plan")
-        inventory = inspect_model(model)
-    else:
-        inventory, notes, _ = read_checkpoint(model)
-    if device is not None:
-        kind = parsed_device(device, "plan: device").type
-        inventory = replace(inventory, layers=[replace(layer, device_type=kind) for layer in inventory.layers])
+        return planned(inspect_model(model), request)
+    inventory, notes, _ = read_checkpoint(model)
+    return planned(inventory, request, notes)
+
+
+def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -> QuantReport:
+    """The report of a request that is not carried out; `notes` are about the inventory."""
+    inventory = inventory.on(request.device)
     verdict = decide(inventory.layers, request)
-    report = QuantReport.build(inventory, verdict, fmt, planned=True)
+    report = QuantReport.build(inventory, verdict, request.fmt, planned=True)
     report.notes += [*notes, *check_activations(inventory.layers, verdict, request)]
     return report
 
@@ -77,6 +88,3 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str
         by = "isqtorch" if method == "isq" else method
         raise ValueError(f"{source}: is quantized by {by} already; plan takes the original model")
     return *describe_headers(headers, config), config
-
-
-# ---- where headers come from -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isqtorch.policy.decide import Decision, Verdict
 from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.options import Rule
 from isqtorch.policy.topology import Topology
 from isqtorch.text import human_size
 
@@ -43,15 +44,24 @@ class QuantReport:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     imatrix: str | None = None
-    rule: str | None = None
+    rule: Rule | None = None
     choice: Choice | None = None
 
     @classmethod
-    def build(cls, inventory: Inventory, verdict: Verdict, requested: object, *, planned: bool = False) -> QuantReport:
-        """The report of decisions that are, or will be, carried out as they stand."""
-        rows = [
-            report_layer(layer, decision) for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)
-        ]
+    def build(
+        cls, inventory: Inventory, verdict: Verdict, requested: object, *, planned: bool = False, again: bool = False
+    ) -> QuantReport:
+        """The report of decisions that are, or will be, carried out as they stand.
+
+        Args:
+            inventory: the weights.
+            verdict: what was decided about each.
+            requested: the format that was asked for.
+            planned: nothing is carried out.
+            again: layers that have their format already are packed once more.
+        """
+        pairs = zip(inventory.layers, verdict.decisions, strict=True)
+        rows = [report_layer(layer, decision, again) for layer, decision in pairs]
         name = None if requested is None else str(getattr(requested, "name", requested))
         return cls(rows, inventory.rest_bytes, inventory.rest_numel, name, planned, notes=list(verdict.notes))
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isqtorch.inplace.requantize import STORED
+from isqtorch.inplace.weights import STORED
 
 Body = dict[str, Any]
 

@@ -18,15 +18,12 @@ if _found < MINIMUM:
         "Upgrade it, or load the model as it is and use isqtorch.quantize_."
     )
 
-from isqtorch.inplace.listeners import listen  # noqa: E402
-from isqtorch.inplace.source import register  # noqa: E402
+from isqtorch.inplace.host import register  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
-from .live import follow  # noqa: E402
+from .host import TransformersHost  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
-from .source import CheckpointReader  # noqa: E402
 
-listen(follow)
-register(CheckpointReader())
+register(TransformersHost())
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
 from isqtorch.auto import Budget
 from isqtorch.formats import QuantFormat, Spec
-from isqtorch.importance.imatrix import ImatrixLike, imatrix_name, load_imatrix
+from isqtorch.importance.imatrix import imatrix_name, load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
-from isqtorch.policy.decide import Request
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Rule
+from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
 
+from .meter import Meter
+
 if TYPE_CHECKING:
-    from .meter import Meter
+
+    class QuantizationConfigMixin:
+        """transformers' class, which has no types: to type checkers it is an object."""
+
+else:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _OP = "IsqConfig"
 
 
-@register_quantization_config(METHOD)
-class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+class IsqConfig(QuantizationConfigMixin):
     """Quantize a transformers model while it is loaded.
 
         model = AutoModelForCausalLM.from_pretrained(name, quantization_config=isqtorch.IsqConfig(4))
@@ -56,14 +63,14 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         isq: Spec | None = None,
         *,
         topology: TopologyLike | None = None,
-        organization: str = "default",
+        organization: Organization = "default",
         imatrix: ImatrixLike | None = None,
-        include: Sequence[str] | str | None = None,
-        exclude: Sequence[str] | str | None = None,
-        modules_to_not_convert: Sequence[str] | str | None = None,
-        fallback: str = "up",
-        rule: str | None = None,
-        activations: str | Sequence[str] | None = None,
+        include: Names | None = None,
+        exclude: Names | None = None,
+        modules_to_not_convert: Names | None = None,
+        fallback: Fallback = "up",
+        rule: Rule | None = None,
+        activations: Activations | Sequence[str] | None = None,
         target_bpw: float | None = None,
         max_size: int | str | None = None,
         formats: Sequence[Spec] | None = None,
@@ -77,47 +84,38 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         self.format_version = checked_version(_OP, format_version)
         self.isqtorch_version = isqtorch_version or __version__
         self.isq = isq
-        self.topology = topology
-        self.organization = organization
-        self.imatrix = imatrix
-        self.include = include
-        self.exclude = exclude
-        self.modules_to_not_convert = modules_to_not_convert
-        self.fallback = fallback
-        self.rule = rule
-        self.activations = activations
-        self.target_bpw = target_bpw
-        self.max_size = max_size
-        self.formats = formats
+        self.options = Options(
+            topology=topology,
+            organization=organization,
+            imatrix=imatrix,
+            include=include,
+            exclude=exclude,
+            modules_to_not_convert=modules_to_not_convert,
+            fallback=fallback,
+            rule=rule,
+            activations=activations,  # type: ignore[arg-type]  # of a saved model it may be a list; see below
+            target_bpw=target_bpw,
+            max_size=max_size,
+            formats=formats,
+        )
         self.measuring: Meter | None = None  # set while the checkpoint is read for the first time
         self.layers = None if layers is None else checked_layers(_OP, layers)
         if self.layers is not None:  # the other options are a record of what was asked for; they act no more
             self.activations = checked_activations(_OP, activations, self.layers)
-        else:
-            if unknown:
-                raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
-            if topology is not None:
-                self.topology = Topology.load(topology)  # a file need not be there any more when the model is saved
-            self.request()
-            self.budget()
-            self.imatrix = load_imatrix(imatrix)
+            return
+        if unknown:
+            raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
+        if activations is not None and not isinstance(activations, str):
+            raise ValueError(f'{_OP}: activations must be None or "fp8"; got {activations!r}')
+        self.activations = self.options.activations
+        self.options = self.request().options  # a topology file need not be there any more when the model is saved
+        self.budget()
+        self.imatrix = load_imatrix(imatrix)
 
     def request(self) -> Request:
         """The options as the policy takes them."""
-        excluded = [*_listed(self.exclude), *_exact_patterns(self.modules_to_not_convert)]
-        if self.activations is not None and not isinstance(self.activations, str):
-            raise ValueError(f'{_OP}: activations must be None or "fp8"; got {self.activations!r}')
-        request = Request(
-            self.isq,
-            self.topology,
-            self.organization,
-            self.include,
-            excluded or None,
-            self.fallback,
-            _OP,
-            activations=self.activations,
-        )
-        for entry in request.entries.entries:
+        request = Request(self.isq, self.options, _OP)
+        for entry in request.topology.entries:
             if entry.device is not None:
                 raise ValueError(
                     f"{_OP}: topology entry {entry.key!r} names a device; from_pretrained places layers by its device_map"
@@ -126,16 +124,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
     def budget(self) -> Budget | None:
         """What "auto" is allowed; None for other formats."""
-        return Budget.parse(_OP, self.isq, self.target_bpw, self.max_size, self.formats, None)
-
-    def in_user_words(self, notes: list[str]) -> list[str]:
-        """Notes that name a module of `modules_to_not_convert`, not the exclude pattern that stands for it."""
-        names = _listed(self.modules_to_not_convert)
-        for name, pattern in zip(names, _exact_patterns(names), strict=True):
-            notes = [
-                note.replace(f"exclude pattern {pattern!r}", f"modules_to_not_convert entry {name!r}") for note in notes
-            ]
-        return notes
+        return Budget.of(_OP, self.isq, self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets: everything that is not at its default, as JSON."""
@@ -143,19 +132,9 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "isqtorch_version": self.isqtorch_version,
-            "isq": self.isq.name if isinstance(self.isq, QuantFormat) else self.isq,
-            "topology": self._topology(),
-            "organization": None if self.organization == "default" else self.organization,
-            "imatrix": None if self.imatrix is None else imatrix_name(self.imatrix),
-            "include": _listed(self.include) or None,
-            "exclude": _listed(self.exclude) or None,
-            "modules_to_not_convert": _listed(self.modules_to_not_convert) or None,
-            "fallback": None if self.fallback == "up" else self.fallback,
-            "rule": self.rule,
+            "isq": _jsonable(self.isq),
+            **_recorded(self.options),
             "activations": self.activations,
-            "target_bpw": self.target_bpw,
-            "max_size": self.max_size,
-            "formats": None if self.formats is None else [_jsonable(spec) for spec in self.formats],
             "layers": self.layers,
         }
         return {key: value for key, value in content.items() if value is not None}
@@ -164,41 +143,39 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         """A copy that says what the layers of a model are, without the importance, which may be large."""
         config = copy.copy(self)
         config.layers, config.activations = layers, activations
-        config.imatrix = None if self.imatrix is None else imatrix_name(self.imatrix)
+        if config.options.imatrix is not None:
+            config.options = config.options.changed(imatrix=imatrix_name(config.options.imatrix))
+        config.imatrix = None
         return config
 
-    def _topology(self) -> Any:
-        """The topology as a dict. One that was read from a config.json is a record, which need not parse."""
-        if not isinstance(self.topology, Topology):
-            return self.topology
-        return {entry.key: _jsonable(entry.spec) for entry in self.topology.entries}
+
+register_quantization_config(METHOD)(
+    IsqConfig
+)  # as a decorator, which has no types, it would hide the class from editors
+
+_OPTIONS = [
+    name
+    for name in inspect.signature(IsqConfig.__init__).parameters
+    if name == "isq" or name in {field.name for field in fields(Options)}
+]
+"""What a user may give."""
 
 
-_OPTIONS = (
-    "isq",
-    "topology",
-    "organization",
-    "imatrix",
-    "include",
-    "exclude",
-    "modules_to_not_convert",
-    "fallback",
-    "rule",
-    "activations",
-    "target_bpw",
-    "max_size",
-    "formats",
-)
+def _recorded(options: Options) -> dict[str, Any]:
+    """The options that are not at their defaults, as JSON."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {
+        field.name: _jsonable(given[field.name])
+        for field in fields(options)
+        if given[field.name] != field.default
+        and not (isinstance(given[field.name], Topology) and not given[field.name].entries)
+    }
 
 
-def _listed(names: Iterable[str] | str | None) -> list[str]:
-    return [] if names is None else [names] if isinstance(names, str) else list(names)
-
-
-def _exact_patterns(names: Sequence[str] | str | None) -> list[str]:
-    """Regexes that find these runs of components in a path, and nothing that merely begins like them."""
-    return [rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in _listed(names)]
-
-
-def _jsonable(spec: Spec | None) -> str | int | None:
-    return spec.name if isinstance(spec, QuantFormat) else spec
+def _jsonable(value: Any) -> Any:
+    """The value of an option in plain types. What was read from a config.json is a record, which need not parse."""
+    if isinstance(value, QuantFormat):
+        return value.name
+    if isinstance(value, Topology):
+        return value.to_dict()
+    return value

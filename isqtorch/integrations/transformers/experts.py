@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
-from isqtorch.formats import QuantFormat
+from isqtorch.inplace.pack import Job, pack_weight
 from isqtorch.modules import QuantExperts
 
 Matrix = Callable[[], "Tensor | None"]
@@ -80,9 +80,7 @@ class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers i
 def pack_matrices(
     sources: Sequence[Sequence[Matrix]],
     shape: tuple[int, ...],
-    fmt: QuantFormat,
-    importance: Tensor | None,
-    rule: str | None,
+    job: Job,
     done: Callable[[Tensor, int], None],
 ) -> Tensor:
     """The packed stack of the matrices in `sources`.
@@ -91,13 +89,14 @@ def pack_matrices(
         sources: for each part of a matrix (gate, then up) the matrices of all experts in order; they follow each other along
             the rows.
         shape: `[E, N, row_bytes]`, this rank's part.
-        importance: f32 `[K]`, or `[E, K]` for the experts of all ranks.
+        job: format, rule and importance, the latter for the experts of all ranks.
         done: called with a matrix that is not needed any more, and the number of its expert.
 
     Raises:
         ValueError: the matrices do not make up a stack of this shape, or one cannot be quantized.
     """
     experts, rows, row_bytes = shape
+    fmt, importance = job.fmt, job.importance
     out: Tensor | None = None
     start = 0
     for part in sources:
@@ -117,7 +116,7 @@ def pack_matrices(
                 out = torch.empty(shape, dtype=torch.uint8, device=matrix.device)
             vector = importance[number] if importance is not None and importance.dim() == 2 else importance
             try:
-                out[here, start : start + height] = torch.ops.isqtorch.quantize(matrix, fmt.name, vector, rule)
+                out[here, start : start + height] = pack_weight(matrix, job, vector)
             except ValueError as error:
                 raise ValueError(f"expert {number}: {error}") from None
             done(matrix, number)

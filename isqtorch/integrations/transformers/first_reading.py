@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isqtorch.auto import Auto
-from isqtorch.importance.imatrix import load_imatrix
 from isqtorch.integrations.record import METHOD
-from isqtorch.policy.decide import Request
 from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.options import listed
+from isqtorch.policy.request import Request
 from isqtorch.report.choice import Choice
 
 from .meter import Meter
@@ -53,7 +53,7 @@ def choose_while_loading(
             f"{METHOD}: 'auto' measures whole weights, and here each process reads its share. Choose in one process, save "
             "report.topology(), and give that as topology."
         )
-    meter = Meter(auto, load_imatrix(config.imatrix), config.rule)
+    meter = Meter(auto, config.imatrix, request.options.rule)
     first = copy.copy(config)
     first.measuring = meter
     settings = copy.deepcopy(model.config)
@@ -65,7 +65,8 @@ def choose_while_loading(
         )
     unseen = meter.unseen()
     if unseen:  # they stay in float, and count so
-        without = replace(request, exclude=[*(request.exclude or []), *(f"^{re.escape(name)}$" for name in unseen)])
+        exclude = [*listed(request.options.exclude), *(f"^{re.escape(name)}$" for name in unseen)]
+        without = request.changed(exclude=exclude)
         auto = Auto(inventory, without, budget)
     chosen, choice = auto.choose(meter.errors(auto.items), "weight" if config.imatrix is None else "output")
     return replace(request, assigned={**(meter.auto.smallest().assigned or {}), **(chosen.assigned or {})}), choice

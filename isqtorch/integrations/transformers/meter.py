@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isqtorch.auto import Auto
-from isqtorch.auto.choose import Item, importance_of
+from isqtorch.auto.choose import Item, importance_and_shares
 from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure
 from isqtorch.formats import get_format
 from isqtorch.importance.imatrix import Imatrix
@@ -32,7 +32,7 @@ class Meter:
     def add(self, name: str, weight: Tensor, expert: int | None = None, pieces: int = 1) -> None:
         """A weight `[N, K]` or `[E, N, K]`, or the matrix of one expert out of so many pieces of a stack."""
         item, sharing = self._weights[name]
-        importance, shares = importance_of(sharing, self.imatrix)
+        importance, shares = importance_and_shares(sharing, self.imatrix)
         if expert is not None:
             importance = importance[expert] if importance is not None and importance.dim() == 2 else importance
             shares = None if shares is None else shares[expert : expert + 1]

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from isqtorch.formats import Spec
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.origin import Origin
-from isqtorch.inplace.pack import pack_stack
-from isqtorch.inplace.prepare import Job, Prepared
+from isqtorch.inplace.pack import Job, pack_weight
+from isqtorch.inplace.prepare import Prepared
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.activations import permit, recorded_activations
@@ -45,7 +44,6 @@ class _Load:
     """What is known while a float checkpoint is loaded."""
 
     prepared: Prepared
-    requested: Spec | None
     origin: Origin
     files: MappedFiles
     jobs: dict[str, Job]  # name of the parameter -> what becomes of it
@@ -106,10 +104,10 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
                 jobs[".".join(locate(model, name))] = job
-        permit(model.modules(), request.activations)
+        permit(model.modules(), request.options.activations)
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, config.isq, origin, MappedFiles(files), jobs, choice, config.measuring)
+        self._load = _Load(prepared, origin, MappedFiles(files), jobs, choice, config.measuring)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -156,7 +154,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 load.files.drop(matrix)
 
             with ordinary_tensors():
-                return pack_matrices(sources, shape, job.fmt, job.importance, job.rule, done)
+                return pack_matrices(sources, shape, job, done)
 
         return self._attempt(name, packed)
 
@@ -256,13 +254,10 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         importance = None
         if job.importance is not None:
             columns = local_columns(module._parameters[leaf], job.fmt)
-            importance = job.importance[..., columns].to(source.device)
+            importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        if matrix.dim() == 3:
-            packed = pack_stack(source, job.fmt, importance, job.rule)
-        else:
-            packed = torch.ops.isqtorch.quantize(source, job.fmt.name, importance, job.rule)
+        packed = pack_weight(source, job, importance)
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -309,11 +304,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
         layers.append(layer)
         decisions.append(decision)
     inventory, verdict = replace(inventory, layers=layers), replace(verdict, decisions=decisions)
-    report = QuantReport.build(inventory, verdict, load.requested)
-    report.notes += load.prepared.notes
-    report.imatrix, report.rule = load.prepared.imatrix, load.prepared.rule
-    if load.choice is not None:
-        report.record(load.choice)
+    report = replace(load.prepared, inventory=inventory, verdict=verdict).report(choice=load.choice)
     report.seconds = time.perf_counter() - load.started
     return report
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from isqtorch.formats import QuantFormat, get_format
-from isqtorch.inplace.prepare import Prepared, prepare_inventory
+from isqtorch.inplace.prepare import Prepared, prepare
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
-from isqtorch.policy.decide import Request
 from isqtorch.policy.inventory import Inventory, inspect_model
+from isqtorch.policy.request import Request
 
 from .config import IsqConfig
 
@@ -35,9 +35,7 @@ def decide(inventory: Inventory, config: IsqConfig, request: Request) -> Prepare
         ValueError: see `quantize_`.
     """
     with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
-        prepared = prepare_inventory(inventory, request, config.imatrix, None, config.rule)
-    verdict = replace(prepared.verdict, notes=config.in_user_words(prepared.verdict.notes))
-    return replace(prepared, verdict=verdict, warnings=config.in_user_words(prepared.warnings))
+        return prepare(inventory, request, config.imatrix)
 
 
 def _device_type(name: str, device_map: object) -> str:

@@ -10,14 +10,10 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from torch import Tensor
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -25,37 +21,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
 from isqtorch.inplace.source import Source
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
-
-from .quantizer import IsqHfQuantizer
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-class CheckpointReader:
-    """See `isqtorch.source.Reader`."""
-
-    def files(self, model: nn.Module) -> list[str] | None:
-        quantizer = getattr(model, "hf_quantizer", None)
-        if not isinstance(model, PreTrainedModel) or not (quantizer is None or isinstance(quantizer, IsqHfQuantizer)):
-            return None
-        name = str(model.config.name_or_path or "")
-        try:
-            if Path(name).is_dir():
-                return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
-            return _cached(name, getattr(model.config, "_commit_hash", None))
-        except (OSError, ValueError):  # ValueError: also of names that no repository can have
-            return None
-
-    def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
-        if not isinstance(model, PreTrainedModel):
-            return None
-        # What loading these very files used may be the user's own mapping; for others it may lack what they need.
-        used = getattr(model, "_weight_conversions", None) if remembered else None
-        return ConvertedSource(model, files, get_model_conversion_mapping(model) if used is None else used)
 
 
 @dataclass
@@ -137,15 +105,3 @@ class _AsFloat:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def _cached(name: str, revision: str | None) -> list[str] | None:
-    """The files of a model in the Hub's local cache, without asking the network."""
-    index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
-    if not isinstance(index, str):
-        single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
-        return [single] if isinstance(single, str) else None
-    mapping = read_json(Path(index)).get("weight_map")
-    names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-    found = [try_to_load_from_cache(name, file, revision=revision) for file in names]
-    return [str(file) for file in found] if found and all(isinstance(file, str) for file in found) else None

@@ -15,8 +15,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from isqtorch.formats import get_format, mix_name
 from isqtorch.integrations.record import METHOD, checked_layers, checked_version
-from isqtorch.policy.decide import Request, decide
+from isqtorch.policy.decide import decide
 from isqtorch.policy.layers import FLOAT_DTYPES, LayerInfo, head_by_name
+from isqtorch.policy.options import Options
+from isqtorch.policy.request import Request
 
 from .methods import IsqEmbeddingMethod, IsqLinearMethod, IsqOnlineMethod
 
@@ -56,7 +58,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
                     f"{_OP}: {content['isq']!r} gives layers different formats, and vLLM asks layer by layer, without the model. Save the "
                     "model with save_pretrained and serve that, or give one format and a topology."
                 )
-            self.request = Request(content.get("isq"), op=_OP, **options)
+            self.request = Request(content.get("isq"), Options(**options), _OP)
 
     # ---- what vLLM asks ----------------------------------------------------------------------------------------------
 

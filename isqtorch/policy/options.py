@@ -1,0 +1,80 @@
+"""Options: everything a user may ask of quantize_, requantize_, plan and IsqConfig besides the format, in one record.
+
+The public functions spell their options out, so that editors show them, and hand them on as this record. A new option costs a
+field here, the place that uses it, and the signatures that offer it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from isqtorch.formats import Spec
+
+from .topology import TopologyLike
+
+Organization = Literal["default", "moqe"]
+Fallback = Literal["up", "skip", "error"]
+Rule = Literal["search", "mlx"]
+Activations = Literal["fp8"]
+Probe = Literal["kl", "output"]
+Names = Sequence[str] | str
+ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
+"""An importance matrix: `Imatrix` is a mapping from layers to vectors, and so is a plain dict; or the path of a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options as the user gave them; `quantize_` documents each.
+
+    Attributes:
+        modules_to_not_convert: layers and modules to leave, by exact components of their paths; what transformers calls so.
+    """
+
+    topology: TopologyLike | None = None
+    organization: Organization = "default"
+    include: Names | None = None
+    exclude: Names | None = None
+    modules_to_not_convert: Names | None = None
+    fallback: Fallback = "up"
+    device: torch.device | str | None = None
+    imatrix: ImatrixLike | None = None
+    calibration_file: str | os.PathLike[str] | None = None
+    tokenizer: Any = None
+    rule: Rule | None = None
+    activations: Activations | None = None
+    target_bpw: float | None = None
+    max_size: int | str | None = None
+    formats: Sequence[Spec] | None = None
+    probe: Probe | None = None
+    progress: bool | None = None
+    measure_error: bool = False
+
+    def lasting(self, **given: Any) -> Options:
+        """Only what a later `requantize_` keeps: which layers are meant; `given` replaces what it names, None keeps it.
+
+        A new `exclude` also takes the place of `modules_to_not_convert`.
+        """
+        kept = {name: getattr(self, name) for name in LASTING}
+        changed = {name: value for name, value in given.items() if value is not None}
+        if "exclude" in changed:
+            kept["modules_to_not_convert"] = None
+        return Options(**(kept | changed))
+
+    def changed(self, **options: Any) -> Options:
+        """A copy with other values."""
+        return replace(self, **options)
+
+
+LASTING = ("topology", "organization", "include", "exclude", "modules_to_not_convert", "fallback")
+"""The options that say which layers are meant, and not how they are packed."""
+
+
+def listed(names: Names | None) -> list[str]:
+    """Names as a list; a single string is one name."""
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
