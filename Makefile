@@ -80,10 +80,11 @@ sanitize: build  ## ops, linear and golden tests on every CPU level, under Addre
 	ISQTORCH_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
 
-lint: build  ## ruff, mypy --strict, clang-format, generated tables
+lint: build  ## ruff, mypy --strict, pyright on a user's program, clang-format, generated tables
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m pyright --pythonpath "$$(command -v $(PYTHON))" examples/tour.py
 	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 	$(PYTHON) docs/tables.py --check
 

@@ -1,15 +1,17 @@
 """Quantize a PyTorch model in place: `isqtorch.quantize_(model, 4)`.
 
-The public names, nothing else. They are imported here, in one go, on purpose: some functions are named as the module that
-holds them (`plan`, `quantize`, `formats`), and a module imported later would take the function's place.
+The public names, nothing else. They are imported here, in one go, on purpose: `isqtorch.formats` and `isqtorch.explain` are
+functions that have the names of the modules that hold them, and a module imported later would take the function's place.
 """
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .evaluation import kl_divergence, perplexity, reference_logits
+from .evaluation import KLResult, Perplexity, kl_divergence, perplexity, reference_logits
 from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
 from .importance.calibration import Calibration, calibrate, collect_imatrix
@@ -17,31 +19,34 @@ from .importance.imatrix import Imatrix, read_imatrix
 from .inplace.dequantize import dequantize_
 from .inplace.quantize import quantize_
 from .inplace.requantize import requantize_
-from .modules import QuantEmbedding, QuantLinear
+from .modules import QuantEmbedding, QuantExperts, QuantLinear
 from .ops import metal
+from .policy.topology import Topology
 from .report.layer import LayerReport
 from .report.plan import plan
 from .report.report import QuantReport
 from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
-from .integrations.activate import activate as _activate
+from .integrations.activate import activate
 from .integrations.generation import Optimization, optimize_  # imports transformers only when called
-
-if TYPE_CHECKING:
-    from .integrations.transformers import IsqConfig as IsqConfig
 
 __all__ = [
     "Calibration",
     "Explanation",
     "Imatrix",
+    "IsqConfig",
+    "KLResult",
     "LayerReport",
     "Optimization",
+    "Perplexity",
     "QuantEmbedding",
+    "QuantExperts",
     "QuantFormat",
     "QuantLinear",
     "QuantReport",
     "QuantizedTensor",
+    "Topology",
     "__version__",
     "calibrate",
     "checkpoint",
@@ -63,13 +68,28 @@ __all__ = [
     "resolve_format",
 ]
 
+if TYPE_CHECKING:
+    from .integrations.transformers import IsqConfig
+else:
+    if find_spec("transformers") is None:
+        __all__.remove("IsqConfig")  # `from isqtorch import *` works without transformers
 
-def __getattr__(name: str) -> Any:
-    if name == "IsqConfig":  # not imported above, and not in __all__: it needs transformers
-        from .integrations.transformers import IsqConfig
-
+    def __getattr__(name: str) -> Any:
+        """IsqConfig, which needs transformers, and takes seconds to import where that is not imported yet."""
+        if name != "IsqConfig":
+            raise AttributeError(f"module 'isqtorch' has no attribute {name!r}")
+        try:
+            from .integrations.transformers import IsqConfig
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+            reason = "isqtorch.IsqConfig needs transformers: pip install 'isqtorch[hf]'" if missing else str(error)
+            # Here hasattr must be False, which takes an AttributeError. Of that, `from isqtorch import IsqConfig` would keep no word.
+            importing = sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib")
+            raise (ImportError if importing else AttributeError)(reason) from error
         return IsqConfig
-    raise AttributeError(f"module 'isqtorch' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)
 
 
-_activate()
+activate()

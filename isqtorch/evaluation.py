@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from isqtorch.running import Ids, Model, bos_token, context_length, evaluating, run_model, text_config, token_ids
+
+Mode = Literal["global", "llamacpp"]
 
 _PIECE = 1 << 22  # logits worked on at once, in f32 or f64: 27 positions of a vocabulary of 150,000
 
@@ -69,7 +71,7 @@ def perplexity(
     ids_or_text: Ids,
     tokenizer: Any = None,
     context: int = 512,
-    mode: str = "global",
+    mode: Mode = "global",
     batch: int = 1,
     progress: bool = False,
 ) -> Perplexity:
@@ -92,7 +94,7 @@ def perplexity(
     Raises:
         ValueError: a bad argument, or too few tokens.
     """
-    if mode not in ("global", "llamacpp"):
+    if mode not in get_args(Mode):
         raise ValueError(f"perplexity: mode must be 'global' or 'llamacpp', got {mode!r}")
     llamacpp = mode == "llamacpp"
     ids = token_ids(ids_or_text, tokenizer, "perplexity")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from isqtorch.modules.convert import name_of
 from isqtorch.ops import CpuInfo, cpu_info, cuda_info
 from isqtorch.ops.metal.chips import limits
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels, no_fp8_products
+from isqtorch.text import common_name, markdown_table, text_table, without_numbers
 
 JSON_VERSION = 1
 _HEAD = ("layer", "count", "shape", "format", "bpw", "device", "op", "kernel, by rows of x")
@@ -67,9 +67,9 @@ class Explanation:
         """Layers that differ in nothing but numbers in their names, with a name for all: "layers.[0-7].mlp.up_proj"."""
         groups: dict[tuple[Any, ...], list[LayerExplanation]] = {}
         for layer in self.layers:
-            key = (_without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device, layer.kernels)
+            key = (without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device, layer.kernels)
             groups.setdefault(key, []).append(layer)
-        return [(_common_name([layer.name for layer in group]), group) for group in groups.values()]
+        return [(common_name([layer.name for layer in group]), group) for group in groups.values()]
 
     def __getitem__(self, name: str) -> LayerExplanation:
         """The entry of one layer."""
@@ -83,17 +83,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.layers:
             return "\n".join(self.notes)
-        rows = [_HEAD, *self._table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i in _NUMBERS else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, "", *self.notes])
+        return "\n".join([text_table(_HEAD, self._table(), right=_NUMBERS), "", *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         groups = []
@@ -110,9 +100,7 @@ class Explanation:
         notes = [f"- {note}" for note in self.notes]
         if not self.layers:
             return "\n".join(notes) + "\n"
-        align = ["---:" if i in _NUMBERS else "---" for i in range(len(_HEAD))]
-        lines = ["| " + " | ".join(row) + " |" for row in (_HEAD, align, *self._table())]
-        return "\n".join([*lines, "", *notes]) + "\n"
+        return "\n".join([markdown_table(_HEAD, self._table(), right=_NUMBERS), "", *notes]) + "\n"
 
     def _table(self) -> list[Sequence[str]]:
         """One row per group, as text."""
@@ -237,30 +225,3 @@ def _metal_kernels(op: str) -> tuple[KernelUse, ...]:
         return (uses[0], replace(uses[1], rows=f"{few + 1}+"))
     why = "there torch's own product is faster, and decoding costs little beside it"
     return (*uses, KernelUse(f"{many + 1}+", "decoded, then torch's product (Metal)", "", why))
-
-
-# ---- names of groups -------------------------------------------------------------------------------------------------
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _common_name(names: list[str]) -> str:
-    """One name for names that differ in numbers only: "layers.0.up" and "layers.1.up" are "layers.[0-1].up"."""
-    parts = []
-    for column in zip(*(name.split(".") for name in names), strict=True):
-        distinct = dict.fromkeys(column)
-        parts.append(column[0] if len(distinct) == 1 else f"[{_ranges(map(int, distinct))}]")
-    return ".".join(parts)
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from isqtorch import ops
 from isqtorch.formats import QuantFormat, get_format, resolve_format
+from isqtorch.quantizers import Rule
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,7 +198,7 @@ class QuantizedTensor:
 
 
 def quantize(
-    weight: Tensor, fmt: int | str | QuantFormat, importance: Tensor | None = None, rule: str | None = None
+    weight: Tensor, fmt: int | str | QuantFormat, importance: Tensor | None = None, rule: Rule | None = None
 ) -> QuantizedTensor:
     """Quantize one weight.
 

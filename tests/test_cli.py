@@ -169,6 +169,8 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     stored = {layer["stored"] for layer in report["layers"]}
     assert report["planned"] and {"q4k", "q6k"} <= stored  # q6k: the promoted embedding
     assert run("plan", "-m", MODEL, "--isq", "4") == 0
+    assert "model.layers.[0-7].mlp.down_proj" in capsys.readouterr().out
+    assert run("plan", "-m", MODEL, "--isq", "4", "--details") == 0
     assert "model.layers.7.mlp.down_proj" in capsys.readouterr().out
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import isqtorch
 from isqtorch import ops
-from isqtorch.explain import _kernels, _ranges
+from isqtorch.explain import _kernels
 from isqtorch.modules import QuantEmbedding, QuantLinear
+from isqtorch.text import ranges
 
 
 def test_every_number_of_rows_has_one_kernel(isa: str) -> None:
@@ -109,5 +110,5 @@ def test_nothing_quantized_is_said() -> None:
         assert "Sequential has no quantized layers" in text and "quantize_" in text
 
 
-def test_ranges() -> None:
-    assert _ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3,7,9-10" and _ranges([4]) == "4"
+def testranges() -> None:
+    assert ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3,7,9-10" and ranges([4]) == "4"

@@ -96,6 +96,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_details(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--details", action="store_true", help="print a line for every layer")
+
+
 def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 

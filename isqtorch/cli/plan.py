@@ -1,7 +1,8 @@
 """Say what quantizing a model would do, from its configuration and safetensors headers alone: no weight is read.
 
     isqtorch plan -m examples/demo_model/model                     the size in every format, and whether it fits
-    isqtorch plan -m examples/demo_model/model --isq 4             every layer
+    isqtorch plan -m examples/demo_model/model --isq 4             the layers, those that are alike in one line
+    isqtorch plan -m examples/demo_model/model --isq 4 --details   every layer
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
     isqtorch plan -m ./my-model --context 32768
     isqtorch plan -m ./my-model --isq q4k_m --plot bits.png
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from isqtorch.text import text_table
 
-from ._common import add_isq, add_json, add_model, add_policy
+from ._common import add_details, add_isq, add_json, add_model, add_policy
 
 if TYPE_CHECKING:
     from isqtorch.report.fit import Overview
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of the cache (%(default)s)")
     add_policy(parser)
     parser.add_argument("--plot", metavar="PNG", help="with --isq: draw the bits of every layer (needs matplotlib)")
+    add_details(parser)
     add_json(parser)
 
 
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
         fit = {"context": found.context, "cache_bytes": found.cache_bytes, "fits": found.fits(report.bytes_after)}
         print(json.dumps({**report.to_dict(), **fit}, indent=2))
     else:
-        print(report)
-        print("\n".join(_fit(found, report.bytes_after)))
+        print(report.details() if args.details else report)
+        print("\n".join(["", *_fit(found, report.bytes_after)]))
     return 0
 
 

@@ -20,7 +20,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import (
+    add_auto,
+    add_details,
+    add_device,
+    add_importance,
+    add_isq,
+    add_json,
+    add_model,
+    add_policy,
+    policy_options,
+)
 
 HELP = "quantize a model and write it as a checkpoint"
 
@@ -40,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw error and bits of every layer (needs matplotlib)"
     )
+    add_details(parser)
     add_json(parser)
 
 
@@ -59,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         loaded.report.topology().save(args.save_topology)
     if args.plot:
         loaded.report.plot(args.plot)
-    print(loaded.report.to_json() if args.json else loaded.report)
+    text = loaded.report.details() if args.details else str(loaded.report)
+    print(loaded.report.to_json() if args.json else text)
     print(f"wrote {args.output}", file=sys.stderr)
     return 0
 

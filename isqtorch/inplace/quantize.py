@@ -21,10 +21,11 @@ from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, put_module, to_packed, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe, Rule
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
+from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
 from .host import announce

@@ -21,10 +21,11 @@ from isqtorch.modules.convert import locate, to_packed
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe, Rule
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
+from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
 from .exchange import Swap, check_outside, exchange

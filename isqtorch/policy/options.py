@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats import Spec
+from isqtorch.quantizers import Rule
 
 from .topology import TopologyLike
 
 Organization = Literal["default", "moqe"]
 Fallback = Literal["up", "skip", "error"]
-Rule = Literal["search", "mlx"]
 Activations = Literal["fp8"]
 Probe = Literal["kl", "output"]
 Names = Sequence[str] | str

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from . import absmax, affine, fp8, hqq, kquants, minmax
 from .blocks import Blocks, row_mean_square
 from .denormals import blocks_per_chunk, denormals_kept
 
-__all__ = ["check_rule", "has_rule", "needs_whole", "solve", "uses_importance"]
+__all__ = ["Rule", "check_rule", "has_rule", "needs_whole", "solve", "uses_importance"]
+
+Rule = Literal["search", "mlx"]
+"""Other ways to choose the codes than the default of a family; a family has some of them, or none."""
 
 
 @dataclass(frozen=True)

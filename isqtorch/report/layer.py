@@ -41,6 +41,11 @@ class LayerReport:
         return count
 
     @property
+    def departs(self) -> bool:
+        """Whether the weight is not in the format that was asked for it: left, promoted, or in another one."""
+        return self.stored != self.requested
+
+    @property
     def bits_per_weight(self) -> float:
         if self.stored is not None:
             return get_format(self.stored).bits_per_weight

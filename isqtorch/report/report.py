@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from isqtorch.policy.decide import Decision, Verdict
 from isqtorch.policy.inventory import Inventory
-from isqtorch.policy.options import Rule
 from isqtorch.policy.topology import Topology
-from isqtorch.text import human_size
+from isqtorch.quantizers import Rule
+from isqtorch.text import human_size, markdown_table, text_table
 
 if TYPE_CHECKING:
     from .choice import Choice
 from .layer import LayerReport, report_layer
+from .table import NUMBERS, folded_table, layer_table
 
 JSON_VERSION = 1
+_MOST_ROWS = 40  # of the printed table
 
 
 @dataclass
 class QuantReport:
-    """The whole model. `print(report)` shows a table, totals and notes.
+    """The whole model. `print(report)` fits on a screen; `print(report.details())` has a line for every layer.
 
     Attributes:
         layers: one entry per parameter with two or more dimensions, quantized or not, in the order of the model.
         rest_bytes, rest_numel: all other parameters (norms, biases) and saved buffers, which are never quantized.
         requested: the default format as the user wrote it.
-        planned: True where nothing was done, only foreseen.
+        planned: True where nothing was done, only predicted.
         seconds: wall time.
         notes: everything else that the user should know.
         imatrix, rule: where importance came from, if any layer used it, and the rule that was asked for.
@@ -150,11 +151,20 @@ class QuantReport:
     # ---- output ------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        rows = self._table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-        lines = [self._line(row, widths) for row in rows]
-        lines.insert(1, "-" * max(len(lines[0]), sum(widths) + 2 * len(widths) + len("reason")))
-        return "\n".join([*lines, "", *self.summary()])
+        """Totals and notes, then a table in which layers that are alike share a row; it fits on a screen."""
+        head, rows = folded_table(self.layers, _MOST_ROWS)
+        lines = [*self.summary(), "", self._text(head, rows)]
+        if sum(row[0].startswith("...") for row in rows[-1:]):
+            lines.append("print(report.details()) has every layer")
+        return "\n".join(lines)
+
+    def details(self) -> str:
+        """The same with a row for every layer."""
+        return "\n".join([*self.summary(), "", self._text(*layer_table(self.layers))])
+
+    @staticmethod
+    def _text(head: list[str], rows: list[list[str]]) -> str:
+        return text_table(head, rows, right=[i for i, name in enumerate(head) if name in NUMBERS])
 
     def summary(self) -> list[str]:
         """Totals and notes, one line each."""
@@ -192,41 +202,7 @@ class QuantReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_markdown(self) -> str:
-        head, *rows = self._table()
-        align = ["---" if name in ("layer", "asked", "stored", "reason") else "---:" for name in head]
-        lines = [_markdown_row(row) for row in (head, align, *rows)]
-        return "\n".join([*lines, "", *(f"- {line}" for line in self.summary())]) + "\n"
-
-    def _table(self) -> list[list[str]]:
-        """Head and one row per weight, as text; the reason is last."""
-        errors = any(layer.error is not None for layer in self.layers)
-        head = ["layer", "shape", "asked", "stored", "bpw", "before", "after", *(["error"] if errors else []), "reason"]
-        rows = [head]
-        for layer in self.layers:
-            error = [] if not errors else ["" if layer.error is None else f"{layer.error:.5f}"]
-            rows.append(
-                [
-                    layer.name,
-                    " x ".join(map(str, layer.shape)),
-                    layer.requested or "-",
-                    layer.stored or layer.dtype,
-                    f"{layer.bits_per_weight:.2f}" if layer.bits_per_weight else "",
-                    *(("", "") if layer.tied_to else (human_size(layer.bytes_before), human_size(layer.bytes_after))),
-                    *error,
-                    layer.reason,
-                ]
-            )
-        return rows
-
-    @staticmethod
-    def _line(row: list[str], widths: Sequence[int]) -> str:
-        left = {0, 2, 3}  # layer, asked, stored; the rest are numbers
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        return "  ".join([*cells, row[-1]]).rstrip()
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        """A table with a row for every layer, then totals and notes as a list."""
+        head, rows = layer_table(self.layers)
+        table = markdown_table(head, rows, right=[i for i, name in enumerate(head) if name in NUMBERS])
+        return "\n".join([table, "", *(f"- {line}" for line in self.summary())]) + "\n"

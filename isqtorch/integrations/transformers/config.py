@@ -6,33 +6,27 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
 from isqtorch.auto import Budget
 from isqtorch.formats import QuantFormat, Spec
 from isqtorch.importance.imatrix import imatrix_name, load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Rule
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
+from isqtorch.quantizers import Rule
 
 from .meter import Meter
-
-if TYPE_CHECKING:
-
-    class QuantizationConfigMixin:
-        """transformers' class, which has no types: to type checkers it is an object."""
-
-else:
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _OP = "IsqConfig"
 
 
-class IsqConfig(QuantizationConfigMixin):
+class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """Quantize a transformers model while it is loaded.
 
         model = AutoModelForCausalLM.from_pretrained(name, quantization_config=isqtorch.IsqConfig(4))
