@@ -81,11 +81,12 @@ else:
         try:
             from .integrations.transformers import IsqConfig
         except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
-            reason = "isqtorch.IsqConfig needs transformers: pip install 'isqtorch[hf]'" if missing else str(error)
-            # Here hasattr must be False, which takes an AttributeError. Of that, `from isqtorch import IsqConfig` would keep no word.
+            if not isinstance(error, ModuleNotFoundError) or error.name != "transformers":
+                raise  # too old a one, and the message says so
+            # hasattr is to be False, which takes an AttributeError; `from isqtorch import IsqConfig` would replace its message.
             importing = sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib")
-            raise (ImportError if importing else AttributeError)(reason) from error
+            hint = "isqtorch.IsqConfig needs transformers: pip install 'isqtorch[hf]'"
+            raise (ImportError if importing else AttributeError)(hint) from error
         return IsqConfig
 
     def __dir__() -> list[str]:

@@ -14,24 +14,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isqtorch.files.binary import replacing
+from isqtorch.files.checkpoints import opened
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import forget
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
-from isqtorch.modules.convert import layer_kind, locate, matrices, name_of, to_packed, weight_matrix
+from isqtorch.modules.convert import layer_kind, locate, matrices, name_of, parameter_name, to_packed, weight_matrix
 from isqtorch.policy.inventory import storage_key
+from isqtorch.text import first_names
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -122,7 +123,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
-    with _opened(path) as file:
+    with opened(path) as file:
         header = read_header(file.metadata(), path)
         stored = {name: file.get_slice(name) for name in file.keys()}
         shapes = {name: (tuple(piece.get_shape()), str(piece.get_dtype())) for name, piece in stored.items()}
@@ -131,7 +132,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         done: dict[tuple[int, str], nn.Module] = {}
         for name, entry in header.layers.items():
             _load_layer(model, name, entry, header, file, parameters, done)
-        packed = {_parameter(model, name) for name in header.layers}
+        packed = {parameter_name(model, name) for name in header.layers}
         for name in model.state_dict():
             if name not in packed:
                 _load_tensor(model, name, header.shared.get(name, name), file, parameters)
@@ -180,11 +181,6 @@ def _entry_of(module: PackedModule, leaf: str) -> LayerEntry:
     )
 
 
-def _parameter(model: nn.Module, name: str) -> str:
-    """The name in the state dict of a packed weight."""
-    return ".".join(filter(None, locate(model, name)))
-
-
 def _kind(module: nn.Module) -> str | None:
     """The kind of an ordinary layer, or of the one that a packed layer replaced."""
     if isinstance(module, QuantEmbedding):
@@ -207,17 +203,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
 
 
 def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
@@ -258,8 +243,7 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
     unexpected = sorted((set(shapes) | set(header.shared)) - set(state))
     for names, what in ((missing, "lacks"), (unexpected, "holds, and the model does not have,")):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{path}: the file {what} {', '.join(names[:5])}{more}. It was made from another model.")
+            raise ValueError(f"{path}: the file {what} {first_names(names)}. It was made from another model.")
     entries = {}  # name in the state dict -> entry
     for name, entry in header.layers.items():
         owner, leaf = locate(model, name)
@@ -271,7 +255,7 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
         size = _size(module, leaf)
         if size != entry.shape:
             raise ValueError(f"{path}: {name} is {list(entry.shape)}, in the model it is {list(size)}")
-        entries[_parameter(model, name)] = entry
+        entries[parameter_name(model, name)] = entry
     for name in entries:
         owner, _, _ = name.rpartition(".")
         absent = [leaf for leaf in matrices(modules[owner]) if f"{owner}.{leaf}".lstrip(".") not in entries]

@@ -214,7 +214,7 @@ def test_nothing_behind_the_header_is_read(tmp_path: Path) -> None:
         (
             lambda d: _write(d / "model.safetensors.index.json", b'{"weight_map": {"a": "x.safetensors"}}').parent,
             FileNotFoundError,
-            "x.safetensors is missing",
+            "x.safetensors: no such file",
         ),
         (lambda d: 7, TypeError, "must be an nn.Module, a path or a model id, got int"),
     ],

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from isqtorch import checkpoint
 from isqtorch.auto import AUTO_OPTIONS, Budget
+from isqtorch.files.checkpoints import opened
 from isqtorch.formats import AUTO, mix_name, resolve_format
 from isqtorch.importance.calibration import collect_imatrix
 from isqtorch.inplace.quantize import quantize_
@@ -278,11 +278,8 @@ def _has_own_header(source: str) -> bool:
     path = Path(source, "model.safetensors")
     if not path.is_file():
         return False
-    try:
-        with safe_open(path, framework="np") as file:
-            return "isqtorch" in (file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+    with opened(path, "np") as file:
+        return "isqtorch" in (file.metadata() or {})
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, Spec, get_format
 from isqtorch.importance.imatrix import Imatrix, importance_of
-from isqtorch.modules.convert import locate, weight_matrix
+from isqtorch.modules.convert import owner_of, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.decide import decide
 from isqtorch.policy.inventory import Inventory
@@ -173,7 +173,7 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
     sharing: dict[str, list[LayerInfo]] = {}
     for layer in inventory.layers:
         if layer.name in options:
-            sharing.setdefault(layer.tied_to or layer.name, []).append(layer)
+            sharing.setdefault(layer.holder, []).append(layer)
     together: dict[object, list[tuple[LayerInfo, ...]]] = {}
     for layers in sharing.values():
         expert = LISTED_EXPERT.fullmatch(layers[0].name)
@@ -220,8 +220,7 @@ def choose_formats(
 
 
 def _own_weight(model: nn.Module, names: Sequence[str]) -> Tensor:
-    path, leaf = locate(model, names[0])
-    return weight_matrix(model.get_submodule(path), leaf).detach()
+    return weight_matrix(*owner_of(model, names[0])).detach()
 
 
 def measure_items(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]
@@ -18,16 +18,29 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]
 MAX_JSON_BYTES = 1 << 26  # the index of the largest models is a few MB
 
 
-def checkpoint_headers(source: str | os.PathLike[str]) -> tuple[Headers, Mapping[str, Any]]:
-    """(headers, config) of a folder, a file, or a model id."""
+class Checkpoint(NamedTuple):
+    """What is known of a checkpoint without reading a weight."""
+
+    headers: Headers
+    config: Mapping[str, Any]  # its config.json; empty where there is none
+    metadata: dict[str, str]  # of its safetensors files
+
+
+def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
+    """The headers of a folder, of a .safetensors file, or of a model on the Hub.
+
+    Raises:
+        ValueError: a damaged file.
+        OSError: no such file or folder, or the Hub cannot be reached or does not have it.
+    """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"plan: model must be an nn.Module, a path or a model id, got {type(source).__name__}")
     path = Path(source).expanduser()
     if path.is_dir():
         config_path = path / "config.json"
-        return _folder_headers(path), read_json(config_path) if config_path.is_file() else {}
+        return _folder_headers(path)._replace(config=read_json(config_path) if config_path.is_file() else {})
     if path.is_file():
-        return _file_headers(path), {}
+        return _file_headers(path)
     text = os.fspath(source)
     if (
         isinstance(source, os.PathLike)
@@ -64,33 +77,58 @@ def checkpoint_files(folder: Path, op: str) -> list[Path]:
     return files
 
 
-def _folder_headers(folder: Path) -> Headers:
+def _folder_headers(folder: Path) -> Checkpoint:
     """All tensors of a folder."""
     headers: Headers = {}
+    metadata: dict[str, str] = {}
     for file in checkpoint_files(folder, "plan"):
-        for name, entry in _file_headers(file).items():
-            if name in headers:
-                raise ValueError(f"{file}: tensor {name} is in another file of the folder too")
-            headers[name] = entry
-    return headers
+        found = _file_headers(file)
+        twice = sorted(set(found.headers) & set(headers))
+        if twice:
+            raise ValueError(f"{file}: tensor {twice[0]} is in another file of the folder too")
+        headers |= found.headers
+        metadata |= found.metadata
+    return Checkpoint(headers, {}, metadata)
 
 
-def _file_headers(path: Path) -> Headers:
+def _file_headers(path: Path) -> Checkpoint:
     """Names, types and shapes of one file; nothing behind the header is read."""
+    with opened(path, "np") as file:  # maps read-only; "pt" needs memory for a mapping of this size
+        pieces = {name: file.get_slice(name) for name in file.keys()}
+        headers = {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
+        return Checkpoint(headers, {}, dict(file.metadata() or {}))
+
+
+@contextmanager
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file, mapped.
+
+    Args:
+        path: the file.
+        framework: what makes its tensors: "pt" or "np".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, also where that shows only when a tensor is read.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"plan: {path} is missing")
+        raise FileNotFoundError(f"{path}: no such file")
+    with complete(path), safe_open(path, framework=framework) as file:
+        yield file
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[None]:
+    """What is read from a safetensors file inside is there, or a ValueError names the file."""
     try:
-        with safe_open(path, framework="np") as file:  # maps read-only; "pt" needs memory for a mapping of this size
-            if "isqtorch" in (file.metadata() or {}):
-                raise ValueError(f"{path}: is quantized by isqtorch already; plan takes the original model")
-            pieces = {name: file.get_slice(name) for name in file.keys()}
-            return {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
 
 
-def _hub_headers(repo: str) -> tuple[Headers, Mapping[str, Any]]:
+def _hub_headers(repo: str) -> Checkpoint:
     """Headers of a model on the Hub, by range requests, and its config.json."""
+    import huggingface_hub  # takes long to import
 
     try:
         metadata = huggingface_hub.get_safetensors_metadata(repo)
@@ -104,7 +142,7 @@ def _hub_headers(repo: str) -> tuple[Headers, Mapping[str, Any]]:
     headers: Headers = {}
     for file in metadata.files_metadata.values():
         headers.update({name: (info.dtype, tuple(info.shape)) for name, info in file.tensors.items()})
-    return headers, config
+    return Checkpoint(headers, config, {})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from isqtorch.formats import QuantFormat
 from isqtorch.importance.calibration import collect
 from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of, load_imatrix
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import locate, weight_matrix
+from isqtorch.modules.convert import owner_of, parameter_name, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
@@ -159,7 +159,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if decision.format is not None and (again or decision.format.name != layer.packed_as):
-            groups.setdefault(layer.tied_to or layer.name, []).append((layer, decision.format, decision.device))
+            groups.setdefault(layer.holder, []).append((layer, decision.format, decision.device))
     jobs = []
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
@@ -253,9 +253,8 @@ def _zero_run(importance: Tensor) -> int | None:
 
 def _check_weight(model: nn.Module, job: Job, op: str) -> None:
     """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
-    path, leaf = locate(model, job.names[0])
-    module = model.get_submodule(path)
-    name = f"{path}.{leaf}"
+    module, leaf = owner_of(model, job.names[0])
+    name = parameter_name(model, job.names[0])
     weight = cast(Tensor, getattr(module, leaf))
     if weight.device.type == "meta":
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import nn
 
 from isqtorch.formats import Spec
 from isqtorch.modules.activations import permit
-from isqtorch.modules.convert import locate, put_module, to_packed, weight_matrix
+from isqtorch.modules.convert import locate, owner_of, put_module, to_packed, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
@@ -187,9 +187,9 @@ def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
 
 def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
     """The packed weight of a job, and its error if that is wanted."""
-    path, leaf = locate(model, job.names[0])
+    module, leaf = owner_of(model, job.names[0])
     with ordinary_tensors():
-        weight = weight_matrix(model.get_submodule(path), leaf).detach()
+        weight = weight_matrix(module, leaf).detach()
         weight = weight if job.device is None else weight.to(job.device)
         packed = pack_weight(weight, job)
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isqtorch.formats import Spec
 from isqtorch.modules import QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
-from isqtorch.modules.convert import locate, to_packed
+from isqtorch.modules.convert import locate, owner_of, to_packed
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
@@ -170,8 +170,8 @@ def _check_no_device(request: Request) -> None:
 def _check_parameters(model: nn.Module, prepared: Prepared) -> None:
     """ValueError unless the parameters to be replaced are whole and here."""
     for job in prepared.jobs:
-        path, leaf = locate(model, job.names[0])
-        parameter = model.get_submodule(path)._parameters[leaf]
+        module, leaf = owner_of(model, job.names[0])
+        parameter = module._parameters[leaf]
         if type(parameter) is not nn.Parameter or parameter.device.type == "meta":
             kind = "on the meta device" if type(parameter) is nn.Parameter else f"a {type(parameter).__name__}"
             raise ValueError(
@@ -214,8 +214,8 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]
 
 def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter, float | None]:
     """The packed weight of a job on the device of the old one, and its error if that is wanted."""
-    path, leaf = locate(model, job.names[0])
-    device = cast(Tensor, model.get_submodule(path)._parameters[leaf]).device
+    module, leaf = owner_of(model, job.names[0])
+    device = cast(Tensor, module._parameters[leaf]).device
     with ordinary_tensors():
         weight = weights.of(job.names)
         try:
@@ -254,7 +254,7 @@ def _permission(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap], ask
     kept: dict[QuantLinear, str | None] = {}
     for layer, decision in zip(prepared.inventory.layers, prepared.verdict.decisions, strict=True):
         if decision.format is not None and decision.format.activations:
-            module = model.get_submodule(locate(model, layer.name)[0])
+            module, _ = owner_of(model, layer.name)
             if isinstance(module, QuantLinear) and id(module) not in replaced:
                 kept[module] = module.activations
     return _Permission(value, kept, notes)

@@ -7,17 +7,16 @@ own (`host.py`), which does the same to what is read here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files, complete, read_json
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
@@ -88,7 +87,7 @@ class Source:
         stored = self.tensors[key]
         if stored.dtype not in _FLOATS:
             raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
-        with _readable(stored.file):
+        with complete(stored.file):
             piece = self._file(stored.file).get_slice(key)
             tensor: Tensor = piece[:1] if row and len(stored.shape) > 1 else piece[...]
         return tensor
@@ -105,7 +104,7 @@ class Source:
             mark = state.st_ino, state.st_size, state.st_mtime_ns
             if self._seen.setdefault(path, mark) != mark:
                 raise ValueError(f"{path}: was replaced or written to while it was read. Nothing was changed.")
-            with _readable(path):
+            with complete(path):
                 self._open[path] = safe_open(path, framework="pt")
         return self._open[path]
 
@@ -158,11 +157,3 @@ def _quantized_by(folder: Path) -> str | None:
     config = folder / "config.json"
     entry = read_json(config).get("quantization_config") if config.is_file() else None
     return str(entry.get("quant_method")) if isinstance(entry, dict) else None
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file: {error}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import float_shape, is_turned, locate, weight_matrix
+from isqtorch.modules.convert import float_shape, is_turned, owner_of, parameter_name, weight_matrix
 from isqtorch.ops.native import NATIVE_DEVICES
 
 from .host import open_source
@@ -84,8 +84,7 @@ class Weights:
             ValueError: the source has no such weight, or not in this shape.
             OSError: it cannot be read.
         """
-        path, leaf = locate(self.model, names[0])
-        module = self.model.get_submodule(path)
+        module, leaf = owner_of(self.model, names[0])
         own = cast(Tensor, module._parameters[leaf])
         if not isinstance(module, PackedModule) or leaf not in module.packed:
             return weight_matrix(module, leaf).detach()
@@ -99,7 +98,7 @@ class Weights:
         return weight.transpose(-2, -1) if is_turned(module) else weight
 
     def _read(self, source: Source, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
-        names = [".".join(locate(self.model, layer)) for layer in layers]  # it is stored under any one of them
+        names = [parameter_name(self.model, layer) for layer in layers]  # it is stored under any one of them
         shape = float_shape(module, leaf)
         for name in names:
             weight = source.read(name)

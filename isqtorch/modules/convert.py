@@ -69,6 +69,17 @@ def locate(model: nn.Module, name: str) -> tuple[str, str]:
     return name, "weight"
 
 
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(module, name of the parameter) of a weight; see `locate`."""
+    path, leaf = locate(model, name)
+    return model.get_submodule(path), leaf
+
+
+def parameter_name(model: nn.Module, name: str) -> str:
+    """The name of a weight in the state dict; see `locate`."""
+    return ".".join(filter(None, locate(model, name)))
+
+
 def name_of(path: str, leaf: str) -> str:
     """The inverse of `locate`."""
     return path if leaf == "weight" else f"{path}.{leaf}"

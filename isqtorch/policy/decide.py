@@ -236,7 +236,7 @@ def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: s
     """One weight, one decision: a layer that must stay keeps those tied to it; a topology entry outvotes a default."""
     groups: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        groups.setdefault(layer.tied_to or layer.name, []).append(i)
+        groups.setdefault(layer.holder, []).append(i)
     agreed = list(decisions)
     for members in groups.values():
         if len(members) == 1:

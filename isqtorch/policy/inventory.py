@@ -237,10 +237,10 @@ def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
     """What one tied layer is decides about all of them: linear layers that share an embedding's table are heads."""
     groups: dict[str, list[LayerInfo]] = {}
     for layer in layers:
-        groups.setdefault(layer.tied_to or layer.name, []).append(layer)
+        groups.setdefault(layer.holder, []).append(layer)
     out = []
     for layer in layers:
-        group = groups[layer.tied_to or layer.name]
+        group = groups[layer.holder]
         if len(group) > 1 and layer.kind != "other":
             if layer.kind == "linear" and any(other.kind == "embedding" for other in group):
                 layer = replace(layer, role="head")

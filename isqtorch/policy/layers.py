@@ -37,6 +37,11 @@ class LayerInfo:
     block: str | None = None  # experts: the path of their module
 
     @property
+    def holder(self) -> str:
+        """The layer that holds the weight: this one, or the first of those that share it."""
+        return self.tied_to or self.name
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 

@@ -124,14 +124,14 @@ def assign(mix_name: str, layers: Sequence[LayerInfo]) -> dict[str, Assigned]:
     values = sorted((place.block, name) for name, place in places.items() if place.stem in _VALUES)
     rank = {name: i for i, (_, name) in enumerate(values)}
     facts = _Facts(blocks, len(values), _sharing(layers, places), _experts(layers))
-    heads = {layer.tied_to or layer.name for layer in layers if layer.role == "head"} or {
+    heads = {layer.holder for layer in layers if layer.role == "head"} or {
         layer.name for layer in layers if gguf_names(layer.name)[0] == ["token_embd.weight"]
     }  # where no layer is the head, the table is
     out = {}
     for layer in layers:
         place = places.get(layer.name)
         fmt, what = None, ""
-        if (layer.tied_to or layer.name) in heads:
+        if layer.holder in heads:
             fmt, what = HEAD, "output"
         elif place is not None:
             fmt, what = _of_place(mix, place, rank.get(layer.name, 0), facts), place.stem

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from isqtorch.files.checkpoints import checkpoint_headers
+from isqtorch.files.checkpoints import read_headers
 from isqtorch.formats import Spec
 from isqtorch.policy.activations import check_activations
 from isqtorch.policy.decide import decide
@@ -81,10 +81,12 @@ def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -
 
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
     """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
-    headers, config = checkpoint_headers(source)
-    stored = config.get("quantization_config")
+    found = read_headers(source)
+    stored = found.config.get("quantization_config")
+    if "isqtorch" in found.metadata:
+        raise ValueError(f"{source}: is quantized by isqtorch already; plan takes the original model")
     if stored:
         method = stored.get("quant_method") if isinstance(stored, Mapping) else None
         by = "isqtorch" if method == "isq" else method
         raise ValueError(f"{source}: is quantized by {by} already; plan takes the original model")
-    return *describe_headers(headers, config), config
+    return *describe_headers(found.headers, found.config), found.config

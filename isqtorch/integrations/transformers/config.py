@@ -16,7 +16,7 @@ from isqtorch.auto import Budget
 from isqtorch.formats import QuantFormat, Spec
 from isqtorch.importance.imatrix import imatrix_name, load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, listed
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
 from isqtorch.quantizers import Rule
@@ -102,9 +102,9 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         if activations is not None and not isinstance(activations, str):
             raise ValueError(f'{_OP}: activations must be None or "fp8"; got {activations!r}')
         self.activations = self.options.activations
-        self.options = self.request().options  # a topology file need not be there any more when the model is saved
+        # Files are read once: they need not be there any more when the model is saved.
+        self.options = self.request().options.changed(imatrix=load_imatrix(imatrix))
         self.budget()
-        self.imatrix = load_imatrix(imatrix)
 
     def request(self) -> Request:
         """The options as the policy takes them."""
@@ -126,7 +126,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "isqtorch_version": self.isqtorch_version,
-            "isq": _jsonable(self.isq),
+            "isq": _name(self.isq),
             **_recorded(self.options),
             "activations": self.activations,
             "layers": self.layers,
@@ -139,7 +139,6 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         config.layers, config.activations = layers, activations
         if config.options.imatrix is not None:
             config.options = config.options.changed(imatrix=imatrix_name(config.options.imatrix))
-        config.imatrix = None
         return config
 
 
@@ -156,20 +155,22 @@ _OPTIONS = [
 
 
 def _recorded(options: Options) -> dict[str, Any]:
-    """The options that are not at their defaults, as JSON."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {
-        field.name: _jsonable(given[field.name])
-        for field in fields(options)
-        if given[field.name] != field.default
-        and not (isinstance(given[field.name], Topology) and not given[field.name].entries)
-    }
+    """The options that are not at their defaults, as JSON. Those read from a config.json are a record, which need not parse."""
+    content = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, Topology):
+            value = value.to_dict() or None
+        elif field.name in ("include", "exclude", "modules_to_not_convert"):
+            value = listed(value) or None
+        elif field.name == "imatrix" and value is not None:
+            value = imatrix_name(value)
+        elif field.name == "formats" and value is not None:
+            value = [_name(spec) for spec in value]
+        if value != field.default:
+            content[field.name] = value
+    return content
 
 
-def _jsonable(value: Any) -> Any:
-    """The value of an option in plain types. What was read from a config.json is a record, which need not parse."""
-    if isinstance(value, QuantFormat):
-        return value.name
-    if isinstance(value, Topology):
-        return value.to_dict()
-    return value
+def _name(spec: Spec | None) -> str | int | None:
+    return spec.name if isinstance(spec, QuantFormat) else spec

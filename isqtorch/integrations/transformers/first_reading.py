@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isqtorch.auto import Auto
+from isqtorch.importance.imatrix import load_imatrix
 from isqtorch.integrations.record import METHOD
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.options import listed
@@ -53,7 +54,8 @@ def choose_while_loading(
             f"{METHOD}: 'auto' measures whole weights, and here each process reads its share. Choose in one process, save "
             "report.topology(), and give that as topology."
         )
-    meter = Meter(auto, config.imatrix, request.options.rule)
+    imatrix = load_imatrix(request.options.imatrix)
+    meter = Meter(auto, imatrix, request.options.rule)
     first = copy.copy(config)
     first.measuring = meter
     settings = copy.deepcopy(model.config)
@@ -68,5 +70,5 @@ def choose_while_loading(
         exclude = [*listed(request.options.exclude), *(f"^{re.escape(name)}$" for name in unseen)]
         without = request.changed(exclude=exclude)
         auto = Auto(inventory, without, budget)
-    chosen, choice = auto.choose(meter.errors(auto.items), "weight" if config.imatrix is None else "output")
+    chosen, choice = auto.choose(meter.errors(auto.items), "weight" if imatrix is None else "output")
     return replace(request, assigned={**(meter.auto.smallest().assigned or {}), **(chosen.assigned or {})}), choice

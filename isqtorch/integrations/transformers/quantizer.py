@@ -21,7 +21,7 @@ from isqtorch.inplace.prepare import Prepared
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.activations import permit, recorded_activations
-from isqtorch.modules.convert import locate, name_of
+from isqtorch.modules.convert import name_of, parameter_name
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.inventory import inspect_model, storage_key
@@ -34,7 +34,15 @@ from .first_reading import choose_while_loading
 from .mapped import MappedFiles, Pack
 from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
-from .skeleton import decide, describe, pack_on_meta, packed_formats, restore, restore_activations, unpack_missing
+from .skeleton import (
+    describe,
+    pack_on_meta,
+    packed_formats,
+    prepare_on_cpu,
+    restore,
+    restore_activations,
+    unpack_missing,
+)
 
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
@@ -96,14 +104,14 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request = config.measuring.auto.smallest()
         elif config.budget() is not None:
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files)
-        prepared = decide(inventory, config, request)
+        prepared = prepare_on_cpu(inventory, request)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
         jobs = {}
         for job in prepared.jobs:
             for name in job.names:
                 pack_on_meta(model, name, job.fmt)
-                jobs[".".join(locate(model, name))] = job
+                jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
@@ -297,7 +305,7 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
         if layer.name in missing:
             decision = replace(decision, format=None, reason=_NEW)
         if layer.tied_to is not None and layer.kind != "other":
-            own, other = (model.get_parameter(".".join(locate(model, name))) for name in (layer.name, layer.tied_to))
+            own, other = (model.get_parameter(parameter_name(model, name)) for name in (layer.name, layer.tied_to))
             if storage_key(own) != storage_key(other):
                 decision = replace(decision, reason=f"the checkpoint has another weight than that of {layer.tied_to}")
                 layer = replace(layer, tied_to=None)

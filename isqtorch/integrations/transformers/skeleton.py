@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from isqtorch.formats import QuantFormat, get_format
+from isqtorch.importance.imatrix import load_imatrix
 from isqtorch.inplace.prepare import Prepared, prepare
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
-from isqtorch.modules.convert import locate, matrices, name_of, to_float, to_packed, weight_matrix
+from isqtorch.modules.convert import matrices, name_of, owner_of, to_float, to_packed, weight_matrix
 from isqtorch.policy.inventory import Inventory, inspect_model
 from isqtorch.policy.request import Request
-
-from .config import IsqConfig
 
 
 def describe(model: Any, device_map: object) -> Inventory:
@@ -28,14 +27,14 @@ def describe(model: Any, device_map: object) -> Inventory:
     return replace(inventory, layers=layers)
 
 
-def decide(inventory: Inventory, config: IsqConfig, request: Request) -> Prepared:
+def prepare_on_cpu(inventory: Inventory, request: Request) -> Prepared:
     """What `quantize_` would do to the model once it is loaded.
 
     Raises:
         ValueError: see `quantize_`.
     """
     with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
-        return prepare(inventory, request, config.imatrix)
+        return prepare(inventory, request, load_imatrix(request.options.imatrix))
 
 
 def _device_type(name: str, device_map: object) -> str:
@@ -53,8 +52,7 @@ def _device_type(name: str, device_map: object) -> str:
 
 def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
     """Put a packed layer without weights in the place of the ordinary one."""
-    path, leaf = locate(model, name)
-    old = model.get_submodule(path)
+    old, leaf = owner_of(model, name)
     if isinstance(old, PackedModule) and leaf in old.packed:
         return  # the same module under another name
     *rows, columns = weight_matrix(old, leaf).shape
@@ -75,8 +73,8 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
         path = _find(model, stored)
         if path is None:
             continue
-        owner, leaf = locate(model, path)
-        fmt, module = get_format(name), model.get_submodule(owner)
+        module, leaf = owner_of(model, path)
+        fmt = get_format(name)
         if isinstance(module, PackedModule) and leaf in module.packed:
             if module.packed[leaf] != fmt.name:
                 raise ValueError(
@@ -109,7 +107,7 @@ def restore_activations(model: Any, activations: str | Sequence[str] | None) -> 
         permit(model.modules(), activations)
         return
     found = [path for path in (_find(model, stored) for stored in activations) if path is not None]
-    permit([model.get_submodule(locate(model, path)[0]) for path in found], "fp8")
+    permit([owner_of(model, path)[0] for path in found], "fp8")
 
 
 def _find(model: Any, stored: str) -> str | None:
@@ -122,9 +120,8 @@ def _find(model: Any, stored: str) -> str | None:
     if prefix:
         candidates += [stored[len(prefix) :]] if stored.startswith(prefix) else [prefix + stored]
     for path in candidates:
-        owner, leaf = locate(model, path)
         try:
-            module = model.get_submodule(owner)
+            module, leaf = owner_of(model, path)
         except AttributeError:
             continue
         if path and (leaf == "weight" or leaf in module._parameters):
