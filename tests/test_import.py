@@ -67,8 +67,8 @@ def test_public_names_exist_and_are_not_modules() -> None:
 
 
 def test_a_function_keeps_its_name_when_its_module_is_imported_later() -> None:
-    script = "import isqtorch, isqtorch.quantize, isqtorch.plan, isqtorch.formats, isqtorch.cli\n"
-    script += "assert callable(isqtorch.quantize) and callable(isqtorch.plan) and callable(isqtorch.formats)"
+    script = "import isqtorch, isqtorch.explain, isqtorch.formats, isqtorch.cli\n"
+    script += "assert callable(isqtorch.explain) and callable(isqtorch.formats)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
 
 

@@ -143,3 +143,18 @@ def test_only_ops_files_know_torch(path: Path) -> None:
     includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
     if not path.name.startswith("ops"):
         assert not [name for name in includes if re.match(r"torch/|ATen/|c10/", name)]
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_page_about_the_architecture_lists_every_room() -> None:
+    """In the order of FLOORS, so that the page and this test tell the same."""
+    listed = re.findall(r"^\| `(isqtorch/[\w./]+|csrc/[\w./]+)` \|", PAGE.read_text(encoding="utf-8"), re.M)
+    rooms = [name.removeprefix("isqtorch/").removesuffix(".py") for name in listed if name.startswith("isqtorch/")]
+    assert rooms == [room for floor in FLOORS[:-1] for room in floor if room != "_version"]
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    files = {path.stem for path in PACKAGE.glob("*.py")}
+    assert set(rooms) | {"__init__", "__main__", "_version"} == folders | files
+    native = {name.removeprefix("csrc/") for name in listed if name.startswith("csrc/")}
+    assert native >= {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name != "__pycache__"}

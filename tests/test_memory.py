@@ -15,7 +15,7 @@ LAYER_BYTES = WIDTH * WIDTH * 2
 SCRIPT = f"""
 import json, torch
 from torch import nn
-from isqtorch.quantize import quantize_
+from isqtorch.inplace.quantize import quantize_
 
 def status(field):
     with open("/proc/self/status") as file:
