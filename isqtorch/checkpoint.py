@@ -31,6 +31,7 @@ from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import forget
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.convert import layer_kind, locate, matrices, name_of, parameter_name, to_packed, weight_matrix
+from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.inventory import storage_key
 from isqtorch.text import first_names
 
@@ -318,7 +319,7 @@ def _load_layer(
         return  # the same parent under another name
     if (id(old), leaf) not in done:
         if key not in parameters:
-            parameters[key] = nn.Parameter(_read(file, key, old._parameters[leaf]), requires_grad=False)
+            parameters[key] = PackedParameter(_read(file, key, old._parameters[leaf]))
         new = to_packed(old, parameters[key], fmt, leaf)
         new.dtype = _DTYPES[entry.dtype]
         if isinstance(new, QuantLinear):

@@ -169,7 +169,7 @@ def test_k_comes_from_the_bytes() -> None:
     """A tensor-parallel shard has fewer columns than `in_features` says."""
     layer = linear(bias=False)
     whole = layer.dequantize()
-    layer.weight = nn.Parameter(layer.weight[:, :144].contiguous(), requires_grad=False)
+    layer.weight = nn.Parameter(layer.weight.data[:, :144].contiguous(), requires_grad=False)
     x = torch.randn(3, 256)
     assert layer.in_features == 512
     assert layer.dequantize().shape == (24, 256)

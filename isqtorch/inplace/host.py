@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
+from isqtorch.modules.parameter import name_packed
 from isqtorch.report.report import QuantReport
 
 from .source import Source
@@ -53,6 +54,7 @@ def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True)
 
 
 def announce(model: nn.Module, report: QuantReport | None) -> None:
-    """Tell all hosts that the layers of a model have changed."""
+    """Tell all hosts, and the weights themselves, that the layers of a model have changed."""
+    name_packed(model)
     for host in _hosts:
         host.changed(model, report)

@@ -20,6 +20,7 @@ from isqtorch.formats import Spec
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, owner_of, put_module, to_packed, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
@@ -193,7 +194,7 @@ def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
         weight = weight if job.device is None else weight.to(job.device)
         packed = pack_weight(weight, job)
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
-        return nn.Parameter(packed, requires_grad=False), error
+        return PackedParameter(packed), error
 
 
 def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None:

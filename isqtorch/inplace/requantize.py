@@ -19,6 +19,7 @@ from isqtorch.modules import QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, owner_of, to_packed
 from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
@@ -172,8 +173,12 @@ def _check_parameters(model: nn.Module, prepared: Prepared) -> None:
     for job in prepared.jobs:
         module, leaf = owner_of(model, job.names[0])
         parameter = module._parameters[leaf]
-        if type(parameter) is not nn.Parameter or parameter.device.type == "meta":
-            kind = "on the meta device" if type(parameter) is nn.Parameter else f"a {type(parameter).__name__}"
+        if type(parameter) not in (nn.Parameter, PackedParameter) or parameter.device.type == "meta":
+            kind = (
+                "on the meta device"
+                if type(parameter) in (nn.Parameter, PackedParameter)
+                else f"a {type(parameter).__name__}"
+            )
             raise ValueError(
                 f"requantize_: {job.names[0]} is {kind}: it is offloaded or spread over processes. Exclude it."
             )
@@ -225,7 +230,7 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
         del weight
         weights.release()
-        return nn.Parameter(packed.to(device), requires_grad=False), error
+        return PackedParameter(packed.to(device)), error
 
 
 class _Permission(NamedTuple):

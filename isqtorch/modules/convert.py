@@ -18,6 +18,7 @@ from .embedding import QuantEmbedding
 from .experts import QuantExperts, experts_class, stacks
 from .linear import QuantLinear
 from .packed import PackedModule, ordinary_tensors
+from .parameter import PackedParameter
 from .subclasses import attributes_of, base_of, is_understood, meaning_of, rebuilt, scale_of
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
@@ -90,7 +91,7 @@ def obstacle(module: nn.Module, leaf: str = "weight") -> str | None:
     weight = module._parameters.get(leaf)
     if weight is None:
         return "its weight is computed from other parameters (weight norm or a parametrization): remove that first"
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in (nn.Parameter, PackedParameter):
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (an accelerate or offload hook?): remove the hook first"

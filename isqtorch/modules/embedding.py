@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from isqtorch.formats import QuantFormat, get_format
 
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+from .parameter import PackedParameter, plain_bytes
 
 _embedding = torch.ops.isqtorch.embedding.default
 
@@ -54,7 +55,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         self.scale: float | None = None
         self.scale_is_rounded = False
         packed = torch.zeros(num_embeddings, fmt.row_bytes(embedding_dim), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = PackedParameter(packed)
 
     @classmethod
     def from_packed(
@@ -102,12 +103,13 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return rows * (torch.tensor(self.scale, dtype=self.dtype) if self.scale_is_rounded else self.scale)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        if self.weight.shape[0] == self.num_embeddings:
-            rows: Tensor = _embedding(ids, self.weight, self.format, self.dtype)
+        weight = plain_bytes(self.weight)
+        if weight.shape[0] == self.num_embeddings:
+            rows: Tensor = _embedding(ids, weight, self.format, self.dtype)
             return rows
         local = ids - self.first_row
-        here = (local >= 0) & (local < self.weight.shape[0])
-        rows = _embedding(torch.where(here, local, 0), self.weight, self.format, self.dtype)
+        here = (local >= 0) & (local < weight.shape[0])
+        rows = _embedding(torch.where(here, local, 0), weight, self.format, self.dtype)
         return torch.where(here[..., None], rows, 0)
 
     @property

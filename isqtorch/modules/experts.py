@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from isqtorch.formats import QuantFormat, get_format
 
 from .packed import PackedModule
+from .parameter import plain_bytes
 
 _experts_linear = torch.ops.isqtorch.experts_linear.default
 
@@ -64,19 +65,24 @@ class QuantExperts(PackedModule):
     def _is_transposed(cls, experts: nn.Module) -> bool:
         return bool(getattr(experts, "is_transposed", False))
 
+    def _is_turned(self) -> bool:
+        return self.transposed
+
     @property
     def packed(self) -> dict[str, str]:
         return self.formats
 
     def put(self, name: str, packed: nn.Parameter, fmt: QuantFormat) -> None:
         """Take uint8 `[E, N, row_bytes]` for the stack `name`."""
-        self._parameters[name] = packed
+        self.register_parameter(name, packed)
         self.formats[name] = fmt.name
 
     def twin(self) -> QuantExperts:
         """Another module over the same tensors, whose stacks `put` may replace without this one noticing."""
         new = type(self).__new__(type(self))
         new.__dict__.update(_copied(self))
+        for name in self.formats:
+            new.register_parameter(name, self._parameters[name])
         return new
 
     def to_float(self, weights: dict[str, nn.Parameter]) -> nn.Module:
@@ -125,7 +131,7 @@ class QuantExperts(PackedModule):
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        y: Tensor = _experts_linear(x, getattr(self, name), self.formats[name], ids, bias)
+        y: Tensor = _experts_linear(x, plain_bytes(getattr(self, name)), self.formats[name], ids, bias)
         return y
 
     def extra_repr(self) -> str:

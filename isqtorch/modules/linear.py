@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from isqtorch.formats import QuantFormat, get_format
 
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+from .parameter import PackedParameter
 
 _linear = torch.ops.isqtorch.linear.default  # the overload itself: looking it up in each call costs a microsecond
 _linear_frozen = torch.ops.isqtorch.linear_frozen.default._op  # without OpOverload.__call__, which only passes on
@@ -55,7 +56,7 @@ class QuantLinear(PackedModule, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         packed = torch.zeros(out_features, fmt.row_bytes(in_features), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = PackedParameter(packed)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=device))
         else:
@@ -111,6 +112,7 @@ class QuantLinear(PackedModule, nn.Linear):
         # nn.Module finds self.weight by way of an AttributeError, as slowly as all else here takes. FSDP1 has it elsewhere.
         own = self._parameters
         weight = own["weight"] if "weight" in own else self.weight
+        weight = weight.plain if type(weight) is PackedParameter else weight  # `plain_bytes`, without its call
         bias = own["bias"] if "bias" in own else self.bias
         if torch._C._is_any_autocast_enabled():
             device = x.device.type

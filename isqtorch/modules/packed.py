@@ -12,6 +12,10 @@ from torch import Tensor, nn
 import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
 from isqtorch.formats import QuantFormat, get_format
 
+from .parameter import PackedParameter
+
+_TWIN = "_isqtorch_packed"  # attribute of a plain parameter: the packed one that took its place
+
 
 class PackedModule(nn.Module):
     """Base of the modules that hold a packed weight (QuantExperts: several, with other names).
@@ -69,12 +73,42 @@ class PackedModule(nn.Module):
         weight: Tensor = torch.ops.isqtorch.dequantize(getattr(self, name), self.packed[name], self.dtype)
         return weight
 
+    def as_before(self, name: str) -> Tensor:
+        """A packed weight decoded, as the layer that this one replaced stored it: of a Conv1D `[K, N]`."""
+        weight = self.dequantize(name)
+        return weight.transpose(-2, -1) if self._is_turned() else weight
+
+    def _is_turned(self) -> bool:
+        """Whether the layer that this one replaced stores its weight as `[K, N]`."""
+        return self.origin not in (nn.Linear, nn.Embedding)
+
+    # ---- readers outside of this layer get floats --------------------------------------------------------------------
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module; a packed weight becomes a `PackedParameter`, the same one wherever it is shared."""
+        if type(param) is nn.Parameter and param.dtype == torch.uint8:
+            twin = vars(param).get(_TWIN)
+            if twin is None:
+                twin = vars(param)[_TWIN] = PackedParameter(param, **vars(param))
+            param = twin
+        super().register_parameter(name, param)
+        if isinstance(param, PackedParameter):
+            param.belongs_to(self, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After copy and pickle, which know nothing of owners."""
+        super().__setstate__(state)
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None:
+                self.register_parameter(name, parameter)
+
     # ---- nothing casts packed bytes ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """`.to()`, `.half()`, `.cuda()`, ...: the bytes move, the float type changes, and bytes are never cast."""
 
         def keep_bytes(tensor: Tensor) -> Tensor:
+            tensor = tensor.plain if isinstance(tensor, PackedParameter) else tensor
             out = fn(tensor)
             if tensor.dtype == torch.uint8 and out.dtype != torch.uint8:  # .type(torch.float16) casts everything
                 return tensor.to(out.device)
@@ -130,7 +164,7 @@ class PackedModule(nn.Module):
 
 def packed_parameter(packed: Tensor) -> nn.Parameter:
     """`packed` as a parameter; a parameter stays the same object, so that tied weights stay tied."""
-    return packed if isinstance(packed, nn.Parameter) else nn.Parameter(packed, requires_grad=False)
+    return packed if isinstance(packed, nn.Parameter) else PackedParameter(packed)
 
 
 def check_packed(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:

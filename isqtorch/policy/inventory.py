@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
+from isqtorch.modules.parameter import PackedParameter
 
 from .layers import LayerInfo, Role, head_by_name
 from .weight_reads import layers_read_directly
@@ -80,7 +81,11 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
 
 def storage_key(tensor: Tensor) -> object:
     """Equal for tensors that are the same memory seen the same way; a meta tensor is only itself."""
-    if tensor.device.type == "meta" or tensor.numel() == 0 or type(tensor) not in (Tensor, nn.Parameter):
+    if (
+        tensor.device.type == "meta"
+        or tensor.numel() == 0
+        or type(tensor) not in (Tensor, nn.Parameter, PackedParameter)
+    ):
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 

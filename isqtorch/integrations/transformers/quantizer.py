@@ -23,6 +23,7 @@ from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.activations import permit, recorded_activations
 from isqtorch.modules.convert import name_of, parameter_name
 from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.modules.parameter import name_packed
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.inventory import inspect_model, storage_key
 from isqtorch.report.choice import Choice
@@ -196,6 +197,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         load, self._load = self._load, None
+        name_packed(model)
         mark_rows(model)
         if load is None:
             _check_loaded(model)

@@ -16,6 +16,7 @@ from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import matrices, name_of, owner_of, to_float, to_packed, weight_matrix
+from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.inventory import Inventory, inspect_model
 from isqtorch.policy.request import Request
 
@@ -57,7 +58,7 @@ def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
         return  # the same module under another name
     *rows, columns = weight_matrix(old, leaf).shape
     packed = torch.empty(*rows, fmt.row_bytes(columns), dtype=torch.uint8, device="meta")
-    new = to_packed(old, nn.Parameter(packed, requires_grad=False), fmt, leaf)
+    new = to_packed(old, PackedParameter(packed), fmt, leaf)
     # transformers fills whatever the checkpoint lacks with random numbers, which packed bytes are not: see `unpack_missing`
     cast(Any, new)._is_hf_initialized = True
     _replace_everywhere(model, old, new)
