@@ -7,7 +7,7 @@
 // a wider vector lives in memory, and the compiler takes it apart and puts it together at every step.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
 #define ISQ_INLINE inline __attribute__((always_inline))
 // What the searches tell the compiler of a GPU (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
@@ -38,6 +38,7 @@ typedef Vector<kLanes>::Int I;
 constexpr int kWidth = ISQ_VECTOR_FLOATS;
 typedef Vector<kWidth>::Float LaneFloats;
 typedef Vector<kWidth>::Int LaneInts;
+typedef double LaneDoubles __attribute__((vector_size(8 * kWidth)));
 
 // The vectors of as many lanes as V has, and what is in a lane.
 template <class V>
@@ -80,6 +81,13 @@ template <class V>
 ISQ_INLINE IntOf<V> truncate(V f) {
   return __builtin_convertvector(f, IntOf<V>);
 }
+
+template <class V>
+ISQ_INLINE LaneDoubles to_double(V v) {
+  return __builtin_convertvector(v, LaneDoubles);
+}
+ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return __builtin_convertvector(d, LaneFloats); }
+ISQ_INLINE LaneInts truncate(LaneDoubles d) { return __builtin_convertvector(d, LaneInts); }
 
 // Sixteen bytes as integers, and sixteen floats to memory: the two ends of every decoder.
 ISQ_INLINE I load_bytes(const uint8_t* p) {
@@ -209,6 +217,21 @@ ISQ_INLINE IntOf<V> round_away(V f) {
   const V whole = to_float(truncate(abs(f)));
   const V up = select(abs(f) - whole >= 0.5f, whole + 1.0f, whole);
   return truncate(select(f < 0.0f, -up, up));
+}
+
+// The nearest numbers of 16 bits, as floats. A NaN stays one if it is the CPU's own, all of whose low bits are 0.
+ISQ_INLINE LaneFloats rounded_to_bf16(LaneFloats f) {
+  const LaneInts bits = as_int(f);
+  return as_float((bits + 0x7fff + (bits >> 16 & 1)) & (int32_t)0xffff0000);  // the carry may reach infinity, rightly
+}
+ISQ_INLINE LaneFloats rounded_to_f16(LaneFloats f) {
+  const LaneFloats size = abs(f);
+  const LaneInts bits = as_int(size);
+  const LaneFloats normal = as_float((bits + 0xfff + (bits >> 13 & 1)) & (int32_t)0xffffe000);
+  const LaneFloats subnormal = (size + 0.5f) - 0.5f;  // 0.5 has the ulp 2^-24
+  const LaneFloats finite = select(size < 0x1p-14f, subnormal, normal);
+  const LaneFloats rounded = select(finite > 65504.0f, __builtin_inff(), finite);
+  return as_float(as_int(rounded) | (as_int(f) & (int32_t)0x80000000));
 }
 
 // The first element of largest magnitude, sign kept; 0 for a block of zeros.

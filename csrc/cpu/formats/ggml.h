@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/quantize/blockwise.h"
-#include "cpu/quantize/search.h"
+#include "searches/search.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -8,7 +8,7 @@
 
 #include "cpu/formats/bitstream.h"
 #include "cpu/quantize/line_fit.h"
-#include "cpu/quantize/power.h"
+#include "searches/power.h"
 
 namespace isqtorch::ISQ_ISA {
 

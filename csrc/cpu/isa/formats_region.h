@@ -2,7 +2,7 @@
 // include guard in spirit: each file under isa/ is one translation unit with one region.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
 #include "cpu/formats/list.h"
 

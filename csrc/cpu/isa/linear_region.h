@@ -2,7 +2,7 @@
 // formats_region.h.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
 #include "cpu/linear/int8_panels.h"
 #include "cpu/linear/row_family.h"

@@ -1,7 +1,8 @@
 // The coordinate descent (descent.h) of many blocks: first those that stay where they start, then the others.
 #pragma once
 
-#include "cpu/quantize/descent.h"
+#include "cpu/lanes.h"
+#include "searches/descent.h"
 
 namespace isqtorch::ISQ_ISA {
 

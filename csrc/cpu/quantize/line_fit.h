@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/quantize/blockwise.h"
-#include "cpu/quantize/lines.h"
+#include "searches/lines.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -1,5 +1,4 @@
-// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what the searches of cpu/quantize compile with
-// there, so that they are written once and give the same bytes.
+// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what searches/ compiles with there, so that they are written once and give the same bytes.
 //
 // A number is a struct and not a plain float, for masks to be integers (-1 or 0) as on the CPU. Minimum, maximum and
 // comparisons are what C++ makes of them, not the GPU's own, which differ for NaN and for zeros of both signs.
@@ -11,7 +10,6 @@
 #include "cuda/gpu.h"
 
 #define ISQ_ISA one_lane
-#define ISQ_ONE_LANE
 #define ISQ_INLINE ISQ_DEVICE
 #define ISQ_GPU_INLINE ISQ_DEVICE
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// Rule::kSearch on a GPU: the search of cpu/quantize/lines.h, one lane at a time.
+// Rule::kSearch on a GPU: the search of searches/lines.h, one lane at a time.
 //
 // Its sums run through a group in order, so one thread makes an attempt from beginning to end. But the sixteen ranges
 // do not depend on each other: the threads of a group's team share them out. Each sees the whole group in shared

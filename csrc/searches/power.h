@@ -3,20 +3,9 @@
 // the result is the nearest float but for one in ten thousand.
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
-
-#if !defined(ISQ_ONE_LANE)
-typedef double LaneDoubles __attribute__((vector_size(8 * kWidth)));
-
-template <class V>
-ISQ_INLINE LaneDoubles to_double(V v) {
-  return __builtin_convertvector(v, LaneDoubles);
-}
-ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return __builtin_convertvector(d, LaneFloats); }
-ISQ_INLINE LaneInts truncate(LaneDoubles d) { return __builtin_convertvector(d, LaneInts); }
-#endif
 
 // For normal x > 0 and results in the normal range. 2^(p log2 x), with log from the series of artanh and exp from its
 // own; both are added up in pairs of pairs, for not every step to wait for the one before.

@@ -6,7 +6,7 @@
 // levels[i] element i of every lane's block. Where T is a twin, its second sub-blocks follow the first ones.
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/twin.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -10,28 +10,11 @@
 // (cuda/kernels/quantize/line_fit.cuh).
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
 
 // ---- lines ---------------------------------------------------------------------------------------------------------
-
-#if !defined(ISQ_ONE_LANE)
-// The nearest numbers of 16 bits, as floats. A NaN stays one if it is the CPU's own, all of whose low bits are 0.
-ISQ_INLINE LaneFloats rounded_to_bf16(LaneFloats f) {
-  const LaneInts bits = as_int(f);
-  return as_float((bits + 0x7fff + (bits >> 16 & 1)) & (int32_t)0xffff0000);  // the carry may reach infinity, rightly
-}
-ISQ_INLINE LaneFloats rounded_to_f16(LaneFloats f) {
-  const LaneFloats size = abs(f);
-  const LaneInts bits = as_int(size);
-  const LaneFloats normal = as_float((bits + 0xfff + (bits >> 13 & 1)) & (int32_t)0xffffe000);
-  const LaneFloats subnormal = (size + 0.5f) - 0.5f;  // 0.5 has the ulp 2^-24
-  const LaneFloats finite = select(size < 0x1p-14f, subnormal, normal);
-  const LaneFloats rounded = select(finite > 65504.0f, __builtin_inff(), finite);
-  return as_float(as_int(rounded) | (as_int(f) & (int32_t)0x80000000));
-}
-#endif
 
 // A Line has two numbers, `scale` and `second`, rounded as they are stored, and
 //   static Line rounded(LaneFloats scale, LaneFloats low, bool f16)   the nearest to scale * level + low

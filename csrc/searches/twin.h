@@ -4,11 +4,7 @@
 // searched side by side keep the machine busy meanwhile. The searches are written once, for a vector or a twin.
 #pragma once
 
-#if defined(ISQ_ONE_LANE)
-#include "cuda/kernels/quantize/lanes.cuh"
-#else
-#include "cpu/lanes.h"
-#endif
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
 

@@ -2,7 +2,7 @@
 // falls. (ggml-quants.c, commit d99724f2: make_q3_quants.) descend.h does it for many blocks.
 #pragma once
 
-#include "cpu/quantize/search.h"
+#include "searches/search.h"
 
 namespace isqtorch::ISQ_ISA {
 
