@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/formats/bitstream.h"
+#include "cpu/formats/list.h"
 #include "cpu/quantize/line_fit.h"
 
 namespace isqtorch::ISQ_ISA {
@@ -56,7 +57,7 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
 }
 
 template <int kBits, int kGroup, Dtype kScaleType>
-struct Affine : BlockwiseFormat {
+struct Afq : BlockwiseFormat {
 #pragma pack(push, 1)
   struct Block {
     uint16_t scale, bias;
@@ -67,23 +68,6 @@ struct Affine : BlockwiseFormat {
   static constexpr bool kTakesImportance = false;
   static constexpr uint8_t kRules = rule_bit(Rule::kMlx) | rule_bit(Rule::kSearch);
   static constexpr bool kF16 = kScaleType == Dtype::kF16, kF16Scales = kF16;
-
-  // "afq4", "afq4g32", "afq4g128.f16": the default group 64 and bf16 are not spelled out.
-  static constexpr auto kSpelling = [] {
-    struct {
-      char text[16] = {};
-    } name;
-    int n = 0;
-    const auto add = [&](const char* s) {
-      while (*s) name.text[n++] = *s++;
-    };
-    add("afq");
-    name.text[n++] = '0' + kBits;
-    add(kGroup == 32 ? "g32" : kGroup == 128 ? "g128" : "");
-    add(kF16 ? ".f16" : "");
-    return name;
-  }();
-  static constexpr const char* kName = kSpelling.text;
 
   static void decode(const Block& block, float* w) {
     const float scale = kF16 ? f16_to_f32(block.scale) : bf16_to_f32(block.scale);

@@ -3,18 +3,13 @@
 //   code: sign | exponent (4 bits, bias 7) | mantissa (3 bits)     largest 448 = 0x7e, NaN = 0x7f, no infinities
 #pragma once
 
+#include "cpu/formats/list.h"
 #include "cpu/quantize/blockwise.h"
 
 namespace isqtorch::ISQ_ISA {
 
 struct Fp8 : BlockwiseFormat {
-#pragma pack(push, 1)
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
-#pragma pack(pop)
-  static constexpr const char* kName = "fp8";
+  using Block = BlockFp8;
   static constexpr int kBlock = 128;
   static constexpr bool kTakesImportance = false, kF16Scales = false;
   static constexpr float kLargest = 448.0f;

@@ -1,6 +1,7 @@
 // ggml's 32-weight formats q4_0 q4_1 q5_0 q5_1 q8_0 q8_1: how a block decodes, and how its codes are chosen.
 #pragma once
 
+#include "cpu/formats/list.h"
 #include "cpu/quantize/blockwise.h"
 #include "searches/search.h"
 
@@ -54,7 +55,6 @@ ISQ_INLINE I load_codes(const Block& block, int half) {
 template <int kBits, class BlockType>
 struct Symmetric32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4_0" : "q5_0";
   static constexpr int kBlock = 32, kHalf = 1 << (kBits - 1);
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
@@ -85,14 +85,13 @@ struct Symmetric32 : BlockwiseFormat {
     return stored.overflow;
   }
 };
-using Q4_0 = Symmetric32<4, BlockQ4_0>;
-using Q5_0 = Symmetric32<5, BlockQ5_0>;
+struct Q4_0 : Symmetric32<4, BlockQ4_0> {};
+struct Q5_0 : Symmetric32<5, BlockQ5_0> {};
 
 // w = d * code + m: q4_1, q5_1
 template <int kBits, class BlockType>
 struct MinMax32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4_1" : "q5_1";
   static constexpr int kBlock = 32, kMax = (1 << kBits) - 1;
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
@@ -128,14 +127,13 @@ struct MinMax32 : BlockwiseFormat {
     return stored_d.overflow | stored_m.overflow;
   }
 };
-using Q4_1 = MinMax32<4, BlockQ4_1>;
-using Q5_1 = MinMax32<5, BlockQ5_1>;
+struct Q4_1 : MinMax32<4, BlockQ4_1> {};
+struct Q5_1 : MinMax32<5, BlockQ5_1> {};
 
 // w = d * code, signed bytes: q8_0, and q8_1 which also stores d * sum(codes)
 template <class BlockType, bool kHasSum>
 struct Bytes32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kHasSum ? "q8_1" : "q8_0";
   static constexpr int kBlock = 32;
   static constexpr bool kTakesImportance = false;
 
@@ -162,7 +160,7 @@ struct Bytes32 : BlockwiseFormat {
     return stored.overflow;
   }
 };
-using Q8_0 = Bytes32<BlockQ8_0, false>;
-using Q8_1 = Bytes32<BlockQ8_1, true>;
+struct Q8_0 : Bytes32<BlockQ8_0, false> {};
+struct Q8_1 : Bytes32<BlockQ8_1, true> {};
 
 }  // namespace isqtorch::ISQ_ISA

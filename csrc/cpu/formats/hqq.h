@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/formats/bitstream.h"
+#include "cpu/formats/list.h"
 #include "cpu/quantize/line_fit.h"
 #include "searches/power.h"
 
@@ -21,12 +22,6 @@ struct Hqq {
   };
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
-  static constexpr const char* kName = kBits == 4 ? (kGroup == 64   ? "hqq4"
-                                                     : kGroup == 32 ? "hqq4g32"
-                                                                    : "hqq4g128")
-                                                  : (kGroup == 64   ? "hqq8"
-                                                     : kGroup == 32 ? "hqq8g32"
-                                                                    : "hqq8g128");
 
   static void decode(const Block& block, float* w) {
     const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
@@ -180,9 +175,9 @@ struct Hqq {
 template <int kBits, int kGroup>
 struct KernelsOf<Hqq<kBits, kGroup>> {
   using Format = Hqq<kBits, kGroup>;
-  static constexpr FormatKernels get() {
-    return {Format::kName,         kGroup,          sizeof(typename Format::Block), rule_bit(Rule::kSearch),
-            decode_blocks<Format>, Format::quantize};
+  static constexpr FormatKernels get(const char* name) {
+    return {
+        name, kGroup, sizeof(typename Format::Block), rule_bit(Rule::kSearch), decode_blocks<Format>, Format::quantize};
   }
 };
 

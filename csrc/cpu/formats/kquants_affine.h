@@ -9,7 +9,6 @@ namespace isqtorch::ISQ_ISA {
 
 struct Q2K : BlockwiseFormat {
   using Block = BlockQ2K;
-  static constexpr const char* kName = "q2k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
@@ -103,7 +102,6 @@ ISQ_INLINE void store_pairs(const LaneInts* scales, const LaneInts* mins, void* 
 template <int kBits, class BlockType>
 struct Pairs256 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4k" : "q5k";
   static constexpr int kBlock = 256, kMax = (1 << kBits) - 1;
   static constexpr bool kTakesImportance = true;
 
@@ -188,7 +186,7 @@ struct Pairs256 : BlockwiseFormat {
     return largest / 63.0f;
   }
 };
-using Q4K = Pairs256<4, BlockQ4K>;
-using Q5K = Pairs256<5, BlockQ5K>;
+struct Q4K : Pairs256<4, BlockQ4K> {};
+struct Q5K : Pairs256<5, BlockQ5K> {};
 
 }  // namespace isqtorch::ISQ_ISA

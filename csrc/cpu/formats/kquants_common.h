@@ -1,4 +1,5 @@
-// What the quantizers of the 256-weight formats share.
+// ggml's K-quants have 256 weights in a block, which is cut into sub-blocks of 16 or 32 with small integer scales of
+// their own; one or two numbers per block scale these in turn. Here is what their quantizers share.
 #pragma once
 
 #include "cpu/formats/ggml.h"

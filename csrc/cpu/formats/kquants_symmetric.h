@@ -10,7 +10,6 @@ namespace isqtorch::ISQ_ISA {
 
 struct Q3K : BlockwiseFormat {
   using Block = BlockQ3K;
-  static constexpr const char* kName = "q3k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
@@ -80,7 +79,6 @@ struct Q3K : BlockwiseFormat {
 
 struct Q6K : BlockwiseFormat {
   using Block = BlockQ6K;
-  static constexpr const char* kName = "q6k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
@@ -135,7 +133,6 @@ struct Q6K : BlockwiseFormat {
 
 struct Q8K : BlockwiseFormat {
   using Block = BlockQ8K;
-  static constexpr const char* kName = "q8k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = false, kF16Scales = false;
 

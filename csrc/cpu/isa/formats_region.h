@@ -4,16 +4,21 @@
 
 #include "cpu/prelude.h"
 
+#include "cpu/formats/affine.h"
+#include "cpu/formats/fp8.h"
+#include "cpu/formats/ggml.h"
+#include "cpu/formats/hqq.h"
+#include "cpu/formats/kquants_affine.h"
+#include "cpu/formats/kquants_symmetric.h"
 #include "cpu/formats/list.h"
 
 namespace isqtorch::ISQ_ISA {
 
-template <class... Format>
-FormatTable format_table_of(Formats<Format...>) {
-  static const FormatKernels formats[] = {KernelsOf<Format>::get()...};
-  return {formats, sizeof...(Format), load_floats, store_floats, add_squares};
+FormatTable format_table() {
+#define ISQ_ENTRY(name, ...) KernelsOf<__VA_ARGS__>::get(name),
+  static const FormatKernels formats[] = {ISQ_FORMATS(ISQ_ENTRY)};
+#undef ISQ_ENTRY
+  return {formats, sizeof formats / sizeof *formats, load_floats, store_floats, add_squares};
 }
-
-FormatTable format_table() { return format_table_of(AllFormats{}); }
 
 }  // namespace isqtorch::ISQ_ISA

@@ -159,13 +159,13 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
   for (int64_t row = 0; row < job.rows; ++row) {
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
-    const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / Fp8::kBlock * (int64_t)sizeof(Fp8::Block);
-    for (int64_t k = job.k_begin; k < job.k_end; k += Fp8::kBlock, block += sizeof(Fp8::Block)) {
+    const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / kFp8Block * (int64_t)sizeof(BlockFp8);
+    for (int64_t k = job.k_begin; k < job.k_end; k += kFp8Block, block += sizeof(BlockFp8)) {
       __builtin_prefetch(block + kRowsAhead * job.row_bytes);
       __builtin_prefetch(block + kRowsAhead * job.row_bytes + 64);
       const __m512 scale = _mm512_set1_ps(load_f32(block));
-      for (int step = 0; step < Fp8::kBlock; step += Fp8Step::kWeights) {
-        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + step);
+      for (int step = 0; step < kFp8Block; step += Fp8Step::kWeights) {
+        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(BlockFp8, codes) + step);
         for (int half = 0; half < 2; ++half, out += kTileBytes) {
           const __m512 low = _mm512_mul_ps((__m512)_mm512_slli_epi32(w.half[half], 16), scale);
           const __m512 high = _mm512_mul_ps((__m512)_mm512_and_si512(w.half[half], upper), scale);

@@ -4,10 +4,11 @@
 // is summed up before its scale is applied.
 #pragma once
 
-#include "cpu/formats/fp8.h"
 #include "cpu/linear/rows.h"
 
 namespace isqtorch::ISQ_ISA {
+
+constexpr int kFp8Block = sizeof(BlockFp8::codes);
 
 // Sixteen codes as f32 over kSixteenFp8Factor, through f16: shifting the magnitude puts the exponent, of bias 7, where
 // f16 has one of bias 15. Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
@@ -150,19 +151,19 @@ inline void pack_fp8_activations(const float* x, int64_t k, void* packed) {
 
 template <int kTokens>
 void multiply_fp8_rows(const RowsJob& job) {
-  constexpr int kSteps = Fp8::kBlock / Fp8Step::kWeights;
+  constexpr int kSteps = kFp8Block / Fp8Step::kWeights;
   const Fp8Step::Activations* x = static_cast<const Fp8Step::Activations*>(job.x);
-  const int64_t blocks = job.k / Fp8::kBlock;
+  const int64_t blocks = job.k / kFp8Block;
   for (int64_t row = 0; row < job.rows; ++row) {
     Floats total[kTokens];
     for (int m = 0; m < kTokens; ++m) total[m] = all_lanes(0.0f);
     for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(Fp8::Block);
-      prefetch_weights(block, sizeof(Fp8::Block));
+      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(BlockFp8);
+      prefetch_weights(block, sizeof(BlockFp8));
       Floats acc[kTokens];
       for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
       for (int s = 0; s < kSteps; ++s) {
-        const auto w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + s * Fp8Step::kWeights);
+        const auto w = Fp8Step::load(block + offsetof(BlockFp8, codes) + s * Fp8Step::kWeights);
         for (int m = 0; m < kTokens; ++m) acc[m] = Fp8Step::multiply_add(w, x[(m * blocks + b) * kSteps + s], acc[m]);
       }
       const Floats scale = all_lanes(load_f32(block) * Fp8Step::kFactor);

@@ -36,27 +36,6 @@ ISQ_INLINE Ints nearest_ints(Floats f) {
 
 // ---- the form -----------------------------------------------------------------------------------------------------
 
-// Formats whose codes times the integer scales of their groups of 16 still are bytes. Then the sums of all groups have
-// one scale, the block's own, and only the 32 that share a step of x come between them.
-template <class Unit>
-struct Folding {
-  static constexpr bool kFits = false;
-};
-#if defined(ISQ_VNNI) || defined(ISQ_DOTPROD)
-template <>
-struct Folding<Q2KUnit> {
-  static constexpr bool kFits = true;
-  static constexpr int kBlockScale = offsetof(BlockQ2K, d);
-  static constexpr int kMaxCode = 3 * 15, kCenter = 0;
-};
-template <>
-struct Folding<Q3KUnit> {
-  static constexpr bool kFits = true;
-  static constexpr int kBlockScale = offsetof(BlockQ3K, d);
-  static constexpr int kMaxCode = 255, kCenter = 127;  // -4 .. 3 times -32 .. 31 is -124 .. 128
-};
-#endif
-
 template <class Unit>
 struct PanelFacts {
   static constexpr bool kFolds = Folding<Unit>::kFits;

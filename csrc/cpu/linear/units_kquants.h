@@ -160,7 +160,7 @@ struct PairsUnit {
     };
     return from_quarters(kAll(64), kAll(16), kAll(4), kAll(1));
   }
-  // See unpack_pairs in cpu/formats/kquants.h; here the eight numbers become the low eight bytes.
+  // See unpack_pairs in cpu/formats/kquants_affine.h; here the eight numbers become the low eight bytes.
   ISQ_INLINE static void load_pairs(const uint8_t* packed, Quarter* ls, Quarter* lm) {
     const uint64_t a = load_u32(packed), b = load_u32(packed + 4), c = load_u32(packed + 8);
     const uint64_t scales = (a & 0x3f3f3f3f) | ((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
@@ -225,6 +225,27 @@ struct Q8KUnit {
     *scale = repeat_4<0, 0, 1, 1>(d);
   }
 };
+
+// Formats whose codes times the integer scales of their groups of 16 still are bytes. Then the sums of all groups have
+// one scale, the block's own, and only the 32 that share a step of x come between them.
+template <class Unit>
+struct Folding {
+  static constexpr bool kFits = false;
+};
+#if defined(ISQ_VNNI) || defined(ISQ_DOTPROD)
+template <>
+struct Folding<Q2KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ2K, d);
+  static constexpr int kMaxCode = 3 * 15, kCenter = 0;
+};
+template <>
+struct Folding<Q3KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ3K, d);
+  static constexpr int kMaxCode = 255, kCenter = 127;  // -4 .. 3 times -32 .. 31 is -124 .. 128
+};
+#endif
 
 template <>
 struct UnitOf<Q2K> : FixedUnit<Q2KUnit> {};

@@ -179,7 +179,7 @@ struct StreamOf {
 };
 
 template <int kBits, int kGroup, Dtype kScale>
-struct UnitOf<Affine<kBits, kGroup, kScale>>
+struct UnitOf<Afq<kBits, kGroup, kScale>>
     : StreamOf<kBits, kGroup, kScale == Dtype::kF16 ? UnitHeader::kScaleBiasF16 : UnitHeader::kScaleBiasBf16> {};
 template <int kBits, int kGroup>
 struct UnitOf<Hqq<kBits, kGroup>> : StreamOf<kBits, kGroup, UnitHeader::kScaleZeroF16> {};

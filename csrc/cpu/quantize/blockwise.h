@@ -151,8 +151,8 @@ void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
 // A format's line in the kernel table. Formats that do not work block by block specialize this.
 template <class Format>
 struct KernelsOf {
-  static constexpr FormatKernels get() {
-    return {Format::kName,  Format::kBlock,        sizeof(typename Format::Block),
+  static constexpr FormatKernels get(const char* name) {
+    return {name,           Format::kBlock,        sizeof(typename Format::Block),
             Format::kRules, decode_blocks<Format>, quantize_blockwise<Format>};
   }
 };
