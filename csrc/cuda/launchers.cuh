@@ -1,5 +1,5 @@
-// The functions that FormatKernels points to, as templates over a format's struct. kernels/ defines them; the files
-// csrc/cuda/<kernel>_<family>.cu instantiate them for the formats of formats/list.cuh; table.cu names them all.
+// The functions that FormatKernels points to, as templates over a format's struct. kernels/ defines them; the
+// files of instances/ instantiate them for one family of formats/list.cuh at a time; table.cu names them all.
 #pragma once
 
 #include "cuda/launch.h"

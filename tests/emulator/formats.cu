@@ -7,6 +7,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+using namespace isqtorch;
 using namespace isqtorch::cuda;
 
 namespace {
@@ -49,31 +50,33 @@ __global__ void take_apart(const uint8_t* row, int64_t k, Shape shape, float* co
   }
 }
 
-template <class F>
-int run(const uint8_t* row, int64_t k, Shape shape, bool bf16, float* codes, Affine* affine) {
-  if constexpr (F::kBlock) {
-    shape.block_bytes = sizeof(typename F::Block);
-  } else {
-    shape.block_bytes = F::block_bytes(shape.block);
-  }
+template <class Instance>
+int run(const uint8_t* row, int64_t k, bool bf16, float* codes, Affine* affine) {
+  using F = typename Instance::Struct;
   const auto kernel = bf16 ? take_apart<F, Element::kBf16> : take_apart<F, Element::kF16>;
-  ISQ_LAUNCH(kernel, {(unsigned)((k + kChunk - 1) / kChunk)}, {32}, 0, nullptr, row, k, shape, codes, affine);
+  ISQ_LAUNCH(kernel, {(unsigned)((k + kChunk - 1) / kChunk)}, {32}, 0, nullptr, row, k, Instance::kShape, codes,
+             affine);
   return F::kGroup;
+}
+
+template <class F>
+bool sums_of(bool bf16) {
+  return bf16 ? F::template kSums<Element::kBf16> : F::template kSums<Element::kF16>;
 }
 
 }  // namespace
 
 // Takes a packed row apart into codes [k] and (scale, offset) per group. The size of a group, 0 for an unknown format.
 EXPORT int take_row_apart(const char* format, const uint8_t* row, int64_t k, bool bf16, float* codes, Affine* affine) {
-#define ISQ_ENTRY(name, F, block, header) \
-  if (!std::strcmp(format, name)) return run<F>(row, k, {block, 0, header}, bf16, codes, affine);
-  ISQ_ALL_FORMATS(ISQ_ENTRY)
+#define ISQ_ENTRY(name, ...) \
+  if (!std::strcmp(format, name)) return run<Instance<__VA_ARGS__>>(row, k, bf16, codes, affine);
+  ISQ_FORMATS(ISQ_ENTRY)
   return 0;
 }
 // Whether a product needs the sums of x.
 EXPORT bool needs_sums(const char* format, bool bf16) {
-#define ISQ_SUMS(name, F, block, header) \
-  if (!std::strcmp(format, name)) return bf16 ? F::template kSums<Element::kBf16> : F::template kSums<Element::kF16>;
-  ISQ_ALL_FORMATS(ISQ_SUMS)
+#define ISQ_SUMS(name, ...) \
+  if (!std::strcmp(format, name)) return sums_of<Instance<__VA_ARGS__>::Struct>(bf16);
+  ISQ_FORMATS(ISQ_SUMS)
   return true;
 }

@@ -6,15 +6,13 @@
 // makes up for that. (Left to the scale, bf16 products of 2^-120 with activations would vanish in f32.)
 #pragma once
 
+#include "blocks.h"
 #include "cuda/formats/format.cuh"
 
 namespace isqtorch::cuda {
 
 struct Fp8 {
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
+  using Block = BlockFp8;
   static constexpr int kBlock = 128, kAlign = 4, kGroup = 32, kMaxChunkBytes = 2 * sizeof(Block);
   static constexpr Order kOrder = Order::kQuads;
   template <Element element>

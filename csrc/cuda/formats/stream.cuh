@@ -119,4 +119,12 @@ struct BitStream : Codes<kBits, 0> {
   }
 };
 
+// The formats of both families as types; list.cuh says what they stand for.
+template <int kBits, int kGroup, Header kHeader>
+struct StreamFormat;
+template <int kBits, int kGroup, Dtype kScale>
+using Afq = StreamFormat<kBits, kGroup, kScale == Dtype::kF16 ? Header::kScaleBiasF16 : Header::kScaleBiasBf16>;
+template <int kBits, int kGroup>
+using Hqq = StreamFormat<kBits, kGroup, Header::kScaleZeroF16>;
+
 }  // namespace isqtorch::cuda

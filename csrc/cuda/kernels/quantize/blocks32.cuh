@@ -2,7 +2,8 @@
 // chosen; here the same steps.
 #pragma once
 
-#include "blocks.h"
+#include "cuda/formats/ggml32.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
 #include "cuda/kernels/quantize/rounding.cuh"
 #include "cuda/kernels/quantize/searches.cuh"
 
@@ -119,5 +120,18 @@ struct QuantizeBytes32 : TileFormat {
     return stored.overflow;
   }
 };
+
+template <>
+struct QuantizerOf<Q4_0> : BlockByBlock<QuantizeSymmetric32<4, BlockQ4_0>> {};
+template <>
+struct QuantizerOf<Q4_1> : BlockByBlock<QuantizeMinMax32<4, BlockQ4_1>> {};
+template <>
+struct QuantizerOf<Q5_0> : BlockByBlock<QuantizeSymmetric32<5, BlockQ5_0>> {};
+template <>
+struct QuantizerOf<Q5_1> : BlockByBlock<QuantizeMinMax32<5, BlockQ5_1>> {};
+template <>
+struct QuantizerOf<Q8_0> : BlockByBlock<QuantizeBytes32<BlockQ8_0, false>> {};
+template <>
+struct QuantizerOf<Q8_1> : BlockByBlock<QuantizeBytes32<BlockQ8_1, true>> {};
 
 }  // namespace isqtorch::cuda

@@ -2,15 +2,14 @@
 // cpu/formats/fp8.h says how codes are chosen; here the same steps.
 #pragma once
 
+#include "cuda/formats/fp8.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
 #include "cuda/kernels/quantize/rounding.cuh"
 
 namespace isqtorch::cuda {
 
 struct QuantizeFp8 : TileFormat {
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
+  using Block = BlockFp8;
   static constexpr int kBlock = 128;
   static constexpr float kLargest = 448.0f;
   static ISQ_DEVICE bool f16_scales(const Shape&) { return false; }
@@ -49,5 +48,8 @@ struct QuantizeFp8 : TileFormat {
     return select(magnitude < 0x1p-6f, subnormal, normal);
   }
 };
+
+template <>
+struct QuantizerOf<Fp8> : BlockByBlock<QuantizeFp8> {};
 
 }  // namespace isqtorch::cuda

@@ -2,6 +2,7 @@
 // cpu/formats/kquants_*.h say how codes are chosen; kquants_affine.cuh and kquants_symmetric.cuh take the same steps.
 #pragma once
 
+#include "cuda/formats/kquants.cuh"
 #include "cuda/kernels/quantize/blocks32.cuh"
 
 namespace isqtorch::cuda {

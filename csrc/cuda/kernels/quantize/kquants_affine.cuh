@@ -163,4 +163,11 @@ struct QuantizePairs256 : TileFormat {
   }
 };
 
+template <>
+struct QuantizerOf<Q2K> : BlockByBlock<QuantizeQ2K> {};
+template <>
+struct QuantizerOf<Q4K> : BlockByBlock<QuantizePairs256<4, BlockQ4K>> {};
+template <>
+struct QuantizerOf<Q5K> : BlockByBlock<QuantizePairs256<5, BlockQ5K>> {};
+
 }  // namespace isqtorch::cuda

@@ -129,4 +129,11 @@ struct QuantizeQ8K : TileFormat {
   }
 };
 
+template <>
+struct QuantizerOf<Q3K> : BlockByBlock<QuantizeQ3K> {};
+template <>
+struct QuantizerOf<Q6K> : BlockByBlock<QuantizeQ6K> {};
+template <>
+struct QuantizerOf<Q8K> : BlockByBlock<QuantizeQ8K> {};
+
 }  // namespace isqtorch::cuda

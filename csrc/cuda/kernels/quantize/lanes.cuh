@@ -1,4 +1,5 @@
-// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what searches/ compiles with there, so that they are written once and give the same bytes.
+// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what searches/ compiles with there, so that they
+// are written once and give the same bytes.
 //
 // A number is a struct and not a plain float, for masks to be integers (-1 or 0) as on the CPU. Minimum, maximum and
 // comparisons are what C++ makes of them, not the GPU's own, which differ for NaN and for zeros of both signs.

@@ -1,3 +1,6 @@
+// AFQ and HQQ: what quantizes a BitStream, by its header and the rule.
+#pragma once
+
 #include "cuda/formats/stream.cuh"
 #include "cuda/kernels/quantize/affine.cuh"
 #include "cuda/kernels/quantize/hqq.cuh"
@@ -30,11 +33,8 @@ struct AffineOrHqq {
   }
 };
 
-ISQ_QUANTIZER(BitStream<2>, AffineByRule<2>)
-ISQ_QUANTIZER(BitStream<3>, AffineByRule<3>)
-ISQ_QUANTIZER(BitStream<4>, AffineOrHqq<4>)
-ISQ_QUANTIZER(BitStream<5>, AffineByRule<5>)
-ISQ_QUANTIZER(BitStream<6>, AffineByRule<6>)
-ISQ_QUANTIZER(BitStream<8>, AffineOrHqq<8>)
+template <int kBits>
+struct QuantizerOf<BitStream<kBits>>
+    : std::conditional_t<BitStream<kBits>::kMayBeHqq, AffineOrHqq<kBits>, AffineByRule<kBits>> {};
 
 }  // namespace isqtorch::cuda
