@@ -1,8 +1,8 @@
-// The blocks of formats: what some weights of a row look like in memory. At the end, the list of all formats.
+// The blocks of the formats: how some neighbouring weights of a row lie in memory. At the end, the list of all formats.
 //
 // Little endian, no padding, and packed so that a block may start at any byte: rows of 34- or 110-byte blocks, shifted
-// views and memory-mapped files align to nothing. Field names are ggml's. AFQ and HQQ blocks depend on a group size and
-// live with their decoders.
+// views and memory-mapped files guarantee no alignment. Field names are ggml's. AFQ and HQQ blocks depend on a group
+// size and are defined beside their decoders.
 #pragma once
 
 #include <cstdint>
@@ -92,9 +92,9 @@ static_assert(sizeof(BlockFp8) == 132);
 
 // ---- the list of formats -------------------------------------------------------------------------------------------
 
-// Every format that has native kernels, as X(name, struct), family by family. cpu/formats/list.h and
-// cuda/formats/list.cuh expand these lists; a new format is one name here, and a struct of that name in each of
-// cpu/formats/ and cuda/formats/. (Metal takes its list from the registry in Python: isqtorch/ops/metal/formats.py.)
+// Every format with native kernels, as X(name, struct), family by family. cpu/formats/list.h and cuda/formats/list.cuh
+// expand these macros. A new format is one name here and a struct of that name in each of cpu/formats/ and
+// cuda/formats/. (Metal takes its list from the registry in Python: isqtorch/ops/metal/formats.py.)
 
 // clang-format off
 
@@ -102,7 +102,7 @@ static_assert(sizeof(BlockFp8) == 132);
 #define ISQ_KQUANTS(X) X("q2k", Q2K) X("q3k", Q3K) X("q4k", Q4K) X("q5k", Q5K) X("q6k", Q6K) X("q8k", Q8K)
 #define ISQ_FP8(X) X("fp8", Fp8)
 
-// Afq<bits, group size, type of scale and bias>; 64 and bf16 are the default and not spelled out.
+// Afq<bits, group size, type of scale and bias>. The names leave out the defaults, 64 and bf16.
 #define ISQ_AFQ_OF(X, suffix, ...)                                              \
   X("afq2" suffix, Afq<2, __VA_ARGS__>) X("afq3" suffix, Afq<3, __VA_ARGS__>)   \
   X("afq4" suffix, Afq<4, __VA_ARGS__>) X("afq5" suffix, Afq<5, __VA_ARGS__>)   \

@@ -1,4 +1,4 @@
-// Every format by name, with its kernels.
+// The table of formats: names and kernels.
 #include <cstring>
 
 #include "cuda/formats/list.cuh"

@@ -1,4 +1,5 @@
-// What a format's struct gives a product, written out as the weights it stands for, for tests/test_cuda_formats.py.
+// The numbers that a format's struct gives to a product, written as the weights they stand for
+// (tests/test_cuda_formats.py).
 #include <cstring>
 #include <string>
 
@@ -17,13 +18,13 @@ ISQ_DEVICE float number(uint32_t half) {
   return element == Element::kBf16 ? bf16_to_f32((uint16_t)half) : f16_to_f32((uint16_t)half);
 }
 
-// Where in a slice the weight of a pair's half lies, as Order says.
+// The place in a slice of the weight in one half of a pair, by Order.
 constexpr int place(Order order, int t, int pair, int half) {
   return order == Order::kQuads ? 16 * (pair / 2) + 4 * t + pair % 2 + 2 * half : 8 * t + pair + 4 * half;
 }
 
-// A block of threads per chunk. Its bytes go to shared memory as a product has them, behind as many others as the
-// address is off 16. codes[i] is the sum of the pieces less their zero; the numbers of groups of 16 or 32 follow.
+// One block of threads per chunk. Its bytes go to shared memory as in a product, at the same distance from a multiple
+// of 16. codes[i] is the sum of the pieces minus their zero. Scale and offset are written for groups of 16 or 32.
 template <class F, Element element>
 __global__ void take_apart(const uint8_t* row, int64_t k, Shape shape, float* codes, Affine* affine) {
   ISQ_SHARED(uint8_t, bytes, [16 + F::kMaxChunkBytes]);
@@ -66,7 +67,7 @@ bool sums_of(bool bf16) {
 
 }  // namespace
 
-// Takes a packed row apart into codes [k] and (scale, offset) per group. The size of a group, 0 for an unknown format.
+// Unpacks a row into codes [k] and (scale, offset) per group. Returns the size of a group, or 0 for an unknown format.
 EXPORT int take_row_apart(const char* format, const uint8_t* row, int64_t k, bool bf16, float* codes, Affine* affine) {
 #define ISQ_ENTRY(name, ...) \
   if (!std::strcmp(format, name)) return run<Instance<__VA_ARGS__>>(row, k, bf16, codes, affine);

@@ -7,13 +7,13 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// The weight of every element's squared error when importance is given: large weights of important columns count most.
+// The weight of each element's squared error when importance is given: large elements in important columns count most.
 template <int kBlock>
 ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, LaneFloats mean_square, LaneFloats* w) {
   for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
 }
 
-// 1 / d, but 0 where that is not finite: for a block of zeros, or of numbers that a 16-bit scale cannot tell from zero.
+// 1 / d, or 0 where that is not finite: for a block of zeros, or of numbers whose 16-bit scale would be zero.
 ISQ_INLINE LaneFloats reciprocal_or_zero(LaneFloats d) {
   const LaneFloats inverse = 1.0f / d;
   return select(abs(inverse) <= FLT_MAX, inverse, 0.0f);
@@ -27,7 +27,7 @@ ISQ_INLINE uint32_t load_high_bits(const uint8_t* qh) {
   return bits;
 }
 
-// The codes of 4- or 5-bit blocks, as q4_0 .. q5_1 share them.
+// Stores the codes of 4- or 5-bit blocks: q4_0 q4_1 q5_0 q5_1.
 template <int kBits, class Block>
 ISQ_INLINE void store_codes(const LaneInts* codes, Block* out) {
   store_bytes<16>(out->qs, sizeof(Block), [&](int j) { return (codes[j] & 15) | (codes[j + 16] & 15) << 4; });
@@ -154,7 +154,7 @@ struct Bytes32 : BlockwiseFormat {
     const Halves stored = to_f16(d);
     for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
     if constexpr (kHasSum) {
-      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; no weight is decoded from it
+      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; decoding does not use it
       for (int l = 0; l < kWidth; ++l) out[l].s = s.bits[l];
     }
     return stored.overflow;

@@ -1,5 +1,5 @@
-// The formats as types, from the list in blocks.h, declared and not defined: the kernels of `linear` need no more. The
-// other files of this folder define them.
+// The list of formats in blocks.h as types, declared but not defined, which is all that the kernels of `linear` need.
+// The other files of this folder define them.
 #pragma once
 
 #include "blocks.h"
@@ -20,7 +20,7 @@ struct Hqq;
 template <class... Format>
 struct Formats {};
 
-// Every entry brings its own comma, so the list starts with a type that does not count.
+// Every entry begins with a comma, so the list begins with a type that is dropped.
 template <class, class... Format>
 using FormatsBehind = Formats<Format...>;
 #define ISQ_NEXT(name, ...) , __VA_ARGS__

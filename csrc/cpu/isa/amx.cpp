@@ -1,4 +1,5 @@
-// AMX, matrix tiles of int8 and bf16: Sapphire Rapids and later. The fewest rows of x are avx512bf16's business.
+// AMX, matrix tiles of int8 and bf16: Sapphire Rapids and later. For the fewest rows of x this level uses the row
+// kernels of avx512bf16.
 #if defined(__x86_64__)
 
 #include "cpu/isa/target_region.h"

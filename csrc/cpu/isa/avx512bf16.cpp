@@ -1,4 +1,4 @@
-// AVX-512 with dot products of bytes and of bf16, and matrices of bits: Zen 4, Sapphire Rapids.
+// AVX-512 with dot products of bytes and of bf16, and with matrices of bits (GFNI): Zen 4, Sapphire Rapids.
 #if defined(__x86_64__)
 
 #include "cpu/isa/target_region.h"

@@ -1,4 +1,4 @@
-// AVX2 with the dot products of bytes of AVX-VNNI: desktop processors from 2021 on (Alder Lake, Zen 5).
+// AVX2 with AVX-VNNI, dot products of bytes: desktop processors from 2021 on (Alder Lake, Zen 5).
 #if defined(__x86_64__)
 
 #include "cpu/isa/target_region.h"

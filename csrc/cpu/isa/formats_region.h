@@ -1,5 +1,5 @@
-// Decoders and quantizers, compiled once per level that makes a difference to them, in namespace isqtorch::ISQ_ISA. No
-// include guard in spirit: each file under isa/ is one translation unit with one region.
+// Decoders and quantizers in namespace isqtorch::ISQ_ISA, for the levels that make a difference to them. Included once
+// per isa/*.cpp: each of these is one translation unit for one level.
 #pragma once
 
 #include "cpu/prelude.h"

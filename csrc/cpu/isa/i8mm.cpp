@@ -1,4 +1,5 @@
-// NEON with dot products of unsigned by signed bytes, too: from 2021 on (Neoverse V1, Graviton3, Apple M2).
+// NEON with dot products of signed bytes and of unsigned by signed bytes: from 2021 on (Neoverse V1, Graviton3, Apple
+// M2).
 #if defined(__aarch64__)
 
 #include "cpu/isa/target_region.h"

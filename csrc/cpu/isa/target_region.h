@@ -1,6 +1,6 @@
-// ISQ_TARGET_REGION(features) ... ISQ_END_TARGET_REGION: the functions between them are compiled for a processor with
-// these features, whatever the command line says. It includes every foreign header first, so that nothing of those is
-// compiled for instructions that the machine may lack.
+// ISQ_TARGET_REGION(features) ... ISQ_END_TARGET_REGION: functions between these are compiled for a processor with the
+// given features, whatever the command line says. All foreign headers are included here, before any region opens, so
+// that nothing in them is compiled for instructions that the machine may lack.
 #pragma once
 
 #include "cpu/prelude.h"

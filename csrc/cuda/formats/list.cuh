@@ -1,7 +1,7 @@
 // The formats of this backend, from the list in blocks.h.
 //
-// The files of instances/ instantiate kernels for one family's structs. They are compiled once for each family, with
-// ISQ_FAMILY defined as ISQ_GGML32, ISQ_KQUANTS, ISQ_STREAM or ISQ_FP8 (csrc/cuda/build.py).
+// The files of instances/ instantiate the kernels for the structs of one family. They are compiled once for each
+// family, with ISQ_FAMILY defined as ISQ_GGML32, ISQ_KQUANTS, ISQ_STREAM or ISQ_FP8 (csrc/cuda/build.py).
 #pragma once
 
 #include "blocks.h"
@@ -10,7 +10,7 @@
 #include "cuda/formats/kquants.cuh"
 #include "cuda/formats/stream.cuh"
 
-// The family of AFQ and HQQ has a struct for each number of bits, and not for each format.
+// AFQ and HQQ are one family, with a struct for each number of bits instead of each format.
 // clang-format off
 #define ISQ_STREAM(X)                                                              \
   X("2 bits", BitStream<2>) X("3 bits", BitStream<3>) X("4 bits", BitStream<4>)    \
@@ -19,7 +19,7 @@
 
 namespace isqtorch::cuda {
 
-// The struct that kernels are instantiated with for a format, and what they are told of it at run time.
+// A format's struct, for which kernels are instantiated, and its Shape, which they get at run time.
 template <class Format>
 struct Instance {
   using Struct = Format;

@@ -1,4 +1,4 @@
-// The launches, and from a format's struct to its quantizer.
+// The launches of quantizers, and which quantizer a format has.
 #pragma once
 
 #include "cuda/kernels/quantize/row_mean_square.cuh"

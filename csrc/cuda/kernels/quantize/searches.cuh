@@ -1,7 +1,7 @@
 // The searches for scales and lines, and the power function, compiled for one lane.
 #pragma once
 
-#include "cuda/kernels/quantize/lanes.cuh"  // first: it says what a lane is
+#include "cuda/kernels/quantize/lanes.cuh"  // first, see searches/contract.h
 
 #include "searches/descent.h"
 #include "searches/lines.h"

@@ -8,7 +8,7 @@
 
 namespace isqtorch::cuda {
 
-// AFQ, by its rule.
+// AFQ: the kernel depends on the rule.
 template <int kBits>
 struct AffineByRule {
   static int64_t workspace(const QuantizeJob&, const Shape&) { return 0; }
@@ -18,7 +18,7 @@ struct AffineByRule {
   }
 };
 
-// Both families, by what the header says.
+// The number of bits that both families have: the header says which family it is.
 template <int kBits>
 struct AffineOrHqq {
   using Affine = AffineByRule<kBits>;
