@@ -107,9 +107,10 @@ static_assert(sizeof(BlockFp8) == 132);
   X("afq2" suffix, Afq<2, __VA_ARGS__>) X("afq3" suffix, Afq<3, __VA_ARGS__>)   \
   X("afq4" suffix, Afq<4, __VA_ARGS__>) X("afq5" suffix, Afq<5, __VA_ARGS__>)   \
   X("afq6" suffix, Afq<6, __VA_ARGS__>) X("afq8" suffix, Afq<8, __VA_ARGS__>)
-#define ISQ_AFQ(X)                                                                                                        \
-  ISQ_AFQ_OF(X, "", 64, Dtype::kBf16) ISQ_AFQ_OF(X, "g32", 32, Dtype::kBf16) ISQ_AFQ_OF(X, "g128", 128, Dtype::kBf16)     \
-  ISQ_AFQ_OF(X, ".f16", 64, Dtype::kF16) ISQ_AFQ_OF(X, "g32.f16", 32, Dtype::kF16) ISQ_AFQ_OF(X, "g128.f16", 128, Dtype::kF16)
+#define ISQ_AFQ(X)                                                                  \
+  ISQ_AFQ_OF(X, "", 64, Dtype::kBf16) ISQ_AFQ_OF(X, "g32", 32, Dtype::kBf16)        \
+  ISQ_AFQ_OF(X, "g128", 128, Dtype::kBf16) ISQ_AFQ_OF(X, ".f16", 64, Dtype::kF16)   \
+  ISQ_AFQ_OF(X, "g32.f16", 32, Dtype::kF16) ISQ_AFQ_OF(X, "g128.f16", 128, Dtype::kF16)
 
 // Hqq<bits, group size>
 #define ISQ_HQQ(X)                                                        \

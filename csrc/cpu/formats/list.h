@@ -22,9 +22,9 @@ struct Formats {};
 
 // Every entry begins with a comma, so the list begins with a type that is dropped.
 template <class, class... Format>
-using FormatsBehind = Formats<Format...>;
+using WithoutFirst = Formats<Format...>;
 #define ISQ_NEXT(name, ...) , __VA_ARGS__
-using AllFormats = FormatsBehind<void ISQ_FORMATS(ISQ_NEXT)>;
+using AllFormats = WithoutFirst<void ISQ_FORMATS(ISQ_NEXT)>;
 #undef ISQ_NEXT
 
 }  // namespace isqtorch::ISQ_ISA

@@ -157,7 +157,7 @@ struct WarpRows {
     const Target to(stage + g * kStride + 16 * t);
     if (left > chunk_bytes(task)) {  // the last piece may go beyond the chunk: the next chunk follows
       copy_pieces<false>(begin, to, chunk_bytes(task));
-    } else {  // the end of the row: what follows belongs to another tensor
+    } else {  // the end of the row, where memory may end
       copy_pieces<true>(begin, to, left);
     }
   }
