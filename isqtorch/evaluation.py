@@ -34,7 +34,7 @@ class Perplexity(float):
 
     Example:
         result = isqtorch.perplexity(model, text, tokenizer)
-        print(result, result < 20, result.nll, result.stderr)
+        print(float(result), result.nll, result.stderr, result.tokens)
     """
 
     nll: float

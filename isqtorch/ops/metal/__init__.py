@@ -22,7 +22,7 @@ def check() -> list[str]:
 
     Example:
         if torch.backends.mps.is_available():
-            assert isqtorch.metal.check() == []
+            print(isqtorch.metal.check())  # [] if all kernels compile
     """
     if not torch.backends.mps.is_available():
         raise RuntimeError("isqtorch.metal.check: this machine has no MPS device")

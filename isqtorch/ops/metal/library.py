@@ -19,7 +19,7 @@ Compiler = Callable[[str], Any]
 
 
 def most_tokens(struct: Struct) -> int:
-    """Return how many rows of x a lane of gemv.metal can process at a time: its parts of these rows are in registers."""
+    """Return how many rows of x a lane of gemv.metal can process at a time: it keeps its part of each in registers."""
     return 64 // struct.unit
 
 

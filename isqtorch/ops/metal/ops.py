@@ -197,6 +197,6 @@ def _by_units(function: Kernel, arguments: tuple[Tensor | int, ...], fmt: QuantF
 def _by_groups(
     function: Kernel, arguments: tuple[Tensor | int, ...], n: int, shape: tuple[int, int], groups: int
 ) -> None:
-    """Launch a kernel with `groups` threadgroups for every `shape[0]` rows of the weight, each of `shape[1]` threads."""
+    """Launch `groups` threadgroups of `shape[1]` threads for every `shape[0]` rows of the weight."""
     rows, threads = shape
     function(*arguments, threads=[-(-n // rows) * threads, groups], group_size=[threads, 1])
