@@ -172,10 +172,8 @@ def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> 
         module=type(layer).__name__,
         op=op,
         format=fmt.name,
-        shape=(
-            *weight.shape[:-1],
-            fmt.in_features(weight.shape[-1]),
-        ),  # computed from the bytes, because a shard has fewer columns than in_features
+        # computed from the bytes, because a shard has fewer columns than in_features
+        shape=(*weight.shape[:-1], fmt.in_features(weight.shape[-1])),
         bits_per_weight=fmt.bits_per_weight,
         device=str(weight.device),
         kernels=_kernels(op, fmt.name, weight.device.type, info, _has_fp8_products(layer)),

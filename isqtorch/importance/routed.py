@@ -44,7 +44,7 @@ class RoutedExperts(Protocol):
 
 
 class PackedExperts:
-    """A QuantExperts."""
+    """The packed stacks of a QuantExperts."""
 
     def __init__(self, module: QuantExperts) -> None:
         self._module = module
@@ -123,12 +123,8 @@ def find_routed_experts(model: nn.Module) -> Iterator[tuple[str, RoutedExperts]]
     for name, module in model.named_modules():
         if isinstance(module, QuantExperts) and module.formats:
             yield name, PackedExperts(module)
-        marks = (
-            "has_gate",
-            "is_transposed",
-            "_apply_gate",
-            "config",
-        )  # set by transformers' use_experts_implementation
+        # attributes that use_experts_implementation of transformers sets
+        marks = ("has_gate", "is_transposed", "_apply_gate", "config")
         weight = module._parameters.get("down_proj")
         if isinstance(module, PackedModule) or weight is None or weight.ndim != 3:
             continue

@@ -34,9 +34,8 @@ for _device in _DEVICES:
         torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
     if _device != "cpu" or native.LIBRARY is None:
         torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
-    torch.library.impl(
-        "isqtorch::experts_linear_dx", _device, reference.experts_linear_dx
-    )  # it decodes with the native kernel, if there is one
+    # it calls the operator `dequantize`, so it decodes with the native kernel if there is one
+    torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
 
 
 # `linear_frozen` is `linear` without a gradient. Devices without a kernel of its own use that of `linear`.
