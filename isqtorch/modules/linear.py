@@ -11,7 +11,7 @@ from isqtorch.formats import QuantFormat, get_format
 from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
 
 # Looking up the overload in each call costs a microsecond. `_op` is what OpOverload.__call__ calls; using it directly
-# saves another one. `_op` is private: without it, this import fails. tests/test_modules_gradients.py measures the cost
+# saves a Python call. `_op` is private: without it, this import fails. tests/test_modules_gradients.py measures the cost
 # (test_call_costs_little_more_than_the_operator) and compares the results (test_both_operators_give_the_same).
 _linear = torch.ops.isqtorch.linear.default
 _linear_frozen = torch.ops.isqtorch.linear_frozen.default._op
