@@ -5,9 +5,8 @@ ordinary names; a shared tensor is stored once. The metadata entry "isqtorch" is
 their formats, and the names that share a tensor:
 
     {"format_version": 1,
-     "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256, "out_features":
-     768,
-                                               "dtype": "bfloat16"}, ...},
+     "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256,
+                                               "out_features": 768, "dtype": "bfloat16"}, ...},
      "shared": {"lm_head.weight": "model.embed_tokens.weight"}}
 """
 
@@ -120,8 +119,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a file of `save` into a model, in place. Packed layers replace the ordinary ones; other tensors are
-    assigned.
+    """Load a file of `save` into a model, in place.
+
+    Packed layers replace the ordinary ones; other tensors are assigned.
 
     Args:
         model: a model of the same architecture, with any weights, also on the meta device; quantized or not.

@@ -1,5 +1,4 @@
-"""Automatic mixed precision: measure the cost of each format for each layer, then choose the best formats within a
-budget.
+"""Automatic mixed precision: measure the cost of each format in each layer, then choose the best within a budget.
 
 budget.py        the options of "auto", checked
 sensitivity.py   the cost of the errors that a format makes in a layer

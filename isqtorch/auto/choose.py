@@ -90,8 +90,7 @@ class Auto:
             )
 
     def smallest(self) -> Request:
-        """A request for the smallest format of every item. It selects the same layers as the final one, for early
-        checks.
+        """A request for the smallest format of every item. It selects the same layers as the final one.
 
         It has no `activations`, because it is not known yet which layers will be in fp8.
         """

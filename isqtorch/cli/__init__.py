@@ -1,5 +1,4 @@
-"""The `isqtorch` command: one file per subcommand, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit
-status`.
+"""The `isqtorch` command: one file per subcommand, with `HELP`, `add_arguments(parser)` and `run(args) -> status`.
 
 Exit status: 0 success; 1 an error that the user can fix, printed in one line; 2 wrong usage (argparse); 130
 interrupted.

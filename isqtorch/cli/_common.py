@@ -75,8 +75,7 @@ def add_auto(parser: argparse.ArgumentParser) -> None:
 
 
 def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
-    """The options of `add_policy`, `add_importance` and `add_auto`, as arguments of `quantize_` or options of
-    `LoadedModel`.
+    """The options of `add_policy`, `add_importance` and `add_auto`, for `quantize_` or `LoadedModel`.
 
     `quantize_` also needs the tokenizer, for a calibration file.
     """

@@ -1,8 +1,8 @@
 """Quantize a model and write it to a folder: packed weights, configuration, generation settings and tokenizer.
 
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
-    isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology
-    out.yaml isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
+    isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
+    isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces an existing folder
 
 Each weight is packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so

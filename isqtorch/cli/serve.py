@@ -10,8 +10,8 @@ Then, from another shell:
     curl http://127.0.0.1:1234/re_isq -d '{"isq": "q8_0"}'       changes the format of the running model
 
 One reply is generated at a time, in the order of arrival. A change of format waits in the same queue, and later
-requests wait for it. It reads the weights from MODEL again; the old and the new packed layers are in memory together
-for a moment. Ctrl-C ends the server.
+requests wait for it. It reads the weights from MODEL again; both models are in memory together for a moment.
+Ctrl-C ends the server.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from .origin import forget
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn every quantized layer back into the float layer that it was (nn.Linear, nn.Embedding, Conv1D, or fused
-    experts).
+    """Turn every quantized layer back into the float layer that it was.
 
-    The new weights are the decoded ones, so the quantization error stays. Tied weights stay tied.
+    These are nn.Linear, nn.Embedding, Conv1D, and fused experts. The new weights are the decoded ones, so the
+    quantization error stays. Tied weights stay tied.
 
     Args:
         model: a model with quantized layers; changed in place.

@@ -75,8 +75,7 @@ def settle(
     weight_of: WeightOf | None = None,
     again: bool = False,
 ) -> tuple[Prepared, Choice | None]:
-    """Read the importance, calibrate, choose formats for "auto", and decide. All checks run before each step that takes
-    minutes.
+    """Read the importance, calibrate, choose formats for "auto", and decide. Checks run before each slow step.
 
     Args:
         model: the model. It runs if there is a calibration file.

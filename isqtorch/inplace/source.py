@@ -64,8 +64,7 @@ class Source:
         self.release()
 
     def read(self, name: str) -> Tensor | None:
-        """A parameter with the values it was loaded with, in the type of the checkpoint, on the CPU; None if it is not
-        there.
+        """A parameter as it was loaded, in the type of the checkpoint, on the CPU; None if it is not there.
 
         The result may be a view of the mapped file: do not write to it.
 

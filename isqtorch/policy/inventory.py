@@ -48,8 +48,9 @@ class Inventory:
 
 
 def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> Inventory:
-    """Describe every parameter and saved buffer of `model`. Layers that share a weight name its first holder in
-    `tied_to`.
+    """Describe every parameter and saved buffer of `model`.
+
+    Layers that share a weight are all listed; `tied_to` of the later ones names the first.
 
     Args:
         model: may be on the meta device.

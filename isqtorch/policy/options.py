@@ -57,10 +57,9 @@ class Options:
     measure_error: bool = False
 
     def lasting(self, **given: Any) -> Options:
-        """The options that a later `requantize_` keeps: those that select layers. Values in `given` replace them,
-        unless None.
+        """The options that a later `requantize_` keeps: those that select layers.
 
-        A new `exclude` also replaces `modules_to_not_convert`.
+        Values in `given` replace them, unless None. A new `exclude` also replaces `modules_to_not_convert`.
         """
         kept = {name: getattr(self, name) for name in LASTING}
         changed = {name: value for name, value in given.items() if value is not None}

@@ -111,8 +111,7 @@ class Topology:
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a YAML file that `load` can read. An existing file is replaced atomically; on an error it stays as it
-        was.
+        """Write a YAML file that `load` can read. An existing file is replaced atomically.
 
         Args:
             path: the file to write.

@@ -38,8 +38,7 @@ def plan(
     device: torch.device | str | None = None,
     activations: Activations | None = None,
 ) -> QuantReport:
-    """Predict the report of `quantize_`: formats, sizes, promotions, fallbacks, and layers that stay as they are, with
-    reasons.
+    """Predict the report of `quantize_`: formats, sizes, promotions, fallbacks, and layers that stay as they are.
 
     No weight is read.
 

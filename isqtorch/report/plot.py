@@ -21,8 +21,7 @@ _UNITS = {
 def draw(
     path: str | os.PathLike[str], layers: Sequence[LayerReport], choice: Choice | None, bits_per_weight: float
 ) -> None:
-    """Draw what `QuantReport.plot` describes. With a choice of "auto", the upper panel shows every format that was
-    measured.
+    """Draw the plot of `QuantReport.plot`. With a choice of "auto", the upper panel shows all measured formats.
 
     Args:
         path: the file to write.

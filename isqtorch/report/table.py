@@ -22,8 +22,9 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
 
 
 def folded_table(layers: Sequence[LayerReport], most: int) -> Table:
-    """One row for similar layers: equal except for numbers in their names. Layers not in the requested format come
-    first.
+    """One row for all layers that are equal except for numbers in their names.
+
+    Layers that are not in the requested format come first.
 
     Args:
         layers: the layers of a report.

@@ -1,5 +1,4 @@
-"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))`, and `save_pretrained` of the
-result.
+"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))` and `save_pretrained`.
 
 Importing this module registers the quantization method "isq". `import isqtorch` imports it once transformers is
 imported.

@@ -138,8 +138,9 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         return {key: value for key, value in content.items() if value is not None}
 
     def recorded(self, layers: dict[str, str], activations: str | list[str] | None) -> IsqConfig:
-        """A copy that describes the packed layers of a model, for config.json. It names the importance matrix but does
-        not hold it.
+        """A copy that describes the packed layers of a model, for config.json.
+
+        It names the importance matrix but does not hold it.
 
         Args:
             layers: {path: format} of all packed layers.

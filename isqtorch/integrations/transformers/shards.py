@@ -79,10 +79,10 @@ def local_columns(parameter: Any, fmt: QuantFormat) -> slice:
 
 
 def mark_rows(model: nn.Module) -> None:
-    """Set `first_row` of embeddings whose rows are cut by tensor parallelism, which sums the rows looked up by all
-    processes.
+    """Set `first_row` of embeddings whose rows are cut by tensor parallelism.
 
-    FSDP cuts rows too, but it gathers them again before a layer runs.
+    Tensor parallelism sums the rows that all processes look up, so each must know which rows it holds. FSDP cuts rows
+    too, but it gathers them again before a layer runs.
     """
     for module in model.modules():
         if isinstance(module, QuantEmbedding) and is_sharded(module.weight):
@@ -90,8 +90,7 @@ def mark_rows(model: nn.Module) -> None:
 
 
 def _share(parameter: Any, only: str | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of this process's part. `only` names a dimension of the mesh; cuts along the others are then
-    ignored.
+    """Shape and offset of this process's part. With `only`, only cuts along that dimension of the mesh count.
 
     Breaks if torch moves `compute_local_shape_and_global_offset`, which is private; test_parallel.py notices.
     """
