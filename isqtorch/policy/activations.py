@@ -47,6 +47,6 @@ def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]
     experts = kinds.count("experts")
     if experts:
         notes.append(
-            f'activations="fp8" does not concern experts: {experts} weights in fp8 are multiplied with x as it is'
+            f'activations="fp8" has no effect on experts: {experts} weights in fp8 are multiplied with x as it is'
         )
     return notes
