@@ -18,7 +18,7 @@ class Job:
     """One weight to pack, with the names of all layers that share it."""
 
     names: tuple[str, ...]
-    has_input: bool  # some of the layers is not an embedding, so importance of input columns makes sense
+    has_input: bool  # at least one layer is not an embedding, so importance can be known
     fmt: QuantFormat
     importance: Tensor | None  # f32 [K], or [E, K] for a stack of experts
     rule: str | None  # the requested rule, if the format has it

@@ -230,7 +230,7 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
 
 
 def _dead_columns(jobs: list[Job]) -> list[str]:
-    """Warnings about sub-blocks whose importance is all zero. The rule "search" needs none: it handles them well."""
+    """Warnings about sub-blocks whose importance is all zero. The rule "search" needs none: it then ignores them."""
     warnings = []
     for job in jobs:
         start = None if job.importance is None or not job.fmt.takes_importance else _zero_run(job.importance)

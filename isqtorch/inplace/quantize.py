@@ -74,7 +74,7 @@ def quantize_(
             mixes (docs/guide.md lists them). "auto" measures every layer in several formats and chooses the best ones
             within `target_bpw` or `max_size`. None quantizes only the layers that the topology names.
         topology: formats for some of the layers: a dict, the path of a YAML file, or an `isqtorch.Topology`, where the
-            syntax is explained. Layers in it are not promoted.
+            syntax is explained. Layers that get a format there are not promoted.
         organization: "default", or "moqe" to quantize only the routed experts.
         imatrix: the importance of each input column of a layer: a dict {layer: f32 [K]}, an `isqtorch.Imatrix`, or the
             path of an importance matrix file.
