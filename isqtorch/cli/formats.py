@@ -1,4 +1,4 @@
-"""List every format: what a block looks like, how a weight comes out of it, what it costs.
+"""List every format: its block layout, the formula of a weight, and its size.
 
     isqtorch formats
     isqtorch formats --variants          other group sizes and scale types too
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(fmt: QuantFormat) -> dict[str, Any]:
-    """The facts of a format that people and scripts ask for."""
+    """The facts about a format, for `--json`."""
     return {
         "bits_per_weight": fmt.bits_per_weight,
         "block": fmt.block,

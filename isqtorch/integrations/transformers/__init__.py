@@ -1,6 +1,7 @@
-"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))`, and `save_pretrained` of what came out.
+"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))` and `save_pretrained`.
 
-Importing this registers the quantization method "isq". `import isqtorch` does so by itself once transformers is imported.
+Importing this module registers the quantization method "isq". `import isqtorch` imports it once transformers is
+imported.
 """
 
 from __future__ import annotations
