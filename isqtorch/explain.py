@@ -213,7 +213,7 @@ def _kernels(op: str, format: str, device: str, info: CpuInfo, fp8_products: boo
         return _metal_kernels(op)
     if op == "embedding":
         return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
-    if op == "experts_linear" and info.linear[format][-1].kernel.startswith("decoded"):
+    if op == "experts_linear" and info.linear[format][-1].decodes:
         few = info.linear[format][0]  # used for all rows, eight at a time: no expert is decoded into memory
         return (KernelUse(_ANY, few.kernel, few.level, few.why),)
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])

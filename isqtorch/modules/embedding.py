@@ -36,7 +36,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
 
     Example:
-        table = isqtorch.QuantEmbedding.from_float(torch.nn.Embedding(1000, 512), "q6k")
+        table = isqtorch.QuantEmbedding.from_float(torch.nn.Embedding(1000, 512), "q8_0")
         print(table(torch.tensor([3, 7])).shape)  # torch.Size([2, 512])
     """
 

@@ -75,8 +75,8 @@ def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
 def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
     """Check that the scales chosen by a quantizer are finite; 16-bit scales overflow if weights are very large.
 
-    With f16 scales, weights above 2**30 are refused, too. No such format can represent them (q6k has the largest range:
-    65504 * 128 * 32), and the sums in the searches overflow, which may give a finite but meaningless scale.
+    With f16 scales, weights above 2**30 are refused, too. No such format can represent them (the largest
+    range is 65504 * 128 * 32), and the sums in the searches overflow, which may give a finite but meaningless scale.
 
     Args:
         fields: the fields of all blocks, in the order of the weight.

@@ -123,6 +123,7 @@ class LinearKernel:
     kernel: str
     level: str  # the instruction-set level that the kernel was written for; higher levels may use it, too
     why: str
+    decodes: bool = False  # decodes weights into memory, for torch's product
 
     @property
     def rows(self) -> str:
@@ -177,7 +178,7 @@ class CudaInfo:
             LinearKernel(
                 few + 1, most, "tiles (CUDA)", "", "weights are unpacked in shared memory for all rows of x at once"
             ),
-            LinearKernel(most + 1, None, *many),
+            LinearKernel(most + 1, None, *many, decodes=not fp8_products),
         )
 
 

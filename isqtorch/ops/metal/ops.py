@@ -20,6 +20,7 @@ from isqtorch.ops.checks import (
     check_weight,
     refuse_scale,
 )
+from isqtorch.quantizers import uses_importance
 
 from .chips import limits
 from .formats import struct_of
@@ -38,7 +39,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     """
     fmt = get_format(format)
     row_bytes = check_weight(w, fmt)
-    importance = importance if fmt.takes_importance else None
+    importance = importance if uses_importance(fmt, rule) else None
     on_gpu = struct_of(fmt.name).quantizes and importance is None
     on_gpu = on_gpu and (rule is None or (fmt.solver == "affine" and rule == "mlx"))
     if not on_gpu or not w.numel():
