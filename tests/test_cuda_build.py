@@ -314,7 +314,7 @@ def test_doctor_checks_and_shows_both_devices(
         fmt.name: {"block": 1, "block_bytes": 1, "few_rows": 8, "max_rows": 128, "w8a8_rows": 128}
         for fmt in ALL_FORMATS
     }
-    monkeypatch.setattr(doctor, "check_format", check_format)
+    monkeypatch.setattr(doctor, "check_kernels", check_format)
     monkeypatch.setattr(doctor, "_gpu_runs", lambda: True)
     monkeypatch.setattr(doctor, "cuda_info", lambda: native.CudaInfo("13.0", ("80", "90a"), facts))
     assert main(["doctor"]) == 1  # q4k fails on the GPU

@@ -19,7 +19,7 @@ from .model import LoadedModel
 
 
 @dataclass
-class Measured:
+class ModelSpeed:
     """The results for one model. Speeds are medians over the repeats of greedy `generate` with one sequence."""
 
     model: str
@@ -40,7 +40,7 @@ class Measured:
         return asdict(self)
 
 
-def measure(
+def measure_model(
     source: str,
     isq: str | None,
     *,
@@ -49,7 +49,7 @@ def measure(
     repeat: int = 3,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Measured:
+) -> ModelSpeed:
     """Load a model and time it on random tokens. The peak memory is only meaningful in a fresh process.
 
     Args:
@@ -75,7 +75,7 @@ def measure(
     runs = [timed_generate(model, ids, gen_len) for _ in range(repeat)]
     prefill = [prompt_len / first for first, _ in runs]
     decode = [(gen_len - 1) / rest for _, rest in runs]
-    return Measured(
+    return ModelSpeed(
         model=source,
         isq=isq,
         format=_format(loaded),

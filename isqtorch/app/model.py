@@ -81,7 +81,7 @@ class LoadedModel:
 
     def check(self, isq: str) -> None:
         """ValueError if `requantize` would refuse this format."""
-        check_format(isq, self.device)
+        check_spec(isq, self.device)
         if mix_name(isq) == AUTO:
             check_budget(isq, self.options)
 
@@ -194,7 +194,7 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
-def check_format(isq: str, device: str | None = None) -> None:
+def check_spec(isq: str, device: str | None = None) -> None:
     """ValueError with a list of all formats, unless `isq` is a format, a number of bits, or a rule for whole models."""
     if mix_name(isq) is None:
         resolve_format(isq, torch.device(device or "cpu"))
@@ -216,7 +216,7 @@ def check_request(
         raise FileNotFoundError(f"no calibration text {text}")
     method = packed_by(source)
     if isq is not None:
-        check_format(isq, device)
+        check_spec(isq, device)
         check_budget(isq, options or {})
         if mix_name(isq) != AUTO and text is not None and (options or {}).get("imatrix") is not None:
             raise ValueError("give either imatrix or calibration_file, not both")

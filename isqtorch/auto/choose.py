@@ -37,7 +37,7 @@ from isqtorch.text import human_size
 from .budget import Budget
 from .curvature import measure_curvature
 from .knapsack import Option, solve
-from .sensitivity import Error, Weighing, costs, errors_of, measure
+from .sensitivity import Error, Weighing, costs, errors_of, measure_errors
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def measure_items(
             with ordinary_tensors():
                 weight = weight_of([layer.name for layer in sharing])
                 try:
-                    parts.append(measure(weight, formats, weighing, *importance, options.rule))
+                    parts.append(measure_errors(weight, formats, weighing, *importance, options.rule))
                 except ValueError as error:
                     raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
                 del weight  # free it before the next one is read

@@ -56,7 +56,7 @@ class Sums(NamedTuple):
     knows_cost: bool
 
 
-def measure(
+def measure_errors(
     weight: Tensor,
     formats: Sequence[QuantFormat],
     weighing: Weighing | None,

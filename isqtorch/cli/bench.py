@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[str | None]:
-    """The formats to measure, None for the model as it is. Checks all arguments before anything slow happens."""
+    """The formats to measure_model, None for the model as it is. Checks all arguments before anything slow happens."""
     from isqtorch.app.model import check_request
     from isqtorch.formats import AUTO, mix_name
 
@@ -84,7 +84,7 @@ def _check(args: argparse.Namespace) -> list[str | None]:
     if args.in_process and names:
         formats = [*names]
     if not formats:
-        raise ValueError("nothing to measure: --no-baseline needs --isq")
+        raise ValueError("nothing to measure_model: --no-baseline needs --isq")
     if args.in_process and len(formats) > 1:
         raise ValueError("--in-process measures one format; later ones would find the memory of earlier ones")
     return formats
@@ -94,8 +94,8 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
     from isqtorch.app.model import needs_transformers
 
     with needs_transformers():
-        from isqtorch.app.benchmark import measure
-    return measure(
+        from isqtorch.app.benchmark import measure_model
+    return measure_model(
         args.model,
         fmt,
         prompt_len=args.prompt_len,

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"\n{_texts(rows)}\n\n{len(rows)} models in {seconds:.0f} s")
     if args.plot:
-        draw(rows, args.plot)
+        draw_demo(rows, args.plot)
         if live:
             print(f"plot: {args.plot}")
     return 0
@@ -206,7 +206,7 @@ def _texts(rows: list[Row]) -> str:
     return "\n".join([f"{_PROMPT!r} goes on:", *lines])
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw_demo(rows: list[Row], path: Path) -> None:
     """Plot divergence (log scale) against size, one labelled point per quantized format."""
     import matplotlib
 

@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     info = cpu_info()
-    checks = {name: check_format(get_format(name)) for name in formats(variants=args.variants)}
-    on_gpu = {name: check_format(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
+    checks = {name: check_kernels(get_format(name)) for name in formats(variants=args.variants)}
+    on_gpu = {name: check_kernels(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
     healthy = all(result["ok"] for result in [*checks.values(), *on_gpu.values()])
     if args.json:
         native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
@@ -182,7 +182,7 @@ def other_devices() -> str:
     )
 
 
-def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
+def check_kernels(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
     """Compare four ops of a format with the reference on a small weight; `linear` with each kernel of the device.
 
     Returns:

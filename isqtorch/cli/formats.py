@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     entries = [get_format(name) for name in formats(variants=args.variants)]
     if args.json:
-        print(json.dumps({fmt.name: describe(fmt) for fmt in entries}, indent=2))
+        print(json.dumps({fmt.name: format_facts(fmt) for fmt in entries}, indent=2))
     elif args.markdown:
         print(markdown(entries))
     else:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(fmt: QuantFormat) -> dict[str, Any]:
+def format_facts(fmt: QuantFormat) -> dict[str, Any]:
     """The facts about a format, for `--json`."""
     return {
         "bits_per_weight": fmt.bits_per_weight,

@@ -36,7 +36,7 @@ class Host(Protocol):
 _hosts: list[Host] = []
 
 
-def register(host: Host) -> None:
+def register_host(host: Host) -> None:
     """Add a host."""
     _hosts.append(host)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, get_format
 
-from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+from .packed import PackedModule, ordinary_tensors, packed_parameter, packed_shape
 
 _embedding = torch.ops.isqtorch.embedding.default
 
@@ -85,7 +85,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
             ValueError: `packed` is not uint8 `[rows, row_bytes]` of whole blocks, or the format is unknown.
         """
         fmt = get_format(format)
-        rows, dim = check_packed("QuantEmbedding.from_packed", packed, fmt)
+        rows, dim = packed_shape("QuantEmbedding.from_packed", packed, fmt)
         layer = cls(rows, dim, padding_idx, format=fmt, device="meta", dtype=dtype)
         layer.weight = packed_parameter(packed)
         return layer

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from isqtorch.formats import QuantFormat, get_format
 
-from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+from .packed import PackedModule, ordinary_tensors, packed_parameter, packed_shape
 
 # Looking up the overload in each call costs a microsecond. `_op` is what OpOverload.__call__ calls; using it directly
 # saves a Python call. `_op` is private: without it, this import fails. tests/test_modules_gradients.py measures the cost
@@ -87,7 +87,7 @@ class QuantLinear(PackedModule, nn.Linear):
                 format is unknown.
         """
         fmt = get_format(format)
-        rows, in_features = check_packed("QuantLinear.from_packed", packed, fmt)
+        rows, in_features = packed_shape("QuantLinear.from_packed", packed, fmt)
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"QuantLinear.from_packed: bias must be [{rows}], got {list(bias.shape)}")
         layer = cls(in_features, rows, bias=False, format=fmt, device="meta", dtype=dtype)

@@ -133,7 +133,7 @@ def packed_parameter(packed: Tensor) -> nn.Parameter:
     return packed if isinstance(packed, nn.Parameter) else nn.Parameter(packed, requires_grad=False)
 
 
-def check_packed(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
+def packed_shape(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
     """Return (N, K). Raise ValueError unless `packed` is uint8 [N, row_bytes]."""
     if packed.dtype != torch.uint8 or packed.dim() != 2:
         raise ValueError(

@@ -104,11 +104,11 @@ def _decide_one(
     entry = request.topology.find(layer.name)
     pinned = entry is not None and (entry.spec is not None or entry.leave)
     spec: Spec | None = entry.spec if entry is not None and pinned else request.fmt
-    rule = None if assigned is None or pinned else assigned.get(layer.name)
+    given = None if assigned is None or pinned else assigned.get(layer.name)
     if assigned is not None and not pinned:
-        spec = None if rule is None else rule.format
-    place = entry.device if entry is not None and entry.device is not None else layer.device_type
-    requested = None if spec is None else resolve_format(spec, place)
+        spec = None if given is None else given.format
+    device = entry.device if entry is not None and entry.device is not None else layer.device_type
+    requested = None if spec is None else resolve_format(spec, device)
     decision = Decision(
         layer.name,
         requested.name if requested else None,
@@ -123,10 +123,10 @@ def _decide_one(
         return replace(decision, reason=not_asked)
     assert spec is not None and requested is not None, f"{layer.name}: no format and no reason"
 
-    wanted, reasons = requested, [rule.why] if rule is not None and rule.why else []
+    wanted, reasons = requested, [given.why] if given is not None and given.why else []
     promoted = False
     firm = entry is not None and entry.spec is not None
-    if layer.role and not firm and rule is None and requested.promoted not in (None, requested.name):
+    if layer.role and not firm and given is None and requested.promoted not in (None, requested.name):
         wanted, promoted = get_format(requested.promoted or requested.name), True
         reasons.append(
             f"{'output head' if layer.role == 'head' else 'embedding'}: promoted from {requested.name} to {wanted.name}"

@@ -19,12 +19,12 @@ if _found < MINIMUM:
         "Upgrade it, or load the model as it is and use isqtorch.quantize_."
     )
 
-from isqtorch.inplace.host import register  # noqa: E402
+from isqtorch.inplace.host import register_host  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
 from .host import TransformersHost  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
 
-register(TransformersHost())
+register_host(TransformersHost())
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isqtorch.auto import Auto
 from isqtorch.auto.choose import Item, importance_and_shares
-from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure
+from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure_errors
 from isqtorch.formats import get_format
 from isqtorch.importance.imatrix import Imatrix
 
@@ -38,7 +38,7 @@ class Meter:
             shares = None if shares is None else shares[expert : expert + 1]
         formats = [get_format(fmt) for fmt in item.options]
         with torch.no_grad():
-            sums = measure(weight, formats, None, importance, shares, self.rule, pieces)
+            sums = measure_errors(weight, formats, None, importance, shares, self.rule, pieces)
         self.parts.setdefault(sharing[0].name, []).append(sums)
 
     def errors(self, items: Sequence[Item]) -> list[dict[str, Error]]:

@@ -39,7 +39,7 @@ from .mapped import MappedFiles, Pack
 from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import (
-    describe,
+    describe_unloaded,
     pack_on_meta,
     packed_formats,
     prepare_on_cpu,
@@ -103,7 +103,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             restore(model, config.layers)
             restore_activations(model, config.activations)
             return
-        inventory, request, choice = describe(model, device_map), config.request(), None
+        inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
         if config.measuring is not None:
             request = config.measuring.auto.smallest()
         elif config.budget() is not None:

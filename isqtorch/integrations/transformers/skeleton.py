@@ -24,7 +24,7 @@ from isqtorch.policy.inventory import Inventory, inspect_model
 from isqtorch.policy.request import Request
 
 
-def describe(model: Any, device_map: object) -> Inventory:
+def describe_unloaded(model: Any, device_map: object) -> Inventory:
     """The inventory of the model as it will be after loading: with tied weights, and each layer on its device."""
     inventory = inspect_model(model, model.all_tied_weights_keys)
     layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
