@@ -1,8 +1,8 @@
-// The block structs of every ggml format: what one block of K weights looks like in memory.
+// The blocks of the formats: how some neighbouring weights of a row lie in memory. At the end, the list of all formats.
 //
 // Little endian, no padding, and packed so that a block may start at any byte: rows of 34- or 110-byte blocks, shifted
-// views and memory-mapped files align to nothing. Field names are ggml's. Affine, HQQ and FP8 blocks depend on a group
-// size and live with their decoders.
+// views and memory-mapped files guarantee no alignment. Field names are ggml's. AFQ and HQQ blocks depend on a group
+// size and are defined beside their decoders.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace isqtorch {
 
 #pragma pack(push, 1)
 
-// ---- 32 weights ----
+// ---- 32 weights ----------------------------------------------------------------------------------------------------
 
 struct BlockQ4_0 {
   uint16_t d;      // f16
@@ -40,7 +40,14 @@ struct BlockQ8_1 {
   int8_t qs[32];
 };
 
-// ---- 256 weights ----
+// ---- 128 weights ---------------------------------------------------------------------------------------------------
+
+struct BlockFp8 {
+  float scale;
+  uint8_t codes[128];  // e4m3fn: sign | exponent (4 bits, bias 7) | mantissa (3 bits)
+};
+
+// ---- 256 weights ---------------------------------------------------------------------------------------------------
 
 struct BlockQ2K {
   uint8_t scales[16];  // per 16 weights: scale in the low nibble, min in the high one
@@ -50,7 +57,7 @@ struct BlockQ2K {
 struct BlockQ3K {
   uint8_t hmask[32];   // bit e / 32 of byte e % 32 is bit 2 of weight e
   uint8_t qs[64];      // bits 0-1, as in Q2K
-  uint8_t scales[12];  // sixteen 6-bit numbers, see unpack_scales in formats/kquants_symmetric.h
+  uint8_t scales[12];  // sixteen 6-bit numbers, see unpack_scales in cpu/formats/kquants_symmetric.h
   uint16_t d;          // f16
 };
 struct BlockQ4K {
@@ -81,5 +88,37 @@ struct BlockQ8K {
 static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24);
 static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ8_1) == 36 && sizeof(BlockQ2K) == 84 && sizeof(BlockQ3K) == 110);
 static_assert(sizeof(BlockQ4K) == 144 && sizeof(BlockQ5K) == 176 && sizeof(BlockQ6K) == 210 && sizeof(BlockQ8K) == 292);
+static_assert(sizeof(BlockFp8) == 132);
+
+// ---- the list of formats -------------------------------------------------------------------------------------------
+
+// Every format with native kernels, as X(name, struct), family by family. cpu/formats/list.h and cuda/formats/list.cuh
+// expand these macros. A new format is one name here and a struct of that name in each of cpu/formats/ and
+// cuda/formats/. (Metal takes its list from the registry in Python: isqtorch/ops/metal/formats.py.)
+
+// clang-format off
+
+#define ISQ_GGML32(X) X("q4_0", Q4_0) X("q4_1", Q4_1) X("q5_0", Q5_0) X("q5_1", Q5_1) X("q8_0", Q8_0) X("q8_1", Q8_1)
+#define ISQ_KQUANTS(X) X("q2k", Q2K) X("q3k", Q3K) X("q4k", Q4K) X("q5k", Q5K) X("q6k", Q6K) X("q8k", Q8K)
+#define ISQ_FP8(X) X("fp8", Fp8)
+
+// Afq<bits, group size, type of scale and bias>. The names leave out the defaults, 64 and bf16.
+#define ISQ_AFQ_OF(X, suffix, ...)                                              \
+  X("afq2" suffix, Afq<2, __VA_ARGS__>) X("afq3" suffix, Afq<3, __VA_ARGS__>)   \
+  X("afq4" suffix, Afq<4, __VA_ARGS__>) X("afq5" suffix, Afq<5, __VA_ARGS__>)   \
+  X("afq6" suffix, Afq<6, __VA_ARGS__>) X("afq8" suffix, Afq<8, __VA_ARGS__>)
+#define ISQ_AFQ(X)                                                                  \
+  ISQ_AFQ_OF(X, "", 64, Dtype::kBf16) ISQ_AFQ_OF(X, "g32", 32, Dtype::kBf16)        \
+  ISQ_AFQ_OF(X, "g128", 128, Dtype::kBf16) ISQ_AFQ_OF(X, ".f16", 64, Dtype::kF16)   \
+  ISQ_AFQ_OF(X, "g32.f16", 32, Dtype::kF16) ISQ_AFQ_OF(X, "g128.f16", 128, Dtype::kF16)
+
+// Hqq<bits, group size>
+#define ISQ_HQQ(X)                                                        \
+  X("hqq4", Hqq<4, 64>) X("hqq8", Hqq<8, 64>) X("hqq4g32", Hqq<4, 32>)    \
+  X("hqq8g32", Hqq<8, 32>) X("hqq4g128", Hqq<4, 128>) X("hqq8g128", Hqq<8, 128>)
+
+#define ISQ_FORMATS(X) ISQ_GGML32(X) ISQ_KQUANTS(X) ISQ_AFQ(X) ISQ_HQQ(X) ISQ_FP8(X)
+
+// clang-format on
 
 }  // namespace isqtorch

@@ -1,6 +1,7 @@
-// What the operators demand of their arguments on every device, in the reference's words (isqtorch/ops/checks.py).
+// The checks of the operators' arguments, the same on every device and in the words of the reference
+// (isqtorch/ops/checks.py).
 //
-// Texts are made only where a rule is broken: a decode step calls `linear` hundreds of times.
+// A message is built only when its check fails: a decoding step calls `linear` hundreds of times.
 #pragma once
 
 #include <algorithm>
@@ -139,7 +140,7 @@ inline std::vector<int64_t> checked_source(const Tensor& w, const char* format, 
   return shape;
 }
 
-// `rules`: bits of those that the format has besides the default.
+// `rules`: one bit for each rule that the format has besides the default, see rule_bit.
 inline Rule checked_rule(const char* format, uint8_t rules, const std::optional<std::string>& rule) {
   constexpr std::pair<const char*, Rule> kRules[] = {{"mlx", Rule::kMlx}, {"search", Rule::kSearch}};
   if (!rule) return Rule::kDefault;
@@ -184,13 +185,13 @@ inline std::vector<float> checked_importance(const std::optional<Tensor>& import
   return columns;
 }
 
-// Weight `at` of a tensor is no number.
+// Weight number `at` of a tensor is NaN or infinite.
 [[noreturn]] inline void refuse_weight(const char* format, int64_t at, const std::vector<int64_t>& shape, float value) {
   throw std::invalid_argument(text("quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ",
                                    format, " needs finite values. Repair the checkpoint, or leave this weight out."));
 }
 
-// The block from weight `at` on has a scale that overflows.
+// The block that begins with weight number `at` has a scale that overflows.
 [[noreturn]] inline void refuse_block(const std::string& format, int64_t at, const std::vector<int64_t>& shape) {
   const size_t suffix = format.find(".f16");
   const std::string way_out = suffix == std::string::npos

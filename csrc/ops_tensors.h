@@ -12,11 +12,12 @@
 #include "check.h"
 #include "dtype.h"
 
-// The namespace of the operators. The tests build those of CUDA a second time, for an emulator, under another name.
+// The namespace of the operators. The tests build the CUDA operators a second time under another name, for an emulator.
 #ifndef ISQTORCH_OPERATORS
 #define ISQTORCH_OPERATORS isqtorch
 #endif
-// torch's macros as functions of a macro, which they would spell out.
+// torch's macros turn their argument into a string as it stands. Through one more macro, the argument is expanded
+// first.
 #define ISQTORCH_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define ISQTORCH_LIBRARY_IMPL(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
 

@@ -1,4 +1,4 @@
-// Which of several ways to choose the codes: every format has the default, some have more.
+// How codes are chosen. Every format has the default rule, some formats have others too.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 """Quantize a PyTorch model in place: `isqtorch.quantize_(model, 4)`.
 
-The public names, nothing else. They are imported here, in one go, on purpose: `isqtorch.formats` and `isqtorch.explain` are
-functions that have the names of the modules that hold them, and a module imported later would take the function's place.
+This file only imports the public names. All are imported at once, for a reason: the functions `isqtorch.formats` and
+`isqtorch.explain` have the names of submodules, and a submodule that is imported later would replace the function.
 """
 
 from __future__ import annotations
@@ -75,15 +75,16 @@ else:
         __all__.remove("IsqConfig")  # `from isqtorch import *` works without transformers
 
     def __getattr__(name: str) -> Any:
-        """IsqConfig, which needs transformers, and takes seconds to import where that is not imported yet."""
+        """Import IsqConfig on first use: it needs transformers, whose import takes seconds."""
         if name != "IsqConfig":
             raise AttributeError(f"module 'isqtorch' has no attribute {name!r}")
         try:
             from .integrations.transformers import IsqConfig
         except ImportError as error:
             if not isinstance(error, ModuleNotFoundError) or error.name != "transformers":
-                raise  # too old a one, and the message says so
-            # hasattr is to be False, which takes an AttributeError; `from isqtorch import IsqConfig` would replace its message.
+                raise  # transformers is too old, and the message says so
+            # hasattr must return False, which takes an AttributeError. `from isqtorch import IsqConfig` needs an
+            # ImportError: Python would replace the message of an AttributeError.
             importing = sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib")
             hint = "isqtorch.IsqConfig needs transformers: pip install 'isqtorch[hf]'"
             raise (ImportError if importing else AttributeError)(hint) from error

@@ -1,12 +1,12 @@
-"""save and load_: a quantized model in one safetensors file, bit for bit.
+"""save and load_: store a quantized model in one safetensors file and load it again, bit for bit.
 
-The file holds the state dict: packed weights as uint8 `[N, row_bytes]` (experts `[E, N, row_bytes]`) under their ordinary
-names, shared tensors once. The metadata entry "isqtorch" says in JSON which layers are packed in which format, and which
-names share a tensor:
+The file holds the state dict. Packed weights are uint8 `[N, row_bytes]` (experts: `[E, N, row_bytes]`) under their
+ordinary names; a shared tensor is stored once. The metadata entry "isqtorch" is JSON. It lists the packed layers with
+their formats, and the names that share a tensor:
 
     {"format_version": 1,
-     "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256, "out_features": 768,
-                                               "dtype": "bfloat16"}, ...},
+     "layers": {"model.layers.0.mlp.up_proj": {"kind": "linear", "format": "q4k", "in_features": 256,
+                                               "out_features": 768, "dtype": "bfloat16"}, ...},
      "shared": {"lm_head.weight": "model.embed_tokens.weight"}}
 """
 
@@ -37,19 +37,19 @@ from isqtorch.text import first_names
 
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_ACTIVATIONS = [("fp8", "fp8", kind) for kind in ("linear", "conv1d")]  # with the layer's format and kind
+_ACTIVATIONS = [("fp8", "fp8", kind) for kind in ("linear", "conv1d")]  # allowed (activations, format, kind) of a layer
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What the file says about one packed layer."""
+    """The entry of one packed layer in the file."""
 
     kind: str  # linear, conv1d, embedding or experts
     format: str
     in_features: int
     out_features: int
-    dtype: str  # of the layer, as torch spells it
-    experts: int | None = None  # matrices in the stack, where it is one
+    dtype: str  # torch's name of the float type of the layer
+    experts: int | None = None  # number of matrices in the stack; None for other kinds
     activations: str | None = None  # "fp8": see QuantLinear
 
     @property
@@ -70,15 +70,25 @@ class Header:
     """The checked contents of the metadata entry."""
 
     layers: dict[str, LayerEntry]
-    shared: dict[str, str]  # name -> the name it is stored under
+    shared: dict[str, str]  # name -> name under which its tensor is stored
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write `model` to a .safetensors file, replacing it at once: a reader sees the old file or the new one.
+    """Write a model with quantized layers to a .safetensors file.
+
+    The file is replaced atomically: a reader sees either the old file or the new one.
+
+    Args:
+        model: the model. Its whole state dict is written.
+        path: the file to write.
 
     Raises:
-        ValueError: the state dict holds something that is not a tensor, or a tensor on the meta device.
+        ValueError: the state dict holds something other than tensors, or a tensor on the meta device.
         OSError: the file cannot be written.
+
+    Example:
+        isqtorch.quantize_(model, "q4k")
+        isqtorch.checkpoint.save(model, "model.safetensors")
     """
     path = Path(path)
     kept: dict[str, Tensor] = {}
@@ -110,16 +120,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Fill a model with what `save` wrote: packed layers take the place of ordinary ones, everything else is assigned.
+    """Load a file of `save` into a model, in place.
+
+    Packed layers replace the ordinary ones; other tensors are assigned.
 
     Args:
-        model: the ordinary model (same architecture, any weights, also on the meta device) or a quantized one.
+        model: a model of the same architecture, with any weights, also on the meta device; quantized or not.
         path: the file, or a folder with a model.safetensors.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, a damaged one, one from a newer version, or one that does not fit the model; the model is
-            as it was.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not one of `save`, is damaged, was written by a newer version, or does not fit the
+            model. The model is unchanged.
+
+    Example:
+        model = AutoModelForCausalLM.from_config(config)
+        isqtorch.checkpoint.load_(model, "model.safetensors")
     """
     path = Path(path)
     if path.is_dir():
@@ -142,7 +158,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def read_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
-    """The checked metadata entry of a file; ValueError if it is not there or not understood."""
+    """The checked metadata entry of a file; ValueError if it is missing or not valid."""
     text = (metadata or {}).get("isqtorch")
     if text is None:
         raise ValueError(
@@ -183,7 +199,7 @@ def _entry_of(module: PackedModule, leaf: str) -> LayerEntry:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """The kind of an ordinary layer, or of the one that a packed layer replaced."""
+    """The kind of an ordinary layer, or of the layer that a packed layer replaced."""
     if isinstance(module, QuantEmbedding):
         return "embedding"
     if isinstance(module, QuantLinear):
@@ -192,7 +208,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors with no memory in common, which is what safetensors accepts."""
+    """Contiguous tensors that share no memory: safetensors accepts no others."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
@@ -236,7 +252,7 @@ def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
 
 
 def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tuple[int, ...], str]], path: Path) -> None:
-    """ValueError unless file and model hold the same names and shapes, and packed layers where layers can be packed."""
+    """ValueError unless file and model have the same names and shapes, and packed layers match the layers there."""
     modules = dict(model.named_modules(remove_duplicate=False))
     state = model.state_dict()
     dangling = [alias for alias, name in header.shared.items() if name not in shapes]
@@ -289,7 +305,7 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
 
 
 def _size(module: nn.Module, leaf: str) -> tuple[int, ...]:
-    """(N, K) or (E, N, K) of a weight, packed or not."""
+    """Shape (N, K) or (E, N, K) of a weight, packed or not."""
     if isinstance(module, QuantEmbedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, QuantLinear):
@@ -309,14 +325,14 @@ def _load_layer(
     parameters: dict[str, nn.Parameter],
     done: dict[tuple[int, str], nn.Module],
 ) -> None:
-    """Put a packed layer in the place of the one at `name`."""
+    """Replace the layer at `name` by a packed one."""
     fmt: QuantFormat = get_format(entry.format)
     path, leaf = locate(model, name)
     old = model.get_submodule(path)
     name = f"{path}.{leaf}"
     key = header.shared.get(name, name)
     if key in parameters and old._parameters[leaf] is parameters[key]:
-        return  # the same parent under another name
+        return  # a module with several names: replaced already
     if (id(old), leaf) not in done:
         if key not in parameters:
             parameters[key] = PackedParameter(_read(file, key, old._parameters[leaf]))

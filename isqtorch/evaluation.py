@@ -1,8 +1,8 @@
-"""How good a model still is: perplexity on a text, and the KL divergence of its predictions from a reference model's.
+"""Quality of a model: perplexity on a text, and the KL divergence of its predictions from those of a reference model.
 
 Both run the model over non-overlapping windows of `context` tokens, each from an empty cache. Position i of a window
-predicts token i + 1, so the last position of a window has no target and scores nothing. Differences between formats are
-far smaller than between texts: compare numbers from the same ids and the same context only.
+predicts token i + 1, so the last position of a window has no target and is not scored. Differences between formats are
+far smaller than differences between texts: compare only numbers from the same ids and the same context.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ _PIECE = 1 << 22  # logits worked on at once, in f32 or f64: 27 positions of a v
 
 
 class Perplexity(float):
-    """A perplexity: a float, with what it came from.
+    """A perplexity: a float with attributes. `perplexity` returns it.
 
     Attributes:
         nll: mean negative log-likelihood per token, in nats; the perplexity is its exponential.
-        stderr: standard error of the perplexity, from the spread of the tokens' likelihoods (as llama.cpp computes it).
-        tokens: number of tokens scored.
+        stderr: standard error of the perplexity, `perplexity * sqrt(variance of the tokens' nll / (tokens - 1))`, as in
+            llama.cpp.
+        tokens: number of scored tokens.
+
+    Example:
+        result = isqtorch.perplexity(model, text, tokenizer)
+        print(float(result), result.nll, result.stderr, result.tokens)
     """
 
     nll: float
@@ -51,12 +56,24 @@ class Perplexity(float):
 
 @dataclass(frozen=True)
 class KLResult:
-    """KL(reference || model) over the scored positions, in nats."""
+    """KL(reference || model) over the scored positions. `kl_divergence` returns it.
+
+    Attributes:
+        mean: mean over the positions, in nats.
+        p99: 99th percentile, in nats: 99 % of the positions have this value or a lower one.
+        max: largest value, in nats.
+        top1_agreement: percentage of positions where both models give the highest probability to the same token.
+        tokens: number of scored positions.
+
+    Example:
+        result = isqtorch.kl_divergence(model, isqtorch.reference_logits(model, text, tokenizer), text, tokenizer)
+        print(result.mean, result.top1_agreement)  # 0.0 100.0, because model and reference are the same
+    """
 
     mean: float
-    p99: float  # 99th percentile: 99 % of the positions are no higher
+    p99: float
     max: float
-    top1_agreement: float  # % of positions where both models find the same token most likely
+    top1_agreement: float
     tokens: int
 
     def __str__(self) -> str:
@@ -75,24 +92,31 @@ def perplexity(
     batch: int = 1,
     progress: bool = False,
 ) -> Perplexity:
-    """Exponential of the mean negative log-likelihood over all scored tokens of a text.
+    """Compute the perplexity of a text: the exponential of the mean negative log-likelihood of its scored tokens.
 
     Args:
-        model: see `Model`. A module runs in eval mode and gets its training flags back.
-        ids_or_text: token ids, or a text, tokenized with the tokenizer's usual special tokens.
+        model: a causal language model: a callable that maps ids `[B, T]` to logits `[B, T, vocabulary]`, or to a tuple
+            or object with these logits. A module runs in eval mode and gets its training flags back.
+        ids_or_text: token ids `[T]` or `[1, T]`, or a text. A text is tokenized with the tokenizer's usual special
+            tokens.
         tokenizer: needed for a text; in mode "llamacpp" also with ids, if the model expects a BOS token.
-        context: tokens per window.
-        mode: "global" scores every token but the first of each window, also of a shorter last one. "llamacpp" computes what
-            llama-perplexity does: whole windows only, the first token replaced by BOS if the tokenizer adds one, and
-            only the tokens after position context // 2 scored.
-        batch: windows per forward. Logits of `batch * context * vocabulary` values are held.
-        progress: show a bar.
+        context: tokens per window, at least 2 (in mode "llamacpp" 3).
+        mode: "global" scores every token except the first one of each window, also in a shorter last window. "llamacpp"
+            computes the same number as llama-perplexity: whole windows only, the first token replaced by BOS if the
+            tokenizer adds one, and only the tokens after position context // 2 scored.
+        batch: windows per forward. Logits of `batch * context * vocabulary` values are held in memory.
+        progress: show a progress bar.
 
     Returns:
-        A float with attributes nll, stderr and tokens. NaN if the model's logits are NaN.
+        A float with the attributes nll, stderr and tokens. NaN if the model's logits are NaN.
 
     Raises:
-        ValueError: a bad argument, or too few tokens.
+        ValueError: a bad argument, too few tokens, a context longer than the model's, ids outside its vocabulary, or
+            logits of the wrong shape.
+
+    Example:
+        text = Path("examples/demo_model/heldout.txt").read_text()
+        print(isqtorch.perplexity(model, text, tokenizer, context=256))
     """
     if mode not in get_args(Mode):
         raise ValueError(f"perplexity: mode must be 'global' or 'llamacpp', got {mode!r}")
@@ -127,18 +151,23 @@ def reference_logits(
     batch: int = 1,
     progress: bool = False,
 ) -> Tensor:
-    """The logits of every scored position, to compare other models with by `kl_divergence`.
+    """Compute the logits of every scored position, as the reference for `kl_divergence`.
 
     Args:
         model, ids_or_text, tokenizer, context, batch, progress: as for `perplexity`.
 
     Returns:
-        `[tokens, vocab]` on the CPU, in the dtype that the model computes. This is large (a 30,000-token text and a
-        vocabulary of 128,000 make 8 GB in bf16); where both models fit in memory, give the model itself to
+        `[tokens, vocabulary]` on the CPU, in the dtype of the model's logits. This is large: a text of 30,000 tokens
+        and a vocabulary of 128,000 need 8 GB in bf16. If both models fit in memory, pass the reference model itself to
         `kl_divergence` instead.
 
     Raises:
-        ValueError: a bad argument, or too few tokens.
+        ValueError: as for `perplexity`.
+
+    Example:
+        reference = isqtorch.reference_logits(model, text, tokenizer)
+        isqtorch.quantize_(model, "q4k")
+        print(isqtorch.kl_divergence(model, reference, text, tokenizer))
     """
     run = _Windows("reference_logits", token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
     stored = torch.empty(0)
@@ -154,9 +183,9 @@ def reference_logits(
 
 
 class Recorded:
-    """Logits that `reference_logits` returned, played back once as a model: one forward gives perplexity and divergence.
+    """A model that returns the logits of `reference_logits` again, so that one run gives perplexity and divergence.
 
-    For the same ids and context, and windows one at a time.
+    It can be used once, with the same ids and context, and with batch=1.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -178,18 +207,27 @@ def kl_divergence(
     batch: int = 1,
     progress: bool = False,
 ) -> KLResult:
-    """Kullback-Leibler divergence of a model's predictions from a reference's, KL(reference || model).
+    """Compute the Kullback-Leibler divergence KL(reference || model) of a model's predictions.
 
-    Computed in float64 from the logits, so also values near 1e-9 are exact to several digits.
+    It is computed in float64 from the logits, so even values near 1e-9 have several correct digits.
 
     Args:
-        model: the model to judge, see `Model`.
-        reference: what `reference_logits` returned for the same ids and context, or the reference model itself, which
-            then runs window by window, and nothing is stored.
-        ids_or_text, tokenizer, context, batch, progress: as for `perplexity`; the same tokens are scored as there.
+        model: the model to judge, as for `perplexity`.
+        reference: the result of `reference_logits` for the same ids and context, or the reference model itself. A
+            model runs window by window, and its logits are not stored.
+        ids_or_text, tokenizer, context, batch, progress: as for `perplexity`; the same tokens are scored as in its mode
+            "global".
+
+    Returns:
+        Mean, 99th percentile and maximum in nats, and how often both models prefer the same token.
 
     Raises:
-        ValueError: a bad argument, too few tokens, or a reference with another number of positions or another vocabulary.
+        ValueError: as for `perplexity`, or the reference has another number of positions or another vocabulary.
+
+    Example:
+        reference = copy.deepcopy(model)
+        isqtorch.quantize_(model, "q4k")
+        print(isqtorch.kl_divergence(model, reference, text, tokenizer))
     """
     run = _Windows("kl_divergence", token_ids(ids_or_text, tokenizer, "kl_divergence"), context, batch)
     if isinstance(reference, Tensor) and (reference.ndim != 2 or len(reference) != run.tokens):
@@ -226,14 +264,17 @@ def kl_divergence(
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row in float64: `[n, vocab]` twice -> `[n]`. Float32 would be wrong by 1e-6, as much as q8_0 differs."""
-    if p_logits.device.type == "mps":  # has no float64
+    """Compute KL(p || q) per row in float64: `[n, vocab]` twice -> `[n]`.
+
+    The error in float32 would be 1e-6, which is as large as the divergence of q8_0.
+    """
+    if p_logits.device.type == "mps":  # MPS has no float64
         p_logits, q_logits = p_logits.cpu(), q_logits.cpu()
     log_p = torch.log_softmax(p_logits.double(), dim=-1)
     terms = torch.log_softmax(q_logits.double(), dim=-1)
-    torch.sub(log_p, terms, out=terms)  # in place from here: new arrays of this size cost more than the arithmetic
+    torch.sub(log_p, terms, out=terms)  # in place from here: allocating arrays of this size is slower than computing
     p = log_p.exp_()
-    terms.mul_(p).masked_fill_(p == 0, 0.0)  # tokens masked with -inf add nothing
+    terms.mul_(p).masked_fill_(p == 0, 0.0)  # tokens masked with -inf contribute 0
     return terms.sum(-1).clamp_min_(0.0)
 
 
@@ -241,7 +282,7 @@ def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 class _Windows:
-    """The windows of a text: how many tokens they score, and an iterator over batches of ids `[B, T]`."""
+    """The windows of a text: the number of scored tokens, and an iterator over batches of ids `[B, T]`."""
 
     def __init__(
         self, op: str, ids: Tensor, context: int, batch: int, first: int = 0, whole_only: bool = False
@@ -261,7 +302,7 @@ class _Windows:
         self.tokens = self.whole * (context - 1 - first) + max(self.tail - 1, 0)
 
     def each(self, progress: bool, model: Model) -> Iterator[Tensor]:
-        """Batches of windows; the shorter last one comes alone. Checks first that the model takes them."""
+        """Check that the model fits, then yield batches of windows. A shorter last window is a batch of its own."""
         self._check_model(model)
         end = self.whole * self.context
         batches = list(torch.split(self.ids[:end].view(-1, self.context), self.batch)) if self.whole else []
@@ -294,7 +335,10 @@ class _Windows:
 
 
 def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
-    """Logits of positions first .. T - 2, those with a target in the window: ids `[B, T]` -> `[B * (T - 1 - first), vocab]`."""
+    """Run the model and return the logits of positions first .. T - 2, which have a target in the window.
+
+    Ids `[B, T]` -> `[B * (T - 1 - first), vocab]`.
+    """
     output = run_model(model, ids)
     if isinstance(output, (tuple, list)):
         output = output[0]
@@ -310,12 +354,12 @@ def _scored_logits(model: Model, ids: Tensor, first: int = 0) -> Tensor:
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows that keep what is computed from logits `[n, vocab]` at once below `_PIECE` values."""
+    """Yield slices of rows of logits `[n, vocab]`: at most `_PIECE` values each, but at least one row."""
     rows = max(1, _PIECE // logits.shape[1])
     for start in range(0, len(logits), rows):
         yield slice(start, min(start + rows, len(logits)))
 
 
 def _float(logits: Tensor) -> Tensor:
-    """At least f32."""
+    """Convert logits to f32; leave f64 as it is."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""`explain`: which kernel runs for each quantized layer, for how many rows of x, and why."""
+"""`explain`: the kernels that run for each quantized layer, by the number of rows of x, with the reasons."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ANY = "any"
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What runs for some numbers of rows of x (for an embedding: of ids, for experts: of rows that meet one expert)."""
+    """The kernel for a range of rows of x (embedding: number of ids; experts: number of rows per expert)."""
 
     rows: str  # "1-8", "9+", "any"
     kernel: str
-    level: str  # the CPU's instruction-set level whose kernel it is; "" where none of ours runs
+    level: str  # instruction-set level of the CPU kernel; "" if it is not a native CPU kernel
     why: str
 
     def __str__(self) -> str:
@@ -52,11 +52,17 @@ class LayerExplanation:
 
 @dataclass
 class Explanation:
-    """All quantized layers of a module. `print(explanation)` shows a table and the reasons.
+    """The kernels of all quantized layers of a module. `explain` returns it; printing it shows a table and the notes.
 
     Attributes:
-        layers: in the order of the model.
-        notes: what holds for all of them: the instruction-set level, why it was selected, and what each kernel does.
+        layers: one entry per packed weight, in the order of the model. `explanation["name of a layer"]` returns one.
+        notes: notes on all layers: the selected instruction-set level and the reason, and what each kernel does.
+
+    Example:
+        isqtorch.quantize_(model, "q4k")
+        explanation = isqtorch.explain(model)
+        print(explanation["model.layers.0.mlp.up_proj"].kernels)
+        print(explanation.to_markdown())
     """
 
     layers: list[LayerExplanation]
@@ -64,7 +70,7 @@ class Explanation:
 
     @property
     def groups(self) -> list[tuple[str, list[LayerExplanation]]]:
-        """Layers that differ in nothing but numbers in their names, with a name for all: "layers.[0-7].mlp.up_proj"."""
+        """Layers that differ only in numbers in their names, with a common name such as "layers.[0-7].mlp.up_proj"."""
         groups: dict[tuple[Any, ...], list[LayerExplanation]] = {}
         for layer in self.layers:
             key = (without_numbers(layer.name), layer.module, layer.format, layer.shape, layer.device, layer.kernels)
@@ -72,7 +78,7 @@ class Explanation:
         return [(common_name([layer.name for layer in group]), group) for group in groups.values()]
 
     def __getitem__(self, name: str) -> LayerExplanation:
-        """The entry of one layer."""
+        """Return the entry of one layer. Raise KeyError if there is none of this name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
@@ -86,6 +92,7 @@ class Explanation:
         return "\n".join([text_table(_HEAD, self._table(), right=_NUMBERS), "", *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
+        """Return version, notes and groups as plain dicts and lists."""
         groups = []
         for name, members in self.groups:
             facts = asdict(members[0])
@@ -94,16 +101,18 @@ class Explanation:
         return {"explanation_version": JSON_VERSION, "notes": self.notes, "groups": groups}
 
     def to_json(self, indent: int | None = 2) -> str:
+        """Format `to_dict()` as JSON, with `indent` spaces per level; None gives one line."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_markdown(self) -> str:
+        """Format the table and the notes in Markdown."""
         notes = [f"- {note}" for note in self.notes]
         if not self.layers:
             return "\n".join(notes) + "\n"
         return "\n".join([markdown_table(_HEAD, self._table(), right=_NUMBERS), "", *notes]) + "\n"
 
     def _table(self) -> list[Sequence[str]]:
-        """One row per group, as text."""
+        """Return one row of text per group."""
         return [
             (
                 name or f"({members[0].module})",
@@ -120,9 +129,23 @@ class Explanation:
 
 
 def explain(module: nn.Module) -> Explanation:
-    """Which kernel runs for each quantized layer of `module` (a model, or one layer), for how many rows of x, and why.
+    """Show which kernels run for each quantized layer, by the number of rows of x, and why.
 
-    Describes the instruction-set level that is selected now; the kernels of `linear` are chosen from the same list.
+    The result holds for the instruction-set level that is selected now. The operator `linear` itself chooses from the
+    same list of kernels.
+
+    Args:
+        module: a model, or one layer.
+
+    Returns:
+        The layers with their kernels, and notes. A module without quantized layers gives no layers and one note.
+
+    Raises:
+        AttributeError: `module` is not an nn.Module.
+
+    Example:
+        isqtorch.quantize_(model, "q4k")
+        print(isqtorch.explain(model))
     """
     info = cpu_info()
     found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, PackedModule)]
@@ -149,10 +172,8 @@ def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> 
         module=type(layer).__name__,
         op=op,
         format=fmt.name,
-        shape=(
-            *weight.shape[:-1],
-            fmt.in_features(weight.shape[-1]),
-        ),  # of the bytes: a shard has fewer than in_features
+        # computed from the bytes, because a shard has fewer columns than in_features
+        shape=(*weight.shape[:-1], fmt.in_features(weight.shape[-1])),
         bits_per_weight=fmt.bits_per_weight,
         device=str(weight.device),
         kernels=_kernels(op, fmt.name, weight.device.type, info, _has_fp8_products(layer)),
@@ -160,7 +181,7 @@ def _explain_layer(name: str, layer: PackedModule, leaf: str, info: CpuInfo) -> 
 
 
 def _has_fp8_products(layer: PackedModule) -> bool:
-    """Whether x is rounded to FP8 for many rows: the layer allows it, and its device has products for it."""
+    """Return whether x is rounded to FP8 for many rows: the layer allows it, and device and shape support it."""
     if not isinstance(layer, QuantLinear) or layer.activations is None:
         return False
     rows, columns = layer.weight.shape[0], get_format(layer.format).in_features(layer.weight.shape[1])
@@ -168,7 +189,7 @@ def _has_fp8_products(layer: PackedModule) -> bool:
 
 
 def _activation_notes(layers: Sequence[PackedModule]) -> list[str]:
-    """Where x is not rounded although that is allowed, and why."""
+    """Explain why x is not rounded to FP8 in layers that allow it; one note per reason."""
     allowed = [layer for layer in layers if isinstance(layer, QuantLinear) and layer.activations]
     why: dict[str, int] = {}
     for layer in allowed:
@@ -192,8 +213,8 @@ def _kernels(op: str, format: str, device: str, info: CpuInfo, fp8_products: boo
         return _metal_kernels(op)
     if op == "embedding":
         return (KernelUse(_ANY, "decoded rows", info.isa_of_formats, "only the rows that the ids name are decoded"),)
-    if op == "experts_linear" and info.linear[format][-1].kernel.startswith("decoded"):
-        few = info.linear[format][0]  # eight rows at a time: no expert is decoded into memory
+    if op == "experts_linear" and info.linear[format][-1].decodes:
+        few = info.linear[format][0]  # used for all rows, eight at a time: no expert is decoded into memory
         return (KernelUse(_ANY, few.kernel, few.level, few.why),)
     return tuple(KernelUse(use.rows, use.kernel, use.level, use.why) for use in info.linear[format])
 

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 def progress_bar(
     what: str, unit: str, wanted: bool | None, items: Iterable[Any] | None = None, total: int | None = None
 ) -> tqdm[Any]:
-    """A bar that goes on with each of `items`, or by `update()` up to `total`.
+    """Make a progress bar. It advances with each of `items`, or by calls of `update()` up to `total`.
 
     Args:
-        what: is going on, in a word.
-        unit: what the items are.
-        wanted: whether to show it; None: if stderr is a terminal.
+        what: one word for the work, shown before the bar.
+        unit: what one item is called.
+        wanted: whether to show the bar; None shows it if stderr is a terminal.
+        items: iterate over these; without them call `update()`.
+        total: number of steps, if `items` is None or has no length.
     """
     from tqdm import tqdm
 

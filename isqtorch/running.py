@@ -1,4 +1,4 @@
-"""Texts as token ids, for everything that runs a model over one."""
+"""Run a model over a text: token ids from the text, eval mode without gradients, a forward without a cache."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 Ids = Tensor | Sequence[int] | str
-"""Token ids `[T]` or `[1, T]`, or a text, which then needs a tokenizer."""
+"""Token ids `[T]` or `[1, T]`, or a text. A text needs a tokenizer."""
 
 
 def token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
-    """Token ids of what a user gave.
+    """Convert a user's text or token ids to a tensor of ids.
 
     Args:
         ids_or_text: token ids `[T]` or `[1, T]` on any device, or a text.
-        tokenizer: transformers', or one with `encode`; not needed with ids.
-        op: for messages.
+        tokenizer: a tokenizer of transformers, or an object with `encode`; not needed with ids.
+        op: name of the calling function, for messages.
 
     Returns:
         int64 `[T]` on the CPU.
 
     Raises:
-        ValueError: neither a text nor ids, or a text without a tokenizer.
+        ValueError: the argument is neither a text nor ids, or it is a text and there is no tokenizer.
     """
     if isinstance(ids_or_text, str):
         if tokenizer is None:
@@ -49,38 +49,42 @@ def token_ids(ids_or_text: Ids, tokenizer: Any, op: str) -> Tensor:
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    if callable(tokenizer):  # transformers; quiet, because it warns of every text longer than the model's context
+    if callable(tokenizer):  # transformers; verbose=False, because it warns of texts longer than the model's context
         return list(tokenizer(text, verbose=False)["input_ids"])
     encoded = tokenizer.encode(text)  # tokenizers.Tokenizer, sentencepiece
     return list(getattr(encoded, "ids", encoded))
 
 
 def bos_token(tokenizer: Any) -> int | None:
-    """The BOS token, if the tokenizer puts one before a text."""
+    """Return the BOS token if the tokenizer puts it before a text, else None."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos if bos is not None and _tokenize(tokenizer, "a")[:1] == [bos] else None
 
 
 Model = Callable[..., Any]
-"""Anything that maps ids `[B, T]` to logits `[B, T, vocab]`: a tensor, a tuple that begins with it, or an object with .logits."""
+"""A callable that maps ids `[B, T]` to logits `[B, T, vocab]`.
+
+It may return the logits as a tensor, as the first item of a tuple, or as the attribute `logits` of an object.
+"""
 
 
 def context_length(model: Model) -> int | None:
-    """The most tokens a transformers model takes at once; None where it does not say."""
+    """Return `max_position_embeddings` of a transformers model, or None if its configuration has no such value."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def text_config(model: Model) -> Any:
+    """Return a transformers model's configuration (of a multimodal model: its text part), or None if it has none."""
     config = getattr(model, "config", None)
     return getattr(config, "text_config", None) or config
 
 
 @contextmanager
 def evaluating(model: Tensor | Model) -> Iterator[None]:
-    """No gradients and eval mode; every submodule gets its own training flag back.
+    """Switch gradients off and the model to eval mode; afterwards restore the training flag of every submodule.
 
-    Not inference_mode: what a model caches during a forward must stay usable in training.
+    It uses no_grad and not inference_mode: tensors that a model caches in a forward must stay usable in training.
     """
     if not isinstance(model, nn.Module):
         with torch.no_grad():
@@ -92,18 +96,18 @@ def evaluating(model: Tensor | Model) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(flags[0][1])  # a call and not just the flags: some modules act on it
+        model.train(flags[0][1])  # call train() besides setting the flags: some modules override it
         for module, training in flags:
             module.training = training
 
 
 def run_model(model: Model, ids: Tensor) -> Any:
-    """What a model returns for ids `[B, T]`, from an empty cache that is not kept."""
+    """Run a model over ids `[B, T]` without a key-value cache, and return its output."""
     extra: dict[str, Any] = {}
     if isinstance(model, nn.Module):
         parameter = next(model.parameters(), None)
         if parameter is not None:
             ids = ids.to(parameter.device)
         if "use_cache" in inspect.signature(model.forward).parameters:
-            extra["use_cache"] = False  # transformers would keep keys and values that nobody reads
+            extra["use_cache"] = False  # otherwise transformers keeps keys and values, which are not needed here
     return model(ids, **extra)

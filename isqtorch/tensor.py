@@ -1,4 +1,4 @@
-"""One quantized weight as a value: the packed bytes with what is needed to read them, and conversions to other layouts."""
+"""QuantizedTensor, one quantized weight: packed bytes with their format and shape, and conversions to other layouts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from isqtorch.quantizers import Rule
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
-    """A quantized weight.
+    """A quantized weight. `quantize` returns it.
 
     Attributes:
         data: uint8 `[..., N, row_bytes]`.
-        format: what the bytes mean.
-        shape: shape of the weight that they stand for, `[..., N, K]`.
+        format: the format of the bytes.
+        shape: shape of the weight, `[..., N, K]`.
         dtype: dtype of the original weight, and the default of `dequantize`.
+
+    Example:
+        packed = isqtorch.quantize(torch.randn(64, 512), "q4k")
+        print(packed.nbytes, packed.dequantize().shape)  # 18432 torch.Size([64, 512])
     """
 
     data: Tensor
@@ -41,16 +45,18 @@ class QuantizedTensor:
             )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight, `[..., N, K]` in `dtype`, by default that of the original weight."""
+        """Decode the weight: `[..., N, K]` in `dtype`; default: the dtype of the original weight."""
         weight: Tensor = ops.dequantize(self.data, self.format.name, dtype or self.dtype)
         return weight
 
     @property
     def nbytes(self) -> int:
+        """Size of `data` in bytes."""
         return self.data.numel()
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits per weight: codes, scales and offsets."""
         return self.format.bits_per_weight
 
     def __repr__(self) -> str:
@@ -63,13 +69,13 @@ class QuantizedTensor:
     # ---- MLX ---------------------------------------------------------------------------------------------------------
 
     def to_mlx(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors that MLX keeps for an affine weight; bit patterns do not change.
+        """Convert to the three tensors that MLX keeps for an affine weight. Bit patterns do not change.
 
         Returns:
             weight uint32 `[..., N, K * bits / 32]`, scales and biases f16 or bf16 `[..., N, K / group]`.
 
         Raises:
-            ValueError: not an AFQ format.
+            ValueError: the format is not an AFQ format.
         """
         self._require("to_mlx", "affine", "afq4")
         raw = self.format.split(self.data.reshape(-1, self.format.block_bytes))
@@ -88,7 +94,7 @@ class QuantizedTensor:
             bits: bits per code, from the checkpoint's config.
 
         Raises:
-            ValueError: shapes or types that do not fit together, or a group size without a format.
+            ValueError: shapes or types do not fit together, or there is no format with this group size.
         """
         if weight.dtype not in (torch.uint32, torch.int32) or weight.ndim < 2:
             raise ValueError(
@@ -122,14 +128,15 @@ class QuantizedTensor:
     # ---- hqq ---------------------------------------------------------------------------------------------------------
 
     def to_hqq(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three tensors that the hqq package keeps for a weight quantized with axis 1.
+        """Convert to the three tensors that the hqq package keeps for a weight quantized with axis 1.
 
         Returns:
             W_q uint8, scale f16 `[groups, 1]`, zero f16 `[groups, 1]`; a group is a run of values in a row. W_q is
-            `[groups, group]` for 8 bits and `[groups / 2, group]` for 4: first half of the groups high nibble, second half low.
+            `[groups, group]` for 8 bits and `[groups / 2, group]` for 4 bits, with the first half of the groups in the
+            high nibbles and the second half in the low nibbles.
 
         Raises:
-            ValueError: not an HQQ format, or 4 bits and an odd number of groups.
+            ValueError: the format is not an HQQ format, or it has 4 bits and the number of groups is odd.
         """
         self._require("to_hqq", "hqq", "hqq4")
         fields = self.format.unpack(self.data.reshape(-1, self.format.block_bytes))
@@ -156,13 +163,13 @@ class QuantizedTensor:
         """Pack the three tensors of a 4- or 8-bit weight of the hqq package (axis 1); the inverse of `to_hqq`.
 
         Args:
-            W_q: uint8, packed as the package does; its bits follow from the shapes.
+            W_q: uint8, in the layout of the package (see `to_hqq`). The number of bits follows from the shapes.
             scale, zero: float, one value per group. They are stored as f16, which is exact for the package's default.
             shape: shape of the weight, `[N, K]`.
-            dtype: dtype that the weight decodes to by default.
+            dtype: default dtype of `dequantize`.
 
         Raises:
-            ValueError: shapes that do not fit together, another axis, or values that f16 cannot hold.
+            ValueError: shapes do not fit together, groups run along another axis, or a value overflows f16.
         """
         groups, group = scale.numel(), W_q.shape[-1] if W_q.ndim == 2 else 0
         bits = {groups: 8, groups // 2: 4}.get(W_q.shape[0] if W_q.ndim else 0)
@@ -204,17 +211,25 @@ def quantize(
 
     Args:
         weight: float `[..., N, K]`; leading dimensions (experts) are separate matrices.
-        fmt: name of a format, or a number of bits for the format that suits the weight's device. AFQ formats take the
-            16-bit type of their scales from the weight.
-        importance: float `[K]`, or `[..., K]` with a vector per matrix: how much the error in each column matters. Formats
-            without such a search ignore it, and so do AFQ and HQQ without rule="search".
-        rule: alternative rule of the format's quantizer: "search" for AFQ and HQQ, "mlx" for AFQ.
+        fmt: format, its name, or a number of bits, which selects a format for the weight's device (`resolve_format`).
+            AFQ formats have f16 scales for an f16 weight, else bf16 scales.
+        importance: float `[K]`, or `[..., K]` with one vector per matrix, all >= 0: the weight of the squared error in
+            each column. Formats without an importance search ignore it, and so do AFQ and HQQ without rule="search".
+        rule: alternative rule of the format's quantizer: "search" for AFQ and HQQ, "mlx" for AFQ. None is the default
+            rule.
 
     Returns:
-        The packed weight.
+        The packed weight, on the same device.
 
     Raises:
-        ValueError: unknown format or rule, a shape that the format does not fit, values that are not finite.
+        TypeError: `weight` is not a tensor.
+        ValueError: format or rule is unknown, the shape does not fit the format (K must be a multiple of its block), or
+            weight or importance is not finite or too large.
+
+    Example:
+        weight = torch.randn(64, 512)
+        packed = isqtorch.quantize(weight, "afq4", importance=torch.ones(512), rule="search")
+        error = (packed.dequantize() - weight).norm() / weight.norm()
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"quantize: weight must be a torch.Tensor, got {type(weight).__name__}.")

@@ -1,4 +1,4 @@
-"""Text for people: sizes, lists of names, names that stand for many, tables."""
+"""Text for people: sizes, lists of names, one name for many layers, tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def human_size(nbytes: int) -> str:
-    """Decimal units, as file managers and vendors count: 8.39 MB."""
+    """Format a number of bytes in decimal units, as file managers do: "8.39 MB"."""
     size = float(nbytes)
     for unit in ("B", "kB", "MB"):
         if size < 999.5:
@@ -17,21 +17,24 @@ def human_size(nbytes: int) -> str:
 
 
 def first_names(names: Sequence[str], most: int = 5) -> str:
-    """The first of many names, and how many more there are: "a, b and 7 more"."""
+    """Join the first names and count the others: "a, b and 7 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 _IN_PATH = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a path
-_IN_SENTENCE = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.,;:)\s]|$)")  # that of a path in a sentence, but not the 5 of 4.5
+_IN_SENTENCE = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.,;:)\s]|$)")  # the same for a path in a sentence; not the 5 of 4.5
 
 
 def without_numbers(text: str) -> str:
-    """A path, or a sentence that names one, with `*` for numbers of layers: "layers.0.up" is "layers.*.up"."""
+    """Replace layer numbers by `*` in a path, or in a sentence with a path: "layers.0.up" becomes "layers.*.up"."""
     return _numbers_of(text).sub("*", text)
 
 
 def common_name(texts: Sequence[str]) -> str:
-    """One text for all that `without_numbers` makes equal: "layers.0.up" and "layers.1.up" are "layers.[0-1].up"."""
+    """Merge texts that differ only in layer numbers: "layers.0.up" and "layers.1.up" become "layers.[0-1].up".
+
+    `without_numbers` must give the same result for all `texts`.
+    """
     pattern = _numbers_of(texts[0])
     columns = iter([set(column) for column in zip(*(pattern.findall(text) for text in texts), strict=True)])
 
@@ -47,7 +50,7 @@ def _numbers_of(text: str) -> re.Pattern[str]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2,5"."""
+    """Format a set of numbers: 0, 1, 2, 5 becomes "0-2,5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
@@ -58,7 +61,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Columns aligned with spaces; `right` are the indices of right-aligned columns."""
+    """Format a table whose columns are aligned with spaces. `right` holds the indices of right-aligned columns."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = []
@@ -71,7 +74,7 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """The same as a Markdown table."""
+    """Format the same table in Markdown."""
     rule = ["--:" if i in right else "---" for i in range(len(headers))]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rule, *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)

@@ -127,7 +127,7 @@ def test_experts_are_told_apart() -> None:
     report = quantize_(model, "fp8", activations="fp8")
     assert permitted(model)
     fused = [layer for layer in report.layers if layer.kind == "experts" and layer.stored == "fp8"]
-    assert bool(fused) == any("does not concern experts" in note for note in report.notes)
+    assert bool(fused) == any("has no effect on experts" in note for note in report.notes)
 
 
 def test_without_the_option_nothing_has_it() -> None:

@@ -126,7 +126,7 @@ def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def interrupt(_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "check_format", interrupt)
+    monkeypatch.setattr(doctor, "check_kernels", interrupt)
     assert run("doctor") == 130
     assert capsys.readouterr().err == "isqtorch: interrupted\n"
 

@@ -254,8 +254,11 @@ def test_more_instructions_than_expected_are_a_fault() -> None:
 
 def test_every_product_has_an_expected_number_of_instructions() -> None:
     """Those of each struct of a format, in each type of activations. Some structs are other names for templates."""
-    listed = (ROOT / "csrc/cuda/formats/list.cuh").read_text(encoding="utf-8")
-    structs = re.findall(r"X\(\w+(?:<\d>)?\)", " ".join(re.findall(r"_STRUCTS\(X\)(.*)", listed)))
+    lists = "".join(
+        (ROOT / "csrc" / name).read_text(encoding="utf-8") for name in ("blocks.h", "cuda/formats/list.cuh")
+    )
+    families = [re.findall(rf"#define ISQ_{family.upper()}\(X\)((?:.*\\\n)*.*)", lists) for family in build.FAMILIES]
+    structs = [struct for [listed] in families for struct in re.findall(r'X\("[^"]*", ([\w<>]+)\)', listed)]
     recorded = json.loads(check.EXPECTED.read_text(encoding="utf-8"))["per_weight"]
     found: dict[tuple[str, str], set[str]] = {}
     for name in recorded:
@@ -311,7 +314,7 @@ def test_doctor_checks_and_shows_both_devices(
         fmt.name: {"block": 1, "block_bytes": 1, "few_rows": 8, "max_rows": 128, "w8a8_rows": 128}
         for fmt in ALL_FORMATS
     }
-    monkeypatch.setattr(doctor, "check_format", check_format)
+    monkeypatch.setattr(doctor, "check_kernels", check_format)
     monkeypatch.setattr(doctor, "_gpu_runs", lambda: True)
     monkeypatch.setattr(doctor, "cuda_info", lambda: native.CudaInfo("13.0", ("80", "90a"), facts))
     assert main(["doctor"]) == 1  # q4k fails on the GPU

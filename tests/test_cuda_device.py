@@ -21,7 +21,7 @@ every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 def test_doctor_agrees(fmt: QuantFormat) -> None:
-    found = doctor.check_format(fmt, "cuda")
+    found = doctor.check_kernels(fmt, "cuda")
     assert found["ok"] and found["kernel"] == "native", found
 
 

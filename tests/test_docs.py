@@ -16,7 +16,15 @@ from isqtorch.formats import formats, get_format
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/formats.md", "docs/quality.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/formats.md",
+        "docs/quality.md",
+        "docs/architecture.md",
+    )
 ]
 DOCS = [*PAGES, ROOT / "examples/demo_model/README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 

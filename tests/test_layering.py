@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isqtorch"
+CSRC = ROOT / "csrc"
 
 # From the ground up: a file imports files of its own room, and of rooms above it in this list. A new room needs a line here, and one
 # in docs/architecture.md.
@@ -134,15 +135,48 @@ def test_only_integrations_and_the_program_know_transformers(path: Path) -> None
     assert not [name for name in names if name.split(".")[0] in ("transformers", "vllm", "peft", "accelerate")]
 
 
-CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(pattern))
+CXX = sorted(path for pattern in ("*.h", "*.inl", "*.cpp", "*.cu", "*.cuh", "*.metal") for path in CSRC.rglob(pattern))
+every_source = pytest.mark.parametrize("path", CXX, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("path", CXX, ids=lambda path: str(path.relative_to(ROOT)))
+def included(text: str) -> list[str]:
+    return re.findall(r'#\s*include\s*[<"]([^>"]+)', text)
+
+
+@every_source
 def test_only_ops_files_know_torch(path: Path) -> None:
     """Kernels take raw pointers and sizes; tensors, checks and errors live in csrc/ops.cpp and csrc/<device>/ops_<device>.cpp."""
-    includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
     if not path.name.startswith("ops"):
-        assert not [name for name in includes if re.match(r"torch/|ATen/|c10/", name)]
+        names = included(path.read_text(encoding="utf-8"))
+        assert not [name for name in names if re.match(r"torch/|ATen/|c10/", name)]
+
+
+def foreign(file: str, text: str) -> list[str]:
+    """What a file of csrc/ includes of a backend that is not its own; what all backends share includes none."""
+    own = file.split("/")[0]
+    return [name for name in included(text) if re.match(rf"(?!{own}/)(cpu|cuda|metal)/|\.", name)]
+
+
+@every_source
+def test_no_backend_includes_another(path: Path) -> None:
+    assert not foreign(path.relative_to(CSRC).as_posix(), path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("file", "include"),
+    [
+        ("cpu/formats/fp8.h", "cuda/launch.h"),
+        ("cuda/gpu.h", "cpu/lanes.h"),
+        ("metal/formats/fp8.h", "cpu/lanes.h"),
+        ("searches/twin.h", "cpu/lanes.h"),
+        ("searches/twin.h", "cuda/kernels/quantize/lanes.cuh"),
+        ("blocks.h", "cpu/lanes.h"),
+        ("searches/twin.h", "../cpu/lanes.h"),
+    ],
+)
+def test_the_check_sees_includes(file: str, include: str) -> None:
+    text = (CSRC / file).read_text(encoding="utf-8")
+    assert foreign(file, f'{text}\n#include "{include}"\n') == [include]
 
 
 PAGE = ROOT / "docs" / "architecture.md"

@@ -241,6 +241,10 @@ def test_quantize_what_the_gpu_does_not(fmt: QuantFormat, device: str) -> None:
     w, importance = weight(fmt, rows=3, blocks=2), torch.rand(2 * fmt.block)
     got = metal.quantize(w.to(device), fmt.name, importance.to(device))
     assert got.device.type == device and got.cpu().equal(ops.quantize(w, fmt.name, importance))
+    if fmt.solver in ("affine", "hqq"):  # which use importance with this rule alone
+        searched = metal.quantize(w.to(device), fmt.name, importance.to(device), "search").cpu()
+        assert searched.equal(ops.quantize(w, fmt.name, importance, "search"))
+        assert not searched.equal(ops.quantize(w, fmt.name, None, "search"))
     stack = torch.stack([w, -w])
     assert metal.quantize(stack.to(device), fmt.name).cpu().equal(ops.quantize(stack, fmt.name))
 

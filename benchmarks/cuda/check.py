@@ -133,13 +133,13 @@ def run(archs: list[cuda.Arch], *, update: bool) -> list[str]:
     cuda.build((folder / cuda.NAME).resolve(), folder, toolkit, archs, cuda.Torch.installed(), keep=True)
     release = ".".join(map(str, toolkit.version))
     size = (folder / cuda.NAME).stat().st_size / 1e6
-    print(f"nvcc {release}: {len(cuda.sources())} files, {size:.1f} MB, {time.monotonic() - began:.0f} s\n")
+    print(f"nvcc {release}: {len(cuda.units())} objects, {size:.1f} MB, {time.monotonic() - began:.0f} s\n")
     return look(folder, archs, release, nvdisasm, update=update)
 
 
 def look(folder: Path, archs: list[cuda.Arch], release: str, nvdisasm: str, *, update: bool) -> list[str]:
     """What is wrong with the kernels in a build folder; prints what there is to see."""
-    usages = [usage for path in cuda.sources() for usage in read_log((folder / f"{path.stem}.log").read_text())]
+    usages = [usage for unit in cuda.units() for usage in read_log((folder / f"{unit.name}.log").read_text())]
     names = demangle(usage.kernel for usage in usages)
     print(summary(usages, names))
     wrong = [f"{names[u.kernel]} spills {u.spilled} bytes on {u.arch}" for u in usages if u.spilled]
@@ -148,9 +148,9 @@ def look(folder: Path, archs: list[cuda.Arch], release: str, nvdisasm: str, *, u
 
     if any(arch.name == COUNTED for arch in archs):
         cubins = [
-            next((folder / "kept" / path.stem).glob(f"*{COUNTED}*.cubin"), None)
-            or folder / "kept" / path.stem / f"{path.stem}.cubin"
-            for path in cuda.sources()
+            next((folder / "kept" / unit.name).glob(f"*{COUNTED}*.cubin"), None)
+            or folder / "kept" / unit.name / f"{unit.source.stem}.cubin"
+            for unit in cuda.units()
         ]
         found = loops(code for cubin in cubins for code in disassemble(nvdisasm, cubin))
         rows = [[loop.kernel, f"{loop.per_weight:.2f}", loop.opcodes] for loop in found]

@@ -1,5 +1,6 @@
-// Conversions between f32 and the 16-bit floats: to nearest even, subnormals kept, independent of the thread's
-// flush-to-zero mode (the arithmetic below only ever meets normal numbers). Plain loops, which the compiler vectorizes.
+// Conversions between f32 and the 16-bit floats: to nearest even, subnormal numbers kept. They do not depend on the
+// thread's flush-to-zero mode, because every intermediate value is a normal number. The compiler vectorizes these plain
+// loops.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -19,8 +20,8 @@ ISQ_INLINE float bits_float(uint32_t bits) {
 
 ISQ_INLINE float f16_to_f32(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
-  const uint32_t normal =
-      rest + (112u << 23) + (rest >= (31u << 23) ? 112u << 23 : 0);                  // infinity and NaN: exponent 255
+  // Infinity and NaN get the exponent 255.
+  const uint32_t normal = rest + (112u << 23) + (rest >= (31u << 23) ? 112u << 23 : 0);
   const float subnormal = bits_float(rest + (113u << 23)) - bits_float(113u << 23);  // (1 + m) 2^-14 - 2^-14
   return bits_float((rest < (1u << 23) ? float_bits(subnormal) : normal) | sign);
 }
@@ -28,8 +29,8 @@ ISQ_INLINE float f16_to_f32(uint16_t h) {
 ISQ_INLINE uint16_t f32_to_f16(float f) {
   const uint32_t bits = float_bits(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   const uint32_t odd = magnitude >> 13 & 1;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;  // the carry may reach infinity, rightly
-  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);  // 0.5 has the ulp 2^-24
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;  // a carry into infinity is correct
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);  // the ulp of 0.5 is 2^-24
   const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   return (uint16_t)((magnitude >= (143u << 23) ? special : finite) | sign);
@@ -119,7 +120,7 @@ void store_floats(const float* from, int64_t count, Dtype dtype, void* to) {
   }
 }
 
-// Sums over rows of v * v per column; four rows at a time, so that the sums are read and written once for all four.
+// Per column, the sum of v * v over the rows. Four rows at a time, so that the sums are read and written once for four.
 template <class At>
 ISQ_INLINE void add_squares_of(const uint8_t* from, int64_t stride, int64_t rows, int64_t count, float* sums, At at) {
   int64_t row = 0;

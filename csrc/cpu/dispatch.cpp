@@ -67,7 +67,7 @@ void set_selection(Selection selection) {
 }
 
 #if defined(__x86_64__)
-// Linux hands out the tile registers of AMX on request only, to the whole process.
+// Linux grants the tile registers of AMX only on request, to the whole process.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -77,7 +77,7 @@ bool may_use_tiles() {
 #endif
 }
 
-// The compiler's own detection asks the operating system, too; it knows nothing of AVX-VNNI and AMX yet.
+// The compiler's detection also asks the operating system. It does not know AVX-VNNI and AMX yet.
 struct X86Features {
   bool avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx;
 
@@ -96,7 +96,7 @@ struct X86Features {
   }
 };
 #elif defined(__aarch64__)
-// Processors do not tell programs on arm64; the operating system does.
+// On arm64 a program cannot ask the processor for its features, only the operating system.
 struct ArmFeatures {
   bool dotprod = false, i8mm = false;
 
@@ -104,7 +104,7 @@ struct ArmFeatures {
 #if defined(__linux__)
     constexpr unsigned long kAtomics = 1 << 8, kRounding = 1 << 12, kDotProducts = 1 << 20;  // of AT_HWCAP
     constexpr unsigned long kInt8Matrices = 1 << 13;                                         // of AT_HWCAP2
-    constexpr unsigned long kNeeded = kAtomics | kRounding | kDotProducts;  // the compiler takes ARMv8.2 for granted
+    constexpr unsigned long kNeeded = kAtomics | kRounding | kDotProducts;  // the compiler assumes all of ARMv8.2
     dotprod = (getauxval(AT_HWCAP) & kNeeded) == kNeeded;
     i8mm = dotprod && (getauxval(AT_HWCAP2) & kInt8Matrices);
 #elif defined(__APPLE__)

@@ -1,4 +1,4 @@
-// Which instruction-set level runs, and where a format's kernels are found.
+// Selects the instruction-set level, and finds the kernels of a format.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@ struct IsaLevel {
   KernelTable table;
 };
 
-// Everything in this binary, best last.
+// All levels in this binary, the best one last.
 const std::vector<IsaLevel>& isa_levels();
 
 // The selected level: the best supported one, unless the environment variable ISQTORCH_CPU_ISA or select_isa chose
@@ -26,7 +26,7 @@ std::string selection_reason();
 // Throws if the level does not exist or cannot run here; "" goes back to the default choice.
 void select_isa(const std::string& name);
 
-// The position of a format in the lists of every level. Throws, listing what exists, if there is no such format.
+// The index of a format in the lists of every level. Throws if there is no such format; the message lists all formats.
 int find_format(const char* op, const std::string& format);
 
 }  // namespace isqtorch

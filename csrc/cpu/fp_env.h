@@ -1,6 +1,6 @@
-// Denormal numbers are part of several formats' arithmetic, but a process may have asked its threads to flush them to
-// zero (torch.set_flush_denormal, or any library linked with -ffast-math). While one of these is alive the thread
-// computes as IEEE 754 says; afterwards the caller's mode is back.
+// Subnormal numbers are part of several formats' arithmetic, but a process may have asked its threads to flush them to
+// zero (torch.set_flush_denormal, or any library linked with -ffast-math). While an IeeeScope exists, its thread
+// computes as IEEE 754 says; the destructor restores the caller's mode.
 #pragma once
 
 #include <cstdint>

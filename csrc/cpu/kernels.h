@@ -1,5 +1,7 @@
-// What a CPU instruction-set level offers: for every format one decoder, one quantizer and the kernels of `linear`.
-// Kernels see raw pointers and sizes; tensors, checks and errors are ops_cpu.cpp's business.
+// The border between the operators and the kernels of a CPU instruction-set level: plain structs and function pointers.
+// A level has a table of formats, each with a decoder and a quantizer, and up to three tables of kernels for `linear`:
+// for few, some and many rows of x (linear_choice.h says which runs). Kernels see raw pointers and sizes; tensors,
+// checks and errors belong to the ops_*.cpp files.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +11,14 @@
 
 namespace isqtorch {
 
-// A loop body over [begin, end), and whoever spreads it over threads.
+// A loop body over [begin, end), and the function that runs it on several threads.
 struct RangeFn {
   const void* context;
   void (*call)(const void* context, int64_t begin, int64_t end);
 };
 using ParallelFor = void (*)(int64_t count, int64_t grain, RangeFn body);
 
-// Nothing went wrong, or the flat index of the first weight that no block can hold.
+// The flat index of the first weight that cannot be quantized; kNone if there is none.
 struct QuantizeResult {
   static constexpr int64_t kNone = INT64_MAX;
   int64_t bad_weight = kNone;   // a NaN or an infinity
@@ -38,27 +40,27 @@ struct FormatKernels {
   const char* name;
   int block;
   int block_bytes;
-  uint8_t rules;                                                   // bits of those besides the default
+  uint8_t rules;                                                   // a bit for each rule besides the default
   void (*decode)(const uint8_t* blocks, int64_t count, float* w);  // w [count * block]
   QuantizeResult (*quantize)(const QuantizeJob& job);
 };
 
-// ---- linear for a few rows of x: cpu/linear/rows.h ----
+// ---- `linear` for few rows of x: cpu/linear/rows.h ------------------------------------------------------------------
 
-// Where a unit of 512 weights has its parts, for formats whose group size or header differs at run time.
+// Where the parts of a unit of 512 weights lie, for formats whose group size or header is known only at run time.
 enum class UnitHeader : uint8_t { kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
 struct UnitLayout {
   int32_t unit_bytes;
   UnitHeader header;
-  int32_t codes_at[16], header_at[16];  // of the 32 weights that lane l sums up
-  int32_t words_at[16];                 // the first words of codes of four neighbouring 32, counted from the first
+  int32_t codes_at[16], header_at[16];  // [l]: of the 32 weights whose sum lane l has
+  int32_t words_at[16];                 // [w]: word w % 4 of the codes of lane w / 4 * 4, relative to lane 0
 };
 constexpr int kMaxUnitBytes = 640;
 
 struct RowsJob {
   const uint8_t* w;  // packed rows, row_bytes apart
   int64_t row_bytes, rows, k;
-  bool w_ends;    // there may be no memory behind the last row
+  bool w_ends;    // memory may end with the last row
   const void* x;  // packed activations of the rows of x, one after the other
   float* y;       // y[m * ldy + row]
   int64_t ldy;
@@ -69,21 +71,21 @@ constexpr int kMaxTokens = 8;
 
 struct RowKernels {
   const char* name;
-  int up_to;  // rows of x; from there on panel kernels, where there are some, are faster
+  int up_to;  // rows of x; for more rows panel kernels are faster, if there are any
   UnitLayout layout;
   int64_t (*packed_bytes)(int64_t k);                     // of one row of x
   void (*pack)(const float* x, int64_t k, void* packed);  // one row of x; both 64-byte aligned
   void (*multiply[4])(const RowsJob& job);                // for 1, 2, 4 and 8 rows of x
 };
 
-// ---- linear for a handful of rows of x, with tiles: cpu/linear/int8_tiles.h ----
+// ---- `linear` for some rows of x, with AMX tiles: cpu/linear/int8_tiles.h -------------------------------------------
 
 constexpr int kPairedTokens = 8, kTileTokens = 16, kMaxTileTokens = 64;
 
 struct TilesJob {
   const uint8_t* w;  // packed rows, row_bytes apart
   int64_t row_bytes, rows, k;
-  bool w_ends;    // there may be no memory behind the last row
+  bool w_ends;    // memory may end with the last row
   const void* x;  // packed groups of tokens, one after the other
   int64_t tokens;
   float* y;  // y[t * ldy + row], with room for a multiple of kTileTokens rows
@@ -93,18 +95,18 @@ struct TilesJob {
 
 struct TileKernels {
   const char* name;
-  int from, up_to;  // rows of x; fewer are the row kernels' business, more the panel kernels'
+  int from, up_to;  // rows of x; row kernels take fewer, panel kernels more
   UnitLayout layout;
   int64_t (*packed_bytes)(int64_t k);  // of kTileTokens rows of x
-  // For no more than kPairedTokens rows of x, and for any number of them up to kMaxTileTokens, which are packed
-  // kTileTokens at a time.
+  // [0] is for at most kPairedTokens rows of x, [1] for up to kMaxTileTokens. Rows of x are packed kTileTokens at a
+  // time.
   void (*pack[2])(const float* x, int tokens, int64_t k, void* packed);
   void (*multiply[2])(const TilesJob& job);
 };
 
-// ---- linear for many rows: cpu/linear/panels.h ----
+// ---- `linear` for many rows of x: cpu/linear/int8_panels.h, cpu/linear/amx_panels.h ---------------------------------
 
-// Decodes part of some weight rows into a panel, in whatever form and order the product wants it.
+// Decodes part of some weight rows into a panel, in the form and order that the product needs.
 struct DecodeJob {
   const uint8_t* w;  // packed rows, row_bytes apart
   int64_t row_bytes, rows, k;
@@ -120,22 +122,22 @@ struct ProductJob {
   const void* x;  // packed groups of tokens, one after the other
   int64_t tokens;
   float* sums;  // [tokens, rows] in the kernel's own order, both rounded up to whole blocks
-  bool first;   // whether sums are to be set, not added to
+  bool first;   // set the sums instead of adding to them
 };
 
 constexpr int64_t kPanelStep = 512;
 
 struct PanelKernels {
   const char* name;
-  int row_block, token_block;  // sizes the kernels work in
-  int panel_rows;              // as many rows as the caches hold besides a thousand columns of 512 rows of x
+  int row_block, token_block;  // the kernels work on whole blocks of this many
+  int panel_rows;              // that fit into the caches beside 1024 columns of 512 rows of x
   int64_t (*panel_bytes)(int64_t rows, int64_t weights);              // rows: a multiple of row_block
   int64_t (*packed_bytes)(int64_t k);                                 // of token_block rows of x
   void (*pack)(const float* x, int tokens, int64_t k, void* packed);  // up to token_block rows of x
   UnitLayout layout;
   void (*decode)(const DecodeJob& job);
   void (*multiply)(const ProductJob& job);
-  // y[t * ldy + r] for a block of tokens from the kernel's sums; rows and tokens as in the ProductJob
+  // Writes the kernel's sums to y[t * ldy + r]; rows and tokens as in the ProductJob.
   void (*unpack)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t ldy);
 };
 
@@ -154,16 +156,16 @@ struct KernelTable {
   const char* isa;
   FormatTable formats;
   const RowKernels* rows;      // of the same formats, in the same order
-  const TileKernels* tiles;    // likewise; null or without a name where there is none
-  const PanelKernels* panels;  // likewise
+  const TileKernels* tiles;    // likewise; the table, or the name of a format in it, is null where there is no kernel
+  const PanelKernels* panels;  // likewise, as for tiles
 };
 
-// What the files under isa/ compile. Decoders and quantizers gain nothing from dot-product instructions, so levels that
-// add only those share them.
+// What the files in isa/ define. Decoders and quantizers gain nothing from dot-product instructions, so levels that add
+// only those instructions share them.
 namespace baseline {
 FormatTable format_table();
 const RowKernels* row_kernels();
-const PanelKernels* panel_kernels();  // on arm64
+const PanelKernels* panel_kernels();  // only on arm64
 }  // namespace baseline
 namespace dotprod {
 const RowKernels* row_kernels();

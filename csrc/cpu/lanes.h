@@ -1,22 +1,22 @@
-// Vectors: sixteen numbers for the decoders, and one register of blocks side by side for the quantizers.
+// Vectors: sixteen numbers for the decoders; for the quantizers one register, with one block per lane.
 //
-// A quantizer's inner loops add up floats in an order that decides the bytes, so a block cannot be spread over a
-// vector. But blocks do not depend on each other: lane l works on block l, each lane runs the scalar algorithm step by
-// step, and a branch becomes a select. The result is the same on every ISA level and equal to scalar code, as long as
-// nothing is contracted (-ffp-contract=off). The quantizers use exactly as many lanes as the level has in a register:
-// a wider vector lives in memory, and the compiler takes it apart and puts it together at every step.
+// The order in which a quantizer adds floats decides the bytes, so a block cannot be spread over a vector. But blocks
+// do not depend on each other: lane l works on block l, each lane runs the scalar algorithm step by step, and a branch
+// becomes a select. The result is the same on every ISA level and equal to scalar code, as long as the compiler
+// contracts nothing (-ffp-contract=off). The quantizers use exactly as many lanes as a register has: a wider vector
+// would live in memory, and the compiler would load and store its parts at every step.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
 #define ISQ_INLINE inline __attribute__((always_inline))
-// What the searches tell the compiler of a GPU (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
-// arrays in registers: a function that is a search, a loop to unroll, a loop to leave as it is.
+// Hints of the searches for a GPU's compiler (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
+// arrays in registers: a function to inline, a loop to unroll, a loop not to unroll.
 #define ISQ_GPU_INLINE
 #define ISQ_GPU_UNROLL
 #define ISQ_GPU_ROLLED
 
-// The elements of a and then b, two vectors of one type, in the order of the indices. GCC has clang's name from 12 on.
+// Picks elements of a followed by b, two vectors of one type, by index. GCC has __builtin_shufflevector from 12 on.
 #if defined(__clang__)
 #define ISQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -38,8 +38,9 @@ typedef Vector<kLanes>::Int I;
 constexpr int kWidth = ISQ_VECTOR_FLOATS;
 typedef Vector<kWidth>::Float LaneFloats;
 typedef Vector<kWidth>::Int LaneInts;
+typedef double LaneDoubles __attribute__((vector_size(8 * kWidth)));
 
-// The vectors of as many lanes as V has, and what is in a lane.
+// The vector types with as many lanes as V, and the type of a lane.
 template <class V>
 struct Like {
   using Float = typename Vector<sizeof(V) / 4>::Float;
@@ -59,7 +60,7 @@ using ScalarOf = typename Like<V>::Scalar;
 
 template <class V>
 ISQ_INLINE V splat(ScalarOf<V> v) {
-  return v - V{};  // not v + 0: that would lose the sign of -0
+  return v - V{};  // not v + V{}, which would turn -0 into +0
 }
 ISQ_INLINE F splat(float v) { return splat<F>(v); }
 ISQ_INLINE I splat(int32_t v) { return splat<I>(v); }
@@ -81,7 +82,14 @@ ISQ_INLINE IntOf<V> truncate(V f) {
   return __builtin_convertvector(f, IntOf<V>);
 }
 
-// Sixteen bytes as integers, and sixteen floats to memory: the two ends of every decoder.
+template <class V>
+ISQ_INLINE LaneDoubles to_double(V v) {
+  return __builtin_convertvector(v, LaneDoubles);
+}
+ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return __builtin_convertvector(d, LaneFloats); }
+ISQ_INLINE LaneInts truncate(LaneDoubles d) { return __builtin_convertvector(d, LaneInts); }
+
+// Sixteen bytes as integers: the input of every decoder. store_lanes writes its output, sixteen floats.
 ISQ_INLINE I load_bytes(const uint8_t* p) {
   I v;
 #if ISQ_VECTOR_FLOATS == 16
@@ -124,7 +132,7 @@ ISQ_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 #if defined(__x86_64__)
-// The same, for GCC makes two instructions of some of them.
+// The same with intrinsics: GCC makes two instructions of some of these.
 #if ISQ_VECTOR_FLOATS == 16
 ISQ_INLINE LaneFloats min(LaneFloats a, LaneFloats b) {
   return (LaneFloats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
@@ -142,7 +150,7 @@ ISQ_INLINE LaneFloats max(LaneFloats a, LaneFloats b) { return (LaneFloats)_mm_m
 #endif
 template <class V>
 ISQ_INLINE V clamp(V v, ScalarOf<V> lo, ScalarOf<V> hi) {
-  return min(splat<V>(hi), max(splat<V>(lo), v));  // a NaN stays one
+  return min(splat<V>(hi), max(splat<V>(lo), v));  // NaN stays NaN
 }
 template <class V>
 ISQ_INLINE V abs(V v) {
@@ -175,8 +183,8 @@ ISQ_INLINE bool any(M mask) {
   return lane_bits(mask) != 0;
 }
 
-// ggml's rounding: half to even for |f| < 2^22. Beyond that it wraps around instead of saturating, and some searches do
-// go there, so the bit trick itself is part of the format.
+// ggml's rounding: half to even for |f| < 2^22. Larger numbers wrap around instead of saturating. Some searches reach
+// such numbers, so the bit trick itself is part of the format.
 template <class V>
 ISQ_INLINE IntOf<V> nearest_int(V f) {
   const IntOf<V> bits = as_int(f + 12582912.0f);  // 1.5 * 2^23
@@ -211,6 +219,21 @@ ISQ_INLINE IntOf<V> round_away(V f) {
   return truncate(select(f < 0.0f, -up, up));
 }
 
+// The nearest 16-bit number, as a float. NaN stays NaN if its low bits are 0, as in every NaN that the CPU makes.
+ISQ_INLINE LaneFloats rounded_to_bf16(LaneFloats f) {
+  const LaneInts bits = as_int(f);
+  return as_float((bits + 0x7fff + (bits >> 16 & 1)) & (int32_t)0xffff0000);  // a carry into infinity is correct
+}
+ISQ_INLINE LaneFloats rounded_to_f16(LaneFloats f) {
+  const LaneFloats size = abs(f);
+  const LaneInts bits = as_int(size);
+  const LaneFloats normal = as_float((bits + 0xfff + (bits >> 13 & 1)) & (int32_t)0xffffe000);
+  const LaneFloats subnormal = (size + 0.5f) - 0.5f;  // the ulp of 0.5 is 2^-24
+  const LaneFloats finite = select(size < 0x1p-14f, subnormal, normal);
+  const LaneFloats rounded = select(finite > 65504.0f, __builtin_inff(), finite);
+  return as_float(as_int(rounded) | (as_int(f) & (int32_t)0x80000000));
+}
+
 // The first element of largest magnitude, sign kept; 0 for a block of zeros.
 template <class V>
 ISQ_INLINE V first_extreme(const V* x, int n) {
@@ -231,7 +254,7 @@ ISQ_INLINE V largest_magnitude(const V* x, int n) {
   return largest;
 }
 
-// The first smallest and the first largest element: ties keep the earlier one, which decides the sign of a zero.
+// The smallest and the largest element. Of equal ones the first is taken, which decides the sign of a zero.
 template <class V>
 ISQ_INLINE void first_min_max(const V* x, int n, V* lo, V* hi) {
   *lo = splat<V>(FLT_MAX);

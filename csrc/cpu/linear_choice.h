@@ -1,4 +1,4 @@
-// Which kernel of `linear` runs for how many rows of x: the one list that the operator follows and cpu_info describes.
+// Which kernel of `linear` runs for how many rows of x. The operator follows this list, and cpu_info shows it.
 #pragma once
 
 #include <array>
@@ -28,7 +28,7 @@ inline LinearKernels linear_kernels(const KernelTable& table, int format) {
           table.panels && table.panels[format].name ? &table.panels[format] : nullptr};
 }
 
-// By rows of x, without a gap.
+// Ranges of rows of x, in order and without gaps.
 struct LinearChoices {
   std::array<LinearChoice, 3> all;
   int count = 0;

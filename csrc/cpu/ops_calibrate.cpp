@@ -11,9 +11,9 @@
 namespace isqtorch {
 namespace {
 
-constexpr int64_t kSquaresPerWeight = 8;  // that take the time of decoding one: small inputs are not worth a thread
+constexpr int64_t kSquaresPerWeight = 8;  // squares take the time of decoding one weight; see kWeightsPerTask
 
-// The groups of each row, [rows, slots], as int64; a row without a tensor of groups is in group 0.
+// The groups of each row, [rows, slots], as int64. Without such a tensor, every row is in group 0.
 struct Groups {
   Tensor keep_alive;
   const int64_t* ids = nullptr;
@@ -45,7 +45,7 @@ Tensor square_sums(const Tensor& x, std::optional<Tensor> groups, int64_t count)
   const auto add_squares = selected_table().formats.add_squares;
   const int64_t item = item_bytes(dtype), stride = columns * item;
 
-  // A thread has columns of its own, so that each sum is made in one order, whatever the number of threads.
+  // Each thread has its own columns, so that every sum is added in the same order for any number of threads.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   const int64_t width = std::min(((columns + threads - 1) / threads + 63) / 64 * 64, kChunk);
   const int64_t work = rows * width * group_of.slots / kSquaresPerWeight;
@@ -58,7 +58,7 @@ Tensor square_sums(const Tensor& x, std::optional<Tensor> groups, int64_t count)
       }
       for (int64_t i = 0; i < rows * group_of.slots; ++i) {
         const int64_t group = group_of.ids[i], row = i / group_of.slots;
-        if (group < 0 || group >= count) continue;  // an expert that is not here
+        if (group < 0 || group >= count) continue;  // the expert is not on this device
         add_squares(from + row * stride + first * item, dtype, stride, 1, n, sums + group * columns + first);
       }
     }

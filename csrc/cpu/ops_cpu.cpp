@@ -123,10 +123,11 @@ std::string linear_json(const KernelTable& table, int format) {
     } else if (choice.way == LinearWay::kPanels) {
       level = home_of<PanelKernels>(table.panels, [](const KernelTable& t) { return t.panels; });
     }
-    list += text(list.empty() ? "" : ", ", "{\"first\": ", choice.first,
-                 ", \"last\": ", choice.last == INT64_MAX ? "null" : text(choice.last),
-                 ", \"kernel\": ", quoted(choice.kernel), ", \"level\": ", quoted(level),
-                 ", \"why\": ", quoted(choice.why), "}");
+    list +=
+        text(list.empty() ? "" : ", ", "{\"first\": ", choice.first,
+             ", \"last\": ", choice.last == INT64_MAX ? "null" : text(choice.last),
+             ", \"kernel\": ", quoted(choice.kernel), ", \"level\": ", quoted(level), ", \"why\": ", quoted(choice.why),
+             ", \"decodes\": ", choice.way == LinearWay::kDecoded ? "true" : "false", "}");
   }
   return '[' + list + ']';
 }

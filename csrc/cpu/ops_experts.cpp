@@ -1,10 +1,10 @@
-// The operator `experts_linear` on CPU tensors: which rows of x meet which expert, and which kernel multiplies them.
+// The operator `experts_linear` on CPU tensors: sorts rows of x by expert and chooses the kernel for each expert.
 //
 //   ids [T, S]     3 0 | 3 7 | 0 3         (token, slot) pairs, here T = 3, S = 2
 //   pairs          1 4 | 0 2 5 | 3         sorted by expert: 0 has the pairs 1 and 4, 3 has 0, 2 and 5, 7 has 3
 //
-// The pairs of an expert are one Product: they gather rows of x and scatter rows of y. They go to the kernels that
-// `linear` has for as many rows; no weight is ever decoded into memory beyond a panel.
+// The pairs of an expert are one Product, which gathers rows of x and scatters rows of y. It uses the kernel that
+// `linear` uses for this number of rows. No more than a panel of weights is ever decoded into memory.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -20,16 +20,16 @@ namespace {
 
 constexpr int64_t kPackedAtOnce = 1 << 24;  // bytes of x packed for the panel kernels at a time
 
-// Some of an expert's pairs, as many as a kernel takes at once.
+// Some of an expert's pairs, at most as many as a kernel takes at once.
 struct Unit {
   int64_t expert, first, count;  // rows of the expert's Product
 };
 
 struct ExpertsCall {
-  std::vector<int64_t> pairs, x_rows;  // by expert; a pair is its row of y
-  std::vector<int64_t> begins;         // [E + 2], into these; the last range is what is not here
-  std::vector<float> bias;             // [E, n], or empty
-  std::vector<Product> products;       // [E]
+  std::vector<int64_t> pairs, x_rows;  // sorted by expert; the number of a pair is its row of y
+  std::vector<int64_t> begins;    // [E + 2], indices into these; the last range has experts that are not on this device
+  std::vector<float> bias;        // [E, n], or empty
+  std::vector<Product> products;  // [E]
 };
 
 // Sorts the pairs by expert, in the order of the tokens. IndexError for an id that names no expert.
@@ -56,8 +56,8 @@ void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, b
   }
 }
 
-// Units of the row kernels. Rows of x are packed once each; a unit of one row takes it where it is, larger ones copy
-// theirs together.
+// Units of the row kernels. Each row of x is packed once. A unit of one row uses it in place; a larger unit copies its
+// packed rows together.
 void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
   if (units.empty()) return;
   const Product& any = call.products.front();
@@ -65,7 +65,7 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
   const int64_t bytes = kernels.packed_bytes(any.k), size = static_cast<int64_t>(units.size());
 
   std::vector<int64_t> places(*std::max_element(call.x_rows.begin(), call.x_rows.end()) + 1, -1), rows;  // rows of x
-  std::vector<int64_t> starts(size, -1);  // of the units that need a copy
+  std::vector<int64_t> starts(size, -1);  // where the copies of a unit begin; -1: it needs none
   int64_t copied = 0;
   for (int64_t u = 0; u < size; ++u) {
     const int64_t* x_rows = call.products[units[u].expert].x_rows + units[u].first;
@@ -81,7 +81,7 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
     copied += int64_t{1} << step_for(units[u].count);
   }
   const Scratch packed(rows.size() * bytes), together(copied * bytes);
-  Product all = any;  // all rows of x, as they lie
+  Product all = any;  // all rows of x in their order
   all.x_rows = rows.data();
   parallel_tiles(rows.size(), any.k * kMaxTokens, [&](int64_t begin, int64_t end) {
     const Scratch x(any.k * sizeof(float));
@@ -116,10 +116,10 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
   });
 }
 
-// Units whose rows of x are packed group by group, as many units at a time as their packed rows have room for.
+// Runs units whose rows of x are packed group by group, as many units at a time as there is room for packed rows.
 //
-//   pack(product, unit, first row, count, floats, out) packs a group; multiply(product, unit, part, packed) does part
-//   0 .. parts - 1 of the outputs of a unit.
+//   pack(product, unit, first row, count, floats, out)   packs a group
+//   multiply(product, unit, part, packed)                computes part 0 .. parts - 1 of the outputs of a unit
 template <class Pack, class Multiply>
 void multiply_grouped(const ExpertsCall& call, const std::vector<Unit>& units, int64_t group, int64_t group_bytes,
                       int64_t parts, const Pack& pack, const Multiply& multiply) {
@@ -132,7 +132,7 @@ void multiply_grouped(const ExpertsCall& call, const std::vector<Unit>& units, i
   Scratch packed_x;
   for (size_t done = 0; done < units.size();) {
     std::vector<Group> groups;
-    std::vector<int64_t> starts;  // of the units, in packed_x, in groups
+    std::vector<int64_t> starts;  // of each unit in packed_x, counted in groups
     int64_t tokens = 0;
     size_t end = done;
     for (; end < units.size(); ++end) {
@@ -196,7 +196,7 @@ void multiply_many(const ExpertsCall& call, const std::vector<Unit>& units) {
       });
 }
 
-// The way of `linear` for as many rows, except that nothing is decoded for torch's product: the row kernels do that.
+// Chooses as `linear` does. But nothing is decoded for torch's product: the row kernels take those units.
 void multiply(const ExpertsCall& call) {
   std::vector<Unit> few, handful, many;
   for (size_t e = 0; e < call.products.size(); ++e) {

@@ -12,10 +12,10 @@
 namespace isqtorch {
 namespace {
 
-constexpr int64_t kPanelWeights =
-    1 << 21;  // decoded for one of torch's matrix products: the second-level caches hold it
+// Weights decoded for one call of torch's matrix product: they fit into the second-level caches.
+constexpr int64_t kPanelWeights = 1 << 21;
 
-// Few rows of x: they are packed once.
+// For few rows of x, which are packed once.
 void linear_rows(const Product& p) {
   const RowKernels& kernels = *p.linear.rows;
   const int64_t slots = 1 << step_for(p.m), packed_bytes = kernels.packed_bytes(p.k);
@@ -30,7 +30,7 @@ void linear_rows(const Product& p) {
   });
 }
 
-// A handful of rows of x.
+// For some rows of x.
 void linear_tiles(const Product& p) {
   const TileKernels& kernels = *p.linear.tiles;
   const bool many = p.m > kPairedTokens;
@@ -48,7 +48,7 @@ void linear_tiles(const Product& p) {
   });
 }
 
-// Many rows of x, as many at a time as the caches hold.
+// For many rows of x, of which the caches hold a portion at a time.
 void linear_panels(const Product& p) {
   const PanelKernels& kernels = *p.linear.panels;
   const int64_t group = kernels.token_block, group_bytes = kernels.packed_bytes(p.k);
@@ -71,8 +71,8 @@ void linear_panels(const Product& p) {
   }
 }
 
-// Where a level has no product of its own for a format: decode a panel of weight rows, multiply with torch's own matrix
-// product, next panel. f16 goes through f32, because few processors multiply f16 matrices at speed.
+// For levels that have no panel kernels for a format: decodes a panel of weight rows, multiplies it by torch's matrix
+// product, and goes on to the next panel. f16 is computed as f32, because few processors multiply f16 matrices fast.
 void linear_decoded(const Product& p, const PackedMatrix& packed, const Tensor& dense_x) {
   const Dtype dtype = p.dtype == Dtype::kF16 ? Dtype::kF32 : p.dtype;
   const ScalarType scalar = dtype == Dtype::kF32 ? ScalarType::Float : ScalarType::BFloat16;

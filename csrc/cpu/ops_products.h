@@ -1,5 +1,6 @@
-// The products that `linear` and `experts_linear` are made of: some rows of x, gathered, times one matrix, scattered
-// into rows of y. Here is one tile of each; who owns the threads and the packed activations decides the order of tiles.
+// The parts of `linear` and `experts_linear`: gathered rows of x times one matrix, scattered into rows of y. The
+// functions compute one tile of the result. Their callers own the threads and the packed activations and decide the
+// order of tiles.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +10,10 @@
 
 namespace isqtorch {
 
-constexpr int64_t kRowsTile = 32;   // outputs of the row and tile kernels computed, converted and stored at a time
-constexpr int64_t kPortion = 512;   // rows of x that panels are used for at a time, as many as the caches hold
-constexpr int64_t kStretch = 1024;  // columns decoded at a time, so that panel, x and sums stay in the second level
+constexpr int64_t kRowsTile = 32;  // outputs that a row or tile kernel computes, converts and stores at a time
+constexpr int64_t kPortion = 512;  // rows of x for each use of a panel, as many as the caches hold
+// Columns decoded at a time, so that panel, x and sums fit into the second-level cache.
+constexpr int64_t kStretch = 1024;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -21,14 +23,14 @@ struct Product {
   LinearKernels linear;
   const uint8_t* w;  // packed [n, k]
   int64_t row_bytes, n, k, m;
-  bool w_ends = true;                                  // there may be no memory behind w
+  bool w_ends = true;                                  // memory may end with w
   const float* bias;                                   // [n], or null
   Dtype dtype;                                         // of x and y
   const uint8_t* x;                                    // contiguous [.., k]
   uint8_t* y;                                          // contiguous [.., n]
-  const int64_t *x_rows = nullptr, *y_rows = nullptr;  // null: row i is row i
+  const int64_t *x_rows = nullptr, *y_rows = nullptr;  // null: i itself
 
-  // Without x, y and m.
+  // Leaves x, y and m for the caller.
   Product(const PackedMatrix& packed, Dtype dtype)
       : kernels(packed.kernels),
         linear(packed.linear),
@@ -60,11 +62,11 @@ struct Product {
   int64_t row_tiles() const { return (n + kRowsTile - 1) / kRowsTile; }
 };
 
-// There are row kernels for 2^step rows of x; rows of zeros fill up.
+// Row kernels exist for 2^step rows of x. Rows of zeros fill up to that number.
 inline int step_for(int64_t rows) { return rows > 4 ? 3 : rows > 2 ? 2 : rows > 1 ? 1 : 0; }
 
-// Up to eight rows of x, packed in the order of the format's code vectors: every weight is decoded once, in registers,
-// and used for all of them. `packed_x` holds 2^step_for(p.m) rows.
+// Multiplies up to eight rows of x, packed in the order of the format's code vectors. Each weight is decoded once, in
+// registers, and used for all of them. `packed_x` holds 2^step_for(p.m) rows.
 inline void multiply_row_tile(const Product& p, const uint8_t* packed_x, int64_t tile) {
   alignas(64) float y[kMaxTokens * kRowsTile];
   const int64_t first = tile * kRowsTile, count = std::min(kRowsTile, p.n - first);
@@ -82,16 +84,15 @@ inline void multiply_row_tile(const Product& p, const uint8_t* packed_x, int64_t
   for (int64_t i = 0; i < p.m; ++i) p.store(i, first, count, y + i * kRowsTile);
 }
 
-// Packs one group of kTileTokens rows of x, from row `first` on, for the tile kernels. How depends on how many rows are
-// multiplied together.
+// Packs one group of kTileTokens rows of x, from row `first` on, for the tile kernels. `many`: more than kPairedTokens
+// rows are multiplied together, which changes the order.
 inline void pack_tile_group(const Product& p, bool many, int64_t first, int64_t rows, const Scratch& floats,
                             uint8_t* out) {
   p.load(first, rows, floats.floats());
   p.linear.tiles->pack[many](floats.floats(), static_cast<int>(rows), p.k, out);
 }
 
-// A handful of rows of x, `tokens` from row `first_token` on: sixteen weight rows at a time are decoded, a unit of
-// each, and multiplied.
+// Multiplies `tokens` rows of x from row `first_token` on. A unit of sixteen weight rows is decoded at a time.
 inline void multiply_tile(const Product& p, int64_t tile, int64_t first_token, int64_t tokens,
                           const uint8_t* packed_x) {
   alignas(64) float y[kMaxTileTokens * kRowsTile];
@@ -109,7 +110,7 @@ inline void pack_token_group(const Product& p, int64_t first, int64_t rows, cons
   p.linear.panels->pack(floats.floats(), static_cast<int>(rows), p.k, out);
 }
 
-// Rows of w in a panel, if there are `matrices` of them to share out and every thread should get two panels.
+// Rows of w in a panel: such that every thread gets about two panels, if there are `matrices` matrices of this size.
 inline int64_t rows_of_panel(const Product& p, int64_t matrices) {
   const PanelKernels& kernels = *p.linear.panels;
   const int64_t fair = p.n * matrices / (2 * torch::stable::get_num_threads());
@@ -117,8 +118,8 @@ inline int64_t rows_of_panel(const Product& p, int64_t matrices) {
                              std::min<int64_t>(kernels.panel_rows, round_up(p.n, kernels.row_block)));
 }
 
-// Outputs [first, first + rows) of all rows of x, of which `tokens` from row `first_token` on are packed: weights are
-// decoded, a stretch of k at a time, and multiplied.
+// Computes outputs [first, first + rows) for the `tokens` rows of x from row `first_token` on, which are packed.
+// Weights are decoded and multiplied a stretch of k at a time.
 inline void multiply_panel(const Product& p, int64_t first, int64_t rows, int64_t first_token, int64_t tokens,
                            const uint8_t* packed_x) {
   thread_local Scratch panel, sums, y;

@@ -21,8 +21,8 @@ inline void parallel(int64_t count, int64_t grain, RangeFn body) {
                               [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
 }
 
-// Calls body(begin, end) for ranges of [0, tiles), a tile at a time, on all threads: whoever is free takes the next
-// tile, because cores differ in speed and may be shared.
+// Calls body(begin, end) for ranges of [0, tiles), a tile at a time, on all threads. A thread that is done takes the
+// next tile, because cores differ in speed and may be shared.
 template <class Body>
 void parallel_tiles(int64_t tiles, int64_t weights_per_tile, const Body& body) {
   const int64_t worth = tiles * weights_per_tile / kWeightsPerTask;
@@ -42,13 +42,13 @@ void parallel_rows(int64_t rows, int64_t weights_per_row, const Body& body) {
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
-// Memory for intermediate results, at a cache line's border.
+// Memory for intermediate results, aligned to a cache line.
 class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t bytes) { grow(bytes); }
 
-  // At least this many bytes; what was there is lost.
+  // Provides at least this many bytes. Old contents are lost.
   void grow(int64_t bytes) {
     if (bytes <= size_) return;
     size_ = (bytes + 63) / 64 * 64;
@@ -66,7 +66,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// A packed weight [..., N, row_bytes], understood.
+// A packed weight [..., N, row_bytes] with its sizes and kernels.
 struct PackedMatrix : PackedShape {
   const KernelTable* kernels;
   const FormatKernels* format;

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda into `isqtorch/_CUDA.abi3.so`, the library with the CUDA kernels and their operators.
 
-The kernels (*.cu) see nothing of torch and are compiled by nvcc alone, for all GPUs at once; one C++ file joins them to torch
-through its stable ABI. No GPU is needed, and with ISQTORCH_CUDA=1 not even a torch that knows CUDA: then the library is linked
+The kernels (*.cu) see nothing of torch and are compiled by nvcc alone, for all GPUs at once; C++ files join them to torch through
+its stable ABI. No GPU is needed, and with ISQTORCH_CUDA=1 not even a torch that knows CUDA: then the library is linked
 against a stand-in that has the one function which only such a torch has, and works with one.
 
     python -m csrc.cuda.build            what would be compiled, by what, for which GPUs
@@ -209,9 +209,37 @@ def wanted(torch: Torch, environment: Mapping[str, str] = os.environ) -> Toolkit
     return toolkit
 
 
-def sources() -> list[Path]:
-    """The kernels."""
-    return sorted((CSRC / "cuda").glob("*.cu"))
+FAMILIES = ("ggml32", "kquants", "stream", "fp8")
+"""Of formats, as csrc/cuda/formats/list.cuh has them: each is an object of its own, for they take minutes to compile."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source with kernels, as it is compiled to one object.
+
+    Attributes:
+        source: its file.
+        family: the formats it is compiled for; None for a file that is compiled once.
+    """
+
+    source: Path
+    family: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the object: "linear_kquants"."""
+        return f"{self.source.stem}_{self.family}" if self.family else self.source.stem
+
+    @property
+    def defines(self) -> list[str]:
+        return [f"-DISQ_FAMILY=ISQ_{self.family.upper()}"] if self.family else []
+
+
+def units() -> list[Unit]:
+    """The kernels: every file of instances/ once for each family, and the other files."""
+    folder = CSRC / "cuda"
+    instances = [Unit(path, family) for path in sorted((folder / "instances").glob("*.cu")) for family in FAMILIES]
+    return [*instances, *(Unit(path) for path in sorted(folder.glob("*.cu")))]
 
 
 def operators() -> list[Path]:
@@ -271,7 +299,7 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
     objects = []
     lines = [
         "rule nvcc",
-        f"  command = {kept or shlex.join(nvcc)} -MD -MF $out.d -c $in -o $out {logged}",
+        f"  command = {kept or shlex.join(nvcc)} $defines -MD -MF $out.d -c $in -o $out {logged}",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule cxx",
@@ -283,9 +311,11 @@ def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torc
         "rule link",
         f"  command = {shlex.join(link)} $objects -L. -ltorch_cpu -lc10 -ltorch_cuda -o linked.so {logged} && mv linked.so $out",
     ]
-    for path in [*sources(), *operators()]:
-        objects.append(f"{path.stem}.o")
-        lines += [f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}", f"  name = {path.stem}"]
+    for unit in [*units(), *map(Unit, operators())]:
+        objects.append(f"{unit.name}.o")
+        rule = "nvcc" if unit.source.suffix == ".cu" else "cxx"
+        lines += [f"build {objects[-1]}: {rule} {unit.source}", f"  name = {unit.name}"]
+        lines += [f"  defines = {' '.join(unit.defines)}"]
     stand_in = "" if torch.cuda else "libtorch_cuda.so"
     if stand_in:
         lines += [f"build {stand_in}: stand_in libtorch_cuda.cpp", "  name = stand_in"]
@@ -306,7 +336,7 @@ def main() -> int:
         return 1
     print(f"nvcc {toolkit.version[0]}.{toolkit.version[1]}: {toolkit.nvcc}")
     print(f"GPUs: {' '.join(arch.name for arch in archs)}{f'; unknown to it: {unknown}' if unknown else ''}")
-    print("files: " + " ".join(path.name for path in sources()))
+    print("objects: " + " ".join(unit.name for unit in units()))
     return 0
 
 

@@ -1,19 +1,19 @@
-// What the operators ask of the device itself. No CUDA header, so that only nvcc needs them: device.cu answers, for a
-// GPU and for the emulator of the tests.
+// What the operators ask of the device itself. It includes no CUDA header, so that only nvcc needs those. device.cu
+// answers for a GPU and for the emulator of the tests.
 #pragma once
 
 #include <string>
 
 namespace isqtorch::cuda {
 
-// What went wrong since the last call, in CUDA's words; empty if nothing did. It does not wait: faults of kernels that
-// still run show at a later call.
+// CUDA's message for what failed since the last call; empty if nothing did. It does not wait, so faults of kernels that
+// still run are reported by a later call.
 std::string take_fault();
 
-// 90 for an H100; 0 if the device does not say. In the emulator, which is no GPU, 90.
+// For example 90 for an H100; 0 if the device does not tell. The emulator answers 90.
 int compute_capability(int device);
 
-// "13.0", the toolkit that compiled this; "emulator".
+// The toolkit that compiled this, "13.0"; or "emulator".
 std::string toolkit_version();
 
 }  // namespace isqtorch::cuda

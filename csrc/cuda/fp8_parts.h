@@ -1,5 +1,5 @@
-// FP8 matrices as torch's _scaled_mm takes them: codes without scales between them, and the scales elsewhere. The
-// border between the operator and its kernels, like launch.h.
+// FP8 matrices in the form that torch's _scaled_mm takes: codes without scales between them, and scales apart. Part of
+// the border between operators and kernels, like launch.h.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace isqtorch::cuda {
 
-// A matrix in two pieces of memory, as cuBLAS wants it: what is one scale for the 128 columns of a run there, is a
-// column of `scales` for all rows here.
+// A matrix in two pieces of memory, as cuBLAS takes it: the scales of one run of 128 columns are a row of `scales`,
+// with one entry per row of the matrix.
 struct Fp8Parts {
   static constexpr int kRun = 128;
   uint8_t* codes;  // e4m3 [rows, k], 16-byte aligned
@@ -17,8 +17,8 @@ struct Fp8Parts {
   int64_t rows, k;
 };
 
-// x [m, k] of dtype, 16-byte aligned, rounded as `quantize` rounds weights; zeros from row m on. A run with a number
-// that is not finite has NaN for its scale, and so makes NaN of what it is multiplied with.
+// x [m, k] of dtype, 16-byte aligned, is rounded as `quantize` rounds weights. Rows from m on are zeros. If a run has a
+// number that is not finite, its scale is NaN, and so are all products with it.
 void quantize_activations(const void* x, Dtype dtype, int64_t m, const Fp8Parts& to, Stream stream);
 
 // Rows of a packed weight.

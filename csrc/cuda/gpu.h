@@ -1,5 +1,5 @@
-// What a GPU does and C++ cannot say, as functions: for nvcc with the hardware's instructions, and for the emulator of
-// the tests (tests/emulator) in plain C++. Kernels include this file and nothing of CUDA's own.
+// What C++ has no words for on a GPU, as functions: with the hardware's instructions for nvcc, and in plain C++ for the
+// emulator of the tests (tests/emulator). Kernels include this file and no header of CUDA.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 #define ISQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   \
   (::isqtorch::gpu::allow_shared((const void*)kernel, shared_bytes), \
    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__))
-// Whatever NDEBUG says: ids come from users.
+// Checked even with NDEBUG, because it checks ids, which come from users.
 #define ISQ_ASSERT(condition, message) ((condition) ? (void)0 : __assert_fail(message, __FILE__, __LINE__, __func__))
 #else
 #include "cuda.h"
@@ -29,10 +29,9 @@ namespace isqtorch::gpu {
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
-// The dynamic shared memory a block may ask for on the current device.
+// The most dynamic shared memory that a block may ask for on the current device.
 inline int64_t shared_limit() {
 #if defined(__CUDACC__)
   int device = 0, bytes = 0;
@@ -46,16 +45,16 @@ inline int64_t shared_limit() {
 }
 
 #if defined(__CUDACC__)
-// What exceeds 48 KB has to be asked for. It is no operation of the stream, so a graph may be captured meanwhile.
+// More than 48 KB must be requested. The request is no operation of the stream, so it may be made during a graph
+// capture.
 inline void allow_shared(const void* kernel, int64_t bytes) {
   if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
 }
 #endif
 
-// ---- bits
-// ------------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
-// Any function of three bits, bit by bit: `table` bit (4a + 2b + c) is its value.
+// Any function of three bits, bit by bit: bit 4a + 2b + c of `table` is its value.
 template <int table>
 ISQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDACC__)
@@ -71,7 +70,7 @@ ISQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// Four bytes out of the eight of a (0 .. 3) and b (4 .. 7): nibble i of `choice` names byte i.
+// Selects four of eight bytes, those of a (0 .. 3) and b (4 .. 7): nibble i of `choice` selects byte i of the result.
 ISQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t choice) {
 #if defined(__CUDACC__)
   return __byte_perm(a, b, choice);
@@ -91,7 +90,7 @@ ISQ_DEVICE int count_bits(uint32_t bits) {
 #endif
 }
 
-// The larger and the smaller number, NaN if either is one; +0 is larger than -0.
+// The larger and the smaller number; NaN if either is NaN; +0 counts as larger than -0.
 ISQ_DEVICE float max_or_nan(float a, float b) {
 #if defined(__CUDACC__)
   float d;
@@ -111,8 +110,7 @@ ISQ_DEVICE float min_or_nan(float a, float b) {
 #endif
 }
 
-// ---- 16-bit floats
-// -----------------------------------------------------------------------------------------------------
+// ---- 16-bit floats --------------------------------------------------------------------------------------------------
 
 ISQ_DEVICE float f16_to_f32(uint16_t h) {
 #if defined(__CUDACC__)
@@ -163,11 +161,11 @@ ISQ_DEVICE uint32_t pack_f16(float low, float high) {
 #endif
 }
 
-// The products of two pairs of bf16. Subnormal numbers count. (Before sm_90 there is no multiplication but this one.)
+// The products of two pairs of bf16, with subnormal numbers. (Before sm_90, fma is the only multiplication.)
 ISQ_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)
   uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));  // + (-0) changes nothing
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));  // adding -0 changes nothing
   return d;
 #else
   return pack_bf16(bf16_to_f32((uint16_t)a) * bf16_to_f32((uint16_t)b),
@@ -185,14 +183,13 @@ ISQ_DEVICE uint32_t multiply_f16(uint32_t a, uint32_t b) {
 #endif
 }
 
-// ---- matrix units
-// ------------------------------------------------------------------------------------------------------
+// ---- matrix units ---------------------------------------------------------------------------------------------------
 
 enum class Element : int { kF16, kBf16 };
 
-// d[16][8] += a[16][16] b[16][8], spread over the warp as the m16n8k16 instruction has it: with g = lane / 4 and
-// t = lane % 4, a[i] holds rows g + 8 (i % 2) and columns 2 t, 2 t + 1 (+ 8 for i >= 2); b[i] rows 2 t, 2 t + 1 (+ 8 i)
-// of column g; d[i] row g + 8 (i / 2) and column 2 t + i % 2.
+// d[16][8] += a[16][16] b[16][8], distributed over the warp as in the m16n8k16 instruction. With g = lane / 4 and t =
+// lane % 4: a[i] holds rows g + 8 (i % 2) and columns 2 t, 2 t + 1 (+ 8 for i >= 2); b[i] holds rows 2 t, 2 t + 1 (+ 8
+// i) of column g; d[i] is row g + 8 (i / 2) and column 2 t + i % 2.
 template <Element element>
 ISQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
@@ -212,8 +209,9 @@ ISQ_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of matrix l / 8, 16
-// bytes and aligned so, and gets columns 2 (l % 4), + 1 of row l / 4 of each. `transposed`: of each matrix transposed.
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory. Lane l gives the address of row l % 8 of matrix l /
+// 8, which is 16 bytes long and aligned to 16. It gets columns 2 (l % 4), + 1 of row l / 4 of each matrix, or of each
+// transposed matrix if `transposed`.
 template <bool transposed = false>
 ISQ_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 #if defined(__CUDACC__)
@@ -234,10 +232,9 @@ ISQ_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// ---- asynchronous copies
-// -----------------------------------------------------------------------------------------------
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
 
-// An address in shared memory, worked out once for copies at constant distances from it.
+// An address in shared memory, converted once and used for copies at constant offsets from it.
 struct SharedAddress {
 #if defined(__CUDACC__)
   uint32_t at;
@@ -248,7 +245,8 @@ struct SharedAddress {
 #endif
 };
 
-// 16 bytes from global to shared memory, both aligned so; only the first `bytes` are read, zeros stand for the rest.
+// Copies 16 bytes from global to shared memory, both 16-byte aligned. Only the first `bytes` are read; the rest is
+// zeros.
 ISQ_DEVICE void copy_async(SharedAddress to, int offset, const void* from, int bytes = 16) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.at + offset), "l"(from), "r"(bytes) : "memory");
@@ -267,8 +265,8 @@ ISQ_DEVICE void end_copies() {
   simt::end_copies();
 #endif
 }
-// Waits for this thread's copies, but not for its newest `newest` groups. A block barrier must follow before other
-// threads may read what was copied.
+// Waits for this thread's copies except its newest `newest` groups. Other threads may read the copied bytes only after
+// a barrier of the block.
 template <int newest>
 ISQ_DEVICE void wait_for_copies() {
 #if defined(__CUDACC__)

@@ -11,7 +11,7 @@ namespace isqtorch::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// The bytes of a format, for kernels that serve a whole family and are told at run time.
+// The block of a format, for kernels that serve a whole family and get it at run time.
 enum class Header : int { kNone, kScaleBiasBf16, kScaleBiasF16, kScaleZeroF16 };
 struct Shape {
   int block, block_bytes;  // weights and bytes of a block
@@ -67,16 +67,16 @@ struct QuantizeJob {
   void* workspace;  // quantize_workspace bytes
 };
 
-// A format as the operators see it.
+// A format, as the operators see it.
 struct FormatKernels {
   const char* name;
   Shape shape;
   int align;      // of every block's address
-  uint8_t rules;  // bits of those that the operator takes besides the default
+  uint8_t rules;  // a bit for each rule that the operator takes besides the default
   void (*decode)(const DecodeJob&, const Shape&, Stream);
-  int64_t few_rows;   // of x that cost `linear` what one costs
-  int64_t max_rows;   // that it is meant for; more are faster decoded and multiplied by torch
-  int64_t w8a8_rows;  // that `linear_w8a8` takes likewise, before x may be rounded to FP8
+  int64_t few_rows;   // rows of x that cost `linear` no more than one row
+  int64_t max_rows;   // for more rows of x, decoding and torch's product are faster
+  int64_t w8a8_rows;  // for more rows of x, `linear_w8a8` rounds x to FP8
   int64_t (*linear_workspace)(const LinearJob&, const Shape&);
   void (*linear)(const LinearJob&, const Shape&, Stream);
   int64_t (*experts_workspace)(const ExpertsJob&, const Shape&);

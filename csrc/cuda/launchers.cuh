@@ -1,5 +1,5 @@
-// The functions that FormatKernels points to, as templates over a format's struct. kernels/ defines them; the files
-// csrc/cuda/<kernel>_<family>.cu instantiate them for the formats of formats/list.cuh; table.cu names them all.
+// The functions that FormatKernels points to, as templates over a format's struct. kernels/ defines them; the
+// files of instances/ instantiate them for one family of formats/list.cuh at a time; table.cu names them all.
 #pragma once
 
 #include "cuda/launch.h"
@@ -26,13 +26,14 @@ void launch_quantize(const QuantizeJob&, const Shape&, Stream);
 
 constexpr int64_t kFewRows = 8;  // of x: the width of a matrix unit's operand
 
-// Of x, for `linear`; more are faster decoded and multiplied by torch. By arithmetic, to be measured: with n = k = 8192
-// on an H100, the matrix units need 29 us for every 128 rows as the tile kernel feeds them, 34 if they are busy 85 % of
-// the time: 136 us for 512 rows. cuBLAS, whose instructions need two thirds of the time, takes 105 for them, and
-// decoding 45 to 57 before that. They meet between 512 and 768 rows.
+// The most rows of x for `linear`; for more, decoding and torch's product are faster. This is calculated and still has
+// to be measured. With n = k = 8192 on an H100, the matrix units need 29 us for every 128 rows as the tile kernel feeds
+// them, or 34 if they are busy 85 % of the time: 136 us for 512 rows. cuBLAS, whose instructions need two thirds of the
+// time, takes 105 us for these, after 45 to 57 us of decoding. Both take the same time somewhere between 512 and 768
+// rows.
 constexpr int64_t kMaxLinearRows = 512;
 
-// The same where FP8 products, at twice the speed, are the other way.
+// The same for `linear_w8a8`, whose alternative is an FP8 product at twice the speed.
 constexpr int64_t kMaxW8A8Rows = 128;
 
 }  // namespace isqtorch::cuda

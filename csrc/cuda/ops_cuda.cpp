@@ -1,6 +1,6 @@
 // The operators on CUDA tensors: checks, memory, streams, and which kernel runs. The kernels know nothing of torch
-// (launch.h). Everything but `quantize` only enqueues work: nothing waits for the device, nothing is read back, all
-// memory is torch's, so a CUDA graph can capture it. `quantize` has a file of its own: ops_quantize.cpp.
+// (launch.h). All operators but `quantize` only enqueue work: they never wait for the device or read anything back, and
+// all memory is torch's, so a CUDA graph can capture them. `quantize` is in ops_quantize.cpp.
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -16,10 +16,10 @@ namespace isqtorch::cuda {
 namespace {
 
 constexpr uintptr_t kActivationAlignment = 16;
-constexpr int64_t kSliceBytes = 32 << 20;  // decoded for one of torch's products: the second-level cache holds it
-constexpr int64_t kSliceRows = 128;  // what a slice's rows are a multiple of, and those of a block of torch's product
+constexpr int64_t kSliceBytes = 32 << 20;  // decoded for one call of torch's product; fits into the second-level cache
+constexpr int64_t kSliceRows = 128;        // rows in a block of torch's product; a slice has a multiple of it
 
-// A packed weight on its device, understood.
+// A packed weight on its device, with its sizes and kernels.
 struct Packed : PackedShape {
   const FormatKernels& format;
   Tensor keep_alive;
@@ -58,17 +58,17 @@ void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bia
 }
 
 // How many rows of a weight are decoded for one product: about as many floats as stay in the second-level cache, but
-// enough for every multiprocessor. With 640 rows of x and k = 8192 (bf16), 32 MB would keep 80 of 132 busy, and a
-// product take 65 % longer than it must; from a slice of 55 MB a part goes to memory and back, 20 us for all 55 MB each
-// way, while its product takes 54.
+// enough for every multiprocessor. With 640 rows of x and k = 8192 (bf16), 32 MB would keep only 80 of 132 busy, and a
+// product would take 65 % longer than necessary. Of a slice of 55 MB, a part goes to memory and back: at most 20 us
+// each way, while its product takes 54 us.
 int64_t slice_rows(int64_t m, int64_t n, int64_t k, Dtype dtype) {
   const int64_t blocks_of_x = (m + kSliceRows - 1) / kSliceRows, busy = std::max<int64_t>(kProcessors / blocks_of_x, 1);
   const int64_t cached = kSliceBytes / (k * item_bytes(dtype)) / kSliceRows;
   const int64_t slices = (n + std::max(busy, cached) * kSliceRows - 1) / (std::max(busy, cached) * kSliceRows);
-  return std::min(((n + slices - 1) / slices + kSliceRows - 1) / kSliceRows * kSliceRows, n);  // all alike
+  return std::min(((n + slices - 1) / slices + kSliceRows - 1) / kSliceRows * kSliceRows, n);  // slices of equal size
 }
 
-// Many rows of x: decode some rows of the weight, multiply with torch's own product while they are in the cache, go on.
+// For many rows of x: decodes a slice of the weight and multiplies it by torch's product while it is in the cache.
 void linear_decoded(const Place& place, const Packed& packed, Tensor x, std::optional<Tensor> bias, Tensor y,
                     Dtype dtype) {
   const int64_t n = packed.rows, k = packed.k;
@@ -128,7 +128,8 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
   return out;
 }
 
-// An id that names no row is found by the kernel, which stops the device: reading ids here would wait for it.
+// The kernel finds an id that is out of range and stops the device. Checking ids here would mean waiting for the
+// device.
 Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
   const Packed packed("embedding", weight, format_name, true);
   const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);

@@ -1,5 +1,5 @@
-// Where an operator works, the device and stream of its weight, and with which kernels. In the emulator of the tests,
-// CPU tensors stand in for CUDA's and there are no streams.
+// Where an operator runs: the device and stream of its weight, and the kernels of its format. In the emulator of the
+// tests, CPU tensors take the place of CUDA's, and there are no streams.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,13 +12,13 @@
 #define ISQTORCH_DEVICE CPU
 #else
 #define ISQTORCH_DEVICE CUDA
-// Declared by torch's own header only in CUDA builds; in every libtorch_cuda.
+// torch's header declares it only in CUDA builds; every libtorch_cuda has it.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace isqtorch::cuda {
 
-// Makes a device the current one while it exists.
+// Makes a device the current one during its lifetime.
 class Place {
  public:
   explicit Place(const Tensor& weight)
@@ -39,10 +39,10 @@ class Place {
     return empty_on(device_type(), device_, shape, dtype);
   }
 
-  // The tensor here, with every element at its place; itself if it is so already.
+  // The tensor on this device with unchanged contents; the same tensor if it is there already.
   Tensor upload(const Tensor& t) const { return torch::stable::to(t, torch::stable::Device(kType, device_)); }
 
-  // Throws what CUDA says of the launches before.
+  // Throws CUDA's message if an earlier launch failed.
   void check_launches(const char* op) const {
     const std::string fault = take_fault();
     if (!fault.empty()) throw std::runtime_error(text(op, ": ", fault, "."));
@@ -79,7 +79,7 @@ inline void check_device(const char* op, const char* subject, const Tensor& t, c
         ". Move one of them.");
 }
 
-// A tensor whose elements follow each other from an address that is a multiple of `alignment`.
+// A contiguous tensor whose address is a multiple of `alignment`.
 inline Tensor aligned(const Tensor& t, uintptr_t alignment) {
   const Tensor packed = dense(t);
   if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % alignment == 0) return packed;

@@ -1,6 +1,7 @@
-// linear_w8a8: `linear` for fp8 weights that may round x to FP8, too, as torch's allow_tf32 lets a product round to
-// TF32. Where that pays, torch's _scaled_mm multiplies, by cuBLAS: it has scales for runs of 128 columns, which is what
-// the blocks of fp8 are, on GPUs of compute capability 9.0 and from CUDA 12.9 on. Everywhere else this is `linear`.
+// linear_w8a8: `linear` for fp8 weights that may round x to FP8 as well, as torch's allow_tf32 lets a product round to
+// TF32. Where that is faster, torch's _scaled_mm multiplies, by cuBLAS. It takes one scale per run of 128 columns,
+// which is what the blocks of fp8 are, on GPUs of compute capability 9.0 and from CUDA 12.9 on. Everywhere else this is
+// `linear`.
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -17,12 +18,12 @@ namespace isqtorch::cuda {
 namespace {
 
 constexpr const char* kFormat = "fp8";
-constexpr uintptr_t kAlignment = 16;       // of what the kernels read and write in words of 16 bytes
-constexpr int64_t kMultiple = 16;          // cuBLAS: of the rows of both matrices, whose scales lie next to each other
-constexpr int64_t kSliceBytes = 32 << 20;  // of codes, for one product: the second-level cache holds it
-constexpr int64_t kTile = 128, kTiles = 132;  // but a slice has tiles enough for the multiprocessors of such a GPU
+constexpr uintptr_t kAlignment = 16;  // of what the kernels read and write in words of 16 bytes
+constexpr int64_t kMultiple = 16;     // rows of both matrices, for cuBLAS: scales of neighbouring rows are adjacent
+constexpr int64_t kSliceBytes = 32 << 20;     // of codes for one product; fits into the second-level cache
+constexpr int64_t kTile = 128, kTiles = 132;  // a slice has at least a tile per multiprocessor
 
-// Python knows which CUDA torch was compiled for.
+// Set by Python, which knows the CUDA version that torch was compiled for.
 std::atomic<bool> products_allowed{false};
 
 void allow_fp8_products(bool allowed) { products_allowed = allowed; }
@@ -30,7 +31,7 @@ void allow_fp8_products(bool allowed) { products_allowed = allowed; }
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 bool pays(const FormatKernels& fp8, int64_t m, int64_t n, int64_t k, int32_t device) {
-  // With a single run, torch would take the scales for those of whole rows.
+  // With a single run, torch would treat the scales as those of whole rows.
   return m > fp8.w8a8_rows && n > 0 && n % kMultiple == 0 && k > Fp8Parts::kRun && products_allowed &&
          compute_capability(device) / 10 == 9;
 }
@@ -59,7 +60,7 @@ struct Parts {
   }
 };
 
-// out = x w^T by torch. cuBLAS would add a bias, but not to f32.
+// out = x w^T by torch. The bias is added later, because cuBLAS does not add it to f32.
 void multiply(const Parts& x, int64_t m, const Parts& w, int64_t n, const Tensor& out) {
   using torch::stable::detail::from;
   const std::optional<Tensor> none;
@@ -70,7 +71,7 @@ void multiply(const Parts& x, int64_t m, const Parts& w, int64_t n, const Tensor
                           from(none),  // bias
                           from(none),  // scale of the result
                           from(std::optional<ScalarType>(out.scalar_type())),
-                          from(false),  // sums of less precision
+                          from(false),  // fast accumulation, less precise
                           from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // owns the result, which is `out` again

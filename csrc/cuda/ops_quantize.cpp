@@ -1,4 +1,4 @@
-// `quantize` on CUDA tensors. It waits for the device, because it must refuse weights that are no numbers.
+// `quantize` on CUDA tensors. It waits for the device, because it must refuse weights that are NaN or infinite.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -17,7 +17,7 @@ constexpr uintptr_t kSourceAlignment = 16;  // for wide loads
 
 torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU, 0}; }
 
-// f32 [matrices, K] on the device. The values are checked on the CPU: few numbers, and `quantize` waits anyway.
+// f32 [matrices, K] on the device. The values are checked on the CPU: they are few, and `quantize` waits anyway.
 std::optional<Tensor> loaded_importance(const Place& place, const std::optional<Tensor>& importance,
                                         const std::vector<int64_t>& shape) {
   if (!importance) return std::nullopt;
@@ -44,7 +44,7 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
   if (matrices == 0) return out;
 
-  // Every matrix reports its faults into a row of two numbers; they are read once.
+  // Every matrix writes its faults into a row of two numbers. All rows are read back at once.
   Tensor faults = empty({matrices, 2}, ScalarType::Long);
   std::fill_n(static_cast<int64_t*>(faults.mutable_data_ptr()), 2 * matrices, INT64_MAX);
   faults = place.upload(faults);

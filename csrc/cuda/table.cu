@@ -1,4 +1,4 @@
-// Every format by name, with its kernels.
+// The table of formats: names and kernels.
 #include <cstring>
 
 #include "cuda/formats/list.cuh"
@@ -8,18 +8,14 @@ namespace isqtorch::cuda {
 
 namespace {
 
-template <class F>
-constexpr FormatKernels kernels_of(const char* name, int block, Header header) {
-  uint8_t rules = header == Header::kNone ? 0 : rule_bit(Rule::kSearch);
-  if (header == Header::kScaleBiasBf16 || header == Header::kScaleBiasF16) rules |= rule_bit(Rule::kMlx);
-  int bytes;
-  if constexpr (F::kBlock) {
-    bytes = sizeof(typename F::Block);
-  } else {
-    bytes = F::block_bytes(block);
-  }
+template <class Format>
+constexpr FormatKernels kernels_of(const char* name) {
+  using F = typename Instance<Format>::Struct;
+  constexpr Shape kShape = Instance<Format>::kShape;
+  uint8_t rules = kShape.header == Header::kNone ? 0 : rule_bit(Rule::kSearch);
+  if (kShape.header == Header::kScaleBiasBf16 || kShape.header == Header::kScaleBiasF16) rules |= rule_bit(Rule::kMlx);
   return {name,
-          {block, bytes, header},
+          kShape,
           F::kAlign,
           rules,
           launch_decode<F>,
@@ -34,8 +30,8 @@ constexpr FormatKernels kernels_of(const char* name, int block, Header header) {
           launch_quantize<F>};
 }
 
-#define ISQ_ENTRY(name, F, block, header) kernels_of<F>(name, block, header),
-const FormatKernels kTable[] = {ISQ_ALL_FORMATS(ISQ_ENTRY)};
+#define ISQ_ENTRY(name, ...) kernels_of<__VA_ARGS__>(name),
+const FormatKernels kTable[] = {ISQ_FORMATS(ISQ_ENTRY)};
 
 }  // namespace
 

@@ -1,1 +1,1 @@
-"""Our own program: loading a model for the commands, chat, benchmark, and the server."""
+"""The program behind the commands: loads models, chats, measures speed, and serves a model over HTTP."""

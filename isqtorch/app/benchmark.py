@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes a reply, and what memory it takes: one model, measured in this process."""
+"""Measure speed of prefill and decoding, and peak memory, of one model in this process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .model import LoadedModel
 
 
 @dataclass
-class Measured:
-    """One model. Speeds are those of `generate` with one sequence, greedy, median of the repeats."""
+class ModelSpeed:
+    """The results for one model. Speeds are medians over the repeats of greedy `generate` with one sequence."""
 
     model: str
     isq: str | None
-    format: str  # the format asked for, or what the weights are without
-    bytes: int  # all weights and buffers, shared ones once
-    load_seconds: float  # quantizing included
-    peak_bytes: int  # the most memory during all of it, over what the process had before loading
+    format: str  # the requested format; without one, the format or type of the weights
+    bytes: int  # size of all weights and buffers; shared ones count once
+    load_seconds: float  # includes quantizing
+    peak_bytes: int  # peak memory, minus the memory of the process before loading
     peak_kind: str  # "resident memory" of the process, or "GPU memory"
     prompt_len: int
     gen_len: int
@@ -40,7 +40,7 @@ class Measured:
         return asdict(self)
 
 
-def measure(
+def measure_model(
     source: str,
     isq: str | None,
     *,
@@ -49,18 +49,18 @@ def measure(
     repeat: int = 3,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Measured:
-    """Load a model and time it on random tokens. Memory means something in a fresh process only.
+) -> ModelSpeed:
+    """Load a model and time it on random tokens. The peak memory is only meaningful in a fresh process.
 
     Args:
         source, isq, device, options: see `LoadedModel`.
-        prompt_len, gen_len: tokens; gen_len is 2 or more.
-        repeat: timed runs, after one that is not.
+        prompt_len, gen_len: number of tokens; gen_len must be 2 or more.
+        repeat: number of timed runs, after one warm-up run.
 
     Raises:
-        ValueError: prompt and reply are longer than the context; or as for loading.
+        ValueError: prompt and reply exceed the context; or as for loading.
     """
-    import transformers.generation  # noqa: F401  # its memory and its time are not the model's
+    import transformers.generation  # noqa: F401  # imported now, so that its memory and time do not count for the model
 
     before, gpu = resident_bytes(), device is not None and torch.device(device).type == "cuda"
     loaded = LoadedModel(source, isq, device=device, options=options)
@@ -71,11 +71,11 @@ def measure(
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt_len), generator=generator).to(model.device)
 
-    timed_generate(model, ids, 2)  # the first run is slower: threads start, memory is touched
+    timed_generate(model, ids, 2)  # warm-up: threads start, and memory is touched for the first time
     runs = [timed_generate(model, ids, gen_len) for _ in range(repeat)]
     prefill = [prompt_len / first for first, _ in runs]
     decode = [(gen_len - 1) / rest for _, rest in runs]
-    return Measured(
+    return ModelSpeed(
         model=source,
         isq=isq,
         format=_format(loaded),
@@ -93,11 +93,11 @@ def measure(
 
 
 def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds until the first of `new` tokens, and from there to the last."""
+    """Seconds until the first of `new` tokens, and from the first to the last."""
     stamps: list[float] = []
 
     class Stamp:
-        def put(self, _: Any) -> None:  # the prompt, then every token, on the CPU: the device has finished it
+        def put(self, _: Any) -> None:  # called with the prompt, then with each token on the CPU, so the device is done
             stamps.append(time.perf_counter())
 
         def end(self) -> None:
@@ -121,18 +121,18 @@ def _format(loaded: LoadedModel) -> str:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Size of all parameters and buffers in bytes; shared ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; where the system does not tell, the most so far."""
+    """Resident memory of this process in bytes; on other systems than Linux its peak so far."""
     return _status("VmRSS") or peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had. On Linux not from getrusage, which counts the parent's memory at the fork."""
+    """Peak resident memory of this process in bytes. Linux's getrusage would include the parent's at the fork."""
     found = _status("VmHWM")
     if found is None:
         import resource

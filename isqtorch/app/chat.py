@@ -1,4 +1,4 @@
-"""Text from a loaded model, as it is made: one reply at a time, measured, and a conversation of them."""
+"""Generate text with a loaded model: single replies, streamed and timed, and conversations."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .model import LoadedModel
 
 @dataclass
 class Sampling:
-    """How a reply is made. None: as the model's generation settings say."""
+    """Settings of a reply. None uses the model's own generation settings."""
 
     max_new_tokens: int = 512
-    temperature: float | None = None  # 0: the most likely token, always
+    temperature: float | None = None  # 0: greedy decoding
     top_p: float | None = None
     seed: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `generate`; a temperature or top_p asks for sampling."""
+        """Arguments for `generate`. A temperature or top_p switches sampling on."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         given = {"temperature": self.temperature, "top_p": self.top_p}
@@ -34,14 +34,14 @@ class Sampling:
 
 @dataclass
 class Reply:
-    """What was said, and how fast. The first token is counted to the prompt: its time is the prompt's."""
+    """A reply with its speed. The time until the first token counts as time of the prompt."""
 
     text: str
     prompt_tokens: int
     generated_tokens: int
     prompt_seconds: float  # until the first token
-    generate_seconds: float  # for the others
-    finish: str  # "stop": the model ended; "length": the limit or the context did; "interrupted": the user
+    generate_seconds: float  # for the other tokens
+    finish: str  # "stop": end token; "length": limit or context reached; "interrupted": stopped by the user
 
     @property
     def prompt_speed(self) -> float:
@@ -50,7 +50,7 @@ class Reply:
 
     @property
     def generate_speed(self) -> float:
-        """Tokens per second; 0 where there was but one."""
+        """Tokens per second; 0 if there was only one token."""
         later = self.generated_tokens - 1
         return later / self.generate_seconds if later > 0 and self.generate_seconds else 0.0
 
@@ -60,7 +60,7 @@ class Reply:
 
 
 class Stop:
-    """A stopping criterion that somebody else decides, such as a user at the keyboard."""
+    """A stopping criterion for `generate`: stops when `asked` is set, for example by Ctrl-C."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -82,9 +82,9 @@ def generate(
     Args:
         loaded: the model.
         ids: the prompt, `[1, T]`.
-        sampling: how.
-        write: called with each piece of text as soon as it is certain.
-        stop: to end the reply early.
+        sampling: settings of the reply.
+        write: called with each piece of text as soon as it is complete.
+        stop: lets the caller end the reply early.
 
     Raises:
         ValueError: the prompt is empty or fills the context.
@@ -123,8 +123,10 @@ def generate(
 
 @dataclass
 class Conversation:
-    """Messages and their replies, through the model's chat template. A base model has none: there, each message is a text
-    that is continued, and nothing is remembered."""
+    """Messages and replies, formatted by the model's chat template.
+
+    A base model has no chat template: each message is a text to continue, and nothing is remembered.
+    """
 
     loaded: LoadedModel
     sampling: Sampling
@@ -140,10 +142,10 @@ class Conversation:
         self.messages = []
 
     def say(self, message: str, *, write: Callable[[str], Any] = lambda text: None, stop: Stop | None = None) -> Reply:
-        """The reply to a message. What was said before an interruption is remembered; a failed turn is not.
+        """The reply to a message. An interrupted reply is remembered; a failed turn is not.
 
         Raises:
-            ValueError: the conversation fills the context, or the template does not take it.
+            ValueError: the conversation fills the context, or the template refuses it.
         """
         if not self.has_template:
             ids = self.loaded.tokenizer(message, return_tensors="pt")["input_ids"]
@@ -169,7 +171,7 @@ class Conversation:
 
 
 class _Clock(TextStreamer):  # type: ignore[misc]  # transformers is not typed
-    """Hands text on, and notes when tokens came."""
+    """Streamer that passes text on and records the times of the tokens."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

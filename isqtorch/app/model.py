@@ -1,7 +1,7 @@
-"""Loading a causal language model with transformers, quantized or not, and changing its format later.
+"""Load a causal language model with transformers, quantized or not, and change its format later.
 
-A model is a folder or an id on the Hub. What is wrong with the request is said before anything slow happens, and a folder that
-exists is never looked up on the Hub.
+A model is a folder or an id on the Hub. Requests are checked before anything slow happens. An existing folder is never
+looked up on the Hub.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from isqtorch.report.report import QuantReport
 
 
 class LoadedModel:
-    """A causal language model with its tokenizer, which can change its format while it lives.
+    """A causal language model with its tokenizer, whose format can be changed after loading.
 
     Attributes:
-        source: the folder or model id it came from.
-        model, tokenizer: transformers' objects, the model in evaluation mode.
-        isq: the format that was asked for last; None: the weights are as the checkpoint has them.
-        packed: the checkpoint itself is quantized.
-        report: of the last quantization; None: there was none.
-        load_seconds: wall time of loading, quantizing included.
+        source: the folder or model id that it was loaded from.
+        model, tokenizer: the objects of transformers; the model is in evaluation mode.
+        isq: the format requested last; None: the weights are as in the checkpoint.
+        packed: whether the checkpoint itself is quantized.
+        report: the report of the last quantization, or None.
+        load_seconds: wall time of loading, including quantizing.
     """
 
     def __init__(
@@ -54,14 +54,16 @@ class LoadedModel:
 
         Args:
             source: a folder with config.json and safetensors, or a model id on the Hub.
-            isq: quantize to this format or number of bits; None: leave the weights as they are.
-            device: where the model runs; None: the CPU.
-            options: more arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback, those for
-                "auto"), kept for `requantize`. Calibration runs the unquantized model, which then has to fit into memory.
+            isq: the format or number of bits; None: leave the weights as they are.
+            device: the device to run on; None: the CPU.
+            options: further arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback,
+                those for "auto"). `requantize` uses them too. Calibration runs the float model, which then must fit
+                into memory.
 
         Raises:
-            ValueError: an unknown format, options without a format, or a checkpoint that is quantized already and a format.
-            OSError: no such folder or model.
+            ValueError: the format is unknown, options are given without a format, or a format is given for a checkpoint
+                that is already quantized.
+            OSError: the folder or model does not exist.
             ImportError: transformers or accelerate is missing.
         """
         self.source, self.isq, self.device, self.options = source, isq, device, dict(options or {})
@@ -73,30 +75,30 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens, prompt and reply together, that the model was made for; None: it has no such limit."""
+        """Largest number of tokens of prompt and reply together; None: no limit is known."""
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
     def check(self, isq: str) -> None:
         """ValueError if `requantize` would refuse this format."""
-        check_format(isq, self.device)
+        check_spec(isq, self.device)
         if mix_name(isq) == AUTO:
             check_budget(isq, self.options)
 
     def requantize(self, isq: str, source: str | None = None) -> QuantReport:
         """Change the format of the model.
 
-        The weights are read from the checkpoint again, so that going to more bits gains what it should; the old and the new
-        packed layers are in memory for a moment. If the checkpoint is itself quantized the stored weights are converted, and
-        the report says so. Topology, importance and the other options stay in force. A model that was not quantized before is
-        another object afterwards.
+        The weights are read from the checkpoint again, so that a format with more bits is more accurate. The old and
+        the new packed layers are in memory together for a moment. If the checkpoint itself is quantized, its packed
+        weights are converted, and the report notes this. Topology, importance and the other options are kept. `model`
+        is a new object afterwards if it was not quantized before, or if the format is "auto".
 
         Args:
             isq: the format or number of bits.
-            source: where else the float weights are, or "stored"; see `isqtorch.requantize_`.
+            source: another source of the float weights, or "stored"; see `isqtorch.requantize_`.
 
         Raises:
-            ValueError, OSError: as for loading. The model is as it was.
+            ValueError, OSError: as for loading. The model is unchanged.
         """
         self.check(isq)
         if (self.packed or self.report is not None) and mix_name(isq) != AUTO:
@@ -104,11 +106,11 @@ class LoadedModel:
                 source = STORED
             options = self._options(isq)
             if mix_name(isq) is not None or not resolve_format(isq, self.device or "cpu").activations:
-                options.pop("activations", None)  # asked for with fp8; layers that stay in it keep theirs
+                options.pop("activations", None)  # it is only for fp8; layers that stay in fp8 keep the permission
             self.report = requantize_(self.model, isq, source=source, progress=False, **options)
         else:
             self.model, self.report = self._load(isq)
-            gc.collect()  # the old model: its modules refer to each other
+            gc.collect()  # frees the old model, whose modules refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.isq = isq
@@ -116,7 +118,7 @@ class LoadedModel:
         return self.report
 
     def _options(self, isq: str | None) -> dict[str, Any]:
-        """The options that concern a format: "auto" has its own, and reads the calibration text again."""
+        """The options that apply to a format. "auto" has options of its own, and reads the calibration text again."""
         options = {name: value for name, value in self.options.items() if value is not None}
         if mix_name(isq) == AUTO:
             return options
@@ -134,12 +136,12 @@ class LoadedModel:
         return model, model.isq_report if isq is not None else None
 
     def _calibrated(self, isq: str, options: dict[str, Any]) -> tuple[Any, QuantReport]:
-        """The float model, run on a text and quantized with what that showed, which later changes of the format use as well."""
+        """Load the float model, collect an importance matrix on the text (kept for `requantize`), and quantize."""
         model = load_causal_lm(self.source, device=self.device)
         text = Path(options.pop("calibration_file"))
         asked = {name: value for name, value in options.items() if name not in ("imatrix", *AUTO_OPTIONS)}
         if mix_name(isq) != AUTO:
-            plan(model, isq, **asked)  # faults show before the minutes
+            plan(model, isq, **asked)  # raises errors before minutes of calibration
         if "imatrix" not in options:
             options["imatrix"] = collect_imatrix(model, text, self.tokenizer)
         self.options["imatrix"] = options["imatrix"]
@@ -153,8 +155,8 @@ def load_causal_lm(
 ) -> Any:
     """A causal language model in evaluation mode; see `LoadedModel`.
 
-    With a format each weight is packed as it is read. A folder that `isqtorch.checkpoint.save` wrote is built from its
-    configuration and then filled with the packed weights.
+    With a format, each weight is packed as it is read. For a folder with a file of `isqtorch.checkpoint.save`, the
+    model is built from its configuration, and then the packed weights are loaded.
     """
     with needs_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM, utils
@@ -176,7 +178,7 @@ def load_causal_lm(
             return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
         from accelerate import init_empty_weights
 
-        with init_empty_weights():  # buffers, which no file has, are real
+        with init_empty_weights():  # buffers get real values, because no file has them
             model = AutoModelForCausalLM.from_config(config)
         checkpoint.load_(model, Path(source))
         return model.eval() if device is None else model.eval().to(device)
@@ -192,8 +194,8 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
-def check_format(isq: str, device: str | None = None) -> None:
-    """ValueError that lists what exists, unless `isq` is a format, a number of bits, or a rule for whole models."""
+def check_spec(isq: str, device: str | None = None) -> None:
+    """ValueError with a list of all formats, unless `isq` is a format, a number of bits, or a rule for whole models."""
     if mix_name(isq) is None:
         resolve_format(isq, torch.device(device or "cpu"))
 
@@ -201,10 +203,10 @@ def check_format(isq: str, device: str | None = None) -> None:
 def check_request(
     source: str, isq: str | None, device: str | None = None, options: Mapping[str, Any] | None = None
 ) -> bool:
-    """What can be wrong with a request to load and can be known before anything slow; see `LoadedModel`.
+    """Check a request to load before anything slow happens; for errors see `LoadedModel`.
 
     Returns:
-        Whether MODEL is a folder with a quantized checkpoint.
+        Whether `source` is a folder with a quantized checkpoint.
     """
     check_folder(source)
     if device is not None:
@@ -214,7 +216,7 @@ def check_request(
         raise FileNotFoundError(f"no calibration text {text}")
     method = packed_by(source)
     if isq is not None:
-        check_format(isq, device)
+        check_spec(isq, device)
         check_budget(isq, options or {})
         if mix_name(isq) != AUTO and text is not None and (options or {}).get("imatrix") is not None:
             raise ValueError("give either imatrix or calibration_file, not both")
@@ -231,13 +233,13 @@ def check_request(
 
 
 def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:
-    """What "auto" is allowed, checked; None for other formats."""
+    """The checked budget of "auto"; None for other formats."""
     given: dict[str, Any] = {name: options.get(name) for name in AUTO_OPTIONS}
     return Budget.of("--isq", isq, Options(**given))
 
 
 def packed_by(source: str) -> str | None:
-    """The quantization method of the checkpoint in a folder; None: it is not quantized, or not a folder here."""
+    """The quantization method of the checkpoint in a folder; None if it is not quantized or there is no such folder."""
     if not os.path.isdir(source):
         return None
     if _has_own_header(source):
@@ -249,7 +251,7 @@ def packed_by(source: str) -> str | None:
 
 
 def _quantized_by(config: Any) -> str | None:
-    """The method that a model's configuration says it is quantized with."""
+    """The quantization method in a model's configuration, or None."""
     found = getattr(config.get_text_config(), "quantization_config", None) or getattr(
         config, "quantization_config", None
     )
@@ -265,7 +267,7 @@ def _already(source: str, method: str) -> ValueError:
 
 
 def check_folder(source: str) -> None:
-    """A path that does not exist would be looked up on the Hub, with a confusing message."""
+    """Raise if `source` is a path without a model: transformers would look it up on the Hub, with a confusing error."""
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).is_dir():
         raise FileNotFoundError(f"no folder {source}: give a folder with config.json and safetensors, or a model id")
@@ -274,7 +276,7 @@ def check_folder(source: str) -> None:
 
 
 def _has_own_header(source: str) -> bool:
-    """Whether a folder's weights were written by `isqtorch.checkpoint.save`, whose header transformers does not know."""
+    """Whether a folder's weights were written by `isqtorch.checkpoint.save`. transformers cannot load such files."""
     path = Path(source, "model.safetensors")
     if not path.is_file():
         return False
@@ -284,7 +286,7 @@ def _has_own_header(source: str) -> bool:
 
 @contextmanager
 def needs_transformers() -> Iterator[None]:
-    """Turn a missing transformers into one line that says what to do."""
+    """Turn the import error of a missing transformers into a message that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -295,7 +297,7 @@ def needs_transformers() -> Iterator[None]:
 
 @contextmanager
 def _from_hub(source: str) -> Iterator[None]:
-    """Say in one line why a model id cannot be loaded; errors of a folder speak for themselves."""
+    """Turn errors of the Hub into one line with the reason; errors of folders are clear already."""
     try:
         yield
     except OSError as error:

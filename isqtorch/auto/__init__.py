@@ -1,9 +1,10 @@
-"""Automatic mixed precision: measure what each format would cost each layer, then choose the best that fits a budget.
+"""Automatic mixed precision: measure the cost of each format in each layer, then choose the best within a budget.
 
-sensitivity.py   what an error in each weight of a layer costs, and the error of each format
-curvature.py     the best answer to the first: the curvature of the KL divergence, from a few backward passes
-knapsack.py      one format per layer, least total cost, never above the budget
-choose.py        the whole: `quantize_(model, "auto", target_bpw=4.5)`
+budget.py        the options of "auto", checked
+sensitivity.py   the cost of the errors that a format makes in a layer
+curvature.py     the most accurate cost: the curvature of the KL divergence, from a few backward passes
+knapsack.py      one format per layer with the smallest total cost within the budget
+choose.py        all of it together: `quantize_(model, "auto", target_bpw=4.5)`
 """
 
 from .budget import AUTO_OPTIONS, Budget

@@ -1,4 +1,4 @@
-"""What the user allows "auto": a size, the formats to choose from, and how to measure."""
+"""The options of "auto": the largest size, the formats to choose from, and how to measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isqtorch.policy.options import Options, Probe
 from isqtorch.text import human_size
 
 AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
-"""Options of `quantize_` for the format "auto" alone."""
+"""Options of `quantize_` that only the format "auto" takes."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
@@ -25,8 +25,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 class Budget:
     """The checked options of "auto"; exactly one of `target_bpw` and `max_bytes` is set.
 
-    The size counts everything that the report counts: all weights, quantized or not, shared ones once, with norms, biases and
-    saved buffers. `target_bpw` is a bound of the report's `bits_per_weight`, `max_bytes` of its `bytes_after`.
+    The size is that of the report: all weights, quantized or not, with norms, biases and saved buffers; shared weights
+    count once. `target_bpw` limits the report's `bits_per_weight`, `max_bytes` its `bytes_after`.
     """
 
     target_bpw: Fraction | None
@@ -35,10 +35,10 @@ class Budget:
 
     @classmethod
     def of(cls, op: str, fmt: Spec | None, options: Options) -> Budget | None:
-        """The options of "auto"; None where `fmt` is another format.
+        """The checked options of "auto"; None if `fmt` is another format.
 
         Raises:
-            ValueError: an option that is missing, has a bad value, or is given for another format than "auto".
+            ValueError: an option is missing, has a bad value, or is given for another format than "auto".
         """
         if mix_name(fmt) != AUTO:
             extra = [name for name in AUTO_OPTIONS if getattr(options, name) is not None]
@@ -59,7 +59,7 @@ class Budget:
         )
 
     def bytes_for(self, inventory: Inventory) -> int:
-        """The most bytes the model may have."""
+        """Largest size of the model in bytes."""
         if self.target_bpw is None:
             assert self.max_bytes is not None
             return self.max_bytes
@@ -85,7 +85,7 @@ def _bytes(op: str, size: int | str) -> int:
 
 
 def _allowed(op: str, allowed: Sequence[Spec] | None) -> tuple[Spec, ...]:
-    if allowed is None:  # numbers of bits, which mean the formats that are good on each layer's device
+    if allowed is None:  # numbers of bits: each means the best format for a layer's device
         return tuple(sorted({get_format(name).bits for name in formats()}))
     if isinstance(allowed, (str, int)) or not allowed:
         raise ValueError(f"{op}: formats must be a list of formats to choose from, got {allowed!r}")

@@ -1,14 +1,14 @@
-"""`quantize_(model, "auto", target_bpw=4.5)`: the format of each layer by measurement, within a budget.
+"""`quantize_(model, "auto", target_bpw=4.5)`: choose the format of each layer by measurement, within a budget.
 
-    items    the layers that the request quantizes. Tied weights are one item, and so are the experts of a list of linear layers;
-             each stack of fused experts is one
-    options  what each allowed format comes to for the layer, fallbacks included; layers that a topology pins have one
-    costs    sensitivity.py
-    choice   knapsack.py
+    items    The layers that the request quantizes. Tied weights form one item. So do the same matrices of all experts
+             in a list of linear layers. Each stack of fused experts is an item.
+    options  The formats that an item can have: each allowed format, or its fallback. A layer in the topology has one.
+    costs    See sensitivity.py.
+    choice   See knapsack.py.
 
-Embeddings and output heads are not promoted: their measured cost decides, like everybody's. Speed is not weighed: decoding reads
-every byte once, so fewer bytes are faster, whatever the formats; to leave out a format that is slow on a device, name
-the others in `formats`.
+Embeddings and output heads are not promoted: only the measured cost counts. Speed does not count: decoding reads every
+byte once, so a smaller model is faster in any format. To exclude a format that is slow on a device, list the others in
+`formats`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from isqtorch.text import human_size
 from .budget import Budget
 from .curvature import measure_curvature
 from .knapsack import Option, solve
-from .sensitivity import Error, Weighing, costs, errors_of, measure
+from .sensitivity import Error, Weighing, costs, errors_of, measure_errors
 
 
 @dataclass(frozen=True)
 class Item:
     """Weights that get one format together."""
 
-    weights: tuple[tuple[LayerInfo, ...], ...]  # of each weight, the layers that share it
-    options: dict[str, Spec]  # format it would have -> what to ask for, smallest first
+    weights: tuple[tuple[LayerInfo, ...], ...]  # for each weight, the layers that share it
+    options: dict[str, Spec]  # resulting format -> format to request for it; smallest first
 
     @property
     def names(self) -> list[str]:
@@ -64,21 +64,22 @@ class Item:
 
 
 WeightOf = Callable[[Sequence[str]], Tensor]
-"""The float weight, `[N, K]` or `[E, N, K]`, of layers that share it."""
+"""(names of all layers that share a weight) -> that float weight, `[N, K]` or `[E, N, K]`."""
 
 
 class Auto:
-    """The problem: items, what is fixed, and the budget. Knows no weights.
+    """The optimization problem: items, bytes that are fixed, and the budget. It reads no weights.
 
     Raises:
-        ValueError: nothing to choose for, or a budget below the smallest choice, which the message names.
+        ValueError: no layer can be quantized, or even the smallest formats exceed the budget; the message gives their
+            size.
     """
 
     def __init__(self, inventory: Inventory, request: Request, budget: Budget) -> None:
         self.inventory, self.request, self.budget = inventory, request, budget
         self.items, self.misfits = _items(inventory, request, budget.formats)
         smallest = [next(iter(item.options)) for item in self.items]
-        self.fixed = self._total(smallest) - self._size(smallest)  # everything that is no choice
+        self.fixed = self._total(smallest) - self._size(smallest)  # bytes outside of the items
         self.limit = budget.bytes_for(inventory)
         least = self._total(smallest)
         if least > self.limit:
@@ -89,18 +90,18 @@ class Auto:
             )
 
     def smallest(self) -> Request:
-        """A request for the smallest choice everywhere: the same layers as in the end, for checks before anything slow.
+        """A request for the smallest format of every item. It selects the same layers as the final one.
 
-        Activations are left out: which layers will be in fp8 is not known yet.
+        It has no `activations`, because it is not known yet which layers will be in fp8.
         """
         return self._request([next(iter(item.options)) for item in self.items]).changed(activations=None)
 
     def choose(self, errors: Sequence[Mapping[str, Error]], measure: str) -> tuple[Request, Choice]:
-        """The best choice, as a request, and as a record.
+        """The best choice within the budget: as a request, and as a record for the report.
 
         Args:
-            errors: of each item, by format.
-            measure: what the costs are.
+            errors: for each item, its errors by format.
+            measure: the kind of cost: "kl", "output" or "weight".
         """
         by_item = costs(errors, [item.numel for item in self.items], [item.is_head for item in self.items])
         options = [
@@ -153,9 +154,9 @@ class Auto:
 
 
 def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> tuple[list[Item], dict[str, Assigned]]:
-    """What to choose for, and what to ask for layers that none of the formats fits.
+    """The items, and a format to request for each layer that fits none of the formats.
 
-    The policy is asked once per allowed format what would become of each layer.
+    The policy decides about all layers once per allowed format.
     """
     options: dict[str, dict[str, Spec]] = {}
     misfits: dict[str, Assigned] = {}
@@ -193,19 +194,20 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
 def choose_formats(
     model: nn.Module, auto: Auto, imatrix: Imatrix | None, weight_of: WeightOf | None = None
 ) -> tuple[Request, Choice]:
-    """Measure a live model and choose. The model stays as it is.
+    """Measure a live model and choose formats. The model does not change.
 
     Args:
         model: the model.
-        auto: the problem; its request's options say how to measure.
-        imatrix: importance, if there is any.
-        weight_of: where the weights are, if they are not the model's own; then there are no gradients to measure.
+        auto: the problem. The options of its request say how to measure.
+        imatrix: importance, or None.
+        weight_of: reads weights that are not the model's own. Without it the model's own are used. With it the probe
+            "kl" is not possible, because packed weights have no gradients.
 
     Returns:
-        The request with the chosen formats, and what was measured.
+        The request with the chosen formats, and the measurements.
 
     Raises:
-        ValueError: see `measure_curvature`; `probe="kl"` without a text; a weight that is not finite.
+        ValueError: see `measure_curvature`; `probe="kl"` without a text; a weight is not finite.
     """
     options = auto.request.options
     if options.probe == "kl" and options.calibration_file is None:
@@ -229,12 +231,12 @@ def measure_items(
     imatrix: Imatrix | None,
     curvature: Mapping[str, Weighing] | None,
 ) -> tuple[list[dict[str, Error]], str]:
-    """The errors of every item in each of its options, and the name of the measure.
+    """The errors of every item in each of its formats, and the kind of cost.
 
-    Items with one option are measured, too, so that the predicted cost is that of the whole model.
+    Items with a single format are measured too, so that the predicted cost covers the whole model.
 
     Raises:
-        ValueError: a weight that is not finite, or too large for one of its formats.
+        ValueError: a weight is not finite, or too large for one of its formats.
     """
     options = auto.request.options
     errors = []
@@ -247,16 +249,16 @@ def measure_items(
             with ordinary_tensors():
                 weight = weight_of([layer.name for layer in sharing])
                 try:
-                    parts.append(measure(weight, formats, weighing, *importance, options.rule))
+                    parts.append(measure_errors(weight, formats, weighing, *importance, options.rule))
                 except ValueError as error:
                     raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
-                del weight  # before the next one is there
+                del weight  # free it before the next one is read
         errors.append(errors_of(parts))
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
 
 
 def importance_and_shares(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:
-    """The importance that packing will use, of one weight, and the experts' shares of the tokens."""
+    """The importance that packing will use for a weight, and each expert's share of the tokens; both may be None."""
     if imatrix is None:
         return None, None
     shape = sharing[0].shape

@@ -1,12 +1,13 @@
-"""The curvature of the KL divergence in every weight of a model: what makes errors of different layers comparable.
+"""The curvature of the KL divergence in every weight of a model. It makes errors in different layers comparable.
 
-To second order, KL(model || model with W + dW) = 1/2 dW^T F dW, with F the Fisher information: the mean of s s^T over labels
-drawn from the model's own predictions, s being the gradient of their log-likelihood in W. Of F only the diagonal is
-kept, because rounding errors have no common direction, and of that, for each matrix, the sums over rows and over columns:
+To second order, KL(model || model with W + dW) = 1/2 dW^T F dW. F is the Fisher information: the mean of s s^T over
+labels that are drawn from the model's own predictions, where s is the gradient of their log-likelihood in W. Only the
+diagonal of F is kept, because rounding errors are nearly independent. The diagonal is approximated by its sums over
+rows and columns:
 
     F[n, k] = R[n] C[k] / sum(R)        R[n] = sum over k of s[n, k]^2,  C[k] = sum over n of s[n, k]^2
 
-A forward and a backward pass per chunk of text give it for all layers at once, tied weights and fused experts included.
+One forward and one backward pass per chunk of text give it for all layers, including tied weights and fused experts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from isqtorch.running import Ids, context_length, evaluating, run_model, token_i
 
 from .sensitivity import Weighing
 
-CHUNK = 256  # tokens of a backward pass, which holds the activations of all of them
+CHUNK = 256  # tokens of one backward pass, whose activations are all in memory
 CHUNKS = 8
 
 
@@ -39,24 +40,24 @@ def measure_curvature(
     *,
     progress: bool | None = None,
 ) -> dict[str, Weighing]:
-    """The weighing "kl" of weights: the cost of an error is the divergence it causes, in nats per token.
+    """Measure the weighing "kl": it turns the errors of a weight into the KL divergence they cause, in nats per token.
 
-    Runs in eval mode on chunks of the text that are spread evenly over it. Memory: the activations of one chunk and the
-    gradient of one weight. Gradients that parameters have, and which of them want one, stay as they are. The same
-    text gives the same numbers: labels are drawn with a generator of their own.
+    The model runs in eval mode on chunks that are spread evenly over the text. Memory: the activations of one chunk and
+    the gradient of one weight. `requires_grad` and `grad` of all parameters are restored afterwards. The result is
+    deterministic: labels are drawn with a separate generator with a fixed seed.
 
     Args:
-        model: a float causal language model that can run where it is.
-        names: weights, under the names that reports give them; of tied ones, any.
-        tokenizer: the model's; may be None with token ids.
+        model: a float causal language model that can run on its device.
+        names: names of the weights as in reports; of tied weights any name.
+        tokenizer: the tokenizer of the model; may be None if `text` is token ids.
         text: as for `collect_imatrix`.
-        progress: a progress bar; None shows one if stderr is a terminal.
+        progress: whether to show a progress bar; None: if stderr is a terminal.
 
     Returns:
-        By name; without those that nothing flowed through.
+        The weighing of each weight, by name; without weights whose gradient is zero.
 
     Raises:
-        ValueError: too short a text, a model that gives no logits or no gradients, or gradients that are not finite.
+        ValueError: the text is too short, the model returns no logits or no gradients, or the gradients are not finite.
         OSError: the file cannot be read.
     """
     content, _ = read_calibration_text(text)
@@ -79,7 +80,7 @@ def measure_curvature(
 
 
 def _sampled_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over positions of the log-likelihood of labels drawn from the predictions themselves."""
+    """Sum over positions of the log-likelihood of labels that are drawn from the model's predictions."""
     output = run_model(model, ids)
     logits = output[0] if isinstance(output, (tuple, list)) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.requires_grad:
@@ -121,7 +122,7 @@ class _Meter:
 
 @contextmanager
 def _watched(model: nn.Module, meters: dict[str, _Meter]) -> Iterator[None]:
-    """Only the weights with a meter get a gradient, which is gone as soon as it is added up."""
+    """Compute gradients only for the weights with a meter, and free each gradient once it is added to its meter."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     handles = []
     try:

@@ -1,8 +1,8 @@
-"""One choice per item, least total cost, total size never above a budget: a multiple-choice knapsack.
+"""Multiple-choice knapsack: one option per item with the smallest total cost, and a total size within a budget.
 
-Solved by dynamic programming over sizes. Sizes are exact where the choices' differences have a common divisor that leaves few
-enough steps (so for most models); otherwise they are rounded up to steps, which keeps the promise, and what the rounding
-left is spent greedily.
+Solved by dynamic programming over sizes, in steps. A step is the greatest common divisor of all size differences, so
+for most models sizes are exact. If that gives too many steps, sizes are rounded up to larger steps. The total then
+still stays within the budget, and the bytes lost by rounding are spent greedily.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_STEPS = 1 << 15  # sizes told apart; time and memory grow with items times this
+_STEPS = 1 << 15  # largest number of steps; time and memory grow with items times steps
 
 
 class Option(NamedTuple):
@@ -27,12 +27,12 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """The index of one option per item.
 
     Args:
-        items: the options of each item, at least one.
-        budget: in the same unit as their sizes; at least the sum of the smallest ones.
+        items: the options of each item, at least one each.
+        budget: in the unit of the sizes; at least the sum of the smallest size of each item.
 
     Returns:
-        Indices whose total cost is the least possible within the budget, up to the rounding of sizes described above.
-        Of options that are equally good, the smaller.
+        Indices with the smallest total cost within the budget, except for the rounding of sizes described above. Of
+        options with equal cost the smaller is chosen.
     """
     useful = [_useful(options) for options in items]
     spare = budget - sum(options[indices[0]].size for options, indices in zip(items, useful, strict=True))
@@ -47,7 +47,7 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     step = gcd(*(size for sizes in extra for size in sizes))
     step *= -(-spare // (step * _STEPS)) or 1
     places = spare // step + 1
-    best = np.zeros(places)  # least cost of the items so far, by steps at hand
+    best = np.zeros(places)  # smallest cost of the items so far, by available steps
     taken = np.zeros((len(items), places), dtype=np.uint8)
     for row, (options, indices, sizes) in enumerate(zip(items, useful, extra, strict=True)):
         new = best + options[indices[0]].cost
@@ -71,7 +71,7 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
 
 
 def _useful(options: Sequence[Option]) -> list[int]:
-    """Indices by size, without those that cost no less than a smaller one."""
+    """Indices sorted by size, without options that cost as much as a smaller one or more."""
     kept: list[int] = []
     for i in sorted(range(len(options)), key=lambda i: (options[i].size, options[i].cost)):
         if not kept or options[i].cost < options[kept[-1]].cost:
@@ -86,7 +86,7 @@ def _spend(
     chosen: list[int],
     left: int,
 ) -> None:
-    """Raise single items as long as one fits into what is left, the largest gain first; changes `chosen`."""
+    """Give items a larger option while one fits into the bytes left, largest gain first. Changes `chosen` in place."""
     while True:
         gains = [
             (items[row][useful[row][chosen[row]]].cost - items[row][useful[row][k]].cost, -row, k)

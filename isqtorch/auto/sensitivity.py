@@ -1,17 +1,18 @@
-"""What an error in a layer's weights costs, and what it costs to store them in a format.
+"""The cost of storing the weights of a layer in a format.
 
-With W the weights, D = Q(W) - W the error of a format, and K columns in each of N rows, the cost is the best of these that is known:
+W are the weights [N, K], and D = Q(W) - W is the error of the format. The cost is the first of these measures that is
+known:
 
-    "kl"      sum of F[n, k] * D[n, k]^2 / 2, with F the curvature of the KL divergence (curvature.py): the divergence that this
-              layer alone adds, in nats per token
-    "output"  N * K * (sum of h[k] * D[n, k]^2) / (sum of h[k] * W[n, k]^2), with h the importance (the mean squared input of
-              each column): the relative squared error of the layer's outputs, for every weight in it. Experts count by their
-              share of the tokens.
-    "weight"  the same without importance, h = 1
+    "kl"      sum of F[n, k] * D[n, k]^2 / 2, where F is the curvature of the KL divergence (curvature.py). This is the
+              divergence that the layer alone adds, in nats per token.
+    "output"  N * K * (sum of h[k] * D[n, k]^2) / (sum of h[k] * W[n, k]^2), where h is the importance: the mean squared
+              input of each column. This is the relative squared error of the layer's outputs, times its number of
+              weights. An expert is weighted by its share of the tokens.
+    "weight"  the same without importance: h = 1
 
-The last two know nothing of what lies behind a layer. So they count the output head, whose error reaches the logits undiluted,
-HEAD times. On the demo model "kl" predicts the measured divergence of single layers to about 12 %, the others, up to a
-common factor, to a factor of 3 (standard deviations of the logarithm of the ratio).
+The last two measures ignore the layers that follow. The error of the output head goes straight into the logits, so its
+cost is multiplied by HEAD. On the demo model "kl" predicts the measured divergence of single layers to about 12 %. The
+others predict it to a factor of 3, after a common scale (both are standard deviations of the logarithm of the ratio).
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from isqtorch.formats import QuantFormat
 from isqtorch.quantizers import has_rule, uses_importance
 
 HEAD = 16.0
-"""Measured on the demo model (18); it buys the head two bits, about what llama.cpp's mixes give it."""
+"""18 was measured on the demo model. It gives the head about two more bits, as llama.cpp's mixes do."""
 
-_SAMPLE = 1 << 21  # weights of a layer that are measured; of larger layers, rows are sampled
-_LEAST_ROWS = 8  # of each matrix of a stack
+_SAMPLE = 1 << 21  # largest number of weights measured in a layer; of larger layers rows are sampled
+_LEAST_ROWS = 8  # smallest sample of each matrix of a stack
 
 
 class Weighing(NamedTuple):
-    """How much squared errors count in the rows and columns of a matrix (their product), or of each matrix of a stack."""
+    """Factors of squared errors in a matrix, or in each matrix of a stack: rows[n] * columns[k] for weight [n, k]."""
 
     rows: Tensor  # f64 [N] or [E, N]
     columns: Tensor  # f64 [K] or [E, K]
 
 
 class Error(NamedTuple):
-    """What a format does to a layer."""
+    """The errors of a layer in a format."""
 
     cost: float | None  # "kl"; None: not known
-    output: float  # squared error over squares, both weighed by importance; without importance the same as `weight`
-    weight: float  # squared error over squares
+    output: float  # sum of squared errors over sum of squares, both weighted by importance; else equal to `weight`
+    weight: float  # sum of squared errors over sum of squares
 
 
 class Sums(NamedTuple):
-    """Squared errors of one matrix or more, by format, and squared weights: counted for "kl", by importance, and plainly."""
+    """Sums of squared errors, by format, and of squared weights, each with the factors of all three measures."""
 
     errors: dict[str, Tensor]  # f64 [3]
     powers: Tensor  # f64 [3]
     knows_cost: bool
 
 
-def measure(
+def measure_errors(
     weight: Tensor,
     formats: Sequence[QuantFormat],
     weighing: Weighing | None,
@@ -64,18 +65,19 @@ def measure(
     rule: str | None,
     pieces: int = 1,
 ) -> Sums:
-    """The error of a weight in several formats, each made with importance where the format takes it.
+    """The errors of a weight in several formats. Importance is used by formats that take it.
 
-    Of a layer with more than 2 million weights only so many are measured: whole rows, the same ones every time, evenly spread,
-    or with a weighing in proportion to what they count.
+    Of a layer with more than 2 million weights a sample of about that size is measured. It consists of whole rows,
+    always the same ones: evenly spread, or with a weighing in proportion to their factors.
 
     Args:
         weight: `[N, K]` or `[E, N, K]`.
-        weighing: for "kl"; None leaves the costs None.
+        formats: the formats to try.
+        weighing: the factors of "kl"; None leaves the costs None.
         importance: `[K]` or `[E, K]`.
-        shares: of the tokens, for each expert of a stack, `[E]`; None: equal ones.
-        rule: the rounding rule, for the formats that have it.
-        pieces: in how many pieces, of which this is one, the layer is measured; the sample is shared among them.
+        shares: each expert's share of the tokens, `[E]`; None: equal shares.
+        rule: the rounding rule, for formats that have it.
+        pieces: number of pieces in which the layer is measured; `weight` is one of them. They share the sample size.
     """
     stack = weight if weight.dim() == 3 else weight[None]
     experts, rows, columns = stack.shape
@@ -108,7 +110,7 @@ def measure(
 
 
 def errors_of(parts: Sequence[Sums]) -> dict[str, Error]:
-    """The errors of a layer from those of its pieces, by format."""
+    """The errors of a layer, by format, from the sums of its pieces."""
     powers = torch.stack([part.powers for part in parts]).sum(0)
     out = {}
     for name in parts[0].errors:
@@ -120,13 +122,14 @@ def errors_of(parts: Sequence[Sums]) -> dict[str, Error]:
 
 
 def _sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`count` rows of N and what each stands for, so that sums over them estimate sums over all rows.
+    """Sample up to `count` of N rows, with factors such that weighted sums over them estimate sums over all rows.
 
     Args:
-        weights: f64 `[N]`, not negative.
+        weights: factor of each row, f64 `[N]`, not negative.
+        count: size of the sample.
 
     Returns:
-        int64 `[S]`, S <= count, without repetitions, and f64 `[S]`.
+        The rows, int64 `[S]` with S <= count and no repetitions, and their factors, f64 `[S]`.
     """
     total = float(weights.sum())
     if count >= len(weights) or not total:
@@ -142,13 +145,13 @@ def costs(
 ) -> list[dict[str, float]]:
     """The costs of all layers, by format, in one unit.
 
-    Layers of which "kl" is not known, because no token of the text came to them, have the cost "output", scaled by what those
-    that are known have in common (the median of the ratio).
+    "kl" is not known for layers that received no token of the text. They get the cost "output", scaled by the median
+    ratio of the two costs over all other layers.
 
     Args:
-        errors: of each layer, by format.
-        numels: weights in each.
-        heads: whether it is, or shares its weight with, the output head.
+        errors: the errors of each layer, by format.
+        numels: number of weights of each layer.
+        heads: whether each layer is the output head or shares its weight.
     """
     ratios = sorted(
         error.cost / (error.output * numel)

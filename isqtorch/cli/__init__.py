@@ -1,6 +1,7 @@
-"""The `isqtorch` command: one file per subcommand, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
+"""The `isqtorch` command: one file per subcommand, with `HELP`, `add_arguments(parser)` and `run(args) -> status`.
 
-Exit status: 0 done; 1 something the user can mend, told in one line; 2 wrong usage (argparse); 130 interrupted.
+Exit status: 0 success; 1 an error that the user can fix, printed in one line; 2 wrong usage (argparse); 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; a command's docstring is its help text, examples included."""
+    """The parser of the whole command line. The docstring of a command's file is its help text."""
     parser = argparse.ArgumentParser(
         prog="isqtorch", description="Quantize PyTorch models in place, and see what it costs and saves."
     )
@@ -67,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("isqtorch: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `isqtorch formats | head`: the reader has seen enough
+    except BrokenPipeError:  # `isqtorch formats | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         if args.debug:
             raise
-        print(f"isqtorch: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever the message
+        print(f"isqtorch: {' '.join(str(error).split())}", file=sys.stderr)  # always one line
         return 1

@@ -1,4 +1,4 @@
-"""What several commands share: model arguments, loading with transformers, tables."""
+"""Shared code of the commands: common arguments, loading a model, reading a text."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_importance(parser: argparse.ArgumentParser) -> None:
 
 
 def add_auto(parser: argparse.ArgumentParser) -> None:
-    """What `--isq auto` needs and takes."""
+    """The options of `--isq auto`."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--target-bpw", type=float, metavar="BITS", help="with --isq auto: bits per weight of the model"
@@ -75,7 +75,10 @@ def add_auto(parser: argparse.ArgumentParser) -> None:
 
 
 def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
-    """What `add_policy` and `add_importance` read, as arguments of `quantize_` (with the tokenizer) or of `LoadedModel`."""
+    """The options of `add_policy`, `add_importance` and `add_auto`, for `quantize_` or `LoadedModel`.
+
+    `quantize_` also needs the tokenizer, for a calibration file.
+    """
     options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
     if args.activations:
         options["activations"] = args.activations
@@ -105,7 +108,7 @@ def add_json(parser: argparse._ActionsContainer) -> None:
 
 
 def load_model(model: str) -> tuple[Any, Any]:
-    """A causal language model as its checkpoint has it, in evaluation mode, and its tokenizer."""
+    """A causal language model as in its checkpoint, in evaluation mode, and its tokenizer."""
     from isqtorch.app.model import load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(model)
@@ -113,7 +116,7 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file; ValueError if it is not one."""
+    """The contents of a UTF-8 text file; ValueError if it is not UTF-8 or has no text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

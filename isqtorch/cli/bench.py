@@ -1,11 +1,12 @@
-"""Speed, memory and load time of a model as it is and in each format, every one in a process of its own.
+"""Measure speed, memory and load time of a model as it is and in each format, each in its own process.
 
     isqtorch bench -m examples/demo_model/model --isq 4,q8_0
     isqtorch bench -m ./my-model --isq 4,q8_0 --prompt-len 512 --gen-len 128
     isqtorch bench -m ./large-model --isq q4k --no-baseline --json
 
-Prefill is prompt tokens over the time until the first new token, decode the new tokens after it, both through `generate` with
-one sequence, the median of the repeats. Peak memory is what the process took beyond what it had before loading.
+Prefill speed is the number of prompt tokens divided by the time until the first new token. Decode speed counts the new
+tokens after the first. Both are medians over the repeats of `generate` with one sequence. Peak memory is that of the
+process, minus its memory before loading.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[str | None]:
-    """What is to be measured, None for the model as it is; everything that can be wrong, before anything slow."""
+    """The formats to measure_model, None for the model as it is. Checks all arguments before anything slow happens."""
     from isqtorch.app.model import check_request
     from isqtorch.formats import AUTO, mix_name
 
@@ -83,7 +84,7 @@ def _check(args: argparse.Namespace) -> list[str | None]:
     if args.in_process and names:
         formats = [*names]
     if not formats:
-        raise ValueError("nothing to measure: --no-baseline needs --isq")
+        raise ValueError("nothing to measure_model: --no-baseline needs --isq")
     if args.in_process and len(formats) > 1:
         raise ValueError("--in-process measures one format; later ones would find the memory of earlier ones")
     return formats
@@ -93,8 +94,8 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
     from isqtorch.app.model import needs_transformers
 
     with needs_transformers():
-        from isqtorch.app.benchmark import measure
-    return measure(
+        from isqtorch.app.benchmark import measure_model
+    return measure_model(
         args.model,
         fmt,
         prompt_len=args.prompt_len,
@@ -106,7 +107,7 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
 
 
 def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] | None:
-    """The same in a fresh process, which says on standard error why it failed, if it did."""
+    """`_measure` in a fresh process; None if it failed, with the reason on standard error."""
     command = [sys.executable, "-m", "isqtorch", "bench", "--in-process", "--json", "-m", args.model]
     given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
     given["--device"] = args.device

@@ -5,7 +5,7 @@
     isqtorch demo --formats 4 q5_1 afq4g32 --tokens 4096
     isqtorch demo --model ./my-model --text my.txt --json
 
-Everything printed is computed in this run. Each format starts from a fresh copy of the unquantized model.
+All numbers are measured in this run. Each format starts from a fresh copy of the unquantized model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EXAMPLE = Path("examples/demo_model")
 _CONTEXT = 512  # tokens per window of the quality measurements
 _PROMPT = "The function returns"
 _DECODE_TOKENS, _DECODE_REPEATS = 48, 3
-_DECODE_SECONDS = 4.0  # no further repeat after so long
+_DECODE_SECONDS = 4.0  # no further repeat after this time
 
 _TEXT_WIDTH = 100  # characters of generated text shown
 
@@ -100,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"\n{_texts(rows)}\n\n{len(rows)} models in {seconds:.0f} s")
     if args.plot:
-        draw(rows, args.plot)
+        draw_demo(rows, args.plot)
         if live:
             print(f"plot: {args.plot}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    """Everything that can be wrong with the arguments, before anything slow; canonical format names."""
+    """Check all arguments before anything slow happens; returns the canonical format names."""
     from isqtorch.formats import resolve_format
 
     if args.tokens < 2:
@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace) -> list[str]:
 
 
 def _example(name: str) -> str:
-    """A file of the demo model: below the current folder, or in the source tree this package was installed from."""
+    """The path of a file of the demo model, below the current folder or in the source tree of this package."""
     for root in (Path(), Path(__file__).resolve().parents[2]):
         path = root / _EXAMPLE / name
         if path.exists():
@@ -135,7 +135,7 @@ def _example(name: str) -> str:
 
 
 class Measure:
-    """Quantizes copies of one model and measures each against it."""
+    """Quantizes copies of a model and compares each with the original."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, ids: list[int]) -> None:
         self.model, self.tokenizer, self.ids = model, tokenizer, ids
@@ -145,7 +145,7 @@ class Measure:
         self.reference: Tensor | None = None  # the unquantized model's logits, from the first call
 
     def __call__(self, name: str) -> Row:
-        """The row of a format; "" is the unquantized model and comes first."""
+        """Measure one format. The first call must be with "", the unquantized model."""
         from isqtorch.evaluation import Recorded, kl_divergence, perplexity, reference_logits
         from isqtorch.inplace.quantize import quantize_
 
@@ -171,7 +171,7 @@ class Measure:
         )
 
     def decode(self, model: Any) -> tuple[float, str]:
-        """Tokens per second of greedy decoding after a short prompt (median), and the text, on one line."""
+        """Tokens per second of greedy decoding after a short prompt (median), and the generated text in one line."""
         settings = {"do_sample": False, "min_new_tokens": _DECODE_TOKENS, "max_new_tokens": _DECODE_TOKENS}
         model.generate(**self.prompt, do_sample=False, max_new_tokens=2)  # warm up
         seconds: list[float] = []
@@ -184,7 +184,7 @@ class Measure:
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """Bytes and number of elements of what a model saves, shared tensors once."""
+    """Size in bytes and number of elements of a state dict; shared tensors count once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(t.nbytes for t in tensors.values()), sum(t.numel() for t in tensors.values())
 
@@ -206,8 +206,8 @@ def _texts(rows: list[Row]) -> str:
     return "\n".join([f"{_PROMPT!r} goes on:", *lines])
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Divergence (log scale) against size, one labelled point per quantized format."""
+def draw_demo(rows: list[Row], path: Path) -> None:
+    """Plot divergence (log scale) against size, one labelled point per quantized format."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed

@@ -1,6 +1,7 @@
-"""Check the installation: versions, what was compiled, what this machine supports, which kernels are selected and why; then
-run quantize, dequantize, linear (each of its kernels) and embedding of every format against the plain PyTorch reference, on the CPU
-and, where there are kernels for it, on an NVIDIA GPU.
+"""Check the installation: versions, compiled kernels, features of this machine, selected kernels and the reason.
+
+Then compare quantize, dequantize, linear (with each of its kernels) and embedding of every format with the plain
+PyTorch reference, on the CPU and, if there are kernels for it, on an NVIDIA GPU.
 
     isqtorch doctor
     isqtorch doctor --json
@@ -32,12 +33,12 @@ from ._common import add_json
 
 HELP = "check the installation and every kernel"
 
-_ROWS = 40  # of the weight: outputs enough for an RMS error, and more than the kernels work on at a time
-_BYTES_ALLOWED = 0.001  # an iterative solver may round a tie the other way with another instruction set
+_ROWS = 40  # rows of the test weight: enough for an RMS error, and more than kernels process at a time
+_BYTES_ALLOWED = 0.001  # fraction of bytes that may differ: iterative solvers round ties differently by instruction set
 _CPU_FLAGS = (
     "f16c fma avx2 avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 gfni amx_bf16 amx_int8 "
     "asimd asimddp i8mm bf16 sve"
-).split()  # those a kernel may be written for, as Linux spells them
+).split()  # features that kernels can use, by their names in Linux
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     info = cpu_info()
-    checks = {name: check_format(get_format(name)) for name in formats(variants=args.variants)}
-    on_gpu = {name: check_format(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
+    checks = {name: check_kernels(get_format(name)) for name in formats(variants=args.variants)}
+    on_gpu = {name: check_kernels(get_format(name), "cuda") for name in checks} if _gpu_runs() else {}
     healthy = all(result["ok"] for result in [*checks.values(), *on_gpu.values()])
     if args.json:
         native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
@@ -97,7 +98,7 @@ def _kernel_names(kernels: tuple[LinearKernel, ...]) -> str:
 
 
 def kernels_of_linear(format: str, device: str) -> tuple[LinearKernel, ...]:
-    """By rows of x; none where the reference runs."""
+    """The kernels of `linear`, by number of rows of x; empty if the reference runs."""
     if device == "cpu":
         return cpu_info().linear.get(format, ())
     info = cuda_info()
@@ -109,7 +110,7 @@ def _gpu_runs() -> bool:
 
 
 def cuda_kernels() -> str:
-    """What there is of them, or why there is nothing."""
+    """The compiled CUDA kernels, or the reason why there are none."""
     info = cuda_info()
     if info is None:
         return f"none, {NO_CUDA}"
@@ -117,14 +118,14 @@ def cuda_kernels() -> str:
 
 
 def fp8_activations() -> str:
-    """Whether the GPU multiplies fp8 weights with activations in FP8 where that is allowed, or why not."""
+    """Whether `activations="fp8"` has an effect on each GPU, or the reason why not."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     said = {device: no_fp8_products(device) for device in found}
     return "; ".join(f"{device}: {f'no, {why}' if why else 'yes, for many rows of x'}" for device, why in said.items())
 
 
 def machine_facts() -> list[str]:
-    """The machine and the software that a printed number depends on, one line each."""
+    """The machine and the software that printed numbers depend on, one line each."""
     facts = cpu()
     info = cpu_info()
     return [
@@ -136,7 +137,7 @@ def machine_facts() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what isqtorch works with; missing optional packages are left out."""
+    """Versions of the packages that isqtorch uses; missing optional packages are left out."""
     found = {"isqtorch": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", "safetensors", "huggingface_hub", "transformers", "accelerate", "matplotlib"):
         try:
@@ -147,7 +148,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu() -> dict[str, Any]:
-    """Name, cores and instruction-set features, as far as the system tells."""
+    """Name, cores and instruction-set features of the CPU, as far as the system tells."""
     name, flags = platform.processor(), set()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -167,7 +168,7 @@ def cpu() -> dict[str, Any]:
 
 
 def other_devices() -> str:
-    """GPUs that torch sees, and what runs there."""
+    """The GPUs that torch finds, and whether native kernels run on them."""
     found = {torch.cuda.get_device_name(i): "cuda" for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
         found["Metal"] = "mps"
@@ -181,11 +182,11 @@ def other_devices() -> str:
     )
 
 
-def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
-    """Compare the four ops of a format with the reference on a small weight, `linear` with each of the device's kernels.
+def check_kernels(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
+    """Compare four ops of a format with the reference on a small weight; `linear` with each kernel of the device.
 
     Returns:
-        `ok`; `kernel`, "native" or "reference"; `detail`, the largest error of linear and its bound, or what went wrong.
+        `ok`; `kernel`: "native" or "reference"; `detail`: faults, then the largest error of linear and its limit.
     """
     from isqtorch.ops import reference
 
@@ -211,15 +212,17 @@ def check_format(fmt: QuantFormat, device: str = "cpu") -> dict[str, Any]:
             errors.append(_linear_error(ops.linear(x.to(device), packed, fmt.name).cpu(), x, weights))
             if not errors[-1] <= fmt.linear_error:
                 wrong.append(f"linear is too far off with {rows} rows of x")
-    except Exception as error:  # whatever a broken build throws is a finding, not a crash of the doctor
+    except Exception as error:  # a broken build may raise anything; that is a finding, not a crash of this command
         wrong.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     detail = [f"{max(errors):.1e} / {fmt.linear_error:.1e}"] if errors else []
     return {"ok": not wrong, "kernel": "native" if kernels else "reference", "detail": "; ".join([*wrong, *detail])}
 
 
 def _linear_error(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
-    """RMS error of y, relative to the size that outputs have for weights and activations of random signs: some of the few
-    outputs here may happen to be near zero."""
+    """RMS error of y relative to the expected RMS of outputs, for weights and activations with random signs.
+
+    The RMS of y itself would not do: some of these few outputs may be close to zero.
+    """
     x, weights = x.double(), weights.double()
     typical = x.norm(dim=1, keepdim=True) * weights.norm(dim=1) / weights.shape[1] ** 0.5
     return float((y.double() - x @ weights.T).norm() / typical.norm())

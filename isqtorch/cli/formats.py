@@ -1,4 +1,4 @@
-"""List every format: what a block looks like, how a weight comes out of it, what it costs.
+"""List every format: its block layout, the formula of a weight, and its size.
 
     isqtorch formats
     isqtorch formats --variants          other group sizes and scale types too
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     entries = [get_format(name) for name in formats(variants=args.variants)]
     if args.json:
-        print(json.dumps({fmt.name: describe(fmt) for fmt in entries}, indent=2))
+        print(json.dumps({fmt.name: format_facts(fmt) for fmt in entries}, indent=2))
     elif args.markdown:
         print(markdown(entries))
     else:
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(fmt: QuantFormat) -> dict[str, Any]:
-    """The facts of a format that people and scripts ask for."""
+def format_facts(fmt: QuantFormat) -> dict[str, Any]:
+    """The facts about a format, for `--json`."""
     return {
         "bits_per_weight": fmt.bits_per_weight,
         "block": fmt.block,

@@ -1,10 +1,11 @@
-"""Collect an importance matrix: run a text through a model and sum up what flows into each layer.
+"""Collect an importance matrix: run a text through a model and sum up the squared inputs of each layer.
 
     isqtorch imatrix examples/demo_model/model examples/demo_model/calibration.txt -o demo.gguf
     isqtorch imatrix ./my-model my.txt -o my.imatrix --max-tokens 30000
 
-The extension of OUT chooses the kind: .gguf and .imatrix (or .dat) are llama.cpp's, .cimatrix is mistral.rs's; every command with
---imatrix reads all three. A text of 10,000 to 50,000 tokens like those the model will see is enough.
+The extension of OUT selects the file format: .gguf and .imatrix (or .dat) of llama.cpp, .cimatrix of mistral.rs. Every
+command with --imatrix reads all three. A text of 10,000 to 50,000 tokens is enough, if it is similar to what the model
+will process.
 """
 
 from __future__ import annotations

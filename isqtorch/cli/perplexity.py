@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, as it is or quantized, and how far quantization moved its predictions.
+"""Measure the perplexity of a model on a text, and how much quantization changes its predictions.
 
     isqtorch perplexity examples/demo_model/model --text examples/demo_model/heldout.txt
     isqtorch perplexity examples/demo_model/model --isq q4k --kl --text examples/demo_model/heldout.txt

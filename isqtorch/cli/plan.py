@@ -1,14 +1,14 @@
-"""Say what quantizing a model would do, from its configuration and safetensors headers alone: no weight is read.
+"""Predict what quantizing a model does, from its configuration and safetensors headers only: no weight is read.
 
     isqtorch plan -m examples/demo_model/model                     the size in every format, and whether it fits
-    isqtorch plan -m examples/demo_model/model --isq 4             the layers, those that are alike in one line
+    isqtorch plan -m examples/demo_model/model --isq 4             the layers, similar ones in one line
     isqtorch plan -m examples/demo_model/model --isq 4 --details   every layer
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
     isqtorch plan -m ./my-model --context 32768
     isqtorch plan -m ./my-model --isq q4k_m --plot bits.png
 
-A model fits where its weights and the key-value cache of one sequence are no more than what is free now; loading and running
-need a little more. The options mean what they mean for `isqtorch quantize`.
+A model fits into a memory if its weights and the key-value cache of one sequence are not larger than what is free now.
+Loading and running need a little more. The options are those of `isqtorch quantize`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Quantize a model and write it as a model: packed weights, configuration, generation settings and tokenizer in one folder.
+"""Quantize a model and write it to a folder: packed weights, configuration, generation settings and tokenizer.
 
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
-    isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology out.yaml
+    isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
-    isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces the folder that is there
+    isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces an existing folder
 
-Each weight is packed as it is read. The folder appears when it is complete; every command takes it as MODEL, and so does
-`from_pretrained` where isqtorch is imported.
+Each weight is packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
+does `from_pretrained` if isqtorch is imported.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_files(*files: Path | None) -> None:
-    """OSError where there is no folder for a file that is written at the end."""
+    """OSError if the folder of an output file does not exist: the files are written only at the end."""
     for file in files:
         if file is not None and not file.absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {file.absolute().parent} for {file}")
 
 
 def check_output(output: Path, model: str, *, force: bool) -> None:
-    """OSError where writing would destroy something that the user did not give up."""
+    """OSError if writing would destroy files that the user did not allow to replace."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise FileExistsError(f"{output} exists and is not a folder; give a new one")
     if not output.is_dir() or not any(output.iterdir()):
@@ -99,7 +99,7 @@ def check_output(output: Path, model: str, *, force: bool) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, which takes its name on success and is removed otherwise."""
+    """A temporary folder next to `output`. On success it is renamed to `output`, otherwise it is removed."""
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
@@ -122,7 +122,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _finish(folder: Path) -> None:
-    """Files on the disk before the folder gets its name, and readable for whom the folder is: safetensors writes private ones."""
+    """Flush all files to disk, and give them the permissions of the folder: safetensors makes them private."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)

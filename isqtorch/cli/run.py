@@ -6,12 +6,12 @@
     echo "The function returns" | isqtorch run -m examples/demo_model/model --isq q4k --max-new-tokens 20
     isqtorch run -m ./my-model --isq 4 --prompt "Why is the sky blue?" --json
 
-Without --prompt, and at a terminal, it is a chat. Ctrl-C ends a reply, Ctrl-D (or /exit) the chat; /clear forgets what was
-said, /re_isq q8_0 changes the format of the model (/re_isq q8_0 stored: made from the quantized weights, not from the
-checkpoint), /help lists this. Otherwise all of standard input is one prompt. The text goes to standard output, everything else
-to standard error.
+Without --prompt it is a chat if standard input is a terminal; otherwise all of standard input is one prompt. In a chat,
+Ctrl-C ends a reply, and Ctrl-D or /exit ends the chat. /clear forgets what was said. /re_isq q8_0 changes the format of
+the model; /re_isq q8_0 stored starts from the quantized weights instead of the checkpoint. /help lists the commands.
+The text goes to standard output, everything else to standard error.
 
-A base model has no chat template: what you write is continued, and nothing is remembered.
+A base model has no chat template: it continues what you write, and remembers nothing.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> str | None:
-    """The prompt, or None for a chat; everything that can be wrong with the arguments."""
+    """Check all arguments; returns the prompt, or None for a chat."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
     if args.temperature is not None and not 0 <= args.temperature < float("inf"):
@@ -119,7 +119,7 @@ def _chat(conversation: Conversation) -> int:
                 _command(conversation, line)
             elif line:
                 replies.append(_reply(conversation, line))
-        except (ValueError, OSError) as error:  # this line was wrong, or too much; the chat goes on
+        except (ValueError, OSError) as error:  # the line is wrong or too long; the chat goes on
             _note(" ".join(str(error).split()))
     if replies:
         _note(_speed(replies))
@@ -127,7 +127,7 @@ def _chat(conversation: Conversation) -> int:
 
 
 def _read() -> str | None:
-    """One line of the user; None at the end of the input. The prompt is no part of the text that is made."""
+    """One line from the user; None at the end of the input. The prompt is printed only at a terminal."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.strip() if line else None
@@ -154,7 +154,7 @@ def _command(conversation: Conversation, line: str) -> None:
 
 
 def _reply(conversation: Conversation, message: str, *, echo: bool = True) -> Reply:
-    """A reply, printed as it is made; Ctrl-C ends it."""
+    """Generate a reply and print it as it is generated; Ctrl-C ends it."""
     from isqtorch.app.chat import Stop
 
     def write(text: str) -> None:
@@ -172,7 +172,7 @@ def _reply(conversation: Conversation, message: str, *, echo: bool = True) -> Re
 
 @contextlib.contextmanager
 def _interrupts(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C asks the reply to end at its next token; a second one is an ordinary interrupt."""
+    """The first Ctrl-C ends the reply at its next token; a second one raises KeyboardInterrupt."""
 
     def interrupted(*_: object) -> None:
         if stop.asked:
@@ -192,7 +192,7 @@ def _format(loaded: LoadedModel) -> str:
 
 
 def _speed(replies: list[Reply]) -> str:
-    """Tokens per second over all replies, prompts and generation apart."""
+    """Tokens per second over all replies, separately for prompts and generation."""
     prompt, prompt_seconds = sum(r.prompt_tokens for r in replies), sum(r.prompt_seconds for r in replies)
     later = sum(max(r.generated_tokens - 1, 0) for r in replies)
     seconds = sum(r.generate_seconds for r in replies)
@@ -203,5 +203,5 @@ def _speed(replies: list[Reply]) -> str:
 
 
 def _note(text: str) -> None:
-    """Something for the user that is no part of the text."""
+    """Print a remark for the user to standard error, separate from the generated text."""
     print(f"[{text}]", file=sys.stderr, flush=True)

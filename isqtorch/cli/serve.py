@@ -2,15 +2,16 @@
 
     isqtorch serve --port 1234 --isq 4 -m examples/demo_model/model
     isqtorch serve -m ./my-model-q4k --port 8080
-    isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       for other machines too: there is no password
+    isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       also for other machines, without a password
 
 Then, from another shell:
 
     curl http://127.0.0.1:1234/v1/completions -d '{"prompt": "The function returns", "max_tokens": 32}'
-    curl http://127.0.0.1:1234/re_isq -d '{"isq": "q8_0"}'       another format, while it runs
+    curl http://127.0.0.1:1234/re_isq -d '{"isq": "q8_0"}'       changes the format of the running model
 
-One reply is generated at a time, in the order of arrival. A change of format stands in the same line: requests wait for it.
-It reads the weights from MODEL again, and both models are in memory for that moment. Ctrl-C ends the server.
+One reply is generated at a time, in the order of arrival. A change of format waits in the same queue, and later
+requests wait for it. It reads the weights from MODEL again; both models are in memory together for a moment.
+Ctrl-C ends the server.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = build_app(served, args.host)
-        sock.listen()  # from here on clients can connect
+        sock.listen()  # now clients can connect
         if args.json:
             report = None if loaded.report is None else loaded.report.to_dict()
             print(json.dumps({"url": url, "model": served.name, "isq": loaded.isq, "report": report}), flush=True)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quiet_transformers(level: str) -> None:
-    """transformers warns of every request."""
+    """Silence transformers, which prints a warning for every request."""
     from transformers.utils import logging
 
     if level != "info":

@@ -1,8 +1,10 @@
-"""Reading binary files that strangers wrote: every length is checked against what the file still holds before it is used.
+"""Bounded reading of untrusted binary files, and atomic writing.
 
-And writing them: a file appears under its name when it is complete, or not at all.
+Every length in a file is checked against the remaining bytes before it is used. A written file appears under its name
+only when it is complete.
 
-Plain reads instead of mmap: a mapped file that somebody truncates kills the process with SIGBUS, a read just ends early.
+Files are read and not mapped: if another process truncates a mapped file, SIGBUS kills this process. A read only
+returns fewer bytes.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ _SCALARS = {
 
 
 class BinaryReader:
-    """A little-endian file and a position in it. Every method that reads takes `what`, which its error message names.
+    """A little-endian file and a position in it. Methods that read take `what`, the name of the value for messages.
 
-    No method allocates more than the bytes it returns, and none returns more than the file holds.
+    No method allocates more than the bytes it returns. No method returns more bytes than the file holds.
     """
 
     def __init__(self, path: str, file: BufferedReader, size: int) -> None:
@@ -51,17 +53,17 @@ class BinaryReader:
         return self.size - self.position
 
     def error(self, message: str, at: int | None = None) -> ValueError:
-        """The exception to raise: names the file, the byte (`at`, or here), and what is wrong there."""
+        """Make the exception to raise. It names the file, the byte (`at`, or the position) and the fault."""
         return ValueError(f"{self.path}: byte {self.position if at is None else at}: {message}")
 
     def require(self, nbytes: int, what: str) -> None:
-        """ValueError unless `nbytes` more bytes are there."""
+        """Raise ValueError unless `nbytes` more bytes are left."""
         if nbytes > self.remaining:
             raise self.error(f"{what} needs {nbytes} bytes, {self.remaining} are left in the file")
 
     @staticmethod
     def width(kind: str) -> int:
-        """Bytes of one number of `kind`."""
+        """Return the size in bytes of one number of `kind`."""
         return _SCALARS[kind].size
 
     def seek(self, position: int) -> None:
@@ -78,17 +80,20 @@ class BinaryReader:
         return data
 
     def integer(self, kind: str, what: str) -> int:
-        """One integer; `kind` is "u8", "i32", "u64", ..."""
+        """Read one integer; `kind` is "u8", "i32", "u64", ..."""
         return int(self.scalar(kind, what))
 
     def scalar(self, kind: str, what: str) -> int | float:
-        """One number; `kind` is "u8", "i32", "u64", "f32", ..."""
+        """Read one number; `kind` is "u8", "i32", "u64", "f32", ..."""
         unpacker = _SCALARS[kind]
         value: int | float = unpacker.unpack(self.take(unpacker.size, what))[0]
         return value
 
     def count(self, kind: str, what: str, item_bytes: int, most: int | None = None, least: int = 0) -> int:
-        """A number of items that follow, `least` to `most`, each of at least `item_bytes` bytes in the file."""
+        """Read the number of items that follow.
+
+        It must be `least` to `most`, and at least `item_bytes` bytes per item must be left in the file.
+        """
         at = self.position
         value = self.integer(kind, what)
         if value < least:
@@ -100,7 +105,7 @@ class BinaryReader:
         return value
 
     def name(self, kind: str, what: str) -> str:
-        """A length of `kind` and that many bytes of UTF-8: 1 to 1024 bytes, nothing unprintable."""
+        """Read a length of `kind` and that many bytes of UTF-8: 1 to 1024 bytes of printable characters."""
         at = self.position
         length = self.count(kind, f"length of the {what}", 1, MAX_NAME_BYTES, least=1)
         raw = self.take(length, what)
@@ -113,12 +118,12 @@ class BinaryReader:
         return name
 
     def text(self, kind: str, what: str) -> str:
-        """A length of `kind` and that much text for people; bytes that are not UTF-8 are replaced."""
+        """Read a length of `kind` and that many bytes of text; bytes that are not UTF-8 are replaced."""
         length = self.count(kind, f"length of {what}", item_bytes=1)
         return self.take(length, what).decode("utf-8", errors="replace")
 
     def floats(self, count: int, what: str) -> NDArray[np.float32]:
-        """`count` f32 values, read straight into the array that is returned."""
+        """Read `count` f32 values directly into the returned array."""
         self.require(4 * count, what)
         values = np.empty(count, dtype="<f4")
         if self._file.readinto(values.data) != values.nbytes:
@@ -133,10 +138,10 @@ def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
 
     Raises:
         FileNotFoundError, PermissionError, ...: as `open` does.
-        ValueError: a directory, pipe or device: only a regular file has the size that bounds the reads.
+        ValueError: the path is a directory, pipe or device, which has no size to bound the reads.
     """
     name = os.fspath(path)
-    if not stat.S_ISREG(os.stat(name).st_mode):  # before open(), which waits for ever on a pipe
+    if not stat.S_ISREG(os.stat(name).st_mode):  # before open(), which blocks on a pipe
         raise ValueError(f"{name}: not a regular file")
     with open(name, "rb") as file:
         yield BinaryReader(name, file, os.fstat(file.fileno()).st_size)
@@ -144,10 +149,10 @@ def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, which is moved over it at the end; a failure leaves what was there before.
+    """Yield a temporary path beside `path`. At the end its file replaces `path`; after an error `path` is unchanged.
 
-    There is an empty file under the temporary path. Whoever writes a new one there changes nothing about the permissions, which
-    are those that the user's umask gives.
+    The temporary path holds an empty file. The caller may write into it or replace it: the final file always has the
+    permissions that the user's umask gives.
 
     Raises:
         OSError: as `open` and writing do.
@@ -167,6 +172,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
-    """Write a file in the way of `replacing`; errors as there."""
+    """Write a file through `replacing`. Raise OSError as `replacing` does."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.writelines(pieces)

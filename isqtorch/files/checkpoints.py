@@ -1,4 +1,4 @@
-"""Checkpoints on disk and on the Hub: which files there are, and what their headers say."""
+"""Checkpoints on disk and on the Hub: the list of their files, and the headers of these files."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ MAX_JSON_BYTES = 1 << 26  # the index of the largest models is a few MB
 
 
 class Checkpoint(NamedTuple):
-    """What is known of a checkpoint without reading a weight."""
+    """The parts of a checkpoint that can be read without reading a weight."""
 
     headers: Headers
-    config: Mapping[str, Any]  # its config.json; empty where there is none
-    metadata: dict[str, str]  # of its safetensors files
+    config: Mapping[str, Any]  # config.json; empty if there is none
+    metadata: dict[str, str]  # of the safetensors files
 
 
 def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
-    """The headers of a folder, of a .safetensors file, or of a model on the Hub.
+    """Read the headers of a folder, of a .safetensors file, or of a model on the Hub.
 
     Raises:
-        ValueError: a damaged file.
-        OSError: no such file or folder, or the Hub cannot be reached or does not have it.
+        TypeError: `source` is neither a string nor a path.
+        ValueError: a file is damaged.
+        OSError: there is no such file, folder or model, or the Hub cannot be reached.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"plan: model must be an nn.Module, a path or a model id, got {type(source).__name__}")
@@ -53,11 +54,15 @@ def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def checkpoint_files(folder: Path, op: str) -> list[Path]:
-    """The files of a folder with a checkpoint: those of its index, else model.safetensors, else every .safetensors file.
+    """List the files of a checkpoint: those in its index, else model.safetensors, else all .safetensors files.
+
+    Args:
+        folder: the folder of the checkpoint.
+        op: name of the calling function, for messages.
 
     Raises:
-        ValueError: an index that is none, or names files elsewhere.
-        FileNotFoundError: there are none.
+        ValueError: the index is malformed, or names a file in another folder.
+        FileNotFoundError: the folder has no .safetensors file.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -78,7 +83,7 @@ def checkpoint_files(folder: Path, op: str) -> list[Path]:
 
 
 def _folder_headers(folder: Path) -> Checkpoint:
-    """All tensors of a folder."""
+    """Read the headers of all files of a folder."""
     headers: Headers = {}
     metadata: dict[str, str] = {}
     for file in checkpoint_files(folder, "plan"):
@@ -92,8 +97,8 @@ def _folder_headers(folder: Path) -> Checkpoint:
 
 
 def _file_headers(path: Path) -> Checkpoint:
-    """Names, types and shapes of one file; nothing behind the header is read."""
-    with opened(path, "np") as file:  # maps read-only; "pt" needs memory for a mapping of this size
+    """Read names, types and shapes of one file; only the header is read."""
+    with opened(path, "np") as file:  # "np" maps read-only; "pt" needs memory for a mapping of this size
         pieces = {name: file.get_slice(name) for name in file.keys()}
         headers = {name: (str(piece.get_dtype()), tuple(piece.get_shape())) for name, piece in pieces.items()}
         return Checkpoint(headers, {}, dict(file.metadata() or {}))
@@ -101,15 +106,15 @@ def _file_headers(path: Path) -> Checkpoint:
 
 @contextmanager
 def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """A safetensors file, mapped.
+    """Open a safetensors file; the file is mapped.
 
     Args:
         path: the file.
-        framework: what makes its tensors: "pt" or "np".
+        framework: the type of its tensors: "pt" (torch) or "np" (numpy).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged, also where that shows only when a tensor is read.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged. This may show only when a tensor is read inside the block.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -119,7 +124,7 @@ def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
 
 @contextmanager
 def complete(path: Path) -> Iterator[None]:
-    """What is read from a safetensors file inside is there, or a ValueError names the file."""
+    """Turn errors of the safetensors library inside the block into a ValueError that names the file."""
     try:
         yield
     except SafetensorError as error:
@@ -127,7 +132,7 @@ def complete(path: Path) -> Iterator[None]:
 
 
 def _hub_headers(repo: str) -> Checkpoint:
-    """Headers of a model on the Hub, by range requests, and its config.json."""
+    """Read the headers of a model on the Hub by HTTP range requests, and download its config.json."""
     import huggingface_hub  # takes long to import
 
     try:
@@ -146,7 +151,7 @@ def _hub_headers(repo: str) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; ValueError if the file is none."""
+    """Read a JSON object of at most `MAX_JSON_BYTES`. Raise ValueError if the file holds no such object."""
     with open(path, "rb") as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:

@@ -1,4 +1,4 @@
-"""The container of GGUF files: metadata and the directory of tensors, written, and read without trusting a number in it.
+"""The GGUF container: read and write its metadata and its directory of tensors. Every number of a file is checked.
 
 "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
 metadata entry:   key string | type u32 | value                      string: length u64 | bytes
@@ -38,29 +38,29 @@ _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 1 << 17  # tensors, metadata entries: far above any real file, quick to loop over
 _MAX_STRINGS = 1 << 20  # of one array: the vocabulary of a model
 _MAX_ALIGNMENT = 1 << 20
-_ALIGNMENT = 32  # where a file does not say; what is written here
+_ALIGNMENT = 32  # the default of the file format, and of files written here
 _U32 = 4
 
 Value = int | float | str | list[str] | bytes
-"""A metadata value. An array of numbers stays the raw bytes of the file: nothing here needs one."""
+"""A metadata value. Arrays of numbers are kept as raw bytes, because no caller needs them."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One line of the directory. Its size and place are checked when it is read."""
+    """One entry of the directory. Size and offset are checked when the tensor is read."""
 
     name: str
     dims: tuple[int, ...]  # as stored: the contiguous dimension first
     type: int
     offset: int  # from the start of the tensor data
-    at: int  # byte of the file where this line starts, for messages
+    at: int  # byte of the file where this entry starts, for messages
 
 
 class GgufFile:
     """A GGUF file whose header has been read: `metadata`, `tensors` (the directory, by name) and `alignment`."""
 
     def __init__(self, reader: BinaryReader) -> None:
-        """Read the header; ValueError if anything in it is wrong."""
+        """Read the header. Raise ValueError if it is malformed."""
         self._reader = reader
         magic = reader.take(4, "magic")
         assert magic == MAGIC, "callers look at the magic first"
@@ -76,16 +76,16 @@ class GgufFile:
         self._data_start = -(-reader.position // self.alignment) * self.alignment
 
     def read_f32(self, tensors: Iterable[GgufTensor]) -> dict[str, NDArray[np.float32]]:
-        """The values of some f32 tensors, by name, each `[product of dims]`.
+        """Read f32 tensors. Return them by name, each flattened to `[product of dims]`.
 
         Raises:
-            ValueError: another type, a misaligned offset, data outside the file, or two tensors that share bytes;
-                all of this is checked before anything is allocated.
+            ValueError: a tensor has another type or a misaligned offset, lies outside the file, or overlaps another
+                one. All tensors are checked before memory is allocated.
         """
         placed = sorted((self._place(tensor) for tensor in tensors), key=lambda item: item[0])
         end_before = 0
         for start, end, tensor in placed:
-            if start < end_before:  # also what keeps the sum of all allocations below the size of the file
+            if start < end_before:  # without overlaps, all tensors together need no more memory than the file's size
                 raise self._reader.error(f"tensor {tensor.name!r} overlaps the one before it", start)
             end_before = end
         values = {}
@@ -95,7 +95,7 @@ class GgufFile:
         return values
 
     def _place(self, tensor: GgufTensor) -> tuple[int, int, GgufTensor]:
-        """First and last byte of an f32 tensor in the file."""
+        """Return (first byte, byte after the last, tensor) of an f32 tensor in the file."""
         what = f"tensor {tensor.name!r}"
         if tensor.type != F32:
             raise self._reader.error(f"{what} has type {tensor.type}, must be {F32} (f32)", tensor.at)
@@ -172,11 +172,13 @@ class GgufFile:
 
 
 def encode_header(metadata: Mapping[str, str | int | list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """Everything up to the first tensor, of a file whose tensors are all f32 and follow in this order, each padded to 32 bytes.
+    """Encode the header of a file: all bytes before the first tensor.
+
+    All tensors are f32. They must follow the header in the order of `shapes`, each padded to 32 bytes.
 
     Args:
-        metadata: strings, lists of strings, and integers, which become u32.
-        shapes: dims by name, the contiguous one first; trailing ones are dropped, as ggml does.
+        metadata: strings, lists of strings, and integers, which are stored as u32.
+        shapes: dims by name, the contiguous one first. Trailing dims of 1 are dropped, as ggml does.
     """
     out = [MAGIC, struct.pack("<IQQ", 3, len(shapes), len(metadata))]
     for key, value in metadata.items():

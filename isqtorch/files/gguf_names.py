@@ -1,8 +1,8 @@
-"""Which GGUF tensor a module of a transformers model became.
+"""Map module paths of transformers models to GGUF tensor names.
 
-An importance matrix made by llama.cpp knows layers by their GGUF names. What it holds belongs to the *input columns* of a
-matrix, so a layer that GGUF fuses (or splits) differently finds its numbers under every matrix with the same input: q, k and
-v, or gate and up. Names follow the tables of the `gguf` package.
+An importance matrix made by llama.cpp uses GGUF names. Its numbers belong to the *input columns* of a matrix, and
+matrices with the same input (q, k and v; gate and up) have the same numbers. A layer that GGUF fuses or splits
+differently can therefore use the entry of any of them. Names follow the tables of the `gguf` package.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _SHARED_EXPERT = _table(
     }
 )
 _STATE_SPACE = _table({"in_proj": "ssm_in", "x_proj": "ssm_x", "dt_proj": "ssm_dt", "out_proj": "ssm_out"})
-# Not here: linear_attn.out_proj. GGUF stores the heads of some of these models in another order, and with them the columns
-# of this matrix, so its numbers would land on the wrong columns.
+# linear_attn.out_proj is left out on purpose: GGUF reorders the heads of some of these models, and so the columns of
+# this matrix. Its numbers would be applied to the wrong columns.
 _LINEAR_ATTENTION = _table(
     {
         "in_proj_qkvz": "ssm_in",
@@ -71,7 +71,7 @@ _LINEAR_ATTENTION = _table(
 )
 _SHORT_CONVOLUTION = _table({"in_proj": "shortconv.in_proj", "out_proj": "shortconv.out_proj"})
 
-# The part of a path between the number of the block and the last name, and the table that holds there.
+# Pattern of the path between the block number and the last name, and the table for the last name.
 _PLACES: tuple[tuple[re.Pattern[str], _Table], ...] = tuple(
     (re.compile(pattern), table)
     for pattern, table in (
@@ -90,8 +90,7 @@ _PLACES: tuple[tuple[re.Pattern[str], _Table], ...] = tuple(
     )
 )
 
-# Only these may stand before the blocks: a vision or audio tower numbers its blocks from 0 too, and must not be mistaken
-# for the text model.
+# The only names allowed before the blocks. A vision or audio tower also numbers its blocks from 0 and must not match.
 _PREFIX = (
     r"(?:(?:model|base_model|language_model|text_model|llm|transformer|decoder|backbone|bert|roberta|distilbert|encoder"
     r"|gpt_neox|embeddings|embd|module|_orig_mod)\.)*"
@@ -102,9 +101,10 @@ _HEAD = re.compile(_PREFIX + r"(?:lm_head|embed_out|output_layer|output)")
 
 
 def names_to_write(layer: str) -> tuple[list[str], int | None]:
-    """GGUF names under which to store a layer's importance, with `gguf_names`'s number of an expert.
+    """Return the GGUF names under which to store a layer's importance, and the number of the expert (see `gguf_names`).
 
-    The name of the layer itself, and for fused gate and up experts, which most GGUF files keep apart, those of both too.
+    There is one name (none for an unknown layer), except for fused gate and up experts: most GGUF files keep these
+    apart, so all three names are used.
     """
     names, expert = gguf_names(layer)
     fused = layer.removesuffix(".weight").endswith(".gate_up_proj") and names[:1] != [] and "_exps" in names[0]
@@ -112,20 +112,20 @@ def names_to_write(layer: str) -> tuple[list[str], int | None]:
 
 
 def gguf_names(layer: str) -> tuple[list[str], int | None]:
-    """GGUF names under which a layer's importance may be found.
+    """Return the GGUF names under which a layer's importance may be found.
 
     Args:
         layer: module path of the layer, such as "model.layers.0.self_attn.q_proj".
 
     Returns:
-        The names, best first (none: unknown layer), and the number of the expert where the layer is one of a list of
-        experts which GGUF stores as one tensor.
+        The names, best first; empty for an unknown layer. Then the number of the expert, if the layer is one of a list
+        of experts that GGUF stores as one tensor, else None.
     """
     layer = layer.removesuffix(".weight")
     if _EMBEDDING.fullmatch(layer):
         return ["token_embd.weight"], None
     if _HEAD.fullmatch(layer):
-        return ["output.weight", "token_embd.weight"], None  # the second where the file has one tied matrix for both
+        return ["output.weight", "token_embd.weight"], None  # the second one is for a file with a tied matrix
     block = _BLOCK.fullmatch(layer)
     if block is None:
         return [], None

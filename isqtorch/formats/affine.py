@@ -1,6 +1,6 @@
 """AFQ, MLX's affine formats: 32, 64 or 128 weights share a 16-bit scale and a 16-bit bias; codes form a bit stream.
 
-MLX keeps the three in separate tensors; here they lie together in a block, in the same bit patterns.
+MLX stores scales, biases and codes in separate tensors. Here a block holds all three, with the same bit patterns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class AffineFormat(QuantFormat):
     """Fields: `scale`, `bias` f16 or bf16 `[n]`; `q` uint8 `[n, group]`."""
 
     def for_dtype(self, dtype: torch.dtype) -> QuantFormat:
-        """f16 weights get f16 scales; others bf16 scales, unless f16 was asked for by name."""
+        """Return the variant with f16 scales for f16 weights, else this format."""
         if dtype == torch.float16 and not self.name.endswith(".f16"):
             return get_format(f"{self.name}.f16")
         return self
@@ -43,7 +43,7 @@ class AffineFormat(QuantFormat):
 
 _GROUPS = (64, 32, 128)  # the default first
 _PROMOTED = {2: 6, 3: 6, 4: 6, 5: 8, 6: 8, 8: None}
-# relative RMS error on N(0, 1) with 5 % room, by bits and group; bf16 scales, f16 is never worse
+# relative RMS error on N(0, 1) with a margin of 5 %, by bits and group; measured with bf16 scales, f16 is never worse
 _WEIGHT_ERROR = {
     2: {32: 0.38, 64: 0.42, 128: 0.45},
     3: {32: 0.18, 64: 0.20, 128: 0.22},

@@ -1,13 +1,13 @@
-"""What a quantized weight is made of: the format description and the registry.
+"""The description of a quantization format, and the registry of all formats.
 
-A quantized matrix is one uint8 tensor `[N, row_bytes]`. Every row is a run of self-contained blocks; a block holds `block`
-consecutive weights of that row and everything needed to decode them:
+A quantized matrix is one uint8 tensor `[N, row_bytes]`. Every row is a sequence of self-contained blocks. A block holds
+`block` consecutive weights of the row and everything needed to decode them:
 
     row:    | block 0 | block 1 | ... | block K/block - 1 |
     block:  | scale(s), offset(s) | codes |                    `layout` names the parts in order
 
-Formats say WHAT the bytes mean. How the integers are chosen is the quantizers' business (`isqtorch.quantizers`), found
-through the name in `solver`; how fast it runs is the kernels'.
+A format defines what the bytes mean. A quantizer (`isqtorch.quantizers`) chooses the integers; `solver` is its name.
+The native kernels in csrc/ implement both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 Fields = dict[str, Tensor]
-"""The contents of n blocks, one tensor per field, first dimension n: codes as uint8 or int8 `[n, block]`, scales as they are
-stored (f16 `[n]`, 6-bit integers `[n, sub_blocks]` as uint8, ...)."""
+"""The contents of n blocks, one tensor per field, first dimension n.
+
+Codes are uint8 or int8 `[n, block]`. Scales have the type they are stored in: f16 `[n]`, 6-bit integers as uint8
+`[n, sub_blocks]`, ...
+"""
 
 _PART = re.compile(r"(\w+):(u8|i8|i16|f16|bf16|f32)(?:\[(\d+)\])?")
 _DTYPES = {
@@ -51,31 +54,52 @@ class Part:
 
 @dataclass(frozen=True)
 class QuantFormat(ABC):
-    """One quantization format: its facts, and the three functions that give the bytes their meaning.
+    """One quantization format: its properties, and the three functions that define its bytes (unpack, pack, decode).
 
-    A family (`formats/ggml.py`, `kquants.py`, ...) subclasses this once and registers one instance per format.
+    `get_format` returns the instances. Each family of formats (`formats/ggml.py`, `formats/kquants.py`, ...) subclasses
+    this class and registers one instance per format.
+
+    Attributes:
+        name: canonical name: registry key, name in the C++ lists, test id.
+        bits: bits per code, without scales (see `bits_per_weight`).
+        block: weights per block, along K.
+        layout: the block struct, such as "d:f16 qs:u8[16]"; little endian, no padding.
+        formula: how a weight is computed from the fields, for readers.
+        source: where layout and quantizer are defined.
+        solver: name of the quantizer family in `isqtorch.quantizers`.
+        takes_importance: whether the default rule of the solver weighs columns by an importance vector.
+        fallback: name of a format with a smaller block, for rows that `block` does not divide; None if there is none.
+        promoted: name of the format that embeddings and output heads get instead; None if they get this format.
+        aliases: other spellings of the name.
+        weight_error: upper bound of the relative RMS error of normally distributed weights.
+        activations: "fp8" if `linear` may also round x to FP8 (only if the user allows it), else None.
+        linear_error: upper bound of the relative RMS error of `linear` against the product with decoded weights.
+
+    Example:
+        fmt = isqtorch.get_format("q4k")
+        print(fmt.bits_per_weight, fmt.block, fmt.row_bytes(4096))  # 4.5 256 2304
     """
 
-    name: str  # canonical: registry key, name in the C++ lists, test id
-    bits: int  # bits per code
-    block: int  # weights per block, along K
-    layout: str  # the block struct, e.g. "d:f16 qs:u8[16]"; little endian, no padding
-    formula: str  # how a weight comes out of the fields, for people
-    source: str  # where layout and quantizer are defined
-    solver: str  # name of the quantizer family in isqtorch.quantizers
-    takes_importance: bool = False  # whether the solver can weigh columns by an importance vector
-    fallback: str | None = None  # the next larger format, for rows that `block` does not divide
-    promoted: str | None = None  # what embeddings and output heads get instead; None: the format itself
+    name: str
+    bits: int
+    block: int
+    layout: str
+    formula: str
+    source: str
+    solver: str
+    takes_importance: bool = False
+    fallback: str | None = None
+    promoted: str | None = None
     aliases: tuple[str, ...] = ()
-    weight_error: float = 0.0  # upper bound of the relative RMS error on normally distributed weights
-    activations: str | None = None  # what `linear` may round x to, besides: "fp8"
-    linear_error: float = 0.012  # bound of the relative RMS error of `linear` against exact decoded weights
+    weight_error: float = 0.0
+    activations: str | None = None
+    linear_error: float = 0.012
 
     # ---- facts -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """`layout`, parsed."""
+        """The members of the block struct: `layout`, parsed."""
         parts, offset = [], 0
         for item in self.layout.split():
             match = _PART.fullmatch(item)
@@ -87,14 +111,16 @@ class QuantFormat(ABC):
 
     @cached_property
     def block_bytes(self) -> int:
+        """Size of one block in bytes."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits per weight: codes, scales and offsets."""
         return 8 * self.block_bytes / self.block
 
     def row_bytes(self, in_features: int) -> int:
-        """Bytes of one packed row of `in_features` weights; ValueError if blocks do not fit it."""
+        """Return the bytes of one packed row of `in_features` weights. Raise ValueError unless `block` divides them."""
         if in_features <= 0 or in_features % self.block:
             raise ValueError(
                 f"{self.name}: in_features must be a positive multiple of {self.block}, got {in_features}. "
@@ -103,7 +129,7 @@ class QuantFormat(ABC):
         return in_features // self.block * self.block_bytes
 
     def in_features(self, row_bytes: int) -> int:
-        """K of a packed row; the inverse of `row_bytes`."""
+        """Return K of a packed row of `row_bytes` bytes. Raise ValueError unless the row consists of whole blocks."""
         if row_bytes <= 0 or row_bytes % self.block_bytes:
             raise ValueError(
                 f"{self.name}: a packed row must be a positive multiple of {self.block_bytes} bytes, got {row_bytes}. "
@@ -112,13 +138,13 @@ class QuantFormat(ABC):
         return row_bytes // self.block_bytes * self.block
 
     def for_dtype(self, dtype: torch.dtype) -> QuantFormat:
-        """The variant of this format that suits weights of `dtype`: only the affine family has more than one."""
+        """Return the variant of this format for weights of `dtype`. Only the affine family has variants."""
         return self
 
     # ---- bytes <-> raw parts -----------------------------------------------------------------------------------------
 
     def split(self, blocks: Tensor) -> Fields:
-        """Cut blocks into the parts of `layout`, uninterpreted.
+        """Cut blocks into the parts of `layout`, without interpreting them.
 
         Args:
             blocks: uint8 `[n, block_bytes]`.
@@ -128,14 +154,14 @@ class QuantFormat(ABC):
         """
         raw = {}
         for part in self.parts:
-            # a copy, not .contiguous(): that keeps the offset and the strides of a single block, which view() may reject
+            # clone(), because .contiguous() keeps the offset and strides of a single block, which view() may reject
             piece = blocks[:, part.offset : part.offset + part.nbytes].clone(memory_format=torch.contiguous_format)
             piece = piece.view(part.dtype)  # [n, count]
             raw[part.name] = piece if part.count > 1 else piece[:, 0]
         return raw
 
     def join(self, raw: Fields) -> Tensor:
-        """The inverse of `split`: parts in, uint8 `[n, block_bytes]` out."""
+        """Join parts to blocks, uint8 `[n, block_bytes]`; the inverse of `split`."""
         columns = []
         for part in self.parts:
             piece = raw[part.name].reshape(-1, part.count)
@@ -147,25 +173,25 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def unpack(self, blocks: Tensor) -> Fields:
-        """uint8 `[n, block_bytes]` -> fields, with one value per element for the codes. Exact."""
+        """Convert blocks, uint8 `[n, block_bytes]`, to fields. Every code becomes one element. Exact."""
 
     @abstractmethod
     def pack(self, fields: Fields) -> Tensor:
-        """The inverse of `unpack`, exactly."""
+        """Convert fields to blocks, uint8 `[n, block_bytes]`; the exact inverse of `unpack`."""
 
     @abstractmethod
     def decode(self, fields: Fields) -> Tensor:
-        """Fields -> the weights they stand for, f32 `[n, block]`, with the roundings of the format's reference."""
+        """Compute the weights of n blocks from their fields: f32 `[n, block]`, rounded as in the format's source."""
 
 
 _REGISTRY: dict[str, QuantFormat] = {}  # canonical name -> format
 _ALIASES: dict[str, str] = {}  # lower-case spelling -> canonical name
-_BASE: list[str] = []  # the names `formats()` lists: every family member once, without variants
+_BASE: list[str] = []  # the names that `formats()` lists: all formats except variants
 _MIXES: dict[str, str] = {}  # lower-case spelling -> name of a rule for whole models
 
 
 def register(fmt: QuantFormat, *, variant: bool = False) -> None:
-    """Add a format. Variants (other group sizes, other scale types) work everywhere but are left out of `formats()`."""
+    """Add a format. Variants (other group sizes or scale types) work everywhere, but `formats()` does not list them."""
     for spelling in (fmt.name, *fmt.aliases):
         assert spelling.lower() not in _ALIASES, f"format name {spelling!r} is taken"
         _ALIASES[spelling.lower()] = fmt.name
@@ -175,24 +201,53 @@ def register(fmt: QuantFormat, *, variant: bool = False) -> None:
 
 
 def register_mix(name: str, *aliases: str) -> None:
-    """Reserve the name of a rule that gives the weights of a model different formats (`mixes.py`, "auto")."""
+    """Reserve the name of a rule that gives the weights of a model different formats (policy/mixes.py, "auto")."""
     for spelling in (name, *aliases):
         assert spelling not in _ALIASES and spelling not in _MIXES, f"format name {spelling!r} is taken"
         _MIXES[spelling] = name
 
 
 def mix_name(spec: object) -> str | None:
-    """The canonical name, if `spec` names a rule for whole models and not a format."""
+    """Return the canonical name if `spec` names a rule for whole models, else None."""
     return _MIXES.get(spec.lower()) if isinstance(spec, str) else None
 
 
 def formats(*, variants: bool = False) -> tuple[str, ...]:
-    """Canonical names of all formats, in a fixed order; with `variants`, also other group sizes and scale types."""
+    """List the canonical names of all formats, in a fixed order.
+
+    Args:
+        variants: also list variants with other group sizes and scale types, such as "afq4g32" and "afq4.f16".
+
+    Returns:
+        The names, for `get_format`, `quantize` and `quantize_`.
+
+    Raises:
+        Nothing: every value of `variants` is accepted.
+
+    Example:
+        for name in isqtorch.formats():
+            print(name, isqtorch.get_format(name).bits_per_weight)
+    """
     return tuple(_REGISTRY) if variants else tuple(_BASE)
 
 
 def get_format(name: str | QuantFormat) -> QuantFormat:
-    """The format of that name or alias, in any case; ValueError lists what exists."""
+    """Look up a format by name.
+
+    Args:
+        name: canonical name or alias, in upper or lower case. A QuantFormat is returned as it is.
+
+    Returns:
+        The format.
+
+    Raises:
+        ValueError: there is no format of this name (the message lists those that exist), or it is a rule for whole
+            models, such as "auto".
+
+    Example:
+        fmt = isqtorch.get_format("Q4_K")
+        print(fmt.name, fmt.formula)  # q4k (d * sc) * q - (dmin * mn)
+    """
     if isinstance(name, QuantFormat):
         return name
     canonical = _ALIASES.get(name.lower()) if isinstance(name, str) else None

@@ -1,6 +1,6 @@
-"""How codes of a few bits lie in bytes: as a bit stream, or in planes.
+"""Pack codes of a few bits into bytes, and unpack them: as a bit stream, or in planes.
 
-Both directions are exact and work on any device; the leading dimension n counts blocks.
+Both directions are exact and work on any device. The leading dimension n counts blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
     """Pack codes as MLX does: code k of a block takes bits [k * bits, (k + 1) * bits), least significant bit first.
 
-    Eight codes make `bits` bytes, so no code of another group of eight shares a byte with them:
+    Eight consecutive codes fill `bits` whole bytes, so groups of eight codes never share a byte:
 
         bits = 3:  byte 0 = 22111000   byte 1 = 54443332   byte 2 = 77766655     (digit = number of the code)
 
@@ -33,7 +33,7 @@ def pack_stream(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_stream(stream: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_stream`: uint8 `[n, count * bits / 8]` -> uint8 `[n, count]`."""
+    """Invert `pack_stream`: uint8 `[n, count * bits / 8]` -> uint8 `[n, count]`."""
     n, nbytes = stream.shape
     octets = stream.reshape(n, nbytes // bits, bits).to(torch.int64)
     word = torch.zeros_like(octets[..., 0])
@@ -65,7 +65,7 @@ def pack_planes(codes: Tensor, bits: int, width: int) -> Tensor:
 
 
 def unpack_planes(packed: Tensor, bits: int, width: int) -> Tensor:
-    """The inverse of `pack_planes`: uint8 `[n, count * bits / 8]` -> uint8 `[n, count]`."""
+    """Invert `pack_planes`: uint8 `[n, count * bits / 8]` -> uint8 `[n, count]`."""
     n, nbytes = packed.shape
     chunks = packed.reshape(n, nbytes // width, width)
     planes = [(chunks >> (p * bits)) & ((1 << bits) - 1) for p in range(8 // bits)]

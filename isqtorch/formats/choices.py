@@ -1,4 +1,4 @@
-"""What a user may write for a format: a name, or a number of bits, which means the best format for the device."""
+"""The ways a user may specify a format: a name, or a number of bits, which selects a format for the device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ _BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
 
 
 def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "cpu") -> QuantFormat:
-    """A format from what a user may write: a name, or a number of bits, which means the best format for the device.
+    """Convert a user's specification to a format.
+
+    Args:
+        spec: a name, a format, or a number of bits: 2, 3, 4, 5, 6 or 8 (also as text, "4").
+        device: where the weight will be used. With a number of bits, MPS gets an AFQ format (q5k for 5 bits), other
+            devices get a ggml format.
+
+    Returns:
+        The format.
 
     Raises:
-        ValueError: an unknown name, or a number of bits without a format.
+        ValueError: the name is unknown, or no format has this number of bits.
+
+    Example:
+        print(isqtorch.resolve_format(4).name, isqtorch.resolve_format(4, "mps").name)  # q4k afq4
     """
     if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
         raise ValueError(f"format must be a name or a number of bits, got {spec!r}")

@@ -20,7 +20,7 @@ E4M3_MAX = 448.0
 
 @cache
 def e4m3_table() -> Tensor:
-    """The value of each of the 256 codes, f32 `[256]`. Exact."""
+    """Return the exact values of all 256 codes, f32 `[256]`."""
     values = []
     for code in range(256):
         exponent, mantissa = code >> 3 & 15, code & 7

@@ -1,6 +1,6 @@
-"""ggml's formats with 32 weights in a block: one scale each, and for the `_1` formats an offset.
+"""ggml's formats with 32 weights in a block: one scale per block, for q4_1 and q5_1 also a minimum.
 
-Where the codes lie:
+Positions of the codes:
 
     q4_0, q4_1: qs[l] = code l (low nibble) | code l + 16 (high nibble)
     q5_0, q5_1: the same, and bit e of the little-endian word qh is bit 4 of code e
@@ -21,7 +21,7 @@ from .bitstream import pack_planes, pack_stream, unpack_planes, unpack_stream
 class GgmlFormat(QuantFormat):
     """Fields: `d` f16 `[n]`, `m` or `s` f16 `[n]` where the layout has it, `q` uint8 (8 bits: int8) `[n, 32]`."""
 
-    zero_point: int = 0  # the code that stands for 0, where there is no offset `m`
+    zero_point: int = 0  # the code that means 0, in formats without a minimum `m`
 
     def unpack(self, blocks: Tensor) -> Fields:
         fields = self.split(blocks)

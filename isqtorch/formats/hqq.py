@@ -1,6 +1,6 @@
-"""HQQ (half-quadratic quantization): like AFQ, but with the zero point stored in units of the scale.
+"""HQQ (half-quadratic quantization): like AFQ, but with a zero point, which is stored in units of the scale.
 
-Groups run along K, which the hqq package calls axis 1. Codes lie in the same bit stream as AFQ's.
+Groups run along K, which the hqq package calls axis 1. Codes form the same bit stream as in AFQ.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""ggml's K-quants: super-blocks of 256 weights, cut into sub-blocks of 16 or 32 with a small integer scale each.
+"""ggml's K-quants: super-blocks of 256 weights, cut into sub-blocks of 16 or 32, each with a small integer scale.
 
-How a weight w comes out of its code q:
+A weight w is computed from its code q:
 
     q2k q4k q5k:  w = (d * sc) * q - (dmin * mn)     sc, mn: unsigned, one per sub-block
     q3k q6k:      w = (d * sc) * (q - zero)          sc: signed (q3k stores sc + 32)
@@ -19,13 +19,13 @@ from .bitstream import pack_planes, unpack_planes
 
 
 def _per_element(sub_blocks: Tensor) -> Tensor:
-    """Repeat one value per sub-block for each of its elements: `[n, s]` -> `[n, 256]`."""
+    """Repeat the value of each sub-block for all its elements: `[n, s]` -> `[n, 256]`."""
     return sub_blocks.repeat_interleave(256 // sub_blocks.shape[1], dim=1)
 
 
 @dataclass(frozen=True)
 class _ScaleAndMin(QuantFormat):
-    """The decoder of the formats with two super-scales.
+    """Base of the formats with two super-scales, `d` for scales and `dmin` for minima.
 
     Fields: `d`, `dmin` f16 `[n]`; `sc`, `mn` uint8 `[n, s]`; `q` uint8 `[n, 256]`.
     """
@@ -153,7 +153,7 @@ class Q6K(QuantFormat):
         )
 
     def decode(self, fields: Fields) -> Tensor:
-        scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, 16], rounded, as the next product is
+        scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, 16]; both products are rounded, as in ggml
         return _per_element(scale) * (fields["q"].float() - 32)
 
 

@@ -1,1 +1,1 @@
-"""How much each input column of a layer matters: importance matrices, their files, and calibration."""
+"""Importance matrices (how much the error in each input column of a layer matters), their files, and calibration."""

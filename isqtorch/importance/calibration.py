@@ -1,12 +1,12 @@
-"""Collecting an importance matrix: watch what flows into the layers of a model while it runs.
+"""Collect an importance matrix: hooks record the inputs of the layers while a model runs.
 
-    with isqtorch.calibrate(model) as im:      any traffic
-        serve(model)
-    im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     a text, in chunks, as llama.cpp does it
+    with isqtorch.calibrate(model) as im:                           # any forward of the model inside the block
+        model(ids)
+    im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     # a text, in chunks, as llama.cpp does
 
-The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for routed
-experts, per expert. A layer's hook costs one pass over its input, and layers with the same input (q, k and v; gate and up)
-share that pass.
+The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for
+routed experts, per expert. A hook reads the input of its layer once. Layers with the same input (q, k and v; gate and
+up) share this pass.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ _running_lock = threading.Lock()
 
 
 class Calibration(Imatrix):
-    """An importance matrix that is being collected; `calibrate` makes it.
+    """An importance matrix that is being collected. `calibrate` and `collect_imatrix` make it.
 
-    It is complete when the `with` block ends. Inside, `refresh()` takes over what has been seen so far, as to save it now
-    and then.
+    It is complete when the `with` block of `calibrate` ends. Inside the block, `refresh()` updates the entries, for
+    example to save them during a long run.
 
     Attributes:
-        tokens: most rows that any one layer has seen, padding included.
+        tokens: the largest number of rows that any layer has received, including padding.
+
+    Example:
+        with isqtorch.calibrate(model) as im:
+            model(torch.arange(100)[None])
+            im.refresh()
+        print(im.tokens, len(im))  # 100 57
     """
 
     def __init__(self, meters: dict[str, _Meter], source: str) -> None:
@@ -53,16 +59,17 @@ class Calibration(Imatrix):
 
     @property
     def tokens(self) -> int:
+        """The largest number of rows that any layer has received, including padding."""
         return max((meter.rows for meter in self._meters.values()), default=0)
 
     def refresh(self) -> None:
-        """Make the entries what has been collected so far.
+        """Update the entries with everything collected so far.
 
-        A matrix that saw no token gets no entry, unless it is one of a list of experts: experts without data count all
-        their columns alike, as llama.cpp has it.
+        A matrix that received no token gets no entry. Experts in a list are an exception: without data, all their
+        columns get the same weight, as in llama.cpp.
 
         Raises:
-            ValueError: a layer's inputs were not finite.
+            ValueError: the inputs of a layer were not finite.
         """
         sums, counts = {}, {}
         for name, meter in self._meters.items():
@@ -79,11 +86,11 @@ class Calibration(Imatrix):
 
 
 class _Meter:
-    """Sums and counts of one matrix, or of a stack of experts, wherever the model is. The lock of the watch guards it."""
+    """Sums and counts of a matrix or stack of experts, on the model's device. Callers of `add` hold `_Watch._lock`."""
 
     def __init__(self, columns: int, experts: int | None = None) -> None:
         self.columns, self.experts = columns, experts
-        self.rows = 0  # handed in, whatever expert they went to
+        self.rows = 0  # number of rows of all inputs, over all experts
         self._sums: Tensor | None = None  # f32 [K] or [E, K]
         self._counts: Tensor | None = None  # int64 [E]; without experts, `rows` is the count
 
@@ -94,7 +101,7 @@ class _Meter:
             self._counts = counts if self._counts is None else self._counts.add_(counts.to(self._counts.device))
 
     def read(self) -> tuple[Tensor, Tensor] | None:
-        """Sums and counts on the CPU, as `Imatrix` keeps them."""
+        """Return sums and counts on the CPU, in the shapes of `Imatrix`."""
         if self._sums is None:
             shape = (self.columns,) if self.experts is None else (self.experts, self.columns)
             return torch.zeros(shape), torch.zeros(self.experts or 1, dtype=torch.int64)
@@ -103,7 +110,7 @@ class _Meter:
 
 
 class _Watch:
-    """The hooks of one calibration, and what they add up."""
+    """The hooks of one calibration, and their sums."""
 
     def __init__(self, model: nn.Module) -> None:
         self.meters: dict[str, _Meter] = {}
@@ -114,7 +121,7 @@ class _Watch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Hooks are there inside, and gone after, however it ends."""
+        """Install the hooks; remove them at the end, also after an error."""
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
                 if isinstance(module, nn.Linear) or layer_kind(module) == "conv1d":
@@ -126,7 +133,7 @@ class _Watch:
                     self.meters[f"{name}.{leaf}"] = _Meter(columns, routed.experts)
                 stack.enter_context(routed.observed(self._experts_observer(name, routed)))
             self._active = True
-            stack.callback(setattr, self, "_active", False)  # a forward of another thread may still hold a hook
+            stack.callback(setattr, self, "_active", False)  # a forward in another thread may still call a hook
             yield
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
@@ -140,8 +147,8 @@ class _Watch:
         return hook
 
     def _shared_squares(self, x: Tensor) -> Tensor:
-        """The sums of an input, once for all layers that get this very tensor one after the other."""
-        version = None if x.is_inference() else x._version  # changes made in place to the first cannot be seen
+        """Return the sums of an input. Consecutive layers that get the same tensor share them."""
+        version = None if x.is_inference() else x._version  # inference tensors do not record in-place changes
         last = getattr(self._thread, "last", None)
         if last is not None and version is not None and last[0]() is x and last[1] == version:
             shared: Tensor = last[2]
@@ -153,7 +160,7 @@ class _Watch:
 
     def _experts_observer(self, name: str, routed: RoutedExperts) -> Callable[[str, Tensor, Tensor], None]:
         def observe(leaf: str, x: Tensor, experts: Tensor) -> None:
-            """Rows x `[S, K]` went to experts `[S]` or `[S, top_k]`."""
+            """Add rows x `[S, K]` that were routed to experts `[S]` or `[S, top_k]`."""
             if self._active and len(x):
                 with ordinary_tensors():
                     groups = experts.reshape(len(x), -1)
@@ -167,20 +174,26 @@ class _Watch:
 
 @contextmanager
 def calibrate(model: nn.Module) -> Iterator[Calibration]:
-    """Collect an importance matrix from whatever runs through a model.
+    """Collect an importance matrix from everything that runs through a model inside a `with` block.
 
-    Linear layers, quantized or not, and the fused experts of transformers models are watched, from any thread. Every row of a
-    layer's input counts, so pad little. Experts run in their "grouped_mm" implementation meanwhile.
+    The inputs of all linear layers, quantized or not, and of the fused experts of transformers models are recorded, in
+    all threads. Every row of an input counts, so use little padding. Inside the block, fused experts of transformers
+    use their "grouped_mm" implementation.
 
     Args:
-        model: any module; must not be under calibration already.
+        model: any module that is not being calibrated already.
 
     Yields:
-        The matrix, empty until the block ends or `refresh()` is called.
+        The matrix. It is empty until the block ends or `refresh()` is called.
 
     Raises:
-        ValueError: the model has no linear layer, is being calibrated, or a layer's inputs were not finite; also where the
-            block ends without anything having run (a model compiled before does not see hooks).
+        ValueError: the model has no linear layer or is being calibrated already, the inputs of a layer were not finite,
+            or no layer ran inside the block (a model that was compiled before does not call hooks).
+
+    Example:
+        with isqtorch.calibrate(model) as im:
+            model(torch.arange(100)[None])
+        isqtorch.quantize_(model, "q4k", imatrix=im)
     """
     with _running_lock:
         if model in _running:
@@ -212,20 +225,28 @@ def collect_imatrix(
 ) -> Calibration:
     """Run a text through a causal language model and collect its importance matrix.
 
-    As llama.cpp's tool: chunks of `chunk` tokens, each from an empty cache and with BOS as its first token if the tokenizer
-    puts one before a text; whole chunks only. 10,000 to 50,000 tokens are enough.
+    It works as llama-imatrix does: the text is cut into chunks of `chunk` tokens, and an incomplete last chunk is left
+    out. Each chunk starts from an empty cache, and its first token is replaced by BOS if the tokenizer adds one to a
+    text. 10,000 to 50,000 tokens are enough.
 
     Args:
-        model: in the dtype that it should run in; it runs in eval mode and gets its training flags back.
-        text: a file (a path object, or a string that names an existing one), a text, or token ids.
-        tokenizer: the model's; not needed with token ids.
-        chunk: tokens per chunk; less where the model's context is not longer than that.
-        max_tokens: only the first so many tokens of the text.
-        progress: a progress bar; None shows one if stderr is a terminal.
+        model: the model, in the dtype that it should run in. It runs in eval mode and gets its training flags back.
+        text: a file (a path object, or a string that names an existing file), a text, or token ids.
+        tokenizer: the model's tokenizer; not needed with token ids.
+        chunk: tokens per chunk. If the model's context is not longer, chunks are one token shorter than the context.
+        max_tokens: use only this number of tokens from the beginning of the text; None uses all.
+        progress: whether to show a progress bar; None shows one if stderr is a terminal.
+
+    Returns:
+        The matrix, with `chunk_count`, `chunk_size` and `datasets` set.
 
     Raises:
-        ValueError: a bad argument, or too short a text.
+        ValueError: a bad argument, a text that is too short or not UTF-8, or inputs of a layer that are not finite.
         OSError: the file cannot be read.
+
+    Example:
+        im = isqtorch.collect_imatrix(model, "examples/demo_model/calibration.txt", tokenizer, max_tokens=2048)
+        im.save("demo.gguf")
     """
     for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
         if value is not None and (not isinstance(value, int) or value < 2):
@@ -249,7 +270,7 @@ def collect_imatrix(
 
 
 def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
-    """Text or ids, and what to call them."""
+    """Return the text or ids (a file is read), and a name for them."""
     if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
         try:
             return Path(text).read_text(encoding="utf-8"), os.fspath(text)
@@ -266,7 +287,7 @@ def _is_file(text: str) -> bool:
 
 
 def _columns(module: nn.Module) -> int:
-    """K of a linear layer: packed, ordinary or Conv1D."""
+    """Return K of a linear layer: packed, ordinary or Conv1D."""
     if isinstance(module, nn.Linear):
         return module.in_features
     weight = module.weight
@@ -275,18 +296,18 @@ def _columns(module: nn.Module) -> int:
 
 
 def _occurrences(groups: Tensor, count: int) -> Tensor:
-    """How often each of 0 .. count - 1 occurs, int64 `[count]`; unlike bincount, the host waits for nothing."""
+    """Count how often each of 0 .. count - 1 occurs, int64 `[count]`. Unlike bincount, it does not sync the device."""
     return (groups.reshape(-1, 1) == torch.arange(count, device=groups.device)).sum(0)
 
 
 def collect(model: nn.Module, request: Request, imatrix: Imatrix | None, check: Callable[[], object]) -> Imatrix:
-    """The importance matrix of the model as it is, from the calibration file of a request.
+    """Collect the importance matrix of the model in its current state, from the calibration file of a request.
 
     Args:
         model: the model.
-        request: its options name the file and the tokenizer.
-        imatrix: what the request has besides; must be None.
-        check: finds what is wrong with the request, before the minutes that this takes.
+        request: the request; its options name the file and the tokenizer.
+        imatrix: the importance matrix of the request; must be None.
+        check: called first. It raises if anything else is wrong with the request, because the collection takes minutes.
 
     Raises:
         ValueError: see `quantize_` and `collect_imatrix`.

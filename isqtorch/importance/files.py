@@ -1,12 +1,13 @@
-"""The three kinds of files that hold importance matrices: read without trust, written as their own programs write them.
+"""Read and write the three kinds of importance matrix files. Every number of a file is checked when it is read.
 
     llama.cpp, GGUF       f32 tensors "<name>.in_sum2" [K] or [E, K] (sums) and "<name>.counts" [1] or [E] (tokens)
     llama.cpp, legacy     i32 n | n x (i32 length, name | i32 ncall | i32 nval | f32 sums[nval]) | optional trailer:
                           i32 last_chunk | i32 length, dataset        weights = sums / ncall, experts one after another
     mistral.rs .cimatrix  u64 n | n x (u64 length, name | u64 nval | f32 weights[nval])
 
-A file is recognised by its content. The last two have no magic, but never look alike: bytes 4 to 7 are the length of the
-first name in a legacy file, so not 0, and the upper half of the number of entries in the other, so 0.
+A file is recognised by its content. The last two have no magic number, but they differ in bytes 4 to 7: in a legacy
+file these are the length of the first name, which is not 0; in a .cimatrix they are the upper half of the number of
+entries, which is 0.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ KINDS = {
 DEFAULT_CHUNK = 512  # tokens; llama.cpp's
 
 _MAX_ENTRIES = 1 << 17  # far above any real file, quick to loop over
-_MAX_GGUF_NAME = 63  # bytes; over a longer one llama.cpp refuses the whole file
+_MAX_GGUF_NAME = 63  # bytes; llama.cpp refuses a file with a longer name
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _GGUF_KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 
 
 @dataclass
 class Content:
-    """What a file holds, or is to hold; `Imatrix` has the same attributes and says what they mean."""
+    """The content of a file. `Imatrix` has the same attributes and documents them."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Content:
 
 
 def detect(reader: BinaryReader) -> str:
-    """The kind of a file, a key of `KINDS`, from its first bytes."""
+    """Return the kind of a file, a key of `KINDS`, from its first bytes."""
     head = reader.take(min(8, reader.size), "start of the file")
     reader.seek(0)
     if head[:4] == MAGIC:
@@ -59,15 +60,15 @@ def detect(reader: BinaryReader) -> str:
 
 
 def read(reader: BinaryReader, kind: str) -> Content:
-    """All of a file; ValueError if its structure is wrong. Whether the values make sense is for `Imatrix` to say."""
+    """Read a whole file. Raise ValueError if its structure is wrong; `Imatrix` checks the values."""
     return {"gguf": _read_gguf, "legacy": _read_legacy, "cimatrix": _read_cimatrix}[kind](reader)
 
 
 def encode(content: Content, kind: str) -> Iterator[bytes]:
-    """The bytes of a file of this kind, piece by piece.
+    """Yield the bytes of a file of this kind in pieces.
 
     Raises:
-        ValueError: something that such a file cannot hold.
+        ValueError: this kind of file cannot hold a name or value of `content`.
     """
     return {"gguf": _encode_gguf, "legacy": _encode_legacy, "cimatrix": _encode_cimatrix}[kind](content)
 
@@ -82,7 +83,7 @@ def _read_legacy(reader: BinaryReader) -> Content:
         calls = reader.integer("i32", f"number of calls of {name!r}")
         if calls < 0:
             raise reader.error(f"number of calls of {name!r} is {calls}, must not be negative", reader.position - 4)
-        out.counts[name] = torch.tensor([max(calls, 1)])  # llama.cpp takes the values as they are where it is 0
+        out.counts[name] = torch.tensor([max(calls, 1)])  # if it is 0, llama.cpp does not divide the values
         out.sums[name] = _values(reader, "i32", name)
     if reader.remaining:
         out.chunk_count = reader.integer("i32", "number of the last chunk")
@@ -103,7 +104,7 @@ def _encode_legacy(content: Content) -> Iterator[bytes]:
 
 
 def _legacy_values(content: Content, name: str) -> tuple[int, NDArray[np.float32]]:
-    """Calls and what is stored for an entry: mean times calls, where a call is a chunk of tokens."""
+    """Return the number of calls and the stored values of an entry: mean times calls. A call is a chunk of tokens."""
     sums, counts = _matrices(content, name)
     if content.format == "legacy":
         return int(counts[0]), sums.reshape(-1)
@@ -112,7 +113,7 @@ def _legacy_values(content: Content, name: str) -> tuple[int, NDArray[np.float32
     divisor = np.maximum(counts, 1).astype(np.float32)[:, None]
     with np.errstate(over="ignore"):
         scaled = sums / divisor * np.float32(calls)
-    scaled = np.where(counts[:, None] == calls, sums, scaled)  # the same, without rounding twice
+    scaled = np.where(counts[:, None] == calls, sums, scaled)  # the same value, but not rounded twice
     scaled = np.where(counts[:, None] > 0, scaled, np.float32(calls))
     if not np.isfinite(scaled).all():
         raise ValueError(f"the values of {name!r} are too large for this kind of file")
@@ -184,7 +185,7 @@ def _read_gguf(reader: BinaryReader) -> Content:
 
 
 def _gguf_pairs(reader: BinaryReader, file: GgufFile) -> dict[str, tuple[GgufTensor, GgufTensor]]:
-    """The directory lines of sums and counts, by the name of the weight; other tensors are ignored, as llama.cpp does."""
+    """Return {name of a weight: directory entries of its sums and counts}. Ignore other tensors, as llama.cpp does."""
     tensors = file.tensors
     pairs = {}
     for name in dict.fromkeys(full.rpartition(".")[0] for full in tensors if full.endswith((_SUMS, _COUNTS))):
@@ -206,7 +207,7 @@ def _gguf_pairs(reader: BinaryReader, file: GgufFile) -> dict[str, tuple[GgufTen
 
 
 def _token_counts(reader: BinaryReader, info: GgufTensor, values: NDArray[np.float32]) -> Tensor:
-    """Token counts, stored as f32 `[E]`, as int64."""
+    """Convert token counts, which are stored as f32 `[E]`, to int64."""
     bad = ~((values >= 0) & (values < 2.0**62))  # NaN too
     if bad.any():
         position = int(bad.argmax())
@@ -215,7 +216,7 @@ def _token_counts(reader: BinaryReader, info: GgufTensor, values: NDArray[np.flo
 
 
 def _encode_gguf(content: Content) -> Iterator[bytes]:
-    """As llama.cpp writes it. What the matrix does not know about its making becomes 0 chunks of 1 token."""
+    """Encode a file as llama.cpp does. If the number or size of the chunks is unknown, write 0 chunks of 1 token."""
     metadata: dict[str, str | int | list[str]] = {
         "general.type": "imatrix",
         "imatrix.datasets": list(content.datasets),
@@ -240,13 +241,13 @@ def _encode_gguf(content: Content) -> Iterator[bytes]:
 
 
 def _matrices(content: Content, name: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Sums `[E, K]` and counts `[E]` of an entry, E = 1 where experts are not told apart."""
+    """Return sums `[E, K]` and counts `[E]` of an entry; E = 1 if the entry has one count for all experts."""
     counts = content.counts[name].numpy()
     return content.sums[name].contiguous().numpy().astype("<f4", copy=False).reshape(len(counts), -1), counts
 
 
 def _with_data(content: Content) -> list[str]:
-    """The entries that saw a token: the others are left out, as llama.cpp does."""
+    """Return the names of the entries with a count above 0. llama.cpp leaves out the others, too."""
     names = [name for name in _sorted(content.sums) if content.counts[name].any()]
     if not names:
         raise ValueError("no entry of the importance matrix has data: there is nothing to save")
@@ -254,7 +255,7 @@ def _with_data(content: Content) -> list[str]:
 
 
 def _sorted(names: Mapping[str, object]) -> list[str]:
-    """In the order of their bytes, as C++ sorts them."""
+    """Sort names by their UTF-8 bytes, as C++ does."""
     return sorted(names, key=str.encode)
 
 

@@ -1,7 +1,7 @@
-"""Importance matrices: how much each input column of a layer matters when its weights are rounded.
+"""Importance matrices: how much the rounding error in each input column of a layer matters.
 
-The statistic is llama.cpp's: the mean over tokens of the squared input of a column. It is kept as sums and counts, because
-two of the three file formats (`files.py`) store them so; the weights that quantizers use are sums / counts.
+The statistic is llama.cpp's: the mean over tokens of the squared input of a column. It is kept as sums and counts,
+because two of the three file formats (`files.py`) store these. Quantizers use sums / counts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from isqtorch.policy.options import ImatrixLike
 
 from . import files
 
-_KIND_OF = {".gguf": "gguf", ".imatrix": "legacy", ".dat": "legacy", ".cimatrix": "cimatrix"}  # to write; see `save`
+_KIND_OF = {".gguf": "gguf", ".imatrix": "legacy", ".dat": "legacy", ".cimatrix": "cimatrix"}  # for writing; see `save`
 
 
 class Imatrix(Mapping[str, Tensor]):
-    """A read-only mapping from layer name to its ready-to-use weights, f32 `[K]` or `[E, K]` on the CPU.
+    """An importance matrix: a read-only mapping from entry name to column weights, f32 `[K]` or `[E, K]` on the CPU.
 
-    `vector` is the way to look a layer up: it knows the names that other programs use, and checks the length.
+    The weights are sums / counts: the mean square of each input column over the tokens of a calibration run. Use
+    `vector` to look up a layer: it also tries the names that other programs use, and it checks the length.
 
     Attributes:
-        sums: what the file stores, f32 `[K]`, `[E, K]`, or `[E * K]` where it does not tell experts apart.
-        counts: what to divide it by, int64 `[1]` or `[E]`: tokens in a GGUF file, calls in a legacy one, 1 otherwise.
-        source: where it comes from, for messages.
-        format: "gguf", "legacy", "cimatrix", or None where it was not read from a file.
-        chunk_count, chunk_size, datasets: what the file says about the calibration run; None or () where it does not.
+        sums: the stored sums, f32 `[K]`, `[E, K]`, or `[E * K]` if there is one count for all experts.
+        counts: the divisors, int64 `[1]` or `[E]`: tokens in a GGUF file, calls in a legacy file, otherwise 1.
+        source: where the matrix comes from, for messages.
+        format: kind of the file: "gguf", "legacy" or "cimatrix"; None if the matrix was not read from a file.
+        chunk_count, chunk_size, datasets: facts about the calibration run; None or () if the file does not hold them.
+
+    Example:
+        im = isqtorch.Imatrix({"model.layers.0.mlp.up_proj": torch.rand(256)})
+        isqtorch.quantize_(model, "q4k", imatrix=im, include=[r"layers\\.0\\.mlp\\.up_proj"])
     """
 
     def __init__(
@@ -51,11 +56,11 @@ class Imatrix(Mapping[str, Tensor]):
         chunk_size: int | None = None,
         datasets: tuple[str, ...] = (),
     ) -> None:
-        """Check and keep sums; without `counts` they are the weights themselves.
+        """Check and store sums and counts. Without `counts`, the sums are the weights.
 
         Raises:
-            ValueError: a bad name, an empty vector, more than two dimensions, a negative or non-finite number, or
-                counts that do not fit.
+            ValueError: a name is not a string of 1 to 1024 bytes; a vector is empty, has more than two dimensions, or
+                has a negative or non-finite number; or counts have the wrong shape.
         """
         self.source = source
         self.format = format
@@ -70,7 +75,7 @@ class Imatrix(Mapping[str, Tensor]):
         divisor = counts.to(torch.float32)
         if sums.ndim == 2:
             divisor = divisor[:, None]  # [E, 1]
-        return torch.where(divisor > 0, sums / divisor, 1.0)  # no data: every column matters the same
+        return torch.where(divisor > 0, sums / divisor, 1.0)  # without data, all columns get the same weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sums)
@@ -82,16 +87,16 @@ class Imatrix(Mapping[str, Tensor]):
         return f"Imatrix({len(self)} entries from {self.source})"
 
     def vector(self, layer: str, in_features: int, experts: int | None = None) -> Tensor | None:
-        """The weights for one layer.
+        """Look up the weights for one layer.
 
         Args:
-            layer: path of the module (or, for stacked experts, of the parameter) in the model.
+            layer: path of the module in the model; for stacked experts, path of the parameter.
             in_features: K, the number of columns.
             experts: E for a stack of experts, None for a matrix.
 
         Returns:
-            f32 `[K]`; with `experts` `[E, K]`, or `[K]` where the entry does not tell them apart; None if nothing is known
-            about the layer.
+            f32 `[K]`; with `experts`, `[E, K]`, or `[K]` if the entry has one vector for all experts. None if there is
+            no entry for the layer.
 
         Raises:
             ValueError: there is an entry, but its length is wrong.
@@ -101,7 +106,7 @@ class Imatrix(Mapping[str, Tensor]):
             return None
         shape = (in_features,) if experts is None else (experts, in_features)
         weights = self[name]
-        if expert is not None and experts is None:  # one of a list of experts: the entry holds all of them
+        if expert is not None and experts is None:  # the layer is one of a list of experts; the entry holds all of them
             if in_features and weights.shape[-1] % in_features == 0 and expert * in_features < weights.numel():
                 weights = weights.reshape(-1, in_features)[expert]
         if experts is not None and weights.shape == (in_features,):
@@ -115,7 +120,12 @@ class Imatrix(Mapping[str, Tensor]):
         return weights
 
     def shares(self, layer: str, experts: int) -> Tensor:
-        """The share of the tokens that each expert of a stack got, f64 `[E]`; equal ones where that is not known."""
+        """Return the fraction of the tokens that each expert of a stack got, f64 `[E]`.
+
+        Args:
+            layer: path of the stack (a parameter) in the model.
+            experts: E. If the counts per expert are not known, all fractions are 1 / E.
+        """
         name, _ = self._find(layer)
         counts = None if name is None else self.counts[name].double()
         if counts is None or counts.shape != (experts,) or not float(counts.sum()):
@@ -124,15 +134,16 @@ class Imatrix(Mapping[str, Tensor]):
 
     @property
     def unseen(self) -> dict[str, int]:
-        """By entry, how many of its experts (1 where it is a single matrix) saw no token; only entries that have such.
+        """{name of an entry: number of its experts without a token}, only for entries with such experts.
 
-        All columns count alike there. A legacy file does not tell.
+        A single matrix counts as one expert. Without a token, all columns get the same weight. Legacy files do not hold
+        this information.
         """
         found = {name: int((counts == 0).sum()) for name, counts in self.counts.items()}
         return {name: count for name, count in found.items() if count}
 
     def summary(self) -> str:
-        """Where the numbers are from, in one line."""
+        """Describe in one line where the numbers come from."""
         about = [f"{len(self)} entries"]
         if self.datasets:
             about.append("from " + ", ".join(self.datasets))
@@ -141,12 +152,12 @@ class Imatrix(Mapping[str, Tensor]):
         return f"importance matrix {self.source}: {', '.join(about)}"
 
     def for_model(self, model: nn.Module) -> Imatrix:
-        """The entries that belong to the layers of a model, under the paths of its modules, quantized or not.
+        """Return the entries for the layers of a model, quantized or not, named by the paths of its modules.
 
-        What a matrix from llama.cpp needs before it is saved for mistral.rs, which knows no names of GGUF.
+        Use this to save a matrix from llama.cpp for mistral.rs, which does not know GGUF names.
 
         Raises:
-            ValueError: an entry has the wrong length for its layer, or there is none for any.
+            ValueError: an entry has the wrong length for its layer, or there is no entry for any layer.
         """
         sums, counts = {}, {}
         for layer in inspect_model(model).layers:
@@ -179,12 +190,16 @@ class Imatrix(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file: `.gguf` or `.imatrix` (or `.dat`) for llama.cpp, `.cimatrix` for mistral.rs.
 
-        The two for llama.cpp get GGUF's names for the layers of the families that it knows, experts that are single layers
-        become one entry, and fused ones an entry for each matrix GGUF may have. Only `.gguf` holds the tokens per expert.
+        In files for llama.cpp, layers of known model families get GGUF names. Experts that are separate layers become
+        one entry; fused experts become one entry for each matrix that GGUF may have. Only `.gguf` holds the number of
+        tokens per expert.
+
+        Args:
+            path: the file; its extension selects the format.
 
         Raises:
-            ValueError: another extension, or a layer whose name the format cannot hold.
-            OSError: the file cannot be written; what was there before is still there.
+            ValueError: the extension is unknown, there is nothing to save, or the format cannot hold a name or value.
+            OSError: the file cannot be written; an existing file stays as it was.
         """
         kind = check_extension(path)
         if not self.sums:
@@ -192,13 +207,13 @@ class Imatrix(Mapping[str, Tensor]):
         sums, counts = (self.sums, self.counts) if kind == "cimatrix" else self._for_llama_cpp()
         content = files.Content(sums, counts, self.format, self.chunk_count, self.chunk_size, tuple(self.datasets))
         try:
-            pieces = list(files.encode(content, kind))  # all errors before a file is touched
-        except struct.error as error:  # of a file that was strange already
+            pieces = list(files.encode(content, kind))  # find all errors before the file is changed
+        except struct.error as error:  # only with counts from a malformed file
             raise ValueError(f"{os.fspath(path)}: a number of tokens or chunks is too large: {error}") from None
         write_atomically(path, pieces)
 
     def _for_llama_cpp(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums and counts under GGUF's names, where a layer has one and no other layer wants the same."""
+        """Return sums and counts under GGUF names. A layer without a unique GGUF name keeps its name."""
         owners: dict[str, dict[int | None, str]] = {}  # GGUF name -> number of the expert -> our name
         clashes: set[str] = set()
         for name in self.sums:
@@ -206,13 +221,13 @@ class Imatrix(Mapping[str, Tensor]):
             for target in targets:
                 others = owners.setdefault(target, {})
                 if expert in others or (others and (expert is None) != (None in others)):
-                    clashes |= {name, *others.values()}  # encoder and decoder: both keep their names
+                    clashes |= {name, *others.values()}  # such as encoder and decoder: both keep their names
                 others[expert] = name
         sums, counts, moved = {}, {}, set()
         for target, parts in owners.items():
             stack = [parts.get(expert) for expert in range(len(parts))] if None not in parts else [parts[None]]
             if None in stack or clashes & set(parts.values()) or len({self.sums[p].shape for p in parts.values()}) > 1:
-                continue  # experts are missing, or do not fit each other
+                continue  # experts are missing, or their shapes differ
             names = [part for part in stack if part is not None]
             pieces = [self.sums[name] for name in names]
             sums[target] = pieces[0] if None in parts else torch.stack(pieces)
@@ -226,7 +241,7 @@ class Imatrix(Mapping[str, Tensor]):
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def _find(self, layer: str) -> tuple[str | None, int | None]:
-        """The entry that applies to a layer, and which expert in it."""
+        """Return the name of the entry for a layer (or None), and the number of the expert in it (or None)."""
         candidates, expert = gguf_names(layer)
         for name in (layer, f"{layer}.weight"):
             if name in self.sums:
@@ -274,12 +289,23 @@ class Imatrix(Mapping[str, Tensor]):
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Read an importance matrix written by llama.cpp (GGUF or legacy) or mistral.rs (.cimatrix).
 
-    The kind is found from the content, never from the name. The whole file is checked before a value is used, and memory
-    stays within a small multiple of the size of the file.
+    The kind of the file is recognised from its content, not from its name. The whole file is checked before a value is
+    used. The function needs at most a small multiple of the file's size in memory.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The matrix, under the names of the file. `Imatrix.vector` looks up layers of a transformers model.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an importance matrix, or a damaged one; says where and what.
+        OSError: the file cannot be read; FileNotFoundError if there is none.
+        ValueError: the file is not an importance matrix, or is damaged. The message names the byte and the fault.
+
+    Example:
+        isqtorch.collect_imatrix(model, text, tokenizer, max_tokens=2048).save("demo.gguf")
+        im = isqtorch.read_imatrix("demo.gguf")
+        print(im.summary(), im.vector("model.layers.0.mlp.up_proj", 256).shape)
     """
     with open_binary(path) as reader:
         kind = files.detect(reader)
@@ -299,7 +325,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
 
 
 def check_extension(path: str | os.PathLike[str]) -> str:
-    """The kind of file that `Imatrix.save` writes at this path; ValueError if its extension is not one of them."""
+    """Return the kind of file that `Imatrix.save` writes to this path. Raise ValueError if the extension is unknown."""
     kind = _KIND_OF.get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"{os.fspath(path)}: the name of an importance matrix must end in {', '.join(_KIND_OF)}")
@@ -307,7 +333,7 @@ def check_extension(path: str | os.PathLike[str]) -> str:
 
 
 def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
-    """An Imatrix from what a user may pass for one."""
+    """Convert a user's argument (a path, a dict or an Imatrix) to an Imatrix. None stays None."""
     if imatrix is None or isinstance(imatrix, Imatrix):
         return imatrix
     if isinstance(imatrix, (str, os.PathLike)):
@@ -318,7 +344,7 @@ def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
 
 
 def imatrix_name(imatrix: ImatrixLike | None) -> str:
-    """Where importance came from: the file's name only, because reports are shared."""
+    """Name the source of an importance matrix: of a file only its name, without folders, because reports are shared."""
     if isinstance(imatrix, (str, os.PathLike)):
         return Path(imatrix).name
     source = getattr(imatrix, "source", None)
@@ -326,7 +352,10 @@ def imatrix_name(imatrix: ImatrixLike | None) -> str:
 
 
 def importance_of(imatrix: Imatrix, layers: Sequence[LayerInfo], shape: tuple[int, ...]) -> Tensor | None:
-    """The vector of the first layer that has one; a head before the embedding it is tied to, which has no input."""
+    """Return the first vector found for layers that share a weight, or None.
+
+    A head comes before the embedding that it is tied to, because an embedding has no input activations.
+    """
     experts = shape[0] if len(shape) == 3 else None
     for layer in sorted(layers, key=lambda layer: layer.kind == "embedding"):
         vector = imatrix.vector(layer.name, shape[-1], experts)

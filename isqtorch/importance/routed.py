@@ -1,9 +1,13 @@
-"""Fused experts: what each of their stacks of matrices gets as input, per expert.
+"""Observe the inputs of fused experts: the rows that go into each stack of matrices, and their experts.
 
-Packed ones send everything through `QuantExperts._multiply`. Those of a transformers model are less direct: transformers 5
-keeps the experts of a layer in one module with weights `[E, N, K]`, whose forward is one of several implementations.
-"grouped_mm" sorts the rows by expert; between its two products it calls `_apply_gate` (or `act_fn`), whose result is the
-input of the second. That is where this looks.
+In packed experts, all rows go through `QuantExperts._multiply`, which is wrapped. Float experts need a trick.
+transformers 5 keeps the experts of a layer in one module with weights `[E, N, K]`, whose forward is one of several
+implementations. The implementation "grouped_mm" sorts the rows by expert. Between its two products it calls
+`_apply_gate` (or `act_fn`), whose result is the input of the second product. So the config is switched to "grouped_mm"
+inside the block, and this call is wrapped.
+
+This breaks if transformers changes the order of the rows or the call between the products; test_fused_experts in
+tests/test_calibration_experts.py compares all sums with a loop over experts and notices it.
 """
 
 from __future__ import annotations
@@ -20,27 +24,27 @@ from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 
 Observer = Callable[[str, Tensor, Tensor], None]
-"""Called with the name of a weight, the rows `[S, K]` that go into it, and their experts `[S]` or `[S, top_k]`."""
+"""A callback, called with the name of a weight, its input rows `[S, K]`, and their experts `[S]` or `[S, top_k]`."""
 
 
 class RoutedExperts(Protocol):
-    """One such module.
+    """A module with fused experts.
 
     Attributes:
-        experts: E.
-        columns: K of each of its matrices, by the name of the parameter.
+        experts: E, the number of experts.
+        columns: {name of a stack of matrices: its K}.
     """
 
     experts: int
     columns: dict[str, int]
 
     def observed(self, observer: Observer) -> AbstractContextManager[None]:
-        """Call `observer` with every input of the matrices, inside this block."""
+        """Call `observer` with every input of the matrices inside this block."""
         ...
 
 
 class PackedExperts:
-    """Stacks of packed matrices."""
+    """The packed stacks of a QuantExperts."""
 
     def __init__(self, module: QuantExperts) -> None:
         self._module = module
@@ -66,7 +70,7 @@ class PackedExperts:
 
 
 class FloatExperts:
-    """Experts of a class that transformers' `use_experts_implementation` made."""
+    """Float experts of a class that transformers decorates with `use_experts_implementation`."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -83,13 +87,15 @@ class FloatExperts:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
             x, chosen = named["hidden_states"], named["top_k_index"]
-            routing.sorted = torch.sort(chosen.reshape(-1))[0]  # the rows of the second product
+            routing.sorted = torch.sort(chosen.reshape(-1))[0]  # the experts of the rows of the second product
             observer(self._first, x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]))
 
         def between(x: Tensor) -> None:
             observer("down_proj", x, routing.sorted)
 
         handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        # The layers of a model share the config. If it is not restored, the model stays on "grouped_mm";
+        # test_hooks_are_gone_afterwards_also_after_an_error in tests/test_calibration.py notices this.
         config, asked = module.config, module.config._experts_implementation
         try:
             config._experts_implementation = "grouped_mm"
@@ -113,11 +119,12 @@ class FloatExperts:
 
 
 def find_routed_experts(model: nn.Module) -> Iterator[tuple[str, RoutedExperts]]:
-    """The fused experts of a model, by path."""
+    """Yield (path, experts) for each module of a model with fused experts of a known kind."""
     for name, module in model.named_modules():
         if isinstance(module, QuantExperts) and module.formats:
             yield name, PackedExperts(module)
-        marks = ("has_gate", "is_transposed", "_apply_gate", "config")  # of transformers' use_experts_implementation
+        # attributes that use_experts_implementation of transformers sets
+        marks = ("has_gate", "is_transposed", "_apply_gate", "config")
         weight = module._parameters.get("down_proj")
         if isinstance(module, PackedModule) or weight is None or weight.ndim != 3:
             continue

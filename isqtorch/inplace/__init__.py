@@ -1,1 +1,1 @@
-"""Everything that changes a live model: quantize_, requantize_, dequantize_ and what they share."""
+"""Functions that change a live model: quantize_, requantize_, dequantize_, and what they share."""

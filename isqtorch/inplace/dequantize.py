@@ -1,4 +1,4 @@
-"""dequantize_: turn the quantized layers of a model back into ordinary ones."""
+"""dequantize_: turn the quantized layers of a model back into float layers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from .origin import forget
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn every quantized layer back into the ordinary layer it was, with the weights it computes with.
+    """Turn every quantized layer back into the float layer that it was.
 
-    Tied weights stay tied; what was an nn.Linear, nn.Embedding or Conv1D is one again.
+    These are nn.Linear, nn.Embedding, Conv1D, and fused experts. The new weights are the decoded ones, so the
+    quantization error stays. Tied weights stay tied.
 
     Args:
-        model: a model with quantized layers.
-        dtype: float type of the weights and of the layers' biases; None keeps each layer's own.
+        model: a model with quantized layers; changed in place.
+        dtype: float type of the weights and of the layers' biases; None keeps the type of each layer.
 
     Raises:
-        ValueError: the model holds no quantized layer, is one itself, or `dtype` is not a float type.
+        TypeError: `model` is not an nn.Module.
+        ValueError: the model has no quantized layer or is itself one, or `dtype` is not a float type.
+
+    Example:
+        isqtorch.quantize_(model, "q4k")
+        isqtorch.dequantize_(model, torch.bfloat16)
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dequantize_: dtype must be a float type, got {dtype}")
@@ -44,7 +50,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         for name in group:
             old = model.get_submodule(name)
             if not isinstance(old, PackedModule):
-                continue  # the same parent under another name: replaced already
+                continue  # a module with several names: replaced already
             if id(old) not in done and isinstance(old, QuantExperts):
                 new = experts_to_float(old, dtype)
                 done[id(old)] = new if dtype is None else new.to(dtype)

@@ -1,8 +1,11 @@
-"""Exchanging layers of a model while other threads run it: every call of the model computes with all of the old or all of the new.
+"""Exchange layers of a model while other threads run it: each call uses either all old layers or all new ones.
 
-A forward holds no lock and pays nothing for this. Only while layers are exchanged, a hook holds back calls that begin, and the
-stacks of the other threads show which began before that. When the last of those is done, one step of the interpreter that
-nothing can interrupt exchanges the layers, and the calls that waited go on.
+A forward takes no lock and has no overhead. Only during an exchange, a global hook holds back calls that begin, and the
+stacks of the other threads show which calls had begun before. When the last of those has returned, all layers are
+exchanged in one step that neither a signal nor another thread can interrupt. Then the calls that waited go on.
+
+It relies on two details: calls of modules are frames of `nn.Module._wrapped_call_impl` with a local variable `self`,
+and CPython has `sys._current_frames`. It breaks if either changes; test_a_thousand_forwards_during_four_swaps notices.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-PATIENCE = 600.0  # seconds that calls may take to come to an end
+PATIENCE = 600.0  # longest wait in seconds for running calls to return
 _POLL = 0.0005
-_CALL = "_wrapped_call_impl"  # nn.Module.__call__; by name, because Dynamo runs a copy of its code
+_CALL = "_wrapped_call_impl"  # nn.Module.__call__; compared by name, because Dynamo runs a copy of its code
 
 
 class Swap(NamedTuple):
-    """A layer in the place of another."""
+    """One replacement: `new` in the place of `old`, which is the child `name` of `parent`."""
 
     parent: nn.Module
     name: str
@@ -35,17 +38,17 @@ class Swap(NamedTuple):
 
 
 def exchange(model: nn.Module, swaps: Sequence[Swap], after: Callable[[], None], undo: Callable[[], None]) -> None:
-    """Put all new layers in place at once, when no other thread is inside a call of the model or of a part of it.
+    """Put all new layers in place at once, while no other thread is inside a call of the model or of a part of it.
 
     Args:
         model: the model.
-        swaps: what goes where.
-        after: what belongs to the exchange; calls wait for it.
-        undo: takes back what `after` did, if that fails.
+        swaps: the replacements.
+        after: called after the exchange, before any waiting call goes on.
+        undo: called if `after` raises, to reverse what it did.
 
     Raises:
-        RuntimeError: another thread has changed the layers meanwhile; calls do not end within `PATIENCE` seconds. Nothing is
-            exchanged then.
+        RuntimeError: another thread replaced one of the layers, or calls did not return within `PATIENCE` seconds.
+            Nothing is exchanged then.
     """
     with _alone(model):
         moved = [swap for swap in swaps if swap.parent._modules.get(swap.name) is not swap.old]
@@ -64,21 +67,21 @@ def exchange(model: nn.Module, swaps: Sequence[Swap], after: Callable[[], None],
 
 
 def _put(swaps: Sequence[Swap]) -> None:
-    """The new layers in place. No signal and no other thread comes in between: a loop in C, in which no Python code runs."""
+    """Put the new layers in place. The loop runs in C only, so no signal handler or other thread can run in between."""
     layers = [swap.parent._modules for swap in swaps]
     names, new = [swap.name for swap in swaps], [swap.new for swap in swaps]
     deque(map(dict.__setitem__, layers, names, new), maxlen=0)
 
 
 def check_outside(model: nn.Module) -> None:
-    """ValueError if the caller is called by a forward of the model, which could never end."""
+    """ValueError if a forward of the model is the caller: the exchange would wait for it forever."""
     if _calls(sys._getframe(), _ids(model)):
         raise ValueError("requantize_: was called from inside a forward of this model. Call it outside.")
 
 
 @contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
-    """No call of the model runs in another thread, and those that begin wait."""
+    """Wait until no other thread is inside a call of the model, and hold back calls that begin meanwhile."""
     inside, own, opened = _ids(model), threading.get_ident(), threading.Event()
 
     def gate(module: nn.Module, args: Any) -> None:
@@ -113,7 +116,7 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 
 def _calls(frame: FrameType | None, inside: set[int]) -> int:
-    """How many calls of modules of the model are on a stack."""
+    """Number of calls on a stack of modules whose ids are in `inside`."""
     count = 0
     while frame is not None:
         if frame.f_code.co_name == _CALL and id(frame.f_locals.get("self")) in inside:
@@ -127,7 +130,7 @@ def _ids(model: nn.Module) -> set[int]:
 
 
 def _synchronize(swaps: Sequence[Swap]) -> None:
-    """Wait for accelerators: kernels of calls that returned still read the old weights, and others write the new ones."""
+    """Wait for accelerators: kernels may still read the old weights for finished calls, or write the new weights."""
     devices = {parameter.device for swap in swaps for parameter in swap.new.parameters(recurse=False)}
     for device in devices:
         if device.type not in ("cpu", "meta"):

@@ -1,6 +1,7 @@
-"""Host: what a library that loads models contributes, so that files are found again and its own record of a model stays true.
+"""Host: the interface to a library that loads models, such as transformers.
 
-Nothing in this room knows such a library; `isqtorch.integrations` registers them.
+A host knows from which files a model was loaded, and updates the library's own record of a model. This room imports no
+such library; `isqtorch.integrations` registers the hosts.
 """
 
 from __future__ import annotations
@@ -18,43 +19,43 @@ from .source import Source
 
 
 class Host(Protocol):
-    """A library with a loader of its own. Each method ignores models that are not the library's."""
+    """A library with its own loader. Each method ignores models of other libraries."""
 
     def files(self, model: nn.Module) -> list[str] | None:
-        """The files that `model` was loaded from, None if that is not known. No network, and no error."""
+        """The files that `model` was loaded from, or None if not known. Never uses the network, never raises."""
 
     def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
-        """The source that converts as the loader does, None for a model that is not the library's.
+        """The source that converts tensors as the library's loader does, or None for a model of another library.
 
-        `remembered` says that the model was loaded from these files, and not only that the user says so.
+        `remembered` is True if the model is known to be loaded from these files, and False if the user named them.
         """
 
     def changed(self, model: nn.Module, report: QuantReport | None) -> None:
-        """The layers of `model` have changed; the report is None where there is none. Errors reach the caller."""
+        """Called after the layers of `model` have changed; the report may be None. Exceptions propagate."""
 
 
 _hosts: list[Host] = []
 
 
-def register(host: Host) -> None:
-    """Ask this host, too, from now on."""
+def register_host(host: Host) -> None:
+    """Add a host."""
     _hosts.append(host)
 
 
 def files_of(model: nn.Module) -> tuple[str, ...]:
-    """Absolute paths of the files that a model was loaded from; empty if they are not known."""
+    """Absolute paths of the files that a model was loaded from; empty if not known."""
     found = next(filter(None, (host.files(model) for host in _hosts)), [])
     return tuple(os.path.abspath(file) for file in found)
 
 
 def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True) -> Source:
-    """The checkpoint in `files`, read as `model` was; errors as those of Source."""
+    """The checkpoint in `files`, converted as for `model` when it was loaded. Errors are those of Source."""
     opened = (host.open(model, files, remembered) for host in _hosts)
     return next((source for source in opened if source is not None), None) or Source(files)
 
 
 def announce(model: nn.Module, report: QuantReport | None) -> None:
-    """Tell all hosts, and the weights themselves, that the layers of a model have changed."""
+    """Tell the weights their names, and call all hosts, after the layers of a model have changed. Exceptions propagate."""
     name_packed(model)
     for host in _hosts:
         host.changed(model, report)

@@ -1,6 +1,6 @@
-"""What a quantized model was made from and by which request: `requantize_` starts again from there.
+"""Origin: the checkpoint and the request that a quantized model was made from. `requantize_` starts from them.
 
-Kept on the model, so that it goes where the model goes, also through copy and pickle; never saved with it.
+It is an attribute of the model, so copy and pickle keep it. It is not part of the state dict and of saved checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _ATTRIBUTE = "_isq_origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights of a model came from, and which layers the last request meant.
+    """Where the weights of a model came from, and which layers the last request selected.
 
     Attributes:
-        files: the checkpoint; empty if it is not known.
-        trouble: why the checkpoint does not stand for the weights that were quantized; None: it does.
-        options: what lasts of the request, see `Options.lasting`.
+        files: the files of the checkpoint; empty if not known.
+        trouble: reason why the checkpoint does not have the weights that were quantized, or None.
+        options: the options of the request that `requantize_` keeps; see `Options.lasting`.
     """
 
     files: tuple[str, ...] = ()
@@ -39,21 +39,23 @@ class Origin:
 
     @classmethod
     def before(cls, model: nn.Module, request: Request) -> Origin:
-        """For a model whose float weights are about to be packed. They are compared with the checkpoint now: after packing
-        it is impossible."""
+        """The origin of a model before its float weights are packed.
+
+        The weights are compared with the checkpoint now: after packing it is impossible.
+        """
         files = files_of(model)
         try:
             changed = difference(model, open_source(model, files)) if files else None
             trouble = (
                 None if changed is None else f"{changed} was not what the checkpoint has when the model was quantized"
             )
-        except Exception as error:  # also of a loader's conversions: quantize_ does not need the checkpoint
+        except Exception as error:  # of any kind, for quantize_ itself does not need the checkpoint
             trouble = f"the checkpoint could not be read when the model was quantized ({error})"
         return cls.made(files, trouble, request)
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin | None:
-        """What is known of a model, None if nothing is."""
+        """The origin of a model, or None if it has none."""
         found = vars(model).get(_ATTRIBUTE)
         return found if isinstance(found, Origin) else None
 
@@ -62,5 +64,5 @@ class Origin:
 
 
 def forget(model: nn.Module) -> None:
-    """After the packed layers are gone."""
+    """Remove the origin, after the packed layers are gone."""
     vars(model).pop(_ATTRIBUTE, None)

@@ -1,4 +1,4 @@
-"""Packing one weight: what has to be known of it, how it is done, and the error that it leaves."""
+"""Pack one weight: its description, the packing, and the error of the result."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from isqtorch.formats import QuantFormat
 from isqtorch.policy.options import Options
 
-_ERROR_CHUNK = 1 << 17  # weights compared at a time by measure_error
+_ERROR_CHUNK = 1 << 17  # number of weights that relative_error decodes at a time
 
 
 @dataclass(frozen=True)
 class Job:
-    """One weight to pack, under all the names that share it."""
+    """One weight to pack, with the names of all layers that share it."""
 
     names: tuple[str, ...]
-    has_input: bool  # one of them is not an embedding, so that columns can matter
+    has_input: bool  # at least one layer is not an embedding, so importance can be known
     fmt: QuantFormat
     importance: Tensor | None  # f32 [K], or [E, K] for a stack of experts
-    rule: str | None  # the rule that was asked for, if the format has it
-    device: torch.device | None  # None: where it is
+    rule: str | None  # the requested rule, if the format has it
+    device: torch.device | None  # None: stays on its device
     options: Options
 
 
@@ -31,14 +31,14 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None) -> T
 
     Args:
         weight: float `[N, K]` or `[E, N, K]`, any strides.
-        job: format and rule.
-        importance: f32 `[K]` or `[E, K]` in place of the job's, for a part of its weight; None: the job's.
+        job: format, rule and importance.
+        importance: f32 `[K]` or `[E, K]`, used instead of the job's if `weight` is only a part of the job's weight.
 
     Returns:
         uint8 `[N, row_bytes]` or `[E, N, row_bytes]`.
 
     Raises:
-        ValueError: as the operator `quantize`; of a stack it says which expert.
+        ValueError: as the operator `quantize`; for a stack the message names the expert.
     """
     importance = job.importance if importance is None else importance
     if importance is not None:
@@ -48,7 +48,7 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None) -> T
         return packed
     experts, rows, columns = weight.shape
     out = weight.new_empty((experts, rows, job.fmt.row_bytes(columns)), dtype=torch.uint8)
-    for expert in range(experts):  # matrix by matrix: a stack that is stored transposed is copied in no larger pieces
+    for expert in range(experts):  # matrix by matrix, so that only one matrix of a transposed stack is copied at a time
         vector = importance[expert] if importance is not None and importance.dim() == 2 else importance
         try:
             out[expert] = torch.ops.isqtorch.quantize(weight[expert], job.fmt.name, vector, job.rule)
@@ -58,7 +58,7 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None) -> T
 
 
 def relative_error(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> float:
-    """RMS of (decoded - weight) over RMS of weight, `[.., N, K]` against `[.., N, row_bytes]`; a few rows at a time."""
+    """RMS of (decoded - weight) over RMS of weight, for `[.., N, K]` and `[.., N, row_bytes]`, a few rows at a time."""
     difference = total = 0.0
     step = max(1, _ERROR_CHUNK // weight.shape[-1])
     for matrix, bytes_ in zip(weight, packed, strict=True) if weight.dim() == 3 else [(weight, packed)]:

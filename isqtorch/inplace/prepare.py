@@ -1,4 +1,4 @@
-"""From a request to a list of jobs: everything that is checked, chosen and looked up before the first layer is touched."""
+"""From a request to a list of jobs: all checks, choices and look-ups before the first layer changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from isqtorch.text import first_names
 from .pack import Job, pack_weight
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
-_F16_SCALES_HOLD = 6e4  # weights up to this overflow no format's 16-bit scale or offset
+_F16_SCALES_HOLD = 6e4  # smaller weights cannot overflow the 16-bit scale or offset of any format
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class Prepared:
     inventory: Inventory
     verdict: Verdict
     jobs: list[Job]
-    again: bool  # layers that have their format already are packed once more
-    imatrix: str | None  # where the importance that some job uses came from
-    notes: list[str]  # for the report, besides the verdict's
-    warnings: list[str]  # to be shown at once
+    again: bool  # layers that already have their format are packed once more
+    imatrix: str | None  # source of the importance, or None if no job uses it
+    notes: list[str]  # for the report, in addition to those of the verdict
+    warnings: list[str]  # shown to the user immediately
 
     def report(
         self, errors: Mapping[str, float] | None = None, choice: Choice | None = None, notes: Sequence[str] = ()
     ) -> QuantReport:
-        """What was done.
+        """The report, after the jobs are done.
 
         Args:
-            errors: relative errors that were measured, by layer.
-            choice: what "auto" chose.
-            notes: for the report, besides those that are known here.
+            errors: measured relative errors, by layer name.
+            choice: what "auto" chose, or None.
+            notes: further notes for the report.
         """
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
         for layer in report.layers:
@@ -75,18 +75,18 @@ def settle(
     weight_of: WeightOf | None = None,
     again: bool = False,
 ) -> tuple[Prepared, Choice | None]:
-    """Read the importance, calibrate, choose formats for "auto", and decide. Faults show before each step that takes minutes.
+    """Read the importance, calibrate, choose formats for "auto", and decide. Checks run before each slow step.
 
     Args:
-        model: the model, which runs if there is a calibration file.
-        inventory: of the model.
-        request: what was asked for.
-        check: finds what is wrong with the weights of the jobs; called with every decision that is made.
-        weight_of: where "auto" finds the weights, if they are not the model's own.
+        model: the model. It runs if there is a calibration file.
+        inventory: the inventory of the model.
+        request: the format and options.
+        check: raises if the weights of the jobs cannot be packed. It is called for each set of decisions.
+        weight_of: reads the weights for "auto"; None: the model's own weights.
         again: see `prepare`.
 
     Returns:
-        The jobs, and what "auto" chose, if it was asked.
+        The jobs, and what "auto" chose (None for other formats).
 
     Raises:
         ValueError, OSError: see `quantize_`.
@@ -94,7 +94,7 @@ def settle(
     options = request.options
     budget = Budget.of(request.op, request.fmt, options)
     auto = None if budget is None else Auto(inventory, request, budget)
-    trial = request if auto is None else auto.smallest()  # the same layers as in the end
+    trial = request if auto is None else auto.smallest()  # selects the same layers as the final request
 
     def checked(request: Request, imatrix: Imatrix | None) -> Prepared:
         prepared = prepare(inventory, request, imatrix, again)
@@ -102,7 +102,7 @@ def settle(
         return prepared
 
     imatrix = load_imatrix(options.imatrix)
-    measures_on_text = auto is not None and weight_of is None  # so that an importance matrix may be given as well
+    measures_on_text = auto is not None and weight_of is None  # then both a text and an imatrix may be given
     if options.calibration_file is not None and not (measures_on_text and imatrix is not None):
         imatrix = collect(model, request, imatrix, lambda: checked(trial, None))
     prepared = checked(trial, imatrix)
@@ -113,13 +113,13 @@ def settle(
 
 
 def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, again: bool = False) -> Prepared:
-    """Decide about every weight, and check all that needs no weights.
+    """Decide about every weight, and do all checks that need no weights.
 
     Args:
         inventory: the weights.
-        request: what was asked for; for "auto" with what was chosen.
-        imatrix: importance, if there is any.
-        again: layers that have their format already are packed once more, from other weights than they hold.
+        request: the format and options; for "auto" with the chosen formats.
+        imatrix: importance, or None.
+        again: whether layers that already have their format are packed once more, because the source has other weights.
 
     Raises:
         ValueError: see `quantize_`.
@@ -140,7 +140,7 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
 
 
 def check_devices(request: Request) -> None:
-    """ValueError unless the devices that a request names are there."""
+    """ValueError unless all devices in a request are available."""
     if request.device is not None:
         checked_device(request.device, f"{request.op}: device")
     for entry in request.topology.entries:
@@ -149,13 +149,13 @@ def check_devices(request: Request) -> None:
 
 
 def check_weights(model: nn.Module, prepared: Prepared) -> None:
-    """ValueError unless the model's own weights can be packed as was decided."""
+    """ValueError unless the model's own weights can be packed as decided."""
     for job in prepared.jobs:
         _check_weight(model, job, prepared.request.op)
 
 
 def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Imatrix | None, again: bool) -> list[Job]:
-    """What to pack, in model order, each shared weight once. Every entry of the imatrix that applies is checked."""
+    """The weights to pack, in model order, each shared weight once. Also checks the imatrix entries of these layers."""
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if decision.format is not None and (again or decision.format.name != layer.packed_as):
@@ -181,7 +181,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
 
 
 def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
-    """Devices without native kernels, which compute with the reference."""
+    """Notes about devices without native kernels: the PyTorch reference runs there."""
     devices = {
         decision.device.type if decision.device else layer.device_type
         for layer, decision in zip(inventory.layers, verdict.decisions, strict=True)
@@ -194,13 +194,13 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
 
 
 def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
-    """Which layers go without the rule that was asked for; if all do, `_check_kernels` refuses."""
+    """A note about layers whose format does not have the requested rule. If none has it, `_check_kernels` raises."""
     without = [job.names[0] for job in jobs if job.rule != rule]
     return [f"{len(without)} layers have formats without a rule {rule!r}: {first_names(without)}"] if without else []
 
 
 def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
-    """Which layers go without importance; ValueError if all do that could use it."""
+    """Notes about layers without importance; ValueError if no layer that could use it has an entry in the matrix."""
     useful: list[Job] = []
     useless: list[Job] = []
     for job in jobs:
@@ -230,7 +230,7 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
 
 
 def _dead_columns(jobs: list[Job]) -> list[str]:
-    """Warnings about sub-blocks in which no column matters; rules of our own then do as without importance."""
+    """Warnings about sub-blocks whose importance is all zero. The rule "search" needs none: it then ignores them."""
     warnings = []
     for job in jobs:
         start = None if job.importance is None or not job.fmt.takes_importance else _zero_run(job.importance)
@@ -246,7 +246,7 @@ def _dead_columns(jobs: list[Job]) -> list[str]:
 
 
 def _zero_run(importance: Tensor) -> int | None:
-    """First column of a sub-block whose importance is zero throughout."""
+    """First column of the first sub-block whose importance is all zero, or None."""
     dead = (importance.reshape(-1, _ZERO_RUN) == 0).all(dim=1).nonzero()
     return int(dead[0]) * _ZERO_RUN if len(dead) else None
 
@@ -265,7 +265,7 @@ def _check_weight(model: nn.Module, job: Job, op: str) -> None:
             matrix = decoded = torch.ops.isqtorch.dequantize(weight, module.packed[leaf], torch.float32)
         else:
             matrix, decoded = weight_matrix(module, leaf).detach(), weight
-        low, high = decoded.aminmax()  # NaN comes through; allocates nothing of the weight's size
+        low, high = decoded.aminmax()  # propagates NaN, and allocates no tensor of the weight's size
         if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
             if max(-float(low), float(high)) > _F16_SCALES_HOLD:
                 _check_scales(matrix, job, op)
@@ -278,7 +278,7 @@ def _check_weight(model: nn.Module, job: Job, op: str) -> None:
 
 
 def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
-    """Pack a weight with enormous values once, and drop the result: only the quantizer knows whether a scale overflows."""
+    """Pack a weight with very large values on trial: only the quantizer can tell whether a scale overflows."""
     try:
         pack_weight(matrix, job)
     except ValueError as error:
@@ -286,7 +286,7 @@ def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
 
 
 def _first_bad(weight: Tensor) -> tuple[int, ...]:
-    """Position of the first weight that is NaN or infinite; there is one."""
+    """Position of the first weight that is NaN or infinite; there must be one."""
     for row in range(weight.shape[0]):
         bad = (~torch.isfinite(weight[row])).nonzero()
         if len(bad):
@@ -295,7 +295,7 @@ def _first_bad(weight: Tensor) -> tuple[int, ...]:
 
 
 def _check_kernels(jobs: list[Job], rule: str | None, op: str) -> None:
-    """Pack one block per format, so that a rule or kernel that is missing shows before the first layer is touched."""
+    """Pack one block in each format: a missing rule or kernel must raise before the first layer changes."""
     known = any(job.rule == rule for job in jobs)
     for job in {job.fmt.name: job for job in jobs}.values():
         try:

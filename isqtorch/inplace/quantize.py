@@ -1,8 +1,8 @@
-"""quantize_: replace the layers of a live model, one by one, in place.
+"""quantize_: replace the layers of a live model in place, one by one.
 
-Two phases. First everything that can fail is checked (`prepare.py`), without touching the model. Then each layer is packed
-and put in its place, and the original is freed before the next one is read, so that memory peaks at the model plus the
-scratch of its largest layer.
+There are two phases. First everything that can fail is checked (`prepare.py`), and the model does not change. Then each
+layer is packed and replaced. Its float weight is freed before the next layer is packed, so peak memory is the model
+plus the scratch memory of its largest layer.
 """
 
 from __future__ import annotations
@@ -59,52 +59,63 @@ def quantize_(
 ) -> QuantReport:
     """Quantize the linear layers, embeddings and experts of a model in place.
 
-    Any nn.Module works. Layers are found by exact type: nn.Linear, nn.Embedding, transformers' Conv1D; fused experts by what
-    they hold. What is left as it is (norms, biases, routers, convolutions, position embeddings, layers whose weight other
-    code reads directly, ...) is in the report with the reason. The model remembers this request and, if transformers loaded it,
-    its checkpoint: `requantize_` starts again from there.
+    Any nn.Module works. Linear layers and embeddings are found by exact type (nn.Linear, nn.Embedding, Conv1D of
+    transformers), fused experts by their parameters. All other layers stay as they are: norms, biases, routers,
+    convolutions, position embeddings, layers whose weight other code reads directly, and so on. The report gives the
+    reason for each. The model remembers the request and, if transformers loaded it, the checkpoint, so that
+    `requantize_` can start from there.
+
+    The weight of a layer has the shape [N, K], with K input features (columns). A format packs blocks of consecutive
+    columns.
 
     Args:
-        model: the model; must not be itself a layer to quantize.
-        fmt: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits, which means the best format for the
-            device; or a rule for whole models: "q4k_m" and its like are llama.cpp's mixes (docs/guide.md lists them), "auto"
-            measures every layer in several formats and chooses the best that fit `target_bpw` or `max_size`. None quantizes
-            only what the topology names.
-        topology: formats for some of the layers, as a dict or a YAML file; see `isqtorch.topology`. Overrides promotion.
-        organization: "default", or "moqe" for the routed experts only.
-        imatrix: how much each input column of a layer matters: a dict {layer: f32 [K]}, the path of an importance matrix
-            file, or an Imatrix.
-        calibration_file: a text to collect an importance matrix from before anything is quantized (`collect_imatrix`), instead
-            of `imatrix` ("auto" takes both, and then only measures on the text). The model must be a causal language model
-            that can run where it is.
-        tokenizer: the model's, for `calibration_file`.
-        include: regexes searched in the module path; only layers that match one are quantized.
-        exclude: regexes searched in the module path; layers that match one are left as they are.
-        fallback: where K is not a multiple of the format's block: "up" takes the next larger format that fits, "skip" leaves
-            the layer as it is, "error" refuses before anything is changed.
-        device: where the model ends up; every layer is moved there just before it is packed. None: everything stays in place.
-        rule: another way to choose the codes, for formats that have one (the report names the others): "search" for afq and
-            hqq, slower and closer to the weights, and the only one of theirs that uses importance; "mlx" for afq, MLX's bits.
-        activations: "fp8" allows linear layers in fp8 to round x to FP8 as well where that is faster, as torch's allow_tf32 allows
-            TF32: on GPUs of compute capability 9.0, for many rows of x. Experts and embeddings are not concerned. None: x is
-            used as it is.
-        target_bpw: for "auto": the most bits per weight that the report may show (of the whole model, with what is not
-            quantized).
-        max_size: for "auto", instead: the most bytes the model may have, or a string such as "6GB" or "5.5GiB".
-        formats: for "auto": what to choose from; None: every number of bits, in the format that is best for the device.
-        probe: for "auto": how to measure. "kl" takes the curvature of the KL divergence on the calibration file (a few
-            backward passes); "output" the errors of the layers' outputs, weighed by importance. None: "kl" where there is a
-            calibration file. Without importance, errors of the weights.
-        progress: a progress bar; None shows one if stderr is a terminal.
-        measure_error: also report the relative RMS error of every weight (reads each once more).
+        model: the model; must not itself be a layer to quantize. It is changed in place.
+        fmt: a format name ("q4k", "afq4", "hqq8", "fp8", ...), or a number of bits (2, 3, 4, 5, 6 or 8) for the best
+            format of that size on the device, or a rule for whole models. "q4k_m" and similar names are llama.cpp's
+            mixes (docs/guide.md lists them). "auto" measures every layer in several formats and chooses the best ones
+            within `target_bpw` or `max_size`. None quantizes only the layers that the topology names.
+        topology: formats for some of the layers: a dict, the path of a YAML file, or an `isqtorch.Topology`, where the
+            syntax is explained. Layers that get a format there are not promoted.
+        organization: "default", or "moqe" to quantize only the routed experts.
+        imatrix: the importance of each input column of a layer: a dict {layer: f32 [K]}, an `isqtorch.Imatrix`, or the
+            path of an importance matrix file.
+        calibration_file: a text file to collect an importance matrix from before quantizing (see `collect_imatrix`),
+            instead of `imatrix`. "auto" takes both and then uses the text only for its measurements. The model must be
+            a causal language model that can run on its device.
+        tokenizer: the tokenizer of the model, for `calibration_file`.
+        include: regexes, searched in the module path; only layers that match one of them are quantized.
+        exclude: regexes, searched in the module path; layers that match one of them are left as they are.
+        fallback: what to do if K is not a multiple of the format's block size: "up" takes the next larger format that
+            fits, "skip" leaves the layer as it is, "error" raises before anything is changed.
+        device: where to move the model; each layer is moved just before it is packed. None: nothing is moved.
+        rule: an alternative quantization rule. "search" (afq and hqq) is slower, has a smaller error, and is the only
+            rule of these formats that uses importance. "mlx" (afq) gives the same bits as MLX. Layers in other formats
+            use their default rule, and the report names them.
+        activations: "fp8" allows linear layers in fp8 to round their input x to FP8 too where that is faster, as
+            torch's allow_tf32 allows TF32. It acts on GPUs of compute capability 9.0, for many rows of x. No effect on
+            experts and embeddings. None: x is not rounded.
+        target_bpw: for "auto": largest average in bits per weight, over the whole model with all that is not quantized.
+        max_size: for "auto", instead of `target_bpw`: largest size of the model in bytes, or a string like "6GB" or
+            "5.5GiB".
+        formats: for "auto": the formats to choose from; None: for each number of bits the best format on the device.
+        probe: for "auto": what to measure. "kl" takes the curvature of the KL divergence on the calibration file, with
+            a few backward passes. "output" takes the errors of the layers' outputs, weighted by importance, or the
+            errors of the weights if there is no importance. None: "kl" if there is a calibration file, else "output".
+        progress: whether to show a progress bar; None: if stderr is a terminal.
+        measure_error: whether to report the RMS error of every weight relative to its RMS. It decodes each weight once.
 
     Returns:
-        The report: every weight, what it was, what it is, and why.
+        The report: for every weight its old and new format, its size in bytes, and the reason.
 
     Raises:
-        ValueError: anything wrong with the request, the importance or the weights (NaN, infinity, meta device). The model is
-            as it was.
-        OSError: a topology, imatrix or calibration file that cannot be read.
+        TypeError: `model` is not an nn.Module.
+        ValueError: the request, the importance or a weight is not valid (NaN, infinity, meta device), or the model is
+            already quantized. The model is unchanged.
+        OSError: a topology, imatrix or calibration file cannot be read.
+
+    Example:
+        report = isqtorch.quantize_(model, 4, exclude="lm_head")
+        print(report)
     """
     began = time.perf_counter()
     options = Options(
@@ -152,7 +163,7 @@ def quantize_(
 
 
 def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
-    """Pack layer by layer, and move the rest of the model where it goes; the errors, where they are measured."""
+    """Pack layer by layer, and move the rest of the model to its device. Returns the errors, if they are measured."""
     request = prepared.request
     errors: dict[str, float] = {}
     placed: set[int] = set()
@@ -170,14 +181,14 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
 
 
 def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
-    """Pack one weight and put the packed layers in place; the originals are free when this returns."""
+    """Pack one weight and put the packed layers in place. The float weight is freed when this returns."""
     parameter, error = _packed(model, job)
     done: dict[int, nn.Module] = {}
     for name in job.names:
         path, leaf = locate(model, name)
         old = model.get_submodule(path)
         if old._parameters[leaf] is parameter:
-            continue  # the same parent under another name: replaced already
+            continue  # a module with several names: replaced already
         if id(old) not in done:
             new = to_packed(old, parameter, job.fmt, leaf)
             done[id(old)] = new if job.device is None else new.to(job.device)
@@ -187,7 +198,7 @@ def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
 
 
 def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
-    """The packed weight of a job, and its error if that is wanted."""
+    """The packed weight of a job, and its error if it is measured."""
     module, leaf = owner_of(model, job.names[0])
     with ordinary_tensors():
         weight = weight_matrix(module, leaf).detach()
@@ -198,7 +209,7 @@ def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
 
 
 def _move_rest(model: nn.Module, device: torch.device, placed: set[int]) -> None:
-    """Everything that was not packed goes to `device` too."""
+    """Move everything that was not packed to `device`."""
     for module in model.modules():
         if id(module) not in placed:
             module._apply(lambda tensor: tensor.to(device), recurse=False)

@@ -1,7 +1,7 @@
-"""requantize_: give a quantized model other formats while it goes on serving.
+"""requantize_: change the formats of a quantized model, also while it is serving.
 
-All new layers are made first, one after the other, from the checkpoint that the model came from; nothing of the model changes
-meanwhile. Then they take the places of the old ones at once (`exchange.py`), and whatever fails leaves the model as it was.
+First all new layers are made, one after the other, from the checkpoint that the model was loaded from; the model does
+not change. Then they replace the old layers all at once (`exchange.py`). If anything fails, the model is unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isqtorch.modules import QuantExperts, QuantLinear
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, owner_of, to_packed
 from isqtorch.modules.packed import ordinary_tensors
-from isqtorch.modules.parameter import PackedParameter
+from isqtorch.modules.parameter import PackedParameter, is_plain
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
@@ -63,40 +63,49 @@ def requantize_(
 ) -> QuantReport:
     """Change the formats of a quantized model in place, starting from its float weights again.
 
-    The result is that of `quantize_` on the original model, bit for bit. Weights are read from the checkpoint layer by layer;
-    memory peaks at the old and the new packed layers together plus one layer's float weight. Layers that the options leave out
-    keep what they have; those that are not quantized yet are made from the weights they hold.
+    The result is the same, bit for bit, as that of `quantize_` on the original model. Weights are read from the
+    checkpoint layer by layer. Peak memory is the old and the new packed layers plus the float weight of one layer.
+    Layers that the options exclude keep what they have. Layers that are not quantized yet are packed from the weights
+    they hold.
 
-    Other threads may run the model meanwhile: each call computes with all of the old layers or all of the new. The exchange waits
-    for the calls that have begun, and holds back new ones for as long. Calls mean calling the model or a part of it, not its
-    `forward`. A model that is compiled is compiled anew at its next call and must not run during the exchange; CUDA graphs must be
-    captured again; a backward that recomputes activations belongs on the same side as its forward. Layers are new objects
-    afterwards; hooks on them are kept.
+    Other threads may run the model meanwhile: each call uses either all old layers or all new ones. The exchange waits
+    for calls that have begun, and holds back new calls until it is done. This works for calls of the model or of a part
+    of it, not for direct calls of `forward`. A compiled model must not run during the exchange and is compiled again at
+    its next call. CUDA graphs must be captured again. A backward that recomputes activations must not be separated from
+    its forward by an exchange. The new layers are new objects; they keep the hooks of the old ones.
 
     Args:
-        model: a model with quantized layers.
+        model: a model with quantized layers; changed in place.
         fmt: see `quantize_`.
-        source: where the float weights are: a folder or a .safetensors file, or "stored" for the quantized weights
-            themselves, whose errors stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
+        source: where to read the float weights: a folder or a .safetensors file; or "stored" to decode the quantized
+            weights, whose errors then stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
             `quantize_` remember.
-        topology, organization, include, exclude, fallback: see `quantize_`. What is None stays as it was asked for last; `{}`,
-            `""` and `()` drop a topology, include and exclude.
-        imatrix, calibration_file, tokenizer: see `quantize_`. Nothing of an earlier importance matrix is kept; calibration runs
-            the model as it is now.
-        activations: see `quantize_`. None: if any layer may round x, all that are fp8 afterwards may; with a note, also if there is
-            none. "" drops it.
-        target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors are those of the source's weights, weighed by
-            importance if there is any; the probe "kl" is refused, because packed weights have no gradients.
-        rule, progress, measure_error: see `quantize_`; the error is that against the source.
+        topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
+            `{}` drops a topology, `""` or `()` drops include or exclude.
+        imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
+            again. Calibration runs the model in its present formats.
+        activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the
+            report notes it. "" withdraws the permission.
+        target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors of the source's weights are
+            measured, weighted by importance if there is any. The probe "kl" is refused, because packed weights have no
+            gradients.
+        rule, progress, measure_error: see `quantize_`. The error is measured against the weights of the source.
 
     Returns:
-        The report: every weight, what it was, what it is, and why.
+        The report: for every weight its old and new format, its size in bytes, and the reason.
 
     Raises:
-        ValueError: as `quantize_`; the model holds no quantized layer; the source is not known, lacks a layer or has another
-            shape for it, or was changed, as far as the model's float parameters show. The model is as it was.
-        OSError: a file that cannot be read. The model is as it was.
-        RuntimeError: calls in other threads do not come to an end. The model is as it was.
+        TypeError: `model` is not an nn.Module.
+        ValueError: as `quantize_`; or the model has no quantized layer; or the source is not known, lacks a weight, or
+            has another shape for it; or the remembered checkpoint differs from the float parameters of the model. The
+            model is unchanged.
+        OSError: a file cannot be read. The model is unchanged.
+        RuntimeError: calls in other threads do not return within 10 minutes, or other code replaced a layer. The model
+            is unchanged.
+
+    Example:
+        isqtorch.quantize_(model, "q4k")
+        report = isqtorch.requantize_(model, "q8_0")
     """
     began = time.perf_counter()
     check_model(model, _OP)
@@ -129,7 +138,7 @@ def requantize_(
 
     def check(prepared: Prepared) -> None:
         _check_parameters(model, prepared)
-        if weights.source is None:  # those of a source are checked when they are read: until the end nothing is changed
+        if weights.source is None:  # weights of a source are checked when they are read, before anything changes
             check_weights(model, prepared)
 
     again = weights.source is not None
@@ -147,7 +156,7 @@ def requantize_(
 
 
 def _check(model: nn.Module, probe: str | None) -> None:
-    """ValueError unless the model can be quantized again at all."""
+    """ValueError unless the model can be requantized at all."""
     if probe == "kl":
         raise ValueError(
             "requantize_: probe='kl' needs the gradients of float weights, and these are packed. Leave it out, or use quantize_ on the "
@@ -159,7 +168,7 @@ def _check(model: nn.Module, probe: str | None) -> None:
 
 
 def _check_no_device(request: Request) -> None:
-    """ValueError where a topology places layers on devices."""
+    """ValueError if the topology names a device."""
     for entry in request.topology.entries:
         if entry.device is not None:
             raise ValueError(
@@ -169,16 +178,13 @@ def _check_no_device(request: Request) -> None:
 
 
 def _check_parameters(model: nn.Module, prepared: Prepared) -> None:
-    """ValueError unless the parameters to be replaced are whole and here."""
+    """ValueError if a parameter to replace is offloaded or sharded."""
     for job in prepared.jobs:
         module, leaf = owner_of(model, job.names[0])
         parameter = module._parameters[leaf]
-        if type(parameter) not in (nn.Parameter, PackedParameter) or parameter.device.type == "meta":
-            kind = (
-                "on the meta device"
-                if type(parameter) in (nn.Parameter, PackedParameter)
-                else f"a {type(parameter).__name__}"
-            )
+        whole = isinstance(parameter, nn.Parameter) and is_plain(parameter)
+        if not whole or cast(Tensor, parameter).device.type == "meta":
+            kind = "on the meta device" if whole else f"a {type(parameter).__name__}"
             raise ValueError(
                 f"requantize_: {job.names[0]} is {kind}: it is offloaded or spread over processes. Exclude it."
             )
@@ -188,7 +194,7 @@ def _check_parameters(model: nn.Module, prepared: Prepared) -> None:
 
 
 def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple[list[Swap], dict[str, float]]:
-    """The new layers and where they belong, and the errors that were measured."""
+    """The new layers with their places, and the measured errors."""
     swaps: dict[tuple[int, str], Swap] = {}
     fresh: dict[int, nn.Module] = {}  # id of an old layer -> the new one
     errors: dict[str, float] = {}
@@ -202,7 +208,7 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
             for name in job.names:
                 parent, key, old, leaf = places[name]
                 new = fresh.get(id(old), old)
-                if new is old or isinstance(new, QuantExperts):  # experts get one stack after the other
+                if new is old or isinstance(new, QuantExperts):  # QuantExperts get their stacks one after the other
                     base = old.twin() if new is old and isinstance(old, QuantExperts) else new
                     fresh[id(old)] = new = to_packed(base, parameter, job.fmt, leaf)
                 swaps[id(parent), key] = Swap(parent, key, old, new)
@@ -211,14 +217,14 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module, str]:
-    """(parent, name in it, module, name of the parameter) of a weight."""
+    """(parent module, name of the layer in it, the layer, name of the parameter) of a weight."""
     path, leaf = locate(model, name)
     above, _, key = path.rpartition(".")
     return model.get_submodule(above), key, model.get_submodule(path), leaf
 
 
 def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter, float | None]:
-    """The packed weight of a job on the device of the old one, and its error if that is wanted."""
+    """The packed weight of a job on the device of the old one, and its error if it is measured."""
     module, leaf = owner_of(model, job.names[0])
     device = cast(Tensor, module._parameters[leaf]).device
     with ordinary_tensors():
@@ -234,15 +240,15 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
 
 
 class _Permission(NamedTuple):
-    """What becomes of `activations`."""
+    """The permission `activations` after the exchange."""
 
-    value: str | None  # of all layers that the request concerns
-    kept: dict[QuantLinear, str | None]  # those of them that stay the same objects, with what they had
+    value: str | None  # of all layers in fp8 that the request selects
+    kept: dict[QuantLinear, str | None]  # such layers that are not replaced, with the value before
     notes: list[str]  # for the report
 
 
 def _permission(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap], asked: str | None) -> _Permission:
-    """The permission after the exchange; the new layers have it already. `asked` is None where it stays as it was."""
+    """The permission after the exchange; the new layers get it here. `asked` is None if it is to stay as it was."""
     had = any(isinstance(layer, QuantLinear) and layer.activations for layer in model.modules())
     value, notes = asked or None, []
     if had and asked is None:
@@ -268,7 +274,7 @@ def _permission(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap], ask
 def _commit(
     model: nn.Module, swaps: list[Swap], permission: _Permission, origin: Origin, report: QuantReport, began: float
 ) -> None:
-    """Exchange the layers and tell the hosts, or neither."""
+    """Exchange the layers and tell the hosts. If either fails, both are undone."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
 
     def tell() -> None:

@@ -1,7 +1,7 @@
-"""The checkpoint that a model came from: its tensors, read again one by one under the names that the model has for them.
+"""The checkpoint of a model: reads its tensors one by one, by the names of the model's parameters.
 
-A plain module's checkpoint has its state dict's names. Libraries whose loaders rename, join or turn tensors have a source of their
-own (`host.py`), which does the same to what is read here.
+The checkpoint of a plain module has the names of the state dict. A library whose loader renames, joins or transposes
+tensors has its own subclass of Source (see `host.py`), which does the same to the tensors read here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Stored:
     """One tensor of a checkpoint."""
 
     file: Path
-    dtype: str  # as safetensors calls it
+    dtype: str  # name of the type in safetensors
     shape: tuple[int, ...]
 
 
@@ -36,10 +36,10 @@ class Source:
 
     Attributes:
         where: the folder or file, for messages.
-        tensors: {name in the files: where it is}.
+        tensors: {name in the files: the tensor there}.
 
     Raises:
-        ValueError: a damaged file, a tensor that is in two of them, or files that hold packed weights.
+        ValueError: a file is damaged, a tensor is in two files, or the files hold packed weights.
         OSError: a file is missing or cannot be read.
     """
 
@@ -48,7 +48,7 @@ class Source:
         self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
         self.tensors: dict[str, Stored] = {}
         self._open: dict[Path, Any] = {}
-        self._seen: dict[Path, tuple[int, int, int]] = {}  # what tells a file from the one that replaces it
+        self._seen: dict[Path, tuple[int, int, int]] = {}  # detects that a file was replaced
         method = _quantized_by(paths[0].parent)
         for path in paths:
             file = self._file(path)
@@ -64,22 +64,22 @@ class Source:
         self.release()
 
     def read(self, name: str) -> Tensor | None:
-        """A parameter of the model as it was loaded, in the checkpoint's type, on the CPU; None if the checkpoint has none.
+        """A parameter as it was loaded, in the type of the checkpoint, on the CPU; None if it is not there.
 
-        The result may be a view of the mapped file: nobody may write to it.
+        The result may be a view of the mapped file: do not write to it.
 
         Raises:
-            ValueError: it is not of a type that weights are quantized from, or the file was changed since it was opened.
+            ValueError: the tensor is not of a float type, or the file was changed after it was opened.
         """
         return self.tensor(name) if name in self.tensors else None
 
     def first_row(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The first row of a parameter, the whole of a vector; None where it has another shape or is put together of others."""
+        """The first row of a matrix, or a whole vector; None if its shape differs or a conversion makes it."""
         key = self._plain(name)
         return self.tensor(key, row=True) if key is not None and self.tensors[key].shape == shape else None
 
     def _plain(self, name: str) -> str | None:
-        """The tensor that a parameter is without any conversion."""
+        """Name of the tensor that is loaded as this parameter without any conversion, or None."""
         return name if name in self.tensors else None
 
     def tensor(self, key: str, row: bool = False) -> Tensor:
@@ -93,7 +93,7 @@ class Source:
         return tensor
 
     def release(self) -> None:
-        """Let go of the files. They are mapped again when needed; what was read does not stay in memory that way."""
+        """Close the files, so that pages that were read do not stay in memory. They are opened again when needed."""
         self._open.clear()
 
     def _file(self, path: Path) -> Any:
@@ -110,11 +110,11 @@ class Source:
 
 
 def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The files of what a user gives: a folder, or one file.
+    """The safetensors files of a folder, or the one file that is given.
 
     Raises:
-        ValueError: an index that is none.
-        OSError: there is no such thing, or it holds no safetensors.
+        ValueError: the index file of the folder is not valid.
+        OSError: the path does not exist, or the folder has no safetensors files.
     """
     given = Path(path).expanduser()
     if not given.exists():
@@ -124,10 +124,10 @@ def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def difference(model: nn.Module, source: Source) -> str | None:
-    """The first float parameter of the model that is not what the checkpoint has: trained, merged or replaced since.
+    """Name of the first float parameter that differs from the checkpoint (trained, merged or replaced since), or None.
 
-    Vectors are compared whole and matrices by their first rows, as far as the checkpoint has them in the same shape: seconds for
-    any model, and it finds what training and merged adapters leave behind, which is a little everywhere.
+    Vectors are compared whole, matrices by their first row, if the checkpoint has them in the same shape. This takes
+    seconds for any model, and it is enough to find training and merged adapters, because they change values everywhere.
     """
     shared: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -147,13 +147,13 @@ def difference(model: nn.Module, source: Source) -> str | None:
 
 
 def _same(own: Tensor, other: Tensor) -> bool:
-    """Whether the checkpoint's values are the model's, in the model's type, bit for bit."""
+    """Whether the values of the checkpoint, cast to the type of the model, equal those of the model bit for bit."""
     bits = [tensor.to("cpu", own.dtype).reshape(-1).contiguous().view(torch.uint8) for tensor in (own, other)]
     return bool(torch.equal(*bits))
 
 
 def _quantized_by(folder: Path) -> str | None:
-    """Who quantized the checkpoint in a folder, according to its config.json."""
+    """Quantization method of the checkpoint in a folder according to its config.json, or None."""
     config = folder / "config.json"
     entry = read_json(config).get("quantization_config") if config.is_file() else None
     return str(entry.get("quant_method")) if isinstance(entry, dict) else None

@@ -1,4 +1,4 @@
-"""The float weights that requantize_ starts from: those of the checkpoint, of the model itself, or decoded ones."""
+"""The float weights that requantize_ starts from: of the checkpoint, of the model itself, or decoded."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _WAYS_OUT = (
 
 @dataclass
 class Weights:
-    """The float weight of each layer to be packed: of an ordinary layer its own, of a packed one that of the source.
+    """The float weights of the layers to pack: the own weight of a float layer, the source's weight of a packed layer.
 
     Attributes:
         model: the model.
         source: the checkpoint; None: packed weights are decoded.
-        files: of the checkpoint, to be remembered.
+        files: the files of the checkpoint, to remember them in `Origin`.
         trouble: see `Origin`.
         notes: for the report.
-        alarms: what the user should be warned of.
+        alarms: warnings for the user.
     """
 
     model: nn.Module
@@ -47,11 +47,11 @@ class Weights:
 
     @classmethod
     def find(cls, model: nn.Module, source: str | os.PathLike[str] | None, origin: Origin) -> Weights:
-        """Where the weights are, by what the user says and what is remembered; see `requantize_`.
+        """Find the weights from the `source` argument of `requantize_` and the origin of the model.
 
         Raises:
-            ValueError: the source is not known, or does not stand for the model's weights.
-            OSError: a file that cannot be read.
+            ValueError: the source is not known, or its weights are not those of the model.
+            OSError: a file cannot be read.
         """
         if source == STORED:
             note = "made from the quantized weights: their errors stay, and more bits gain nothing"
@@ -75,30 +75,30 @@ class Weights:
         return weights
 
     def of(self, names: Sequence[str]) -> Tensor:
-        """`[N, K]` or `[E, N, K]`, where it can be packed; not to be written to.
+        """The float weight `[N, K]` or `[E, N, K]`, on the device where it is packed. Do not write to it.
 
         Args:
-            names: of all layers that share the weight.
+            names: names of all layers that share the weight.
 
         Raises:
-            ValueError: the source has no such weight, or not in this shape.
-            OSError: it cannot be read.
+            ValueError: the source does not have the weight, or has it in another shape.
+            OSError: the file cannot be read.
         """
         module, leaf = owner_of(self.model, names[0])
         own = cast(Tensor, module._parameters[leaf])
         if not isinstance(module, PackedModule) or leaf not in module.packed:
             return weight_matrix(module, leaf).detach()
-        self.release()  # what was read before
+        self.release()  # frees the previous weight's pages
         if self.source is None:
             decoded: Tensor = torch.ops.isqtorch.dequantize(own, module.packed[leaf], torch.float32)
             return decoded
         weight = self._read(self.source, names, module, leaf).to(module.dtype)
-        if own.device.type in NATIVE_DEVICES:  # elsewhere packing is slower than both copies
+        if own.device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if is_turned(module) else weight
 
     def _read(self, source: Source, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
-        names = [parameter_name(self.model, layer) for layer in layers]  # it is stored under any one of them
+        names = [parameter_name(self.model, layer) for layer in layers]  # it may be stored under any of them
         shape = float_shape(module, leaf)
         for name in names:
             weight = source.read(name)
@@ -113,6 +113,6 @@ class Weights:
         raise ValueError(f"requantize_: {source.where} has no {names[0]}. {_WAYS_OUT}, or exclude the layer.")
 
     def release(self) -> None:
-        """Let go of what was read last."""
+        """Free the pages of the weight that was read last."""
         if self.source is not None:
             self.source.release()

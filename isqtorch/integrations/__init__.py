@@ -1,1 +1,1 @@
-"""Other libraries' plug-ins. Each is imported only where its library is; nothing else in the package imports them."""
+"""Plug-ins for other libraries. Only `isqtorch/__init__.py` and `app` import them, so those libraries are optional."""

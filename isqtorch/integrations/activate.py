@@ -1,7 +1,9 @@
-"""Registers the transformers plug-in as soon as transformers is there, without importing transformers.
+"""Register the transformers plug-in once transformers is imported, without importing transformers ourselves.
 
-`import isqtorch` must stay light, yet afterwards `from_pretrained` must understand a checkpoint saved by isqtorch. transformers
-has no plug-in entry points, so its module that loads models is waited for: when somebody imports it, we register behind it.
+`import isqtorch` must be fast, yet afterwards `from_pretrained` must understand checkpoints saved by isqtorch.
+transformers has no entry points for plug-ins, so an import hook waits for its module that loads models and registers
+the plug-in after it. This breaks if transformers moves `from_pretrained` to another module;
+test_a_saved_model_loads_after_importing_isqtorch notices.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_AWAITED = "transformers.modeling_utils"  # where from_pretrained is; with it, all that the plug-in imports is there
+_AWAITED = "transformers.modeling_utils"  # has from_pretrained; after it, all that the plug-in imports is available
 
 
 def activate() -> None:
-    """Register now if transformers is imported already, else once it is."""
+    """Register now if transformers is already imported, else when it is imported."""
     if _AWAITED in sys.modules:
         _register()
     elif not any(type(finder).__name__ == _Waiter.__name__ for finder in sys.meta_path):  # isqtorch may be reloaded
@@ -28,11 +30,11 @@ def _register() -> None:
     try:
         importlib.import_module("isqtorch.integrations.transformers")
     except ImportError:
-        pass  # a transformers without what the plug-in needs: isqtorch.IsqConfig says so, nothing else needs it
+        pass  # transformers is too old for the plug-in: only isqtorch.IsqConfig needs it, and raises the error
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find the awaited module, and registers after it was executed."""
+    """Import hook: the ordinary finders load the awaited module, then the plug-in registers."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _AWAITED:

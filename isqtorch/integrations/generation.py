@@ -1,8 +1,8 @@
-"""`optimize_`: how transformers' `generate` runs a model fastest on the device that it is on.
+"""`optimize_`: choose the fastest settings of transformers' `generate` for the device of a model.
 
-On a GPU a decode step of a small or quantized model takes less time than Python takes to start its kernels. transformers can run
-such a step as one CUDA graph, if the keys and values have a fixed place: with a static cache, through torch.compile. This switches
-that on. Nothing of the model's layers changes.
+On a GPU, Python needs more time to launch the kernels of a decode step than a small or quantized model needs to run
+them. transformers can run such a step as one CUDA graph, through torch.compile, if the key-value cache has fixed
+addresses (a static cache). `optimize_` switches this on. The layers of the model do not change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SAVED = "_isqtorch_generation"
-"""Attribute of the model: what its generation_config had before."""
+"""Attribute of the model that holds the previous settings of its generation_config."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,13 @@ class Optimization:
     """What `optimize_` did.
 
     Attributes:
-        device: type of the model's device.
-        changes: settings of `generation_config`, now; empty if nothing was changed.
-        why: in a sentence.
+        device: type of the model's device ("cpu", "cuda", "mps").
+        changes: the settings of `model.generation_config` that were changed, with their new values; may be empty.
+        why: the reason, in one sentence.
+
+    Example:
+        done = isqtorch.optimize_(model)
+        print(done.device, done.changes, done.why)
     """
 
     device: str
@@ -34,22 +38,25 @@ class Optimization:
 
 
 def optimize_(model: Any, enable: bool = True) -> Optimization:
-    """Set up `model.generate` for the device that the model is on, in place.
+    """Set up `model.generate` for the device of the model, in place.
 
-    On CUDA: a static cache, and the decode step compiled by torch.compile into a CUDA graph, at the first call with prompts and
-    replies of about that length; that takes a minute. A call with other lengths than before compiles again.
-    On a CPU and on MPS nothing is changed, and the result says why.
+    On CUDA it uses a static cache, and torch.compile turns the decode step into a CUDA graph. This happens in the first
+    call of `generate` and takes about a minute; a call with other lengths of prompt and reply compiles again. On a CPU
+    and on MPS nothing changes, and the result gives the reason.
 
     Args:
         model: a transformers model that can generate.
-        enable: False goes back to what it was before.
+        enable: False restores the settings from before.
 
     Returns:
-        What was done; print it.
+        The changed settings and the reason, to be printed.
 
     Raises:
         TypeError: the model has no `generate`.
-        ValueError: its layers are on several devices, or it cannot have a static cache.
+        ValueError: the model is on CUDA, and its layers are on several devices or it cannot have a static cache.
+
+    Example:
+        print(isqtorch.optimize_(model))
     """
     config = getattr(model, "generation_config", None)
     if config is None or not hasattr(model, "generate"):
@@ -63,6 +70,7 @@ def optimize_(model: Any, enable: bool = True) -> Optimization:
         return Optimization(device, {}, _REASONS.get(device, "CUDA graphs are for CUDA"))
     if len(devices) > 1:
         raise ValueError(f"optimize_: the model is on {', '.join(devices)}; one CUDA graph needs one device.")
+    # Breaks if transformers renames this private attribute; test_twice_is_once notices.
     if not getattr(model, "_can_compile_fullgraph", False):
         raise ValueError(
             f"optimize_: transformers cannot compile {type(model).__name__} with a static cache. Generate without optimize_."

@@ -1,8 +1,8 @@
 """PEFT: LoRA on quantized models, and merging it into their packed weights.
 
-Training needs nothing from here: `get_peft_model` takes QuantLinear for the linear layer that it is a subclass of, and its
-gradient passes through. Merging does, because a packed weight has no place to add to; without `enable` PEFT's own merge stops
-with an error about shapes.
+Training needs nothing from this module: QuantLinear is a subclass of nn.Linear, so `get_peft_model` accepts it, and
+gradients pass through it. Merging needs `enable`, because nothing can be added to packed bytes; without it, PEFT's own
+merge fails with an error about shapes.
 
     import isqtorch.integrations.peft
 
@@ -37,16 +37,17 @@ _ONLY_FOR_FLOAT = (
 
 
 def enable() -> None:
-    """Let adapters made from now on, by `get_peft_model` and whatever uses it, merge into packed layers.
+    """Let adapters that are created from now on, by `get_peft_model` for example, merge into packed layers.
 
-    Puts a case for packed layers before PEFT's last dispatcher, for the whole process. A second call changes nothing.
+    This wraps PEFT's last dispatcher, `dispatch_default`, for the whole process. A second call changes nothing. It
+    breaks if PEFT renames that function; test_enable_is_idempotent_and_leaves_other_layers_alone notices.
     """
     if not isinstance(lora_model.dispatch_default, _Dispatcher):
         lora_model.dispatch_default = _Dispatcher(lora_model.dispatch_default)
 
 
 class _Dispatcher:
-    """PEFT's choice of the adapter layer for a target, with packed targets first."""
+    """Chooses the adapter layer for a target: ours for packed layers, else that of PEFT."""
 
     def __init__(self, default: Any) -> None:
         self.default = default
@@ -55,27 +56,27 @@ class _Dispatcher:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if options.get("parameter_name") is None and isinstance(base, (QuantLinear, QuantEmbedding)):
             kind = IsqLoraLinear if isinstance(base, QuantLinear) else IsqLoraEmbedding
-            config.fan_in_fan_out = False  # packed rows are output features, also of what was a Conv1D
+            config.fan_in_fan_out = False  # rows of a packed weight are output features, also if the layer was a Conv1D
             options.pop("parameter_name", None)
             return kind(target, adapter_name, config=config, **options)
         return self.default(target, adapter_name, config=config, **options)
 
 
 class _MergesPacked(LoraLayer):  # type: ignore[misc]  # PEFT is not typed
-    """What the adapters of packed layers have in common.
+    """Base class of the adapters of packed layers.
 
-    While adapters are merged, the layer's original bytes are kept: from them each merge starts, so that rounding does not
-    accumulate, and `unmerge` gives them back exactly. `merge_and_unload` drops them layer by layer.
+    While adapters are merged, the original bytes of the layer are kept. Each merge starts from them, so rounding errors
+    do not add up, and `unmerge` restores them exactly. `merge_and_unload` frees them layer by layer.
     """
 
-    _original: tuple[Tensor, str, Tensor | None] | None = None  # bytes, format, bias: while something is merged
+    _original: tuple[Tensor, str, Tensor | None] | None = None  # bytes, format, bias; None if nothing is merged
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
         return {(): None}
 
     def resolve_lora_variant(self, *, config: LoraConfig, **options: Any) -> Any:
-        """Plain LoRA only: variants decompose or normalize the weight itself, or are not tested here."""
+        """Allow plain LoRA only: variants decompose or normalize the float weight, or are not tested here."""
         asked = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
         base, start = self.get_base_layer(), config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_ONLY_FOR_FLOAT):
@@ -91,12 +92,12 @@ class _MergesPacked(LoraLayer):  # type: ignore[misc]  # PEFT is not typed
         """Add adapters to the decoded weight and pack it again in its format.
 
         Args:
-            safe_merge: no difference here: a result that is not finite is always refused, and nothing is changed.
-            adapter_names: None for all that are active.
+            safe_merge: ignored: a result that is not finite always raises, and nothing changes.
+            adapter_names: the adapters to merge; None: all active ones.
 
         Raises:
-            ValueError: the merged weight is not finite, the layer is sharded or was requantized since the first merge, or it has
-                no bias for `lora_bias`.
+            ValueError: the merged weight is not finite; the layer is sharded, or was requantized since the first merge;
+                or `lora_bias` is set and the layer has no bias.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self._adapters()]
         if not new:
@@ -123,9 +124,9 @@ class _MergesPacked(LoraLayer):  # type: ignore[misc]  # PEFT is not typed
         self.merged_adapters += new
 
     def unmerge(self) -> None:
-        """Give the layer its bytes from before the merge."""
+        """Restore the layer's bytes from before the merge."""
         if self._original is None:
-            super().unmerge()  # its warning
+            super().unmerge()  # warns that nothing is merged
             return
         base = self._packed()
         original, _, bias = self._original
@@ -139,7 +140,7 @@ class _MergesPacked(LoraLayer):  # type: ignore[misc]  # PEFT is not typed
         raise NotImplementedError
 
     def _packed(self) -> Any:
-        """The packed layer, if its bytes can be replaced."""
+        """The packed layer; ValueError unless its bytes can be replaced."""
         base = self.get_base_layer()
         if not isinstance(base, PackedModule):
             raise ValueError(
@@ -184,6 +185,6 @@ class IsqLoraEmbedding(_MergesPacked, Embedding):  # type: ignore[misc]
 
 
 def _data(base: Any) -> Tensor | None:
-    """The bias of a packed layer, without its history."""
+    """The bias of a packed layer without its autograd history, or None."""
     bias = getattr(base, "bias", None)
     return None if bias is None else cast(Tensor, bias.data)

@@ -1,4 +1,4 @@
-"""What a saved model's config.json says about its packed layers, checked. It may be anybody's file."""
+"""Checks of what the config.json of a saved model says about its packed layers. The file is untrusted input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORMAT_VERSION = 1
 
 
 def checked_version(op: str, version: object) -> int:
-    """The number, if this version of the package understands it; ValueError otherwise."""
+    """The version number; ValueError unless this version of the package understands it."""
     if type(version) is not int or version < 1:
         raise ValueError(f"{op}: format_version is {version!r:.80}, must be a positive number")
     if version > FORMAT_VERSION:
@@ -22,7 +22,7 @@ def checked_version(op: str, version: object) -> int:
 
 
 def checked_layers(op: str, layers: object) -> dict[str, str]:
-    """{path: format} with canonical names; ValueError otherwise."""
+    """{path: canonical format name}; ValueError if `layers` is not valid."""
     if not isinstance(layers, Mapping):
         raise ValueError(f"{op}: 'layers' must map paths of layers to formats, got {type(layers).__name__}")
     checked = {}
@@ -37,7 +37,7 @@ def checked_layers(op: str, layers: object) -> dict[str, str]:
 
 
 def checked_activations(op: str, activations: object, layers: Mapping[str, str]) -> str | list[str] | None:
-    """None, "fp8" for all layers in fp8, or some of these by path; ValueError otherwise."""
+    """None, "fp8" (all layers in fp8), or the paths of some layers in fp8; ValueError if `activations` is not valid."""
     if activations is None or activations == "fp8":
         return "fp8" if activations else None
     if isinstance(activations, str) or not isinstance(activations, Sequence):

@@ -1,4 +1,4 @@
-"""The modules a quantized model is made of."""
+"""The modules that replace the layers of a quantized model."""
 
 from .embedding import QuantEmbedding
 from .experts import QuantExperts

@@ -1,8 +1,8 @@
-"""Which layers can be quantized, and how one is turned into its packed form and back.
+"""Find out which layers can be quantized, and convert a layer to its packed form and back.
 
-Matched by exact type: subclasses of nn.Linear and nn.Embedding have code of their own that expects a float weight, except
-for those that are understood (subclasses.py). transformers' Conv1D, a linear layer with a transposed weight, is known by
-name, so that transformers need not be imported.
+Layers are matched by exact type, because subclasses of nn.Linear and nn.Embedding may have code that expects a float
+weight; subclasses.py lists the exceptions. Conv1D of transformers, a linear layer with a transposed weight, is
+recognized by name, so that transformers need not be imported.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from isqtorch.formats import QuantFormat, get_format
 from .embedding import QuantEmbedding
 from .experts import QuantExperts, experts_class, stacks
 from .linear import QuantLinear
-from .packed import PackedModule, ordinary_tensors
-from .parameter import PackedParameter
+from .packed import PackedModule, decoded, ordinary_tensors
+from .parameter import is_plain
 from .subclasses import attributes_of, base_of, is_understood, meaning_of, rebuilt, scale_of
 
 Kind = Literal["linear", "conv1d", "embedding", "experts"]
 
-# Carried over as the same objects, so that handles to remove a hook keep working.
+# These dicts move to the new module as the same objects, so that handles returned by register_*_hook keep working.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -37,7 +37,7 @@ _HOOKS = (
 
 
 def layer_kind(module: nn.Module) -> Kind | None:
-    """What `module` is to us, or None if its weight is not ours to quantize."""
+    """Return the kind of a layer that can be quantized, or None for other modules."""
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is nn.Embedding:
@@ -51,7 +51,7 @@ def layer_kind(module: nn.Module) -> Kind | None:
 
 
 def matrices(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that have, or could have, a packed form."""
+    """Return the names of a module's parameters that are packed or can be packed."""
     if isinstance(module, QuantExperts):
         return tuple(stacks(module))
     if isinstance(module, PackedModule):
@@ -61,7 +61,10 @@ def matrices(module: nn.Module) -> tuple[str, ...]:
 
 
 def locate(model: nn.Module, name: str) -> tuple[str, str]:
-    """(path of the module, name of the parameter) of a weight, which goes by its module's path where it is called "weight"."""
+    """Return (path of the module, name of the parameter) of a weight.
+
+    The name of a weight is the path of its module if the parameter is called "weight", else the path of the parameter.
+    """
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -71,27 +74,27 @@ def locate(model: nn.Module, name: str) -> tuple[str, str]:
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """(module, name of the parameter) of a weight; see `locate`."""
+    """Return (module, name of the parameter) of a weight; see `locate`."""
     path, leaf = locate(model, name)
     return model.get_submodule(path), leaf
 
 
 def parameter_name(model: nn.Module, name: str) -> str:
-    """The name of a weight in the state dict; see `locate`."""
+    """Return the name of a weight in the state dict; see `locate`."""
     return ".".join(filter(None, locate(model, name)))
 
 
 def name_of(path: str, leaf: str) -> str:
-    """The inverse of `locate`."""
+    """Return the name of a weight; the inverse of `locate`."""
     return path if leaf == "weight" else f"{path}.{leaf}"
 
 
 def obstacle(module: nn.Module, leaf: str = "weight") -> str | None:
-    """Why a module of a known kind cannot be quantized all the same, or None if it can."""
+    """Return why a module cannot be quantized although its kind is known, or None if it can."""
     weight = module._parameters.get(leaf)
     if weight is None:
         return "its weight is computed from other parameters (weight norm or a parametrization): remove that first"
-    if type(weight) not in (nn.Parameter, PackedParameter):
+    if not is_plain(weight):
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (an accelerate or offload hook?): remove the hook first"
@@ -103,13 +106,13 @@ def obstacle(module: nn.Module, leaf: str = "weight") -> str | None:
 
 
 def weight_matrix(module: nn.Module, leaf: str = "weight") -> Tensor:
-    """A float weight of a layer as `[N, K]`, or `[E, N, K]`: a view, whatever the layer stores."""
+    """Return a view of a layer's float weight as `[N, K]` or `[E, N, K]`, even if the layer stores it transposed."""
     return upright(module, cast(Tensor, getattr(module, leaf)))
 
 
 def upright(module: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor that is laid out like a float weight of the layer, as `[N, K]` or `[E, N, K]`: a view."""
-    if isinstance(module, QuantExperts):  # one of its stacks is not packed yet
+    """Return a view, `[N, K]` or `[E, N, K]`, of a tensor with the same layout as the layer's float weight."""
+    if isinstance(module, QuantExperts):  # a stack that is not packed yet
         return weight.transpose(1, 2) if module.transposed else weight
     kind, experts = layer_kind(module), experts_class(module)
     if experts is not None:
@@ -118,14 +121,14 @@ def upright(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def is_turned(module: PackedModule) -> bool:
-    """Whether the layer that `module` replaced stores its weights as `[.., K, N]`."""
+    """Return whether the layer that `module` replaced stores its weights as `[..., K, N]`."""
     if isinstance(module, QuantExperts):
         return module.transposed
     return module.origin not in (nn.Linear, nn.Embedding)
 
 
 def float_shape(module: PackedModule, leaf: str = "weight") -> tuple[int, ...]:
-    """The shape of a packed weight in the layer that `module` replaced."""
+    """Return the shape that a packed weight had in the layer that `module` replaced."""
     *rows, row_bytes = cast(Tensor, module._parameters[leaf]).shape
     columns = get_format(module.packed[leaf]).in_features(row_bytes)
     return (*rows[:-1], columns, rows[-1]) if is_turned(module) else (*rows, columns)
@@ -134,8 +137,17 @@ def float_shape(module: PackedModule, leaf: str = "weight") -> tuple[int, ...]:
 def to_packed(
     module: nn.Module, packed: nn.Parameter, fmt: QuantFormat, leaf: str = "weight"
 ) -> QuantLinear | QuantEmbedding | QuantExperts:
-    """The packed form of an ordinary layer or of another packed one. Bias, hooks and training mode move over; the weight
-    is not touched. Experts that have another packed stack stay the same object, and get this one, too."""
+    """Make the packed form of a layer. The layer may be an ordinary one or a packed one.
+
+    Bias, hooks and training mode move to the new module; the weight of `module` does not change. If `module` is a
+    QuantExperts, it is not replaced: it gets the packed stack and is returned.
+
+    Args:
+        module: the layer.
+        packed: uint8 `[N, row_bytes]` or `[E, N, row_bytes]`.
+        fmt: the format of `packed`.
+        leaf: name of the parameter.
+    """
     if isinstance(module, QuantExperts) or layer_kind(module) == "experts":
         experts = module if isinstance(module, QuantExperts) else QuantExperts.from_float(module)
         experts.put(leaf, packed, fmt)
@@ -168,11 +180,11 @@ def to_packed(
 
 
 def experts_to_float(module: QuantExperts, dtype: torch.dtype | None = None) -> nn.Module:
-    """The experts that `module` once were, with the decoded weights."""
+    """Make the module that the packed experts replaced, with the decoded weights."""
     weights = {}
     for name, format in module.packed.items():
         with ordinary_tensors():
-            weight = torch.ops.isqtorch.dequantize(getattr(module, name), format, dtype or module.dtype)
+            weight = decoded(getattr(module, name), format, dtype or module.dtype)
             if module.transposed:
                 weight = weight.transpose(1, 2).contiguous()
         weights[name] = nn.Parameter(weight, requires_grad=module.origin_requires_grad)
@@ -180,7 +192,7 @@ def experts_to_float(module: QuantExperts, dtype: torch.dtype | None = None) -> 
 
 
 def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.Module:
-    """The ordinary layer that `module` once was, around `weight` in that layer's own layout (see `float_weight`)."""
+    """Make the ordinary layer that `module` replaced, with `weight` in that layer's layout (see `float_weight`)."""
     new: Any
     with torch.device("meta"):
         if module.subclass is not None:
@@ -199,9 +211,9 @@ def to_float(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) -> nn.M
 
 
 def float_weight(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A new float parameter with the decoded weights, laid out as the layer that `module` replaced stores them."""
+    """Make a float parameter with the decoded weights, in the layout of the layer that `module` replaced."""
     with ordinary_tensors():
-        weight = torch.ops.isqtorch.dequantize(module.weight, module.format, dtype or module.dtype)
+        weight = decoded(module.weight, module.format, dtype or module.dtype)
         if is_turned(module):
             weight = weight.t().contiguous()
     return nn.Parameter(weight, requires_grad=module.origin_requires_grad)

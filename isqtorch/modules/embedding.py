@@ -1,4 +1,4 @@
-"""QuantEmbedding: nn.Embedding over a packed table."""
+"""QuantEmbedding: nn.Embedding with a packed table."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, get_format
 
-from .packed import PackedModule, check_packed, ordinary_tensors, packed_parameter
+from .packed import FLOAT_DTYPES, PackedModule, ordinary_tensors, packed_parameter, packed_shape
 from .parameter import PackedParameter, plain_bytes
 
 _embedding = torch.ops.isqtorch.embedding.default
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
-    """Rows of a packed table, decoded on the way out.
+    """An embedding with a packed table, uint8 `[num_embeddings, row_bytes]`. `forward` decodes the selected rows.
+
+    `quantize_` makes it; `from_float` makes it from a layer, and `from_packed` from packed bytes. The constructor makes
+    a table of zeros, to load a state dict into.
 
     Args:
         num_embeddings: rows of the table.
         embedding_dim: K, a multiple of the format's block.
-        padding_idx: kept for whoever asks; it has no effect, because the table does not learn.
+        padding_idx: only stored; it has no effect, because the table is not trained.
         format: format or its name.
-        device: where to allocate; "meta" allocates nothing.
-        dtype: type of the rows that `forward` returns.
+        device: device of the table; "meta" allocates no memory.
+        dtype: type of the rows that `forward` returns; default: torch's default dtype.
 
     Attributes:
-        scale: what rows are multiplied by on the way out, as in Bart's and Gemma's tables; None for nothing.
-        scale_is_rounded: whether the scale is rounded to `dtype` first, as Gemma does.
-        first_row: number of the first row that is here, where tensor parallelism spreads the table over processes. Ids of
-            rows that are elsewhere give zeros, for the processes' results to be added up.
+        scale: factor of the returned rows, as in the tables of Bart and Gemma; None if there is none.
+        scale_is_rounded: whether the scale is rounded to `dtype` before the product, as in Gemma.
+        first_row: index of the first row in this process, if tensor parallelism splits the table. Ids of rows in other
+            processes give zeros, because the results of all processes are added.
 
-    Shapes: ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
+    Shapes:
+        ids int64 or int32 `[...]`; result `[..., K]` in `dtype`.
+
+    Example:
+        table = isqtorch.QuantEmbedding.from_float(torch.nn.Embedding(1000, 512), "q8_0")
+        print(table(torch.tensor([3, 7])).shape)  # torch.Size([2, 512])
     """
 
     first_row: int = 0
@@ -50,7 +58,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        # nn.Embedding's other attributes, at the only values supported: its extra_repr and other code read them
+        # the other attributes of nn.Embedding, which other code reads; only these values are supported
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.scale: float | None = None
         self.scale_is_rounded = False
@@ -66,9 +74,19 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         padding_idx: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> QuantEmbedding:
-        """A table over bytes that exist: uint8 `[rows, row_bytes]`. A parameter is taken over as it is, not copied."""
+        """Make a table from packed bytes, which are not copied.
+
+        Args:
+            packed: uint8 `[rows, row_bytes]`. A parameter stays the same object.
+            format: format of the bytes, or its name.
+            padding_idx: only stored.
+            dtype: type of the rows that `forward` returns; default: torch's default dtype.
+
+        Raises:
+            ValueError: `packed` is not uint8 `[rows, row_bytes]` of whole blocks, or the format is unknown.
+        """
         fmt = get_format(format)
-        rows, dim = check_packed("QuantEmbedding.from_packed", packed, fmt)
+        rows, dim = packed_shape("QuantEmbedding.from_packed", packed, fmt)
         layer = cls(rows, dim, padding_idx, format=fmt, device="meta", dtype=dtype)
         layer.weight = packed_parameter(packed)
         return layer
@@ -82,10 +100,17 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         importance: Tensor | None = None,
         rule: str | None = None,
     ) -> QuantEmbedding:
-        """Quantize the table of `embedding`, which stays as it was.
+        """Quantize the table of an embedding. `embedding` itself does not change.
+
+        Args:
+            embedding: the float layer.
+            format: format or its name.
+            importance: float `[K]`, see `isqtorch.quantize`.
+            rule: alternative rule of the quantizer, see `isqtorch.quantize`.
 
         Raises:
-            ValueError: K does not fit the format, a weight is not finite, or `max_norm` is set (it rewrites rows).
+            ValueError: K does not fit the format, a weight is not finite, `max_norm` is set (it changes rows in the
+                forward), or format or rule is unknown.
         """
         fmt = get_format(format)
         if embedding.max_norm is not None:
@@ -105,22 +130,27 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     def _rows(self, ids: Tensor) -> Tensor:
         weight = plain_bytes(self.weight)
         if weight.shape[0] == self.num_embeddings:
-            rows: Tensor = _embedding(ids, weight, self.format, self.dtype)
-            return rows
+            return self._look_up(ids, weight)
         local = ids - self.first_row
         here = (local >= 0) & (local < weight.shape[0])
-        rows = _embedding(torch.where(here, local, 0), weight, self.format, self.dtype)
+        rows = self._look_up(torch.where(here, local, 0), weight)
         return torch.where(here[..., None], rows, 0)
+
+    def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows in the type of the layer. The operator gives three types; another one is made of float32, exactly."""
+        native = self.dtype if self.dtype in FLOAT_DTYPES else torch.float32
+        rows: Tensor = _embedding(ids, weight, self.format, native)
+        return rows if native is self.dtype else rows.to(self.dtype)
 
     @property
     def embed_scale(self) -> Tensor:
-        """The scale under the name that scaled tables have it, for those who ask (PEFT); no attribute where there is none."""
+        """The scale as a tensor, which PEFT reads. Without a scale this raises AttributeError, so hasattr is False."""
         if self.scale is None:
             raise AttributeError("this table has no scale")
         return torch.tensor(self.scale, dtype=self.dtype, device=self.weight.device)
 
     def reset_parameters(self) -> None:
-        """Back to zeros, as the constructor leaves it: packed bytes cannot be initialized randomly."""
+        """Set all bytes to zero, as the constructor does. Packed bytes cannot be initialized randomly."""
         with torch.no_grad():
             self.weight.zero_()
 

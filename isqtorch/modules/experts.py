@@ -1,9 +1,9 @@
-"""QuantExperts: the fused experts of a mixture-of-experts layer, over packed weights.
+"""QuantExperts: the fused experts of a mixture-of-experts layer, with packed weights.
 
-A transformers model keeps the experts of a layer in stacks of matrices, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
-Sixty-odd classes do so in the same way, which flags on the instance describe (transformers' `use_experts_implementation`
-sets them); this module takes the place of any of them. Classes with a way of their own are below, known by name. Neither
-needs transformers to be imported.
+A transformers model keeps the experts of a layer in stacks of matrices, `gate_up_proj` [E, 2I, H] and `down_proj`
+[E, H, I]. More than sixty classes do this in the same way. Flags on the instance, which `use_experts_implementation` of
+transformers sets, describe the variants. QuantExperts can replace any of these classes. Subclasses of QuantExperts
+replace other classes, which are recognized by name. transformers need not be imported for either.
 """
 
 from __future__ import annotations
@@ -16,26 +16,31 @@ from torch.autograd import forward_ad
 
 from isqtorch.formats import QuantFormat, get_format
 
-from .packed import PackedModule
+from .packed import FLOAT_DTYPES, PackedModule
 from .parameter import plain_bytes
 
 _experts_linear = torch.ops.isqtorch.experts_linear.default
 
-# What `use_experts_implementation` leaves on an instance.
+# Attributes that `use_experts_implementation` sets on an instance.
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
 _OWN = ("formats", "dtype", "origin", "origin_requires_grad", "transposed")  # attributes that the original lacks
 
 
 class QuantExperts(PackedModule):
-    """Experts with packed stacks of matrices under their original names; everything else is the original's.
+    """The fused experts of a mixture-of-experts layer, with packed stacks of matrices under their original names.
 
-    Made by `from_float` and filled by `put`; the matrices that are not packed yet are the original's, and it does not run
-    before all are.
+    `quantize_` makes it. `from_float` makes it without packed stacks; each call of `put` sets one. Other attributes and
+    stacks that are not packed yet are those of the replaced module. `forward` works only when all stacks are packed.
 
     Attributes:
-        formats: {name of a stack: format}; each is uint8 `[E, N, row_bytes]`.
-        transposed: whether the original stores `[E, K, N]`.
-        origin: the class this module replaced, whose `_apply_gate` it uses.
+        formats: {name of a stack: name of its format}; a packed stack is uint8 `[E, N, row_bytes]`.
+        transposed: whether the replaced module stores its stacks as `[E, K, N]`.
+        origin: the class of the replaced module, whose `_apply_gate` is used.
+
+    Example:
+        isqtorch.quantize_(mixture_of_experts_model, "q4k")
+        experts = [m for m in mixture_of_experts_model.modules() if isinstance(m, isqtorch.QuantExperts)]
+        print(experts[0].formats)  # {'gate_up_proj': 'q4k', 'down_proj': 'q4k'}
     """
 
     formats: dict[str, str]
@@ -48,7 +53,11 @@ class QuantExperts(PackedModule):
 
     @classmethod
     def from_float(cls, experts: nn.Module) -> QuantExperts:
-        """The module in the place of `experts`, with the same parameters, hooks and attributes, none of them packed yet."""
+        """Make the module that replaces `experts`, with the same parameters, hooks and attributes. No stack is packed.
+
+        Raises:
+            ValueError: the class of `experts` is not known.
+        """
         kind = experts_class(experts)
         if kind is None:
             raise ValueError(f"QuantExperts.from_float: {type(experts).__name__} is not a known kind of fused experts")
@@ -70,15 +79,16 @@ class QuantExperts(PackedModule):
 
     @property
     def packed(self) -> dict[str, str]:
+        """{name of a packed stack: name of its format}."""
         return self.formats
 
     def put(self, name: str, packed: nn.Parameter, fmt: QuantFormat) -> None:
-        """Take uint8 `[E, N, row_bytes]` for the stack `name`."""
+        """Set the stack `name` to `packed`, uint8 `[E, N, row_bytes]` in format `fmt`."""
         self.register_parameter(name, packed)
         self.formats[name] = fmt.name
 
     def twin(self) -> QuantExperts:
-        """Another module over the same tensors, whose stacks `put` may replace without this one noticing."""
+        """Make another module with the same tensors. `put` on one of the two does not change the other."""
         new = type(self).__new__(type(self))
         new.__dict__.update(_copied(self))
         for name in self.formats:
@@ -86,7 +96,7 @@ class QuantExperts(PackedModule):
         return new
 
     def to_float(self, weights: dict[str, nn.Parameter]) -> nn.Module:
-        """The module that this one replaced, around float stacks in its own layout."""
+        """Make the module that this one replaced, with the float stacks `weights` in that module's layout."""
         new = self.origin.__new__(self.origin)
         new.__dict__.update({name: value for name, value in _copied(self).items() if name not in _OWN})
         new._parameters.update(weights)
@@ -95,12 +105,12 @@ class QuantExperts(PackedModule):
     # ---- computing ---------------------------------------------------------------------------------------------------
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers' own implementations.
+        """Compute the weighted sum of the experts' results, as transformers' implementations do.
 
         Args:
             hidden_states: `[T, H]`.
-            top_k_index: the experts of each token, `[T, S]`; E for one that is on another rank.
-            top_k_weights: what their results count, `[T, S]`.
+            top_k_index: the experts of each token, `[T, S]`; E means an expert on another rank.
+            top_k_weights: the weights of their results, `[T, S]`.
 
         Returns:
             `[T, H]`, of the type of `hidden_states`.
@@ -109,7 +119,7 @@ class QuantExperts(PackedModule):
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, ids: Tensor) -> Tensor:
-        """What each token's experts make of it: x `[T, H]` or `[T, S, H]`, ids `[T, S]` -> `[T, S, H]`."""
+        """Return the result of each expert of each token: x `[T, H]` or `[T, S, H]`, ids `[T, S]` -> `[T, S, H]`."""
         up = self._multiply("gate_up_proj" if self.has_gate else "up_proj", x, ids).flatten(0, 1)  # [T * S, 2I or I]
         hidden = self._gate(up) if self.has_gate else cast(Any, self).act_fn(up)
         y = self._multiply("down_proj", hidden.view(*ids.shape, -1), ids)
@@ -123,7 +133,9 @@ class QuantExperts(PackedModule):
             raise RuntimeError(
                 f"{type(self).__name__}: {name} is not packed, because quantize_ was interrupted. Quantize the model again."
             )
-        if forward_ad._current_level >= 0:  # forward mode would take the operator's derivative for zero
+        # The operator has no forward-mode derivative; torch would silently use zero. `_current_level` is private:
+        # test_forward_mode_is_refused_rather_than_zero fails if its meaning changes.
+        if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 f"{type(self).__name__}: {name} is packed, and experts have no forward-mode derivative. Use reverse mode (backward)."
             )
@@ -131,8 +143,11 @@ class QuantExperts(PackedModule):
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        y: Tensor = _experts_linear(x, plain_bytes(getattr(self, name)), self.formats[name], ids, bias)
-        return y
+        weight, native = plain_bytes(getattr(self, name)), x.dtype if x.dtype in FLOAT_DTYPES else torch.float32
+        if native is not x.dtype:  # after `.double()`: the products are those of float32
+            bias = None if bias is None else bias.to(native)
+        y: Tensor = _experts_linear(x.to(native), weight, self.formats[name], ids, bias)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         parts = []
@@ -145,14 +160,14 @@ class QuantExperts(PackedModule):
 
 
 class QuantLlama4Experts(QuantExperts):
-    """Llama 4: every expert gets every token, already scaled by its router score; most of these rows are zeros."""
+    """Llama 4: every expert gets every token, multiplied by its router score. Most of these rows are zeros."""
 
     @classmethod
     def _is_transposed(cls, experts: nn.Module) -> bool:
         return True
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """`[E * T, H]`, the tokens of the first expert first -> the same shape. Rows of zeros stay so, without work."""
+        """Map `[E * T, H]`, sorted by expert, to the same shape. Rows of zeros give zeros and are not computed."""
         experts = self.gate_up_proj.shape[0]
         rows = hidden_states.view(-1, hidden_states.shape[-1])
         ids = torch.arange(experts, device=rows.device).repeat_interleave(rows.shape[0] // experts)
@@ -165,7 +180,7 @@ class QuantLlama4Experts(QuantExperts):
 
 
 class QuantLongcatExperts(QuantExperts):
-    """LongCat Flash: experts behind the last one with weights pass their input on."""
+    """LongCat Flash: experts with an index above the last one with weights are identities."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts = self.down_proj.shape[0]
@@ -175,7 +190,7 @@ class QuantLongcatExperts(QuantExperts):
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _multiply(self, name: str, x: Tensor, ids: Tensor) -> Tensor:
-        experts = getattr(self, name).shape[0]  # gate_up_proj has rows for the idle ones, too, which nobody uses
+        experts = getattr(self, name).shape[0]  # gate_up_proj also has unused matrices for the identity experts
         return super()._multiply(name, x, torch.where(ids >= self.down_proj.shape[0], experts, ids))
 
     def _gate(self, gate_up: Tensor) -> Tensor:
@@ -184,10 +199,10 @@ class QuantLongcatExperts(QuantExperts):
 
 
 class QuantParallelExperts(QuantExperts):
-    """JetMoe: one stack of matrices, and rows of x that are sorted by expert."""
+    """JetMoe: one stack of matrices; the rows of x are sorted by expert."""
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
-        """`[rows, K]`, of which the first `expert_size[0]` are for the first expert -> `[rows, N]`."""
+        """Map `[rows, K]` to `[rows, N]`. The first `expert_size[0]` rows belong to the first expert, and so on."""
         sizes = torch.tensor(expert_size, device=inputs.device)
         ids = torch.arange(len(expert_size), device=inputs.device).repeat_interleave(sizes)
         return self._multiply("weight", inputs, ids[:, None]).flatten(0, 1)
@@ -197,12 +212,12 @@ _BY_NAME: dict[str, type[QuantExperts]] = {
     "JetMoeParallelExperts": QuantParallelExperts,
     "Llama4TextExperts": QuantLlama4Experts,
     "LongcatFlashExperts": QuantLongcatExperts,
-    "Step3p7Experts": QuantExperts,  # as the others, but without the flags
+    "Step3p7Experts": QuantExperts,  # like the classes with flags, but without the flags
 }
 
 
 def experts_class(module: nn.Module) -> type[QuantExperts] | None:
-    """The packed counterpart of a module, if it holds fused experts that we know how to run."""
+    """Return the packed counterpart of a module with fused experts, or None if it is not of a known kind."""
     cls = type(module)
     if cls.__name__ in _BY_NAME and cls.__module__.startswith("transformers.models."):
         return _BY_NAME[cls.__name__] if stacks(module) else None
@@ -213,10 +228,10 @@ def experts_class(module: nn.Module) -> type[QuantExperts] | None:
 
 
 def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module that are stacks of matrices."""
+    """Return the parameters of a module that are stacks of matrices."""
     return {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
 
 
 def _copied(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, for another one to own: its dicts are copies, their members the same objects."""
+    """Return the attributes of a module for another module: dicts are copied, their values are the same objects."""
     return {name: value.copy() if type(value) is dict else value for name, value in vars(module).items()}

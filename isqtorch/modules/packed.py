@@ -1,4 +1,4 @@
-"""What the quantized layers share: packed weights that nothing may cast, and the memory of what they replaced."""
+"""PackedModule, the base of the quantized layers: packed bytes are never cast, and the replaced layer is recorded."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from isqtorch.formats import QuantFormat, get_format
 
 from .parameter import PackedParameter
 
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute with
 _TWIN = "_isqtorch_packed"  # attribute of a plain parameter: the packed one that took its place
 
 
 class PackedModule(nn.Module):
-    """Base of the modules that hold a packed weight (QuantExperts: several, with other names).
+    """Base of the modules with a packed weight (QuantExperts has several, with other names).
 
     Attributes:
-        weight: uint8 `[N, row_bytes]`, a parameter that never asks for a gradient.
+        weight: uint8 `[N, row_bytes]`, a parameter that never requires a gradient.
         format: canonical name of the format of `weight`.
-        dtype: the float type the layer stands for: what `dequantize` gives, and the output of an embedding. It follows
-            `.half()`, `.bfloat16()` and `.to(dtype)`; the packed bytes do not.
-        origin: what this layer replaced: nn.Linear, nn.Embedding or transformers' Conv1D.
-        subclass: the class it replaced where that is an understood subclass of `origin` (subclasses.py).
-        subclass_attributes: what the constructor of the subclass had left on the replaced layer.
-        origin_requires_grad: whether the replaced weight was trainable; `dequantize_` gives it back.
+        dtype: the float type of the layer: of the result of `dequantize`, and of the rows of an embedding. `.half()`,
+            `.bfloat16()` and `.to(dtype)` change it; they never change the packed bytes.
+        origin: class of the replaced layer: nn.Linear, nn.Embedding or transformers' Conv1D.
+        subclass: class of the replaced layer if it is a known subclass of `origin` (subclasses.py), else None.
+        subclass_attributes: attributes that the constructor of the subclass had set on the replaced layer.
+        origin_requires_grad: whether the replaced weight was trainable; `dequantize_` restores it.
     """
 
-    # transformers' tensor parallel: shard this parameter as it is, by its own shape
+    # transformers' tensor parallelism: split this parameter by its own shape
     _hf_quantized_needs_local_tp = True
 
     weight: Tensor
@@ -55,12 +56,12 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> dict[str, str]:
-        """{name of a packed parameter: its format}"""
+        """{name of a packed parameter: name of its format}."""
         return {"weight": self.format}
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all packed parameters."""
+        """Stored bits per weight, over all packed parameters."""
         bits = numel = 0
         for name, format in self.packed.items():
             fmt, packed = get_format(format), getattr(self, name)
@@ -69,9 +70,8 @@ class PackedModule(nn.Module):
         return bits / numel if numel else get_format(next(iter(self.packed.values()))).bits_per_weight
 
     def dequantize(self, name: str = "weight") -> Tensor:
-        """The weights as they are computed with: `[N, K]`, for experts `[E, N, K]`, in `self.dtype`."""
-        weight: Tensor = torch.ops.isqtorch.dequantize(getattr(self, name), self.packed[name], self.dtype)
-        return weight
+        """Decode the packed parameter `name`: `[N, K]`, for experts `[E, N, K]`, in `self.dtype`."""
+        return decoded(getattr(self, name), self.packed[name], self.dtype)
 
     def as_before(self, name: str) -> Tensor:
         """A packed weight decoded, as the layer that this one replaced stored it: of a Conv1D `[K, N]`."""
@@ -97,20 +97,20 @@ class PackedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """After copy and pickle, which know nothing of owners."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, parameter in list(self._parameters.items()):
             if parameter is not None:
                 self.register_parameter(name, parameter)
 
-    # ---- nothing casts packed bytes ----------------------------------------------------------------------------------
+    # ---- packed bytes are never cast ---------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """`.to()`, `.half()`, `.cuda()`, ...: the bytes move, the float type changes, and bytes are never cast."""
+        """Implement `.to()`, `.half()`, `.cuda()`, ...: casts change `self.dtype` and the bias, never packed bytes."""
 
         def keep_bytes(tensor: Tensor) -> Tensor:
             tensor = tensor.plain if isinstance(tensor, PackedParameter) else tensor
             out = fn(tensor)
-            if tensor.dtype == torch.uint8 and out.dtype != torch.uint8:  # .type(torch.float16) casts everything
+            if tensor.dtype == torch.uint8 and out.dtype != torch.uint8:  # .type(torch.float16) casts all tensors
                 return tensor.to(out.device)
             return out
 
@@ -123,7 +123,7 @@ class PackedModule(nn.Module):
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As nn.Module; the format goes into the metadata beside the version, where it changes no tensor."""
+        """Save as nn.Module does, and store the formats in the metadata of the state dict, beside the version."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
@@ -139,7 +139,7 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As nn.Module, but weights of another type or format are an error, never a cast."""
+        """Load as nn.Module does, but report an error for weights of another type or format; they are never cast."""
         faults = []
         stored = local_metadata.get("formats", {})
         for name, format in self.packed.items():
@@ -162,13 +162,20 @@ class PackedModule(nn.Module):
             )
 
 
+def decoded(packed: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    """The weights of packed bytes in any float type. The operators give three; others are made of float32, exactly."""
+    native = dtype if dtype in FLOAT_DTYPES else torch.float32
+    weight: Tensor = torch.ops.isqtorch.dequantize(packed, format, native)
+    return weight.to(dtype)
+
+
 def packed_parameter(packed: Tensor) -> nn.Parameter:
-    """`packed` as a parameter; a parameter stays the same object, so that tied weights stay tied."""
+    """Return `packed` as a parameter. A parameter stays the same object, so tied weights stay tied."""
     return packed if isinstance(packed, nn.Parameter) else PackedParameter(packed)
 
 
-def check_packed(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
-    """(N, K) of a packed matrix; ValueError if it is none."""
+def packed_shape(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
+    """Return (N, K). Raise ValueError unless `packed` is uint8 [N, row_bytes]."""
     if packed.dtype != torch.uint8 or packed.dim() != 2:
         raise ValueError(
             f"{op}: the packed weight must be uint8 [N, row_bytes], got {packed.dtype} {list(packed.shape)}"
@@ -178,6 +185,9 @@ def check_packed(op: str, packed: Tensor, fmt: QuantFormat) -> tuple[int, int]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """No autograd, and no inference tensors even inside `torch.inference_mode()`: what is made here lives in a module."""
+    """Make ordinary tensors without autograd, even inside `torch.inference_mode()`.
+
+    Modules keep these tensors. An inference tensor in a module could not be used in training later.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield

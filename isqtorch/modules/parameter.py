@@ -1,15 +1,17 @@
 """PackedParameter: the bytes of a packed weight, which code that computes with them sees as floats.
 
-Much code outside of a layer reads its weight: `x @ table.weight.T`, `x.to(next(self.parameters()).dtype)`, `helper(layer.weight)`.
-Bytes must never be taken for numbers there. So a packed weight is a Parameter with a `__torch_function__` of its own:
+Code outside of a layer may read its weight: `x @ table.weight.T`, `x.to(next(self.parameters()).dtype)`,
+`helper(layer.weight)`. It must never take bytes for numbers. So a packed weight is a Parameter with a
+`__torch_function__` of its own, which sees every call of torch with the weight among its arguments:
 
-    moves bytes         .to(device), copy_, detach, untyped_storage, state_dict, sharding      outside of forwards
-    computes: decoded   F.linear, matmul, +, indexing, .t(), .float(), torch.func                everywhere
-    asks: as floats     .dtype, .shape, is_floating_point()                                      inside of forwards
-    writes: an error    add_, mul_, copy_ of floats                                              everywhere
+    moves     .to(device), detach, .data, views, cat, copy_, ...   bytes; floats if a model's code calls it
+    asks      .dtype, .shape, is_floating_point(), numel(), ...    as bytes; as floats if a model's code asks
+    computes  F.linear, matmul, +, [...], .t(), .float(), ...      floats, wherever it is called
+    writes    add_, mul_, copy_ of floats, ...                     an error that names the layer
 
-"Inside of a forward" means: in a method of a module, or in what one calls, and not in a library that moves parameters about. Our
-own layers use `plain`, an ordinary tensor over the same bytes, so they pay nothing.
+"A model's code" is a method of a module, or anything that a module's forward calls, but not the code of a library that
+moves parameters (`_MOVERS`). The layers of isqtorch use `plain`, an ordinary tensor with the same memory, so they pay
+nothing. A state dict holds ordinary tensors, too.
 """
 
 from __future__ import annotations
@@ -18,67 +20,64 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 _Function = Callable[..., Any]
-_CALL = "_call_impl"  # of nn.Module: on the stack inside of every forward
+_CALL = "_call_impl"  # of nn.Module; it is on the stack inside every forward
 _MOVERS = re.compile(
     r"(torch|isqtorch|accelerate|safetensors|copyreg|copy|pickle)(\.|$)"
     r"|transformers\.(modeling_utils|core_model_loading|integrations|quantizers|initialization|trainer|distributed)(\.|$)"
 )
-"""Code that moves, saves and shards parameters: what it does directly, it does to bytes."""
+"""Modules of Python that move, save and shard parameters. What they do to a weight, they do to its bytes."""
 
+_COUNTERS = {("transformers.modeling_utils", "num_parameters")}
+"""Functions of these modules that mean weights all the same."""
 
-# Functions by name; "get x" and "set x" are a tensor's attributes. What may be asked of bytes anywhere, because floats answer the same:
-_NEUTRAL = {f"get {name}" for name in "device requires_grad grad grad_fn layout ndim".split()} | {
-    "set grad",
-    "set requires_grad",
-}
+# Functions by name; "get x" and "set x" read and write a tensor's attribute x. These answer the same for floats:
+_NEUTRAL = {f"get {name}" for name in "device requires_grad grad grad_fn layout ndim".split()}
+_NEUTRAL |= {"set grad", "set requires_grad"}
 _NEUTRAL |= set(
-    "dim get_device requires_grad_ data_ptr __hash__ share_memory_ __len__ register_hook untyped_storage storage_offset storage "
-    "_typed_storage __repr__".split()
+    "dim get_device requires_grad_ data_ptr share_memory_ register_hook untyped_storage storage_offset storage "
+    "_typed_storage __hash__ __len__ __repr__".split()
 )
-_QUESTIONS = ("is_", "_is_", "get is_", "get _")  # other names that begin so are neutral, too
-# What moves, cuts or looks at bytes outside of forwards. Everything that is not here computes.
-_BYTES = _NEUTRAL | {"get dtype", "get shape", "get data", "set data", "get itemsize", "get nbytes"}
+_QUESTIONS = ("is_", "get is_", "get _")  # other names that begin so are neutral, too, but for those below
+# These move, cut or describe bytes. Everything that is not listed computes.
+_BYTES = {
+    "get dtype",
+    "get shape",
+    "get data",
+    "set data",
+    "get itemsize",
+    "get nbytes",
+    "is_floating_point",
+    "is_complex",
+}
 _BYTES |= set(
-    "size stride numel nelement element_size is_floating_point is_complex is_signed type detach clone contiguous cpu cuda "
-    "pin_memory view view_as reshape flatten as_strided narrow split chunk tensor_split unbind select index_select "
-    "__getitem__ unsqueeze squeeze set_ resize_ zero_ numpy tolist item equal expand expand_as __deepcopy__ new_empty "
-    "new_zeros new_tensor new_full new_ones as_subclass __reduce_ex__ __setstate__ copy_ to record_stream detach_ fill_ "
-    "is_set_to __dlpack__ __dlpack_device__ is_same_size empty_like zeros_like cat concat concatenate stack vstack".split()
+    "size stride numel nelement element_size is_signed is_same_size type detach detach_ clone contiguous to cpu cuda "
+    "pin_memory record_stream view view_as reshape flatten as_strided narrow split chunk tensor_split unbind select "
+    "index_select unsqueeze squeeze expand expand_as cat concat concatenate stack vstack copy_ set_ resize_ zero_ fill_ "
+    "equal numpy tolist item new_empty new_zeros new_ones new_full new_tensor empty_like zeros_like as_subclass "
+    "__getitem__ __deepcopy__ __reduce_ex__ __setstate__ __dlpack__ __dlpack_device__".split()
 )
-_CUTS = {
-    "__getitem__",
-    "select",
-    "index_select",
-    "unbind",
-}  # code that is not known to move bytes means numbers by these
-_FLOAT_CASTS = {"float", "half", "bfloat16", "double"}
-_MAY_CAST = {"to", "type", "view"}
-_REPLACES = {"set data", "set_", "resize_"}  # after these, `plain` is another tensor
-
-
-def _name_of(func: _Function) -> str:
-    name = str(getattr(func, "__name__", ""))
-    if name in ("__get__", "__set__"):
-        return f"{name.strip('_')} {getattr(getattr(func, '__self__', None), '__name__', '')}"
-    return name
+_CUTS = {"__getitem__", "select", "index_select", "unbind"}  # bytes only if one of _MOVERS calls them
+_CASTS = {"to", "type", "view"}  # they compute if they are given a float type
+_VIEWS = {"get data", "get T", "get mT", "detach", "view", "view_as", "t", "transpose", "permute", "reshape", "narrow"}
+_VIEWS |= {"__getitem__", "select", "flatten", "squeeze", "unsqueeze", "expand", "expand_as", "as_strided"}
+"""Of floats these give a view. Decoded floats are a copy, so what is written to such a view would be lost."""
+_MEMORY = {"set data", "set_", "resize_"}  # after these the parameter has other memory
 
 
 class PackedParameter(nn.Parameter):
-    """A packed weight, uint8 `[N, row_bytes]` or `[E, N, row_bytes]`; made and owned by a `PackedModule`.
+    """A packed weight, uint8 `[N, row_bytes]` or `[E, N, row_bytes]`, that a `PackedModule` holds.
 
     Attributes:
-        plain: an ordinary tensor over the same bytes.
-        path: its name in the model, "" where that is not known.
-        owners: weak references to the layers that hold it, which know the format, with its name there.
+        plain: an ordinary tensor with the same memory.
+        owners: weak references to the layers that hold the weight, which know its format, and its name there.
+        path: its name in the model, for messages; "" if it is not known.
     """
 
     plain: Tensor
@@ -86,60 +85,95 @@ class PackedParameter(nn.Parameter):
     path: str
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, **attributes: Any) -> PackedParameter:
-        """`requires_grad` is there for callers that make parameters of any class; bytes have no gradient."""
+        """Make a parameter of bytes. Other `attributes` are kept; accelerate passes those of the parameter it replaces."""
         plain = data.plain if isinstance(data, PackedParameter) else data.detach()
-        self = Tensor._make_subclass(cls, plain, False)
-        vars(self).update(
-            {name: value for name, value in attributes.items() if name not in ("plain", "owners", "path")}
-        )
-        self.plain, self.owners, self.path = plain, [], ""
+        self = Tensor._make_subclass(cls, plain, False)  # bytes have no gradient
+        vars(self).update({name: value for name, value in attributes.items() if name not in ("plain", "owners")})
+        self.plain, self.owners, self.path = plain, [], attributes.get("path", "")
         return self
 
-    @classmethod
-    def __torch_function__(
-        cls, func: _Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        ours = getattr(func, "namespace", None) == "isqtorch" or getattr(func, "_qualified_op_name", "").startswith(
-            "isqtorch::"
-        )
-        name = _name_of(func)
-        if name in _REPLACES and isinstance(args[0], PackedParameter):
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
-                args[0].plain = args[0].detach().as_subclass(Tensor)
-            return result
-        if ours or _means_bytes(name, args, kwargs):
-            result = func(*_mapped(args, _plain), **{name: _mapped(value, _plain) for name, value in kwargs.items()})
-            return args[0] if args and result is getattr(args[0], "plain", None) else result
-        _check_reads_only(name, args)
-        return func(*_mapped(args, _floats), **{name: _mapped(value, _floats) for name, value in kwargs.items()})
-
     def floats(self) -> Tensor:
-        """The weight as the layer computes with it, in the layout and the type that the replaced layer had."""
+        """The decoded weight, in the layout and the type of the weight that the layer replaced."""
         for reference, leaf in self.owners:
             layer = reference()
             if layer is not None:
                 weight: Tensor = layer.as_before(leaf)
                 return weight
-        raise RuntimeError("isqtorch: a packed weight whose layer is gone cannot be decoded. Keep the layer.")
+        raise RuntimeError(
+            f"isqtorch: {self.path or 'a packed weight'} cannot be decoded: its layer is gone. Keep the layer."
+        )
 
-    def belongs_to(self, layer: Any, leaf: str) -> None:
+    def belongs_to(self, layer: nn.Module, leaf: str) -> None:
         """Note a layer that holds this weight under the name `leaf`."""
         alive = [(reference, name) for reference, name in self.owners if reference() not in (None, layer)]
         self.owners = [*alive, (weakref.ref(layer), leaf)]
 
+    @classmethod
+    def __torch_function__(
+        cls, func: _Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, _name_of(func)
+        first = args[0] if args and isinstance(args[0], PackedParameter) else None
+        if _writes(name) and first is not None and (name not in _BYTES or _has_floats((*args[1:], *kwargs.values()))):
+            raise _refusal(name, first.path)
+        if name in ("requires_grad_", "set requires_grad") and first is not None and _wants_gradients(args, kwargs):
+            raise RuntimeError(
+                f"isqtorch: {first.path or 'a weight'} is packed, and packed weights have no gradients. Train adapters, leave the layer "
+                "out with exclude=... (modules_to_not_convert=... of IsqConfig), or call dequantize_ first."
+            )
+        if name in _MEMORY and first is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+                first.plain = first.detach().as_subclass(Tensor)
+            return result
+        if _is_ours(func) or _means_bytes(name, args, kwargs):
+            result = func(*_mapped(args, _plain), **{key: _mapped(value, _plain) for key, value in kwargs.items()})
+            return first if first is not None and result is first.plain else result
+        result = func(*_mapped(args, _floats), **{key: _mapped(value, _floats) for key, value in kwargs.items()})
+        return DecodedView.of(result, first.path) if name in _VIEWS and first is not None else result
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedParameter:
         if id(self) not in memo:
-            memo[id(self)] = PackedParameter(self.plain.clone(memory_format=torch.preserve_format))
-        copied: PackedParameter = memo[id(self)]
-        return copied
+            copied = PackedParameter(self.plain.clone(memory_format=torch.preserve_format), path=self.path)
+            memo[id(self)] = copied
+        found: PackedParameter = memo[id(self)]
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles hold an ordinary parameter; the layer makes it packed again (`PackedModule.__setstate__`)."""
         return nn.Parameter(self.plain, requires_grad=False).__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PackedParameter({list(self.plain.shape)} bytes)"
+        return f"PackedParameter({self.path + ': ' if self.path else ''}{list(self.plain.shape)} bytes)"
+
+
+class DecodedView(Tensor):
+    """Decoded floats in the place of a view of a weight: they can be read like any tensor, and refuse to be written to."""
+
+    path: str
+
+    @classmethod
+    def of(cls, result: Any, path: str) -> Any:
+        """`result` of a function that gives a view, if it is a tensor of floats."""
+        if not isinstance(result, Tensor) or torch.compiler.is_compiling():
+            return result
+        view = result.as_subclass(cls)
+        view.path = path
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: _Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = _name_of(func)
+        written = args[0] if args else None
+        if isinstance(written, DecodedView) and _writes(name):
+            raise _refusal(name, written.path)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if isinstance(written, DecodedView) and name in _VIEWS:
+            return cls.of(result, written.path)
+        return result.as_subclass(Tensor) if isinstance(result, DecodedView) else result
 
 
 def name_packed(model: nn.Module) -> None:
@@ -150,29 +184,63 @@ def name_packed(model: nn.Module) -> None:
 
 
 def plain_bytes(weight: Tensor) -> Tensor:
-    """A packed weight for an operator of ours: an ordinary tensor over the same bytes. Sharded ones are as they are."""
+    """A packed weight as an argument of our operators: an ordinary tensor with the same memory. A shard stays as it is."""
     return weight.plain if type(weight) is PackedParameter else weight
 
 
+def is_plain(tensor: object) -> bool:
+    """Whether a parameter is whole and here: an ordinary or a packed one, not a shard or a wrapper of another library."""
+    return type(tensor) in (nn.Parameter, PackedParameter)
+
+
+# ---- what a call means -----------------------------------------------------------------------------------------------
+
+
+def _name_of(func: _Function) -> str:
+    name = str(getattr(func, "__name__", ""))
+    if name in ("__get__", "__set__"):
+        return f"{name.strip('_')} {getattr(getattr(func, '__self__', None), '__name__', '')}"
+    return name
+
+
+def _is_ours(func: _Function) -> bool:
+    """Whether this is an operator of isqtorch, as an overload or a packet of overloads."""
+    return str(getattr(func, "_qualified_op_name", getattr(func, "namespace", ""))).startswith("isqtorch")
+
+
+def _writes(name: str) -> bool:
+    in_place = (
+        name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "share_memory_", "detach_")
+    )
+    return (
+        in_place
+        or name in ("__setitem__", "set data")
+        or (name.startswith("__i") and name.endswith("__") and name != "__invert__")
+    )
+
+
 def _means_bytes(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call handles bytes; otherwise it computes, and gets floats."""
-    if name in _NEUTRAL or (name.startswith(_QUESTIONS) and name not in _BYTES):
+    """Whether a call moves or describes bytes; otherwise it computes with floats."""
+    internal = name.startswith("_") and not name.startswith("__")  # torch's own bookkeeping
+    if name in _NEUTRAL or internal or (name.startswith(_QUESTIONS) and name not in _BYTES):
         return True
-    if name in _FLOAT_CASTS or name not in _BYTES:
+    if name not in _BYTES:
         return False
-    if name in _MAY_CAST and any(isinstance(a, torch.dtype) and a.is_floating_point for a in (*args, *kwargs.values())):
+    if name in _CASTS and any(isinstance(a, torch.dtype) and a.is_floating_point for a in (*args, *kwargs.values())):
         return False
-    return torch.compiler.is_compiling() or not _means_numbers(name in _CUTS)
+    return torch.compiler.is_compiling() or not _calls_from_a_model(name in _CUTS)
 
 
-def _means_numbers(wherever: bool) -> bool:
-    """Whether the code that asks is a model's: a method of a module, or called by one. `wherever`: or any that is no mover."""
+def _calls_from_a_model(or_anywhere: bool) -> bool:
+    """Whether a model's code calls torch; `or_anywhere`: or any code but that of libraries that move parameters."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _package(frame) in (__name__, "torch._tensor", "torch.overrides"):
+    while frame is not None and _module_of(frame) in (__name__, "torch._tensor", "torch.overrides"):
         frame = frame.f_back
-    if frame is None or _MOVERS.match(_package(frame)):
+    if frame is None:
         return False
-    if wherever or isinstance(frame.f_locals.get("self"), nn.Module):
+    if _MOVERS.match(_module_of(frame)):
+        return (_module_of(frame), frame.f_code.co_name) in _COUNTERS
+    if or_anywhere or isinstance(frame.f_locals.get("self"), nn.Module):
         return True
     while frame is not None:
         if frame.f_code.co_name == _CALL:
@@ -181,20 +249,25 @@ def _means_numbers(wherever: bool) -> bool:
     return False
 
 
-def _package(frame: FrameType) -> str:
+def _module_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _check_reads_only(name: str, args: tuple[Any, ...]) -> None:
-    """RuntimeError where a packed weight would be written to in place."""
-    first = args[0] if args else None
-    if isinstance(first, PackedParameter) and (
-        (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    ):
-        raise RuntimeError(
-            f"isqtorch: {name} would change {first.path or 'a weight'}, which is packed and cannot take new values. Leave "
-            "the layer out with exclude=..., or call dequantize_ first."
-        )
+def _wants_gradients(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+
+
+def _has_floats(values: tuple[Any, ...]) -> bool:
+    return any(
+        isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()) for value in values
+    )
+
+
+def _refusal(name: str, path: str) -> RuntimeError:
+    return RuntimeError(
+        f"isqtorch: {name} would change {path or 'a weight'}, which is packed and cannot take new values. Leave the layer "
+        "out with exclude=..., or call dequantize_ first."
+    )
 
 
 def _plain(value: PackedParameter) -> Tensor:
@@ -206,7 +279,7 @@ def _floats(value: PackedParameter) -> Tensor:
 
 
 def _mapped(value: Any, convert: Callable[[PackedParameter], Tensor]) -> Any:
-    """Arguments with something else for every packed parameter in them."""
+    """Arguments with something else in the place of every packed parameter in them."""
     if isinstance(value, PackedParameter):
         return convert(value)
     if isinstance(value, (tuple, list)):

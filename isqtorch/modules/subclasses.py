@@ -1,13 +1,15 @@
-"""Subclasses of nn.Linear and nn.Embedding that mean what their base means, or nearly.
+"""Subclasses of nn.Linear and nn.Embedding that compute the same as their base, or the same times a scale.
 
-A subclass has code of its own, which may expect a float weight; most are left alone. These are understood, by the source of
-their `forward`, so that no library is imported and a class whose code changes is left alone again:
+The code of a subclass may expect a float weight, so most subclasses are not quantized. The following ones are
+recognized by the source of their `forward`. No library is imported for this, and if the code of a class changes, it is
+no longer quantized:
 
     input @ self.weight.T [+ self.bias]                                 a linear layer (FalconLinear)
     super().forward(input_ids) * self.embed_scale                       a scaled table (Bart, mBART, M2M100, XGLM, ...)
-    super().forward(input_ids) * self.embed_scale.to(self.weight.dtype) the same, by a rounded scale (Gemma, MiniCPM3)
+    super().forward(input_ids) * self.embed_scale.to(self.weight.dtype) the same with a rounded scale (Gemma, MiniCPM3)
 
-and by name one that differs from nn.Linear in its constructor only (ESMFold's).
+ESMFold's linear layer differs from nn.Linear only in its constructor; it is recognized by name. The test
+tests/integrations/test_layer_families.py::test_every_subclass_is_understood_or_known_to_be_left notices new subclasses.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Meaning:
-    """What calling a layer does."""
+    """What the forward of a layer computes."""
 
     kind: Literal["linear", "embedding"]
     scale: Literal["", "exact", "rounded"] = ""  # of an embedding: none, a number, a number rounded to the rows' type
 
 
-# The statements of forward -> the base, and what it means
+# The statements of forward -> the base class, and what forward computes
 _FORWARDS: dict[tuple[str, ...], tuple[type[nn.Module], Meaning]] = {
     (
         "hidden_states = input @ self.weight.T",
@@ -44,15 +46,15 @@ _FORWARDS: dict[tuple[str, ...], tuple[type[nn.Module], Meaning]] = {
         Meaning("embedding", "rounded"),
     ),
 }
-_PLAIN = {"transformers.models.esm.modeling_esmfold.EsmFoldLinear": Meaning("linear")}  # no forward of their own
-# What else a class may define without changing what calling it does
+_PLAIN = {"transformers.models.esm.modeling_esmfold.EsmFoldLinear": Meaning("linear")}  # inherits forward
+# Attributes that a class may define besides forward: they do not change what forward computes
 _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "extra_repr", "reset_parameters"}
 _HARMLESS |= {"__firstlineno__", "__static_attributes__"}
 _BASE_STATE = frozenset(vars(nn.Module()))
 
 
 def meaning_of(cls: type[nn.Module]) -> Meaning | None:
-    """What a class directly derived from nn.Linear or nn.Embedding does, or None if that is not known."""
+    """Return what a direct subclass of nn.Linear or nn.Embedding computes, or None if it is not recognized."""
     return _meaning_of(cls)  # type: ignore[arg-type]  # classes are hashable
 
 
@@ -71,7 +73,7 @@ def _meaning_of(cls: type[nn.Module]) -> Meaning | None:
 
 
 def is_understood(module: nn.Module) -> bool:
-    """Whether the instance, too, is what its class says: no parameters, buffers or layers besides the known ones."""
+    """Return whether the class is recognized, and the instance has no additional parameters, buffers or layers."""
     meaning = meaning_of(type(module))
     if meaning is None or module._modules:
         return False
@@ -80,7 +82,7 @@ def is_understood(module: nn.Module) -> bool:
 
 
 def scale_of(module: nn.Module) -> tuple[float | None, bool]:
-    """The factor of an embedding's rows, None for none, and whether it is rounded to their type first."""
+    """Return the scale of an embedding's rows (None if there is none), and whether it is rounded to the rows' type."""
     meaning = meaning_of(type(module))
     if meaning is None or not meaning.scale:
         return None, False
@@ -91,17 +93,17 @@ def scale_of(module: nn.Module) -> tuple[float | None, bool]:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """What the constructor of a subclass left on `module`, besides tensors: sizes, scale, options."""
+    """Return the attributes that the constructor of a subclass set, except tensors: sizes, scale, options."""
     return {name: value for name, value in vars(module).items() if name not in _BASE_STATE}
 
 
 def base_of(cls: type[nn.Module]) -> type[nn.Module]:
-    """nn.Linear or nn.Embedding, for an understood subclass of it."""
+    """Return nn.Linear or nn.Embedding, the base of a recognized subclass."""
     return nn.Linear if issubclass(cls, nn.Linear) else nn.Embedding
 
 
 def rebuilt(cls: type[nn.Module], attributes: dict[str, Any], like: Tensor) -> nn.Module:
-    """A layer of a subclass without its weight and bias, made without its constructor, whose arguments are not known."""
+    """Make a layer of a subclass, without weight and bias. The constructor is not called: its arguments are unknown."""
     new = cls.__new__(cls)
     nn.Module.__init__(new)
     vars(new).update(attributes)
@@ -113,7 +115,7 @@ def rebuilt(cls: type[nn.Module], attributes: dict[str, Any], like: Tensor) -> n
 
 
 def _statements(source: str) -> tuple[str, ...]:
-    """The statements of a function, without comments, layout and docstring."""
+    """Return the statements of a function, without comments, layout and docstring."""
     try:
         tree = ast.parse(textwrap.dedent(source)).body[0]
     except SyntaxError:  # a lambda out of its context

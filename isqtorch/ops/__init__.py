@@ -1,7 +1,7 @@
 """The operators: quantize, dequantize, linear, embedding, experts_linear, square_sums.
 
-Importing this package registers them as `torch.ops.isqtorch.*`, with native kernels where there are some; the names here are
-those operators. `reference` is their definition in plain PyTorch.
+Importing this package registers them as `torch.ops.isqtorch.*`, with the native kernels of this installation; the names
+here are those operators. `reference` defines them in plain PyTorch.
 """
 
 import torch
@@ -25,7 +25,7 @@ __all__ = [
     "square_sums",
 ]
 
-del schema  # imported for what it registers
+del schema  # imported only to register the operators
 
 quantize = torch.ops.isqtorch.quantize
 dequantize = torch.ops.isqtorch.dequantize

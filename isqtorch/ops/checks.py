@@ -1,6 +1,6 @@
-"""The checks of arguments that every implementation of the ops makes, with the same messages.
+"""Checks of the operators' arguments, with the same messages for all implementations.
 
-Each returns what the caller computes with. The ones that look at values (finite weights, ids in range) wait for the device.
+Checks of values (finite weights, ids in range) wait for the device. All checks raise ValueError unless noted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _spelled(dtype: torch.dtype) -> str:
 
 
 def _position(index: int, shape: torch.Size) -> str:
-    """A flat index as text: 5 in a 2 x 3 tensor is "1, 2"."""
+    """Format a flat index as coordinates: 5 in a 2 x 3 tensor is "1, 2"."""
     parts = []
     for size in reversed(shape):
         index, i = divmod(index, size)
@@ -35,7 +35,7 @@ def _position(index: int, shape: torch.Size) -> str:
 
 
 def _first(bad: Tensor) -> int | None:
-    """The flat index, in row-major order, of the first True; None if there is none."""
+    """Return the flat index, in row-major order, of the first True, or None if there is none."""
     flat = bad.reshape(-1)
     if not bool(flat.any()):
         return None
@@ -43,7 +43,7 @@ def _first(bad: Tensor) -> int | None:
 
 
 def check_weight(w: Tensor, fmt: QuantFormat) -> int:
-    """A weight to quantize must be float, have rows, and rows of whole blocks.
+    """Check that a weight is float, has at least two dimensions, and has rows of whole blocks.
 
     Returns:
         Bytes of a packed row.
@@ -59,7 +59,7 @@ def check_weight(w: Tensor, fmt: QuantFormat) -> int:
 
 
 def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
-    """Weights must be finite, also after conversion to f32 (`w32`)."""
+    """Check that weights are finite after conversion to f32 (`w32`)."""
     if bool(w32.isfinite().all()):
         return
     first = _first(~w32.isfinite())
@@ -73,14 +73,15 @@ def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
 
 
 def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
-    """The scales that a quantizer chose must be finite; 16-bit ones overflow on very large weights.
+    """Check that the scales chosen by a quantizer are finite; 16-bit scales overflow if weights are very large.
 
-    No format with f16 scales reaches 2**30 (q6k comes closest, with 65504 * 128 * 32), and beyond that the searches' own
-    sums overflow and may end in a scale that is finite but meaningless.
+    With f16 scales, weights above 2**30 are refused, too. No such format can represent them (the largest
+    range is 65504 * 128 * 32), and the sums in the searches overflow, which may give a finite but meaningless scale.
 
     Args:
-        fields: of all blocks, in the order of the weight.
+        fields: the fields of all blocks, in the order of the weight.
         w: f32 `[..., K]`.
+        fmt: the format.
     """
     scales = [values for name, values in fields.items() if values.is_floating_point() and name != "s"]  # s: q8_1's sum
     bad = torch.zeros_like(scales[0], dtype=torch.bool)  # [n]
@@ -94,7 +95,7 @@ def check_scales(fields: Fields, w: Tensor, fmt: QuantFormat) -> None:
 
 
 def refuse_scale(block: int, shape: torch.Size, fmt: QuantFormat) -> NoReturn:
-    """The error for a weight of this shape whose block number `block` needs a scale that 16 bits cannot hold."""
+    """Raise the error for a weight of this shape whose block number `block` needs a scale that overflows 16 bits."""
     way_out = "Scale the weight down, or use a format with a wider scale (q8k, fp8)"
     if fmt.name.endswith(".f16"):
         way_out = f"Use {fmt.name.removesuffix('.f16')}, which has bf16 scales"
@@ -105,10 +106,10 @@ def refuse_scale(block: int, shape: torch.Size, fmt: QuantFormat) -> NoReturn:
 
 
 def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
-    """An importance vector must have one finite, non-negative value per column of each matrix.
+    """Check that importance has one finite, non-negative value per column.
 
     Returns:
-        f32 `[matrices, K]` on the weight's device: one vector for all, or one for each; None if there is none.
+        f32 on the weight's device: `[1, K]` for all matrices, or `[matrices, K]`; None if `importance` is None.
     """
     if importance is None:
         return None
@@ -132,7 +133,7 @@ def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
 
 
 def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = False) -> int:
-    """A packed weight must be uint8 with rows of whole blocks; with `matrix`, exactly two-dimensional.
+    """Check that a packed weight is uint8 and has rows of whole blocks; with `matrix`, that it has two dimensions.
 
     Returns:
         K, the number of weights in a row.
@@ -148,13 +149,13 @@ def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = Fa
 
 
 def check_output_dtype(op: str, dtype: torch.dtype) -> None:
-    """Decoded weights and activations are f32, f16 or bf16."""
+    """Check that the dtype of a result is f32, f16 or bf16."""
     if dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"{op}: dtype must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(dtype)}.")
 
 
 def check_w8a8(format: str) -> None:
-    """Activations are rounded to FP8 for weights that are FP8."""
+    """Check that the weight's format is fp8: for other formats, activations cannot be rounded to FP8."""
     if format != "fp8":
         raise ValueError(
             f'linear_w8a8: activations are rounded to FP8 for weights in fp8 alone, got "{format}". Use linear.'
@@ -162,7 +163,7 @@ def check_w8a8(format: str) -> None:
 
 
 def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None) -> int:
-    """The arguments of `linear` must fit each other.
+    """Check types, shapes and devices of the arguments of `linear`.
 
     Returns:
         K.
@@ -188,7 +189,7 @@ def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | Non
 
 
 def check_ids_type(ids: Tensor, weight: Tensor) -> None:
-    """Ids of `embedding` must be integers on the weight's device."""
+    """Check that the ids of `embedding` are integers on the weight's device."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"embedding: ids must be int64 or int32, got {_spelled(ids.dtype)}.")
     if ids.device != weight.device:
@@ -196,11 +197,11 @@ def check_ids_type(ids: Tensor, weight: Tensor) -> None:
 
 
 def check_ids(ids: Tensor, weight: Tensor) -> None:
-    """Ids of `embedding` must be integers on the weight's device and name rows that exist.
+    """Check that the ids of `embedding` are integers on the weight's device, and in range.
 
     Raises:
         ValueError: wrong type or device.
-        IndexError: an id out of range.
+        IndexError: an id is out of range.
     """
     check_ids_type(ids, weight)
     first = _first((ids < 0) | (ids >= weight.shape[0]))
@@ -212,7 +213,7 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
 
 
 def check_experts_shapes(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
-    """The arguments of `experts_linear` must fit each other; values of ids are not looked at."""
+    """Check types, shapes and devices of the arguments of `experts_linear`, but not the values of ids."""
     op = "experts_linear"
     columns = check_packed(op, weight, fmt)
     if weight.ndim != 3:
@@ -235,11 +236,11 @@ def check_experts_shapes(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tenso
 
 
 def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
-    """The arguments of `experts_linear` must fit each other, and ids name experts, or E for one that is not here.
+    """Check the arguments of `experts_linear`. Ids must be 0 .. E; E means an expert on another rank.
 
     Raises:
         ValueError: wrong types, shapes or devices.
-        IndexError: an id out of range.
+        IndexError: an id is out of range.
     """
     check_experts_shapes(x, weight, fmt, ids, bias)
     experts = weight.shape[0]
@@ -252,7 +253,7 @@ def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias
 
 
 def check_expert_rows(x: Tensor, ids: Tensor, columns: int, format: str) -> None:
-    """x of `experts_linear` has one row of K values per token, or one per slot."""
+    """Check that x of `experts_linear` has one row of K values per token, or one per slot."""
     shared, own = [ids.shape[0], columns], [*ids.shape, columns]
     torch._check_value(
         list(x.shape) in (shared, own),

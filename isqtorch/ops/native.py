@@ -1,5 +1,7 @@
-"""Loads the compiled extension, which defines the operators `torch.ops.isqtorch.*` and their CPU kernels, and where torch knows
-CUDA the one with the CUDA kernels. Metal kernels are text, compiled by torch (`ops/metal`).
+"""Load the compiled libraries.
+
+`_C` defines the operators `torch.ops.isqtorch.*` and their CPU kernels. `_CUDA` holds the CUDA kernels; it is loaded
+only if torch supports CUDA. Metal kernels are source text, which torch compiles (`ops/metal`).
 
 The libraries hold no Python symbols, so they are loaded as plain shared libraries and not imported.
 """
@@ -22,12 +24,18 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _load() -> Path | None:
-    """The compiled extension, loaded; on a Mac None if there is none, and the operators are defined without it."""
+    """Load the compiled extension and return its path.
+
+    On a Mac without a compiled extension, define the operators without it, warn, and return None.
+
+    Raises:
+        ImportError: there is no extension, and this is not a Mac; or it does not load with this torch.
+    """
     found = sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("_C*.pyd")])
     if not found and sys.platform == "darwin":
         warnings.warn(
             "isqtorch is installed without compiled CPU kernels: plain PyTorch computes on the CPU, correct and slow. MPS is "
-            "not concerned. To compile them: xcode-select --install, then reinstall isqtorch.",
+            "not affected. To compile them: xcode-select --install, then reinstall isqtorch.",
             stacklevel=2,
         )
         uncompiled.define()
@@ -48,11 +56,11 @@ def _load() -> Path | None:
 
 
 def _load_cuda(cuda: str | None, folder: Path) -> tuple[Path | None, str]:
-    """The library with the CUDA kernels, loaded; or None and why.
+    """Load the library with the CUDA kernels. Return its path and "", or None and the reason why it is not loaded.
 
     Args:
-        cuda: the CUDA version of torch.
-        folder: with the library.
+        cuda: the CUDA version of torch; None if torch has no CUDA.
+        folder: the folder of the library.
     """
     path = folder / "_CUDA.abi3.so"
     if cuda is None:
@@ -72,26 +80,26 @@ def _load_cuda(cuda: str | None, folder: Path) -> tuple[Path | None, str]:
 
 LIBRARY = _load()
 CUDA_LIBRARY, NO_CUDA = _load_cuda(torch.version.cuda, PACKAGE)
-"""The library with the CUDA kernels; where there is none, the reason."""
+"""Path of the library with the CUDA kernels, or None; then NO_CUDA is the reason."""
 
-_FP8_PRODUCTS = (12, 9)  # the CUDA whose cuBLAS has scales for runs of 128
-_FP8_CAPABILITY = 9  # compute capability 9.0 alone: Hopper
+_FP8_PRODUCTS = (12, 9)  # from this CUDA version on, FP8 products of cuBLAS take one scale per 128 columns
+_FP8_CAPABILITY = 9  # only compute capability 9.0 (Hopper) has these products
 if CUDA_LIBRARY is not None and torch.version.cuda is not None:
     _fp8_products = tuple(map(int, torch.version.cuda.split(".")[:2])) >= _FP8_PRODUCTS
     torch.ops.isqtorch.allow_fp8_products(_fp8_products)
 
 NATIVE_DEVICES = (*["cpu"] * bool(LIBRARY), *["cuda"] * bool(CUDA_LIBRARY), "mps")
-"""Device types with kernels of ours. On others the plain PyTorch reference runs."""
+"""Device types with native kernels. On others the plain PyTorch reference runs."""
 
 
 def missing_kernels(device: str) -> str:
-    """Why a device type is not among NATIVE_DEVICES, as the beginning of a sentence."""
+    """Say why a device type is not in NATIVE_DEVICES. The text can begin a sentence."""
     why = {"cuda": f" ({NO_CUDA})", "cpu": " (the extension is not compiled)"}.get(device, " yet")
     return f"there are no native kernels for {device}{why}"
 
 
 def no_fp8_products(device: torch.device | str) -> str | None:
-    """Why a device multiplies fp8 weights with activations as they are, whatever is allowed; None: it has FP8 products."""
+    """Return the reason why a device cannot multiply fp8 weights with FP8 activations, or None if it can."""
     device = torch.device(device)
     if device.type != "cuda":
         return f"there is no FP8 product on {device.type}"
@@ -113,8 +121,9 @@ class LinearKernel:
     first: int
     last: int | None  # None: any number from `first` on
     kernel: str
-    level: str  # the instruction-set level whose kernel it is; the selected one may share it
+    level: str  # the instruction-set level that the kernel was written for; higher levels may use it, too
     why: str
+    decodes: bool = False  # decodes weights into memory, for torch's product
 
     @property
     def rows(self) -> str:
@@ -124,21 +133,21 @@ class LinearKernel:
 
 @dataclass(frozen=True)
 class CpuInfo:
-    """What the CPU kernels were compiled for and which of them run."""
+    """The instruction-set levels of the CPU kernels: compiled, supported and selected ones."""
 
     isa_compiled: tuple[str, ...]  # instruction-set levels in the library, best last
-    isa_supported: tuple[str, ...]  # those this machine can run
-    isa_with_formats: tuple[str, ...]  # of these, those with decoders and quantizers of their own; others share them
+    isa_supported: tuple[str, ...]  # those that this machine can run
+    isa_with_formats: tuple[str, ...]  # those with their own decoders and quantizers; other levels use a lower one's
     isa_selected: str
     isa_of_formats: str  # the level whose decoders and quantizers run
-    reason: str  # why isa_selected
+    reason: str  # why isa_selected was selected
     threads: int
-    formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes}, as the C++ side has them
+    formats: dict[str, dict[str, int]]  # name -> {"block": weights, "block_bytes": bytes}, from the C++ code
     linear: dict[str, tuple[LinearKernel, ...]]  # name of a format -> its kernels at this level, by rows of x
 
 
 def cpu_info() -> CpuInfo:
-    """Describe the CPU kernels. The level is the best supported one, unless ISQTORCH_CPU_ISA names another."""
+    """Describe the CPU kernels. The best supported level is selected, unless ISQTORCH_CPU_ISA names another one."""
     if LIBRARY is None:
         return CpuInfo((), (), (), "none", "none", "the extension is not compiled", torch.get_num_threads(), {}, {})
     raw: dict[str, Any] = json.loads(torch.ops.isqtorch.cpu_info())
@@ -151,14 +160,14 @@ def cpu_info() -> CpuInfo:
 
 @dataclass(frozen=True)
 class CudaInfo:
-    """What the CUDA kernels were compiled for."""
+    """The toolkit, GPUs and formats that the CUDA kernels were compiled for."""
 
     toolkit: str  # nvcc's version
     archs: tuple[str, ...]  # GPUs: "80", "90a", ...
     formats: dict[str, dict[str, int]]  # name -> "block", "block_bytes"; rows of x: "few_rows", "max_rows", "w8a8_rows"
 
     def linear(self, format: str, *, fp8_products: bool = False) -> tuple[LinearKernel, ...]:
-        """The kernels of `linear`, or of `linear_w8a8` where there are FP8 products, for a format, by rows of x."""
+        """Return the kernels of `linear` for a format, by rows of x; with `fp8_products`, those of `linear_w8a8`."""
         few, most = (self.formats[format][name] for name in ("few_rows", "w8a8_rows" if fp8_products else "max_rows"))
         if fp8_products:
             many = ("FP8 codes, then torch's _scaled_mm (CUDA)", "", "x is rounded to FP8, 128 columns under one scale")
@@ -169,12 +178,12 @@ class CudaInfo:
             LinearKernel(
                 few + 1, most, "tiles (CUDA)", "", "weights are unpacked in shared memory for all rows of x at once"
             ),
-            LinearKernel(most + 1, None, *many),
+            LinearKernel(most + 1, None, *many, decodes=not fp8_products),
         )
 
 
 def cuda_info() -> CudaInfo | None:
-    """Describe the CUDA kernels; None where there are none (`isqtorch doctor` says why)."""
+    """Describe the CUDA kernels. Return None if there are none (`isqtorch doctor` prints the reason)."""
     if CUDA_LIBRARY is None:
         return None
     raw: dict[str, Any] = json.loads(torch.ops.isqtorch.cuda_info())
@@ -182,7 +191,7 @@ def cuda_info() -> CudaInfo | None:
 
 
 def set_cpu_isa(name: str) -> None:
-    """Select an instruction-set level for the whole process; "" goes back to the default choice.
+    """Select an instruction-set level for the whole process; "" restores the default choice.
 
     Raises:
         ValueError: there is no such level, or this machine cannot run it.

@@ -1,4 +1,4 @@
-"""The ops in plain torch: slow, obvious, on any device. Native kernels are tested against these."""
+"""The operators in plain torch: slow, simple, on any device. Native kernels are tested against them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checks import (
     check_weight,
 )
 
-_SQUARED_AT_ONCE = 1 << 24  # values of which square_sums holds an f32 copy
+_SQUARED_AT_ONCE = 1 << 24  # number of values that square_sums copies to f32 at a time
 
 
 @torch.no_grad()
@@ -33,14 +33,14 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     Args:
         w: float `[..., N, K]`, any strides; leading dimensions are separate matrices.
         format: name of the format.
-        importance: float `[K]`, or `[..., K]` with a vector per matrix; ignored where nothing is searched for.
+        importance: float `[K]`, or `[..., K]` with a vector per matrix; ignored if the rule has no search.
         rule: alternative rule of the format's quantizer: afq "mlx" or "search", hqq "search".
 
     Returns:
         uint8 `[..., N, row_bytes]`.
 
     Raises:
-        ValueError: arguments that do not fit the format or each other, or weights that are not finite or too large.
+        ValueError: arguments do not fit the format or each other, or weights are not finite or too large.
     """
     fmt = get_format(format)
     row_bytes = check_weight(w, fmt)
@@ -50,7 +50,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     check_finite(w, w32, fmt)
 
     *matrices, rows, columns = w.shape
-    if needs_whole(fmt):  # stops by the error of a whole matrix
+    if needs_whole(fmt):  # its search stops by the error of a whole matrix
         apart = w32.reshape(-1, rows, columns) if w32.numel() else w32.reshape(1, 0, columns)
         own = [None] * len(apart) if vectors is None or not w32.numel() else vectors.expand(len(apart), columns)
         parts = [solve(fmt, matrix, vector, rule) for matrix, vector in zip(apart, own, strict=True)]
@@ -64,7 +64,10 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
 
 @torch.no_grad()
 def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """Decode packed matrices: uint8 `[..., N, row_bytes]` -> `[..., N, K]`, computed in f32 and rounded to `dtype` once."""
+    """Decode packed matrices: uint8 `[..., N, row_bytes]` -> `[..., N, K]`.
+
+    Weights are computed in f32 and then rounded to `dtype`.
+    """
     fmt = get_format(format)
     columns = check_packed("dequantize", weight, fmt)
     check_output_dtype("dequantize", dtype)
@@ -78,7 +81,7 @@ def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
-    """`x @ dequantize(weight).T + bias` in f32, rounded to the type of x.
+    """Compute `x @ dequantize(weight).T + bias` in f32, rounded to the type of x.
 
     Args:
         x: f32, f16 or bf16 `[..., K]`.
@@ -99,10 +102,10 @@ def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -
 
 @torch.no_grad()
 def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """Rows of `dequantize(weight)`: int64 or int32 `[...]` -> `[..., K]`.
+    """Decode the rows that ids select: int64 or int32 `[...]` -> `[..., K]`.
 
     Raises:
-        IndexError: an id that names no row.
+        IndexError: an id is out of range.
     """
     fmt = get_format(format)
     columns = check_packed("embedding", weight, fmt, matrix=True)
@@ -113,21 +116,21 @@ def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> T
 
 
 def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Every slot of a token times the matrix of its expert: `linear` with a weight for each row.
+    """Multiply each slot of a token by the matrix of its expert: a `linear` whose weight differs from row to row.
 
     Args:
         x: f32, f16 or bf16 `[T, K]`, one row for all slots of a token, or `[T, S, K]`.
         weight: uint8 `[E, N, row_bytes]`.
         format: name of the weight's format.
-        ids: int64 or int32 `[T, S]`, the expert of each slot. E stands for an expert that is not here (on another rank).
+        ids: int64 or int32 `[T, S]`, the expert of each slot. E means an expert on another rank.
         bias: float `[E, N]`.
 
     Returns:
-        `[T, S, N]`, same dtype as x; zeros, without a bias, where the expert is not here.
+        `[T, S, N]`, same dtype as x. Slots whose expert is on another rank get zeros, without a bias.
 
     Raises:
-        ValueError: arguments that do not fit each other.
-        IndexError: an id below 0 or above E.
+        ValueError: arguments do not fit each other.
+        IndexError: an id is below 0 or above E.
     """
     check_experts(x, weight, get_format(format), ids, bias)
     rows = x if x.ndim == 3 else x[:, None, :].expand(*ids.shape, x.shape[-1])
@@ -141,7 +144,10 @@ def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Te
 
 @torch.no_grad()
 def experts_linear_dx(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
-    """`dy[t, s] @ dequantize(weight[ids[t, s]])`, with the float weights of one expert at a time: `[T, S, N]` -> `[T, S, K]`."""
+    """Compute the gradient of x: `dx[t, s] = dy[t, s] @ dequantize(weight[ids[t, s]])`, `[T, S, N]` -> `[T, S, K]`.
+
+    The float weights of one expert at a time are in memory.
+    """
     dx = dy.new_zeros(*ids.shape, get_format(format).in_features(weight.shape[-1]))
     for expert in range(weight.shape[0]):
         chosen = ids == expert
@@ -152,12 +158,12 @@ def experts_linear_dx(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> T
 
 @torch.no_grad()
 def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
-    """Sums of squares per column, what an importance matrix is made of.
+    """Sum the squares of each column, as an importance matrix needs them.
 
     Args:
         x: float `[..., K]`.
-        groups: integers `[rows, slots]`, the groups of each row of x (the experts that it goes to); numbers that are no
-            group's count for nobody. None: all rows are in group 0.
+        groups: integers `[rows, slots]`, the groups of each row of x (the experts that it is routed to). Values outside
+            0 .. count - 1 are ignored. None: all rows are in group 0.
         count: number of groups.
 
     Returns:

@@ -1,8 +1,8 @@
-"""What torch needs to know of the operators besides their kernels: shapes without data, the gradient, and where no native
-kernel exists the plain PyTorch reference.
+"""Registrations of the operators besides their native kernels: fakes (shapes without data), gradients, and the plain
+PyTorch reference for devices without native kernels.
 
-Schemas are defined in C++ (csrc/ops.cpp). The weight is frozen: `linear` and `experts_linear` have gradients for x and for
-the bias, none for the packed weight.
+The schemas are defined in C++ (csrc/ops.cpp). The packed weight is frozen: `linear` and `experts_linear` have gradients
+for x and the bias only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ for _device in _DEVICES:
         torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
     if _device != "cpu" or native.LIBRARY is None:
         torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
-    torch.library.impl(
-        "isqtorch::experts_linear_dx", _device, reference.experts_linear_dx
-    )  # decodes with what there is
+    # it calls the operator `dequantize`, so it decodes with the native kernel if there is one
+    torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
 
 
-# On a device whose kernels do not include it, it is `linear`.
+# `linear_frozen` is `linear` without a gradient. Devices without a kernel of its own use that of `linear`.
 @torch.library.impl("isqtorch::linear_frozen", "CompositeExplicitAutograd")
 def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
     y: Tensor = torch.ops.isqtorch.linear.default(x, weight, format, bias)
@@ -47,7 +46,7 @@ def _(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Ten
 
 
 def _linear_w8a8(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
-    """Where no kernel rounds x, it is used as it is."""
+    """Compute `linear`: on devices without an FP8 product, x is not rounded."""
     check_w8a8(format)
     y: Tensor = torch.ops.isqtorch.linear_frozen.default(x, weight, format, bias)
     return y
@@ -119,12 +118,12 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    """y = x W^T + b: dx = dy W, and db = the sum of dy over all rows."""
+    """Compute the gradients of y = x W^T + b: dx = dy W, and db = the sum of dy over all rows."""
     dx = db = None
     if ctx.needs_input_grad[0]:
         (weight,) = ctx.saved_tensors
         dx = grad @ torch.ops.isqtorch.dequantize(weight, ctx.format, grad.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # a bias left out leaves no entry either
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:  # index 3 exists only if a bias was passed
         db = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, db
 
@@ -142,7 +141,7 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
-    """As for `linear`; a row that several slots share collects the gradients of all of them."""
+    """Compute the gradients as for `linear`. If the slots of a token share a row of x, their gradients are added."""
     weight, ids = ctx.saved_tensors
     dx = db = None
     if ctx.needs_input_grad[0]:
@@ -150,7 +149,7 @@ def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None
         dx = dx.sum(1) if ctx.shared else dx
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         experts, rows, _ = weight.shape
-        sums = grad.new_zeros((experts + 1, rows), dtype=torch.float32)  # the last for experts that are not here
+        sums = grad.new_zeros((experts + 1, rows), dtype=torch.float32)  # the last row is for experts on other ranks
         db = sums.index_add(0, ids.reshape(-1), grad.reshape(-1, rows).float())[:experts].to(ctx.bias_dtype)
     return dx, None, None, None, db
 

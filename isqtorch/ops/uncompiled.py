@@ -1,7 +1,7 @@
-"""The operators where no extension is compiled: on a Mac without a compiler, plain PyTorch computes on the CPU, and Metal kernels
-need no compiler of ours.
+"""The operators without a compiled extension, on a Mac that has no compiler.
 
-Their schemas are read from csrc/ops.cpp, which is their only definition; it is installed with the package.
+Plain PyTorch computes on the CPU; the Metal kernels are compiled by torch. The schemas are read from csrc/ops.cpp,
+which is their only definition and is installed with the package.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _ABOUT_THE_EXTENSION = ("cpu_info", "cuda_info", "set_cpu_isa", "allow_fp8_produ
 
 
 def schemas() -> list[str]:
-    """All operators but those that say something of compiled code, "linear(Tensor x, ...) -> Tensor"."""
+    """Return the schemas ("linear(Tensor x, ...) -> Tensor") of all operators except those about compiled code."""
     found: list[str] = _SCHEMA.findall((folder() / "ops.cpp").read_text(encoding="utf-8"))
     return [schema for schema in found if not schema.startswith(_ABOUT_THE_EXTENSION)]
 
 
 def define() -> None:
-    """Define torch.ops.isqtorch.*, without kernels."""
+    """Define torch.ops.isqtorch.* without kernels."""
     for schema in schemas():
         torch.library.define(f"isqtorch::{schema.split('(')[0]}", schema[schema.index("(") :])

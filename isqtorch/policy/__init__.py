@@ -1,1 +1,1 @@
-"""Which weight gets which format, and why. Nothing here reads the value of a weight."""
+"""Decide which weight gets which format, and why. This room never reads the values of a weight."""

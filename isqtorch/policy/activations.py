@@ -1,8 +1,8 @@
 """`activations="fp8"`: linear layers in fp8 may round x to FP8 as well, where that is faster.
 
-It is a permission, like torch's allow_tf32, and no property of the bytes: `QuantLinear.activations` keeps it, files of a model
-remember it, and `torch.ops.isqtorch.linear_w8a8` decides, by device and rows of x. Experts and embeddings compute with their
-weights alone.
+It is a permission, like torch's allow_tf32, and not a property of the packed bytes. `QuantLinear.activations` holds it,
+and saved models record it. `torch.ops.isqtorch.linear_w8a8` decides by device and number of rows of x. It has no effect
+on experts and embeddings.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .request import Request
 
 
 def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Request) -> list[str]:
-    """Notes for the report about what `request.options.activations` comes to.
+    """Notes for the report about the effect of `request.options.activations`.
 
     Raises:
-        ValueError: activations are to be rounded, and no linear layer will be in fp8.
+        ValueError: activations are given, but no linear layer will be in fp8.
     """
     if request.options.activations is None:
         return []
@@ -34,7 +34,7 @@ def check_activations(layers: Sequence[LayerInfo], verdict: Verdict, request: Re
 
 
 def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]:
-    """What the permission comes to with these formats; nothing if no linear layer will be in fp8."""
+    """What the permission means with these formats; an empty list if no linear layer will be in fp8."""
     kinds = [
         layer.kind
         for layer, decision in zip(layers, verdict.decisions, strict=True)
@@ -47,6 +47,6 @@ def activation_notes(layers: Sequence[LayerInfo], verdict: Verdict) -> list[str]
     experts = kinds.count("experts")
     if experts:
         notes.append(
-            f'activations="fp8" does not concern experts: {experts} weights in fp8 are multiplied with x as it is'
+            f'activations="fp8" has no effect on experts: {experts} weights in fp8 are multiplied with x as it is'
         )
     return notes

@@ -1,9 +1,16 @@
 """Policy: which layer gets which format, and why.
 
-Works on descriptions of layers, not on layers, so that a live model (`inventory.py`) and the headers of a checkpoint
-(`plan.py`) meet the same rules, in this order: never-quantize rules and include/exclude, organization, topology,
-promotion of embeddings and heads, the scale type for the weights' dtype, fallback to a block that divides K. A rule for whole
-models ("q4k_m", "auto") takes the place of both the one format and the promotion.
+The input is a list of layer descriptions, so a live model (`inventory.py`) and the headers of a checkpoint
+(`headers.py`) go through the same rules, in this order:
+
+    1. layers that are never quantized, exclude patterns, and topology entries that leave a layer as it is
+    2. include patterns and organization
+    3. the format: that of the topology entry, else the default
+    4. promotion of embeddings and output heads
+    5. the scale type that suits the dtype of the weight
+    6. fallback to a format whose block size divides K
+
+A rule for whole models ("q4k_m", "auto") replaces both the default format and the promotion.
 """
 
 from __future__ import annotations
@@ -15,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from isqtorch.formats import AUTO, QuantFormat, Spec, get_format, mix_name, resolve_format
+from isqtorch.modules.packed import FLOAT_DTYPES
 
-from .layers import FLOAT_DTYPES, LayerInfo
+from .layers import LayerInfo
 from .mixes import assign
 from .request import Assigned, Request
 from .topology import Entry
@@ -32,18 +40,18 @@ class Decision:
     """What happens to one weight."""
 
     name: str
-    requested: str | None  # canonical name of what was asked for this layer; None: nothing was
+    requested: str | None  # canonical name of the format asked for this layer; None: no format
     format: QuantFormat | None  # None: left as it is
     reason: str = ""  # why `format` is not `requested`
     promoted: bool = False
     fell_back: bool = False
-    firm: bool = False  # a rule about this very layer decided, not a default: it outvotes tied layers
+    firm: bool = False  # decided by a rule for this layer, not by a default; overrides the decisions of tied layers
     device: torch.device | None = None  # where a topology entry puts the layer
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decisions, one per layer in the same order, and what the user should be told besides."""
+    """The decisions, one per layer in the same order, and notes for the user."""
 
     decisions: list[Decision]
     notes: list[str]
@@ -53,8 +61,8 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
     """Apply all rules.
 
     Raises:
-        ValueError: `fallback="error"` and a shape that does not fit; "moqe" without routed experts; layers that share one
-            weight and would get two formats.
+        ValueError: a shape does not fit and `fallback="error"`; "moqe" without routed experts; the topology gives two
+            formats to layers that share one weight.
     """
     if request.options.organization == "moqe" and not any(_is_expert(layer) and not layer.keep for layer in layers):
         raise ValueError(
@@ -79,7 +87,7 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
 
 
 def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Assigned] | None:
-    """What a rule for whole models gives each layer; None where the request names one format."""
+    """The format that a rule for whole models gives each layer; None if the request names a single format."""
     mix = mix_name(request.fmt)
     if mix != AUTO:
         return None if mix is None else assign(mix, layers)
@@ -97,11 +105,11 @@ def _decide_one(
     entry = request.topology.find(layer.name)
     pinned = entry is not None and (entry.spec is not None or entry.leave)
     spec: Spec | None = entry.spec if entry is not None and pinned else request.fmt
-    rule = None if assigned is None or pinned else assigned.get(layer.name)
+    given = None if assigned is None or pinned else assigned.get(layer.name)
     if assigned is not None and not pinned:
-        spec = None if rule is None else rule.format
-    place = entry.device if entry is not None and entry.device is not None else layer.device_type
-    requested = None if spec is None else resolve_format(spec, place)
+        spec = None if given is None else given.format
+    device = entry.device if entry is not None and entry.device is not None else layer.device_type
+    requested = None if spec is None else resolve_format(spec, device)
     decision = Decision(
         layer.name,
         requested.name if requested else None,
@@ -116,10 +124,10 @@ def _decide_one(
         return replace(decision, reason=not_asked)
     assert spec is not None and requested is not None, f"{layer.name}: no format and no reason"
 
-    wanted, reasons = requested, [rule.why] if rule is not None and rule.why else []
+    wanted, reasons = requested, [given.why] if given is not None and given.why else []
     promoted = False
     firm = entry is not None and entry.spec is not None
-    if layer.role and not firm and rule is None and requested.promoted not in (None, requested.name):
+    if layer.role and not firm and given is None and requested.promoted not in (None, requested.name):
         wanted, promoted = get_format(requested.promoted or requested.name), True
         reasons.append(
             f"{'output head' if layer.role == 'head' else 'embedding'}: promoted from {requested.name} to {wanted.name}"
@@ -138,7 +146,7 @@ def _decide_one(
 
 
 def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, siblings: set[str]) -> str | None:
-    """Why this very layer must stay as it is, if it must."""
+    """Reason why this layer must stay as it is, or None."""
     never = _unsuited(layer, siblings)
     if never is not None:
         return never
@@ -151,7 +159,7 @@ def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, sibli
 
 
 def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> str | None:
-    """Why nobody asked for this layer, if nobody did."""
+    """Reason why no option selects this layer, or None."""
     if request.included is not None and not any(pattern.regex.search(layer.name) for pattern in request.included):
         return "no include pattern matches"
     if request.options.organization == "moqe" and not _is_expert(layer):
@@ -162,7 +170,7 @@ def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> 
 
 
 def _unsuited(layer: LayerInfo, siblings: set[str]) -> str | None:
-    """Rules that no option overrides."""
+    """Reason why this layer can never be quantized, whatever the options, or None."""
     if layer.keep is not None or layer.kind == "other":
         return layer.keep or "not a linear layer or embedding"
     if layer.dtype not in FLOAT_DTYPES:
@@ -178,7 +186,7 @@ def _unsuited(layer: LayerInfo, siblings: set[str]) -> str | None:
 
 
 def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
-    """A layer that chooses experts. "gate" alone is not enough: many gated MLPs call a full-size projection so."""
+    """Whether a layer chooses experts. The name "gate" is not enough: many gated MLPs use it for a full projection."""
     if "router" in parts or parts[-1] == "shared_expert_gate":
         return True
     if parts[-1] not in _ROUTER_LAST:
@@ -195,7 +203,7 @@ def _is_expert(layer: LayerInfo) -> bool:
 
 
 def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | None, str]:
-    """The first format along the fallback chain whose block divides K, and why it is not the first one."""
+    """The first format along the fallback chain whose block divides K, and the reason if that is not `fmt` itself."""
     if columns % fmt.block == 0:
         return fmt, ""
     misfit = f"{columns} columns are not a multiple of {fmt.block}, which {fmt.name} needs"
@@ -213,7 +221,7 @@ def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | N
 
 
 def _keep_experts_together(layers: Sequence[LayerInfo], decisions: list[Decision]) -> list[Decision]:
-    """The stacks of one module are packed all, each in a format of its own, or none: no code runs half of them."""
+    """Pack all stacks of a module or none of them: no code runs a mix of packed and float stacks."""
     stays: dict[str, Decision] = {}
     for layer, decision in zip(layers, decisions, strict=True):
         if layer.block is not None and decision.format is None and layer.packed_as is None:
@@ -233,7 +241,7 @@ def _keep_experts_together(layers: Sequence[LayerInfo], decisions: list[Decision
 
 
 def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: str) -> list[Decision]:
-    """One weight, one decision: a layer that must stay keeps those tied to it; a topology entry outvotes a default."""
+    """Layers that share a weight get one decision: "stay as it is" wins, then a topology entry, then a default."""
     groups: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         groups.setdefault(layer.holder, []).append(i)
@@ -268,7 +276,7 @@ def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: s
 
 
 def _unmatched(layers: Sequence[LayerInfo], request: Request) -> list[str]:
-    """Notes about entries and patterns that match nothing: typos, most often."""
+    """Notes about topology entries and patterns that match no layer; usually they are typos."""
     names = [layer.name for layer in layers]
     notes = [
         f"topology entry {entry.key!r} matches no layer"

@@ -1,4 +1,4 @@
-"""The inventory of a checkpoint, from the names and shapes in its headers alone."""
+"""The inventory of a checkpoint, from the tensor names and shapes in its headers only."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # t
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _NUMBERED_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
 _EXPERT_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # as transformers calls fused experts
-_STACKED_LAYERS = ("input_linear", "output_linear")  # as JetMoe and the files of Granite call them
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # names of fused experts in transformers
+_STACKED_LAYERS = ("input_linear", "output_linear")  # their names in JetMoe and in Granite checkpoints
 
 
 def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inventory, list[str]]:
-    """The inventory of a checkpoint, by names and shapes, and notes for the report."""
+    """The inventory of a checkpoint from its headers, and notes for the report."""
     layers, rest_bytes, rest_numel = [], 0, 0
     if "model_type" in config:
         headers = _fused(headers)
@@ -81,7 +81,7 @@ def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...], config: Map
 
 
 def _fused(headers: Headers) -> Headers:
-    """The tensors as transformers holds them: it joins the matrices of numbered experts when it loads a model."""
+    """The headers of the tensors after loading: transformers joins the matrices of numbered experts into stacks."""
     experts: dict[str, dict[str, list[tuple[str, tuple[int, ...]]]]] = {}  # path of the list -> part -> its matrices
     for name, header in headers.items():
         match = _NUMBERED_EXPERT.match(name)
@@ -99,7 +99,7 @@ def _fused(headers: Headers) -> Headers:
 
 
 def _stacks(parts: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> Headers:
-    """{name of a stack: header} of a list of experts; empty where they are not alike."""
+    """{name of a stack: its header} of a list of experts; empty if the experts differ in shape or dtype."""
     if not {"up", "down"} <= set(parts) or len({len(matrices) for matrices in parts.values()}) != 1:
         return {}
     if any(len(set(matrices)) != 1 for matrices in parts.values()):
@@ -115,7 +115,7 @@ def _stacks(parts: Mapping[str, list[tuple[str, tuple[int, ...]]]]) -> Headers:
 
 
 def _upright(leaf: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
-    """[E, N, K] of experts that may be stored as [E, K, N]: what goes in is as wide as the model, or what comes out."""
+    """The shape [E, N, K] of a stack that may be stored as [E, K, N]; the model's hidden size tells the axes apart."""
     text = config.get("text_config")
     hidden = config.get("hidden_size", text.get("hidden_size") if isinstance(text, Mapping) else None)
     experts, rows, columns = shape
@@ -124,7 +124,7 @@ def _upright(leaf: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tu
 
 
 def _tie_head(layers: list[LayerInfo], config: Mapping[str, Any]) -> tuple[list[LayerInfo], list[str]]:
-    """Apply `tie_word_embeddings`: the head is the embedding, whether the file holds it twice or once."""
+    """Apply `tie_word_embeddings`: the head shares the weight of the embedding, even if the file stores it twice."""
     text = config.get("text_config")
     if not (config.get("tie_word_embeddings") or (isinstance(text, Mapping) and text.get("tie_word_embeddings"))):
         return layers, []

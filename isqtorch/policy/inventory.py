@@ -1,6 +1,6 @@
 """Inventory: every weight of a live model, described for the policy.
 
-Nothing here holds on to a tensor: what is described can be freed.
+No description keeps a reference to a tensor, so the weights can be freed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 @dataclass(frozen=True)
 class Inventory:
-    """All weights of a model: matrices and larger one by one, the rest summed up.
+    """All weights of a model: tensors of two or more dimensions one by one, the others as totals.
 
-    Only what `state_dict` holds counts; buffers that are not saved do not.
+    Only tensors in the `state_dict` count; buffers that are not saved do not.
     """
 
     layers: list[LayerInfo]
@@ -38,22 +38,25 @@ class Inventory:
 
     @property
     def numel(self) -> int:
-        """Weights in the model, shared ones once, with everything that is not quantized."""
+        """Number of weights in the model, including those that are not quantized; shared weights count once."""
         return self.rest_numel + sum(layer.numel for layer in self.layers if layer.tied_to is None)
 
     def on(self, device: torch.device | None) -> Inventory:
-        """The same model as if all of it were on a device; None: where it is."""
+        """The inventory with all layers on `device`; None changes nothing."""
         if device is None:
             return self
         return replace(self, layers=[replace(layer, device_type=device.type) for layer in self.layers])
 
 
 def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> Inventory:
-    """Describe every parameter and saved buffer of `model`, each stored one once.
+    """Describe every parameter and saved buffer of `model`.
+
+    Layers that share a weight are all listed; `tied_to` of the later ones names the first.
 
     Args:
         model: may be on the meta device.
-        shared: parameters that are not the same tensor yet and will be: name -> name of the one it is tied to.
+        shared: parameters that will be tied later but are still separate tensors: name -> name of the parameter it is
+            tied to.
     """
     others = {} if not shared else {name: model.get_parameter(source) for name, source in shared.items()}
     owners = _layers_by_name(model)
@@ -80,7 +83,7 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
 
 
 def storage_key(tensor: Tensor) -> object:
-    """Equal for tensors that are the same memory seen the same way; a meta tensor is only itself."""
+    """Equal for tensors with the same memory, shape, strides and dtype. A meta tensor equals only itself."""
     if (
         tensor.device.type == "meta"
         or tensor.numel() == 0
@@ -160,7 +163,7 @@ def _describe_experts(
     kept: list[tuple[str, re.Pattern[str]]],
     readers: dict[int, str],
 ) -> LayerInfo:
-    """A stack of matrices of fused experts, under the name of the parameter."""
+    """Describe one stack of fused experts, under the name of its parameter."""
     device = weight.device.type
     path = name_of(name, leaf)
     if isinstance(module, QuantExperts) and leaf in module.formats:
@@ -188,7 +191,7 @@ def _role(name: str, module: nn.Module, kind: str, roles: dict[int, Role]) -> Ro
 
 
 def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
-    """Why a parameter with two or more dimensions is not ours to quantize."""
+    """Reason why a parameter with two or more dimensions is not quantized."""
     cls = type(module).__name__
     if isinstance(module, _CONVOLUTIONS):
         return "convolutions are never quantized"
@@ -208,7 +211,10 @@ def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
 
 
 def _kept_in_float(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
-    """(path, pattern) of what transformers models say must stay in float32."""
+    """(path of a module, pattern of names below it) that a transformers model wants to keep in float32.
+
+    Breaks silently if transformers renames `_keep_in_fp32_modules`: test_quantize.py sets the attribute itself.
+    """
     kept = []
     for path, module in model.named_modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -227,7 +233,7 @@ def _kept_reason(name: str, kept: list[tuple[str, re.Pattern[str]]]) -> str | No
 
 
 def _hugging_face_roles(model: nn.Module) -> dict[int, Role]:
-    """id of the module -> role, from a transformers model that says which layer its head is."""
+    """id of a module -> role, from `get_output_embeddings` of a transformers model."""
     getter = getattr(model, "get_output_embeddings", None)
     if not callable(getter):
         return {}
@@ -239,7 +245,7 @@ def _hugging_face_roles(model: nn.Module) -> dict[int, Role]:
 
 
 def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
-    """What one tied layer is decides about all of them: linear layers that share an embedding's table are heads."""
+    """Apply facts about one tied layer to the others: a linear layer that shares an embedding's table is a head."""
     groups: dict[str, list[LayerInfo]] = {}
     for layer in layers:
         groups.setdefault(layer.holder, []).append(layer)
@@ -256,7 +262,7 @@ def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def check_model(model: nn.Module, op: str) -> None:
-    """The model must be a module around the layers, not a layer itself."""
+    """Raise unless `model` is a module around the layers: a layer itself cannot be replaced in place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     if layer_kind(model) is not None or isinstance(model, PackedModule):

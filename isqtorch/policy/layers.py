@@ -1,4 +1,4 @@
-"""LayerInfo: what the policy knows of one weight."""
+"""LayerInfo: what the policy knows about one weight."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from isqtorch.formats import QuantFormat, get_format
 Role = Literal["", "embedding", "head"]
 
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute with
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head(?:\.decoder)?|embed_out|output_projection|predictions\.decoder)$|^proj_out$")
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What the policy knows of one weight.
+    """What the policy knows about one weight.
 
-    `keep` is a reason not to quantize that is known from the module itself (a convolution, a patched forward, ...).
+    `keep` is a reason not to quantize that the module itself gives (a convolution, a patched forward, ...).
     """
 
-    name: str  # module path; with the parameter's name where that is not "weight"
+    name: str  # module path, followed by the parameter's name if that is not "weight"
     kind: Literal["linear", "embedding", "experts", "other"]
     shape: tuple[int, ...]  # [N, K] for layers, [E, N, K] for experts, whatever the layout in memory
     dtype: torch.dtype  # of the weight; of the layer where the weight is packed
@@ -38,7 +37,7 @@ class LayerInfo:
 
     @property
     def holder(self) -> str:
-        """The layer that holds the weight: this one, or the first of those that share it."""
+        """Name of the layer that holds the weight: this one, or the first of those that share it."""
         return self.tied_to or self.name
 
     @property
@@ -47,7 +46,7 @@ class LayerInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes now; 0 where it is another layer's."""
+        """Bytes that the weight takes now; 0 if it is the weight of another layer."""
         if self.tied_to is not None:
             return 0
         if self.packed_as is not None:
@@ -60,5 +59,5 @@ class LayerInfo:
 
 
 def head_by_name(name: str) -> bool:
-    """Whether a linear layer of this name is an output head, going by what models call theirs."""
+    """Whether a linear layer of this name is an output head, judged by the names that models use."""
     return _HEAD.search(name) is not None

@@ -1,12 +1,12 @@
 """llama.cpp's mixes of formats: which format each matrix of a language model gets.
 
-A mix is not a format but a rule for a whole model: `q4k_m` is mostly q4k, with q6k for the values and for the outputs of the
-MLP in half of the blocks. The rules are those of llama.cpp's `llama_tensor_get_type` for models like Llama, without Falcon's
-exceptions. Where a format of a mix does not fit a layer, the format's own fallback applies, as in llama.cpp.
+A mix is a rule for a whole model: `q4k_m` is mostly q4k, with q6k for the value and down projections of half of the
+blocks. The rules are those of llama.cpp's `llama_tensor_get_type` for models like Llama, without the exceptions for
+Falcon. If a format of a mix does not fit a layer, the fallback of that format applies, as in llama.cpp.
 
-Everything is read from names and shapes, so a live model and the headers of a checkpoint get the same formats: which kind of
-matrix a layer is (its GGUF name), the number of its block, how many query heads share a key-value head, and how many experts
-there are. A layer without a GGUF name gets the base format of the mix.
+The rules need only names and shapes, so a live model and the headers of a checkpoint get the same formats. They read
+the kind of a matrix (its GGUF name), the number of its block, the query heads per key-value head, and the number of
+experts. A layer without a GGUF name gets the base format of the mix.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .layers import LayerInfo
 from .request import Assigned
 
 Rule = Callable[[int, int, int], "str | None"]
-"""(index i among n matrices of this kind, n, query heads per key-value head) -> format, or None for the mix's own."""
+"""(index i among n matrices of this kind, n, query heads per key-value head) -> format, or None for the base format."""
 
 
-HEAD = "q6k"  # output.weight, and the table it is tied to
-WITH_8_EXPERTS = "q8_0"  # keys and values, which are small there
-LAYERS_OF_70B = 80  # with shared key-value heads: values are 8 times smaller than queries
+HEAD = "q6k"  # format of output.weight, also where it is tied to the embedding
+WITH_8_EXPERTS = "q8_0"  # format of keys and values in models with 8 experts, where they are small
+LAYERS_OF_70B = 80  # blocks of Llama 2 70B, whose values are 8 times smaller than its queries
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Mix:
     """One file type.
 
     Attributes:
-        base: the format of everything that no rule names.
+        base: format of all matrices without a rule.
         value: rule for attn_v, attn_qkv and attn_kv_b.
-        down: rule for ffn_down and its experts; i is the number of the block.
-        output: format of attn_output, or None.
-        output_with_8_experts: the same in models of 8 experts.
+        down: rule for ffn_down, dense or of experts; i is the number of the block.
+        output: format of attn_output, or None for the base format.
+        output_with_8_experts: format of attn_output in models with 8 experts.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Mix:
 
 
 def more_bits(i: int, n: int) -> bool:
-    """The first and last eighth of the blocks, and every third between."""
+    """Whether block i of n is in the first or last eighth, or is every third of the others."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
@@ -68,7 +68,7 @@ def _when_more(fmt: str) -> Rule:
 MIXES = {
     mix.name: mix
     for mix in (
-        # llama.cpp's Q2_K, whose name is that of the format here
+        # llama.cpp calls this mix Q2_K; here that is the name of the format
         Mix("q2k_m", "q2k", lambda i, n, gqa: "q4k" if gqa >= 4 else "q3k", lambda i, n, gqa: "q3k", "q3k", "q5k"),
         Mix(
             "q2k_s",
@@ -107,7 +107,7 @@ for _mix in MIXES.values():
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 LISTED_EXPERT = re.compile(r"(.+\.experts)\.\d+(?:\.(.+))?")
-"""One of a list of experts that are ordinary layers: (path of the list, which matrix of the expert)."""
+"""Matches an expert that is an ordinary layer in a list. Groups: path of the list, name of the expert's matrix."""
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 
@@ -117,7 +117,7 @@ class _Place(NamedTuple):
 
 
 def assign(mix_name: str, layers: Sequence[LayerInfo]) -> dict[str, Assigned]:
-    """{layer: format} of a mix, for every layer; whether a layer is quantized at all is the policy's business."""
+    """{layer: format} of a mix, for every layer. `decide` finds out whether the layer is quantized at all."""
     mix = MIXES[mix_name]
     places = {layer.name: place for layer in layers if (place := _place(layer)) is not None}
     blocks = 1 + max((place.block for place in places.values()), default=-1)
@@ -126,7 +126,7 @@ def assign(mix_name: str, layers: Sequence[LayerInfo]) -> dict[str, Assigned]:
     facts = _Facts(blocks, len(values), _sharing(layers, places), _experts(layers))
     heads = {layer.holder for layer in layers if layer.role == "head"} or {
         layer.name for layer in layers if gguf_names(layer.name)[0] == ["token_embd.weight"]
-    }  # where no layer is the head, the table is
+    }  # without a separate head, the embedding is the head
     out = {}
     for layer in layers:
         place = places.get(layer.name)
@@ -141,13 +141,13 @@ def assign(mix_name: str, layers: Sequence[LayerInfo]) -> dict[str, Assigned]:
 
 class _Facts(NamedTuple):
     blocks: int
-    values: int  # matrices that are or hold a value projection
+    values: int  # number of matrices that are or contain a value projection
     gqa: int  # query heads per key-value head
     experts: int
 
 
 def _of_place(mix: Mix, place: _Place, rank: int, facts: _Facts) -> str | None:
-    """The format that a rule gives one matrix; None: the mix's base."""
+    """The format that the rules give one matrix; None: the base format."""
     many = facts.experts == 8
     if place.stem in _VALUES:
         fmt = mix.value(rank, facts.values, facts.gqa)
@@ -170,7 +170,7 @@ def _place(layer: LayerInfo) -> _Place | None:
 
 
 def _sharing(layers: Sequence[LayerInfo], places: Mapping[str, _Place]) -> int:
-    """Query heads per key-value head: rows of q over rows of k, or the rest of a joint matrix."""
+    """Query heads per key-value head: rows of q over rows of k, or computed from the shape of a joint qkv matrix."""
     rows: dict[str, int] = {}
     for layer in layers:
         place = places.get(layer.name)
@@ -186,7 +186,7 @@ def _sharing(layers: Sequence[LayerInfo], places: Mapping[str, _Place]) -> int:
 
 
 def _experts(layers: Sequence[LayerInfo]) -> int:
-    """How many experts a mixture has: matrices in a stack, or layers in a list; 0 where there is none."""
+    """Number of experts in each MoE block: matrices in a stack, or layers in a list; 0 for a dense model."""
     stacked = [layer.shape[0] for layer in layers if layer.kind == "experts"]
     if stacked:
         return stacked[0]

@@ -1,7 +1,7 @@
-"""Options: everything a user may ask of quantize_, requantize_, plan and IsqConfig besides the format, in one record.
+"""Options: all options of quantize_, requantize_, plan and IsqConfig besides the format, in one record.
 
-The public functions spell their options out, so that editors show them, and hand them on as this record. A new option costs a
-field here, the place that uses it, and the signatures that offer it.
+The public functions list their options as keyword arguments, which editors can show, and pass them on as this record. A
+new option needs a field here, the code that uses it, and an argument in each function that offers it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Activations = Literal["fp8"]
 Probe = Literal["kl", "output"]
 Names = Sequence[str] | str
 ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
-"""An importance matrix: `Imatrix` is a mapping from layers to vectors, and so is a plain dict; or the path of a file."""
+"""An importance matrix: an `Imatrix` or dict from layer names to vectors f32 [K], or the path of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class Options:
     """The options as the user gave them; `quantize_` documents each.
 
     Attributes:
-        modules_to_not_convert: layers and modules to leave, by exact components of their paths; what transformers calls so.
+        modules_to_not_convert: layers and modules to leave as they are, by whole components of their paths. The name is
+            that of transformers.
     """
 
     topology: TopologyLike | None = None
@@ -56,9 +57,9 @@ class Options:
     measure_error: bool = False
 
     def lasting(self, **given: Any) -> Options:
-        """Only what a later `requantize_` keeps: which layers are meant; `given` replaces what it names, None keeps it.
+        """The options that a later `requantize_` keeps: those that select layers.
 
-        A new `exclude` also takes the place of `modules_to_not_convert`.
+        Values in `given` replace them, unless None. A new `exclude` also replaces `modules_to_not_convert`.
         """
         kept = {name: getattr(self, name) for name in LASTING}
         changed = {name: value for name, value in given.items() if value is not None}
@@ -72,7 +73,7 @@ class Options:
 
 
 LASTING = ("topology", "organization", "include", "exclude", "modules_to_not_convert", "fallback")
-"""The options that say which layers are meant, and not how they are packed."""
+"""The options that select layers and formats, and not how the weights are packed."""
 
 
 def listed(names: Names | None) -> list[str]:

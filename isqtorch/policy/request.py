@@ -1,4 +1,4 @@
-"""Request: what the user asked for, checked and parsed once. The policy, the importance and the packing read it from here."""
+"""Request: a format and its options, checked and parsed once. Policy, importance and packing all read it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .topology import Topology
 class Pattern(NamedTuple):
     """A regex that chooses layers by their paths."""
 
-    label: str  # what messages call it: "exclude pattern 'lm_head'"
-    reason: str  # why a layer that it excludes is left
+    label: str  # its name in messages: "exclude pattern 'lm_head'"
+    reason: str  # reason in the report for a layer that it excludes
     regex: re.Pattern[str]
 
 
 class Assigned(NamedTuple):
-    """What a rule for whole models gives one layer."""
+    """The format that a rule for whole models gives one layer."""
 
-    format: str | int  # a name, or a number of bits that the layer's device makes a format of
-    why: str  # "" where it needs no explanation
+    format: str | int  # a name, or a number of bits, which stands for a format that depends on the layer's device
+    why: str  # reason for the report; may be empty
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,18 @@ class Request:
     """A format and options, checked.
 
     Attributes:
-        fmt: the format that was asked for; None: only what the topology names.
-        options: as the user gave them.
-        op: the function that was called, for messages.
-        assigned: what was chosen layer by layer where `fmt` is "auto", by layer name.
-        topology: parsed.
-        device: parsed; whether it is there is not checked.
-        included: None: every layer.
+        fmt: the default format; None: quantize only the layers that the topology names.
+        options: the options; `topology` is already parsed.
+        op: name of the public function, for messages.
+        assigned: for "auto", the format chosen for each layer, by layer name.
+        topology: the parsed topology; empty if none was given.
+        device: the parsed device. Its availability is not checked here.
+        included: patterns of layers to quantize; None: every layer.
+        excluded: patterns of layers to leave, from `exclude` and `modules_to_not_convert`.
 
     Raises:
         ValueError: a bad format, topology, organization, fallback, activations, device or pattern.
-        OSError: a topology file that cannot be read.
+        OSError: a topology file cannot be read.
     """
 
     fmt: Spec | None
@@ -79,8 +80,8 @@ class Request:
             "excluded": [*_patterns(op, "exclude", options.exclude), *_exact(options.modules_to_not_convert)],
         }
         for name, value in parsed.items():
-            object.__setattr__(self, name, value)  # the record is frozen, and this is its construction
-        object.__setattr__(self, "options", options.changed(topology=topology))  # a file is read once
+            object.__setattr__(self, name, value)  # allowed: a frozen record may be filled while it is constructed
+        object.__setattr__(self, "options", options.changed(topology=topology))  # so that a YAML file is read only once
 
     def changed(self, **options: Any) -> Request:
         """A copy with other options."""
@@ -88,7 +89,7 @@ class Request:
 
 
 def parsed_device(device: torch.device | str, what: str) -> torch.device:
-    """A device that torch understands, whether or not it is there."""
+    """The torch.device for a name; ValueError for an invalid name. The device need not exist."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -96,7 +97,7 @@ def parsed_device(device: torch.device | str, what: str) -> torch.device:
 
 
 def checked_device(device: torch.device | str, what: str) -> torch.device:
-    """A device that is there and holds values."""
+    """The torch.device for a name; ValueError unless it is available and can hold values."""
     checked = parsed_device(device, what)
     if checked.type == "meta":
         raise ValueError(f"{what} 'meta' holds no weights; isqtorch.plan predicts sizes without them")
@@ -119,7 +120,7 @@ def _patterns(op: str, option: str, names: Names | None) -> list[Pattern]:
 
 
 def _exact(names: Names | None) -> list[Pattern]:
-    """Regexes that find these runs of components in a path, and nothing that merely begins like them."""
+    """Regexes that match these names as whole components of a path: "lm_head" does not match "lm_head2"."""
     return [
         Pattern(
             f"modules_to_not_convert entry {name!r}",

@@ -1,11 +1,12 @@
-"""Topology: which format (or none) a user gives to which layers, from a dict or a YAML file.
+"""Topology: formats for some of the layers, from a dict or a YAML file.
 
-    0-8: q6k                        # layers 0..7: the end is exclusive
+    0-8: q5k                        # layers 0..7: the end is exclusive
     12: {isq: q8_0, device: "cuda:1"}
     '/\\.mlp\\.down_proj$/': 6        # a regex, searched in the full module path
     '/lm_head/': null               # leave it as it is
 
-A regex beats a range; of two that match, the later wins; the winner replaces the others entirely.
+If several entries match a layer, a regex wins over a range, and of two regexes or two ranges the later wins. Only the
+winning entry applies; entries are not merged.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _EXAMPLES = "a layer number (12), a range with an exclusive end (0-8) or a regex
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a topology: where it applies, and what it asks for."""
+    """One line of a topology: the layers it applies to, and their format and device."""
 
     key: str
     start: int = 0  # layers start <= i < stop; a regex leaves both 0
@@ -49,17 +50,33 @@ class Entry:
 
 
 class Topology:
-    """The entries of one topology, in order."""
+    """Formats (and devices) for some of the layers of a model, by layer number or by regex.
+
+    A key is a layer number (12), a range with an exclusive end (0-8), or a regex between slashes (/lm_head/) that is
+    searched in the full module path. A value is a format name, a number of bits, None (leave the layer as it is), or a
+    mapping with `isq` and `device`. If several entries match, a regex wins over a range, and otherwise the later entry
+    wins.
+
+    Attributes:
+        entries: the parsed entries, in order.
+
+    Example:
+        topology = isqtorch.Topology.load({"0-2": 8, "/lm_head/": None})
+        report = isqtorch.quantize_(model, 4, topology=topology)
+    """
 
     def __init__(self, entries: tuple[Entry, ...]) -> None:
         self.entries = entries
 
     @classmethod
     def load(cls, source: TopologyLike) -> Topology:
-        """A topology from a dict, or from the path of a YAML file.
+        """Make a topology from a dict or from the path of a YAML file.
+
+        Args:
+            source: a dict, a path, or a Topology, which is returned as it is.
 
         Raises:
-            ValueError: an entry that does not parse; the message names it. A file over 1 MiB or not YAML.
+            ValueError: an entry does not parse (the message names it), or the file is larger than 1 MiB or not YAML.
             OSError: the file cannot be read.
         """
         if isinstance(source, Topology):
@@ -72,14 +89,17 @@ class Topology:
 
     @classmethod
     def exact(cls, formats: Mapping[str, str | None]) -> Topology:
-        """A topology that gives these layers, by path, these formats (None: leave it) and says nothing of others.
+        """Make a topology from {module path: format}; None leaves a layer as it is. No other layer matches.
 
-        Layers whose paths differ in a number only, and that have the same format, share an entry.
+        Layers with the same format whose paths differ only in a number share one entry.
+
+        Args:
+            formats: the format of each layer, by full module path.
         """
         return cls.load({f"/^{pattern}$/": fmt for pattern, fmt in _merged(formats)})
 
     def to_dict(self) -> dict[str, Any]:
-        """What `load` makes this topology of, in plain types."""
+        """The topology as a dict of plain types that `load` accepts."""
         out: dict[str, Any] = {}
         for entry in self.entries:
             spec = entry.spec.name if isinstance(entry.spec, QuantFormat) else entry.spec
@@ -91,7 +111,10 @@ class Topology:
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a YAML file that `load` reads; what was there before is replaced at once or, on an error, not at all.
+        """Write a YAML file that `load` can read. An existing file is replaced atomically.
+
+        Args:
+            path: the file to write.
 
         Raises:
             OSError: the file cannot be written.
@@ -100,7 +123,7 @@ class Topology:
         write_atomically(path, ["".join(lines).encode()])
 
     def find(self, name: str) -> Entry | None:
-        """The entry that decides about the module `name`, if any."""
+        """The entry that applies to the module path `name`, or None."""
         found = [entry for entry in self.entries if entry.matches(name)]
         regexes = [entry for entry in found if entry.regex is not None]
         winners = regexes or found
@@ -111,7 +134,10 @@ TopologyLike = Topology | Mapping[Any, Any] | str | os.PathLike[str]
 
 
 def _merged(formats: Mapping[str, str | None]) -> list[tuple[str, str | None]]:
-    """(regex of paths, format), in the order of first appearance; numbers of experts are joined first, then those of blocks."""
+    """(regex of paths, format) in the order of first appearance, with paths joined that differ in one number.
+
+    The last number of a path (of the expert) is joined first, then the first (of the block).
+    """
     entries = [(tuple(map(re.escape, path.split("."))), fmt) for path, fmt in formats.items()]
     for last in (True, False):
         joined: dict[tuple[Any, ...], list[str]] = {}  # (parts before the number, parts after it, format) -> numbers
@@ -197,7 +223,7 @@ def _device(key: str, value: object) -> torch.device:
 
 
 def _read_yaml(path: Path) -> Any:
-    """The contents of a small YAML file, with repeated keys as errors instead of the last one winning."""
+    """The contents of a small YAML file. A repeated key is an error; YAML itself would silently use the last value."""
     try:
         import yaml
     except ImportError:

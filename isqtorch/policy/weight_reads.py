@@ -1,10 +1,11 @@
-"""Which layers a model uses without calling them: its code reads `self.proj.weight` itself.
+"""Find layers that a model uses without calling them: its code reads `self.proj.weight` directly.
 
     out = F.linear(x, self.out_proj.weight)                  packed bytes would be multiplied as if they were weights
     x = x.to(self.lm_head.weight.dtype)                      activations would be cast to uint8
 
-Such layers must keep their float weight. They are found in the source of the modules' classes: nn.TransformerEncoderLayer's
-fast path, the fused scans of Mamba models, T5's `wo`, and whatever else there is. Code without source is not seen.
+Such layers must keep their float weight. They are found by searching the source code of the modules' classes. Examples
+are the fast path of nn.TransformerEncoderLayer, the fused scans of Mamba models and T5's `wo`. Classes without source
+code are not searched.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from types import FunctionType
 
 from torch import nn
 
-# self.a.b[0].weight, unless it is assigned to or only asked where or how large it is
+# self.a.b[0].weight, unless the code assigns to it or reads only its device or size
 _READ = re.compile(
     r"\bself((?:\.\w+|\[\d+\])+)\.weight\b(?!\s*=[^=]|\.(?:device|shape|size|ndim|dim|numel|requires_grad|is_meta)\b)"
 )
-# methods that set a model up; they do not compute
+# methods that only set up a model and compute nothing
 _SETUP = re.compile(
     r"__\w+__|_?init_weights|reset_parameters|_?tie_\w+|_?(?:re)?set_\w+|_?resize_\w+|get_(?:in|out)put_embeddings"
 )
-# reads under conditions that never hold in practice: tensor parallelism emulated slowly (pretraining_tp > 1)
+# these reads happen only with pretraining_tp > 1, a slow emulation of tensor parallelism that is not used in practice
 _HARMLESS = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")}
 
 
 def layers_read_directly(model: nn.Module) -> dict[int, str]:
-    """id of a module whose weight is read -> name of the class that reads it."""
+    """{id of a module whose weight is read: name of the class that reads it}."""
     found = {}
     for module in model.modules():
         for path in _reads_of_class(type(module)):  # type: ignore[arg-type]  # classes are hashable
@@ -58,7 +59,7 @@ def _reads_of_class(cls: type[nn.Module]) -> frozenset[str]:
 
 
 def _methods(cls: type[nn.Module]) -> Iterator[FunctionType]:
-    """The methods and properties in effect, other than nn.Module's, that mention a weight."""
+    """The methods and properties of a class that mention a weight, without overridden ones and those of nn.Module."""
     seen: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module:

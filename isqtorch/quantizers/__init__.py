@@ -1,6 +1,6 @@
-"""The quantizers: how integers and scales are chosen, in plain torch. They are the oracle for the native kernels.
+"""The quantizers choose integers and scales, in plain torch. Native kernels are tested against them.
 
-One family per module; a format names its family in `solver`.
+There is one family per module; a format names its family in `solver`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .denormals import blocks_per_chunk, denormals_kept
 __all__ = ["Rule", "check_rule", "has_rule", "needs_whole", "solve", "uses_importance"]
 
 Rule = Literal["search", "mlx"]
-"""Other ways to choose the codes than the default of a family; a family has some of them, or none."""
+"""Alternatives to the default way of choosing the codes. A family supports both, one or none of them."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ _SOLVERS = {
 
 
 def has_rule(fmt: QuantFormat, rule: str | None) -> bool:
-    """Whether the format's family knows `rule`; all know None, the default."""
+    """Return whether the format's family supports `rule`. All families support None, the default."""
     return rule is None or rule in _SOLVERS[fmt.solver].rules
 
 
 def uses_importance(fmt: QuantFormat, rule: str | None) -> bool:
-    """Whether an importance vector changes what `rule` chooses: where there is a search."""
+    """Return whether an importance vector changes the result of `rule`: only searches use one."""
     return fmt.takes_importance or rule == "search"
 
 
 def needs_whole(fmt: QuantFormat) -> bool:
-    """Whether the quantizer must see a whole matrix at once, because its search stops by the error of all blocks."""
+    """Return whether the quantizer needs a whole matrix at once: HQQ stops by the error of all blocks."""
     return _SOLVERS[fmt.solver].whole
 
 
 def check_rule(fmt: QuantFormat, rule: str | None) -> None:
-    """ValueError if the format's family does not know `rule`."""
+    """Raise ValueError unless the format's family supports `rule`."""
     if not has_rule(fmt, rule):
         rules = _SOLVERS[fmt.solver].rules
         known = " or ".join(["None", *map(repr, rules)])
@@ -75,16 +75,15 @@ def solve(fmt: QuantFormat, w: Tensor, importance: Tensor | None = None, rule: s
         fmt: the format.
         w: f32 `[N, K]`, finite, K a multiple of `fmt.block`.
         importance: f32 `[K]`, >= 0, for all rows; or `[G, K]`, one vector for each of G equal runs of rows. Ignored
-            where `uses_importance` says no.
-        rule: the family's alternative rule of that name; None is the default.
+            if `uses_importance(fmt, rule)` is false.
+        rule: name of an alternative rule of the family; None is the default.
 
     Returns:
-        The fields of the `N * K / block` blocks, in row order.
-
-        Where weights are too large for a scale of 16 bits, it is not finite.
+        The fields of the `N * K / block` blocks, in row order. A 16-bit scale is not finite if the weights of its block
+        are too large for it.
 
     Raises:
-        ValueError: unknown rule.
+        ValueError: the family does not support `rule`.
     """
     check_rule(fmt, rule)
     solver = _SOLVERS[fmt.solver]

@@ -17,7 +17,7 @@ from .search import search_symmetric
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scales and codes of n blocks: `d`, `q`, for q8_1 `s`, for q8k `bsums`."""
+    """Return the fields of n blocks: `d`, `q`, for q8_1 also `s`, for q8k also `bsums`."""
     x = blocks.x.t().contiguous()  # [block, n]
     if fmt.bits < 8:
         return _offset_codes(x, 1 << (fmt.bits - 1), blocks)
@@ -25,7 +25,10 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
 
 
 def _offset_codes(x: Tensor, nmax: int, blocks: Blocks) -> Fields:
-    """q4_0, q5_0: codes 0 .. 2 * nmax - 1 for -nmax .. nmax - 1; the scale takes the sign that puts the extreme at -nmax."""
+    """q4_0, q5_0: codes 0 .. 2 * nmax - 1 stand for -nmax .. nmax - 1.
+
+    The sign of the scale is chosen so that the element of largest magnitude gets -nmax.
+    """
     if blocks.importance is not None and blocks.row_power is not None:
         weight = importance_weight(x, blocks.importance.t(), blocks.row_power)
         d, q = search_symmetric(x, nmax, weight)
@@ -48,7 +51,7 @@ def _int8(x: Tensor, with_sum: bool) -> Fields:
 
 
 def _q8k(x: Tensor) -> Fields:
-    """q8k: the extreme gets code -127, so d has the sign opposite to it; d stays f32."""
+    """q8k: the element of largest magnitude gets code -127, so d has the opposite sign; d stays f32."""
     _, peak = first_extreme(x)
     iscale = divide(-127.0, peak)
     live = iscale.isfinite()

@@ -1,12 +1,12 @@
 """AFQ: MLX's scale and bias for a group, two ways to choose the codes, and a search for a better scale and bias.
 
-The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative where
-the positive extreme dominates. Stored scale and bias are 16-bit numbers:
+In a group, code 0 stands for the extreme (smallest or largest weight) of larger magnitude, and the grid of levels
+contains zero exactly. The scale is negative if the positive extreme is larger. Scale and bias are stored in 16 bits:
 
-- by default they are rounded first and the codes belong to what is stored. That is an ordinary MLX tensor too, with
-  20 % less error at 8 bits in bf16;
-- `rule="mlx"` takes the codes from the unrounded ones, which gives the bits of MLX's CPU quantizer;
-- `rule="search"` begins with the default and looks for a scale and bias that cost less (`line_fit.py`).
+- by default, they are rounded first, and the codes are computed with the rounded values. The result is a valid MLX
+  tensor, with 20 % less error at 8 bits in bf16;
+- `rule="mlx"` computes the codes with the unrounded values, which gives the same bits as MLX's CPU quantizer;
+- `rule="search"` starts from the default and searches for a scale and bias with a smaller error (`line_fit.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .blocks import Blocks
 from .line_fit import Line, error_weights, fit_lines
 from .rounding import divide
 
-_EPS = 1e-7  # MLX's smallest scale; it also keeps f16 scales from vanishing
+_EPS = 1e-7  # MLX's smallest scale; f16 does not round it to zero
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _AffineLine(Line):
 
 
 def affine_mlx(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """MLX's affine quantizer as its CPU backend computes it, before scale and bias are rounded for storage.
+    """Run MLX's affine quantizer as its CPU backend does, without rounding scale and bias for storage.
 
     Args:
         w: f32 `[groups, g]`.
@@ -71,9 +71,9 @@ def _codes(w: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
 
 
 def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a scale to 16 bits; to subnormal f16 numbers away from zero.
+    """Round a scale to 16 bits. A result that is a subnormal f16 number is rounded away from zero.
 
-    Those are so coarse that a scale rounded down would cut off a large part of the group's range.
+    Subnormal numbers are coarse: a scale rounded towards zero would clip a large part of the group's range.
     """
     stored = scale.to(dtype)
     if dtype == torch.float16:
@@ -83,7 +83,7 @@ def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scale, bias and codes of n groups. Scale or bias is infinite where weights are too large for its type."""
+    """Return scale, bias and codes of n groups. Scale or bias is infinite if the weights are too large for its type."""
     assert isinstance(fmt, AffineFormat)
     dtype = fmt.scale_dtype
     scale, bias = _scale_and_bias(blocks.x, fmt.bits)

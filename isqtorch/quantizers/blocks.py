@@ -1,4 +1,4 @@
-"""What a solver works on: blocks of weights with what is known about them."""
+"""The input of a solver: blocks of weights, with their importance."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Blocks:
 
 
 def importance_weight(x: Tensor, importance: Tensor, power: Tensor) -> Tensor:
-    """What ggml makes of an importance vector: `importance * sqrt(power + x * x)`, element by element."""
+    """Compute ggml's weights of the squared errors: `importance * sqrt(power + x * x)`, element by element."""
     return importance * square_root(power + x * x)
 
 
 def row_mean_square(w: Tensor) -> Tensor:
-    """Mean of w * w over each row, added up from column 0: f32 `[N, K]` -> `[N]`."""
+    """Return the mean of w * w over each row, summed from column 0 up: f32 `[N, K]` -> `[N]`."""
     total = torch.zeros_like(w[:, 0])
     for column in w.unbind(1):
         total += column * column

@@ -1,9 +1,9 @@
-"""Keeping results independent of the process's flush-to-zero mode.
+"""Keep results independent of the process's flush-to-zero mode.
 
 `torch.set_flush_denormal(True)`, or any library built with -ffast-math, makes the CPU treat subnormal floats as zero.
-The searches multiply up to four small numbers, so that would change quantized bytes. The mode belongs to a thread,
-torch offers no way to ask for it, and operations on many elements run on other threads. So the quantizers work
-in chunks that torch leaves on the calling thread, inside `denormals_kept()`.
+The searches multiply up to four small numbers, so this mode would change quantized bytes. The mode is a property of a
+thread, torch cannot query it, and operations on many elements run on other threads. Therefore the quantizers work
+inside `denormals_kept()`, in chunks that torch processes on the calling thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ def denormals_kept() -> Iterator[None]:
 
 
 def blocks_per_chunk(block: int, device: torch.device) -> int:
-    """How many blocks of `block` weights to work on at a time: on a CPU few enough for one thread."""
+    """Return how many blocks of `block` weights to process at a time: on a CPU few enough to stay on one thread."""
     elements = _PARALLEL_FROM - 1 if device.type == "cpu" else 1 << 22
     return max(1, elements // block)

@@ -15,7 +15,7 @@ _SMALLEST_SCALE = 2.0**-126  # the smallest normal f32: kernels may flush subnor
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
-    """f32 -> the bit pattern of the nearest e4m3fn value, ties to even, saturating at +-448; NaN -> 0x7F.
+    """Round f32 to the nearest e4m3fn value, ties to even, saturating at +-448, and return the bits. NaN becomes 0x7F.
 
     Args:
         x: f32, any shape.
@@ -33,7 +33,7 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scale and codes of n blocks: scale = largest |w| / 448 (1 for zero blocks), code = e4m3(clamp(w / scale))."""
+    """Return scale and codes of n blocks: scale = max |w| / 448 (1 for zero blocks), code = e4m3(clamp(w / scale))."""
     amax = blocks.x.abs().amax(dim=1)
     scale = divide(amax, E4M3_MAX).clamp(min=_SMALLEST_SCALE)
     scale = torch.where(amax == 0, 1.0, scale)

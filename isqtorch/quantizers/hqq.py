@@ -1,8 +1,9 @@
 """HQQ: the half-quadratic solver of the hqq package, and the storage of its result in f16.
 
-The solver looks for the zero point that minimizes a p-norm (p = 0.7, so that outliers count less) of the error. It stops when
-the mean error of the whole matrix no longer falls, so a matrix must be solved in one piece: parts of it give other bytes.
-`rule="search"` begins with its solution and looks for scales and zero points that cost less (`line_fit.py`).
+The solver searches for the zero point that minimizes the p-norm of the error (p = 0.7, to reduce the weight of
+outliers). It stops when the mean error of the whole matrix no longer falls. Therefore a matrix must be solved in one
+piece; solving it in parts gives other bytes. `rule="search"` starts from this solution and searches for scales and zero
+points with a smaller error (`line_fit.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EXACT = 2000.0  # integers up to 2048 are exact in f16
 
 @dataclass(frozen=True)
 class HqqSolution:
-    """What the solver finds: `w ~ (codes - zero) * scale`."""
+    """The result of the solver: `w ~ (codes - zero) * scale`."""
 
     codes: Tensor  # uint8 [groups, g]
     scale: Tensor  # f32 [groups]
@@ -55,13 +56,13 @@ class _HqqLine(Line):
 
 
 def _mean(x: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over one or all dimensions in f64, so that the order of the sum hardly matters."""
+    """Compute the mean over one or all dimensions in f64, so that the order of summation hardly matters."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # Metal has no f64
     return x.mean(dtype=wide) if dim is None else x.mean(dim=dim, keepdim=True, dtype=wide)
 
 
 def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
-    """Solve for the zero points of all groups of one matrix.
+    """Find the zero points of all groups of one matrix.
 
     Args:
         groups: f32 `[groups, g]`, at least one group.
@@ -97,11 +98,11 @@ def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
 
 
 def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
-    """Round scale and zero to f16, and choose the codes that belong to the rounded ones.
+    """Round scale and zero to f16, and compute the codes with the rounded values.
 
-    A zero point beyond the f16 range (a narrow group far from 0) is never stored as infinity: such a group gets a
-    coarser scale that puts the zero at +-2000. Its values then keep the precision of f16 itself, |error| <= |w| / 4000.
-    The scale is infinite where the range of a group is too large for f16.
+    The zero point of a narrow group far from 0 may exceed the f16 range. Such a group gets a coarser scale, which puts
+    the zero point at +-2000. Its values then keep the precision of f16 itself: |error| <= |w| / 4000. The scale is
+    infinite if the range of a group is too large for f16.
     """
     offset = solution.zero * solution.scale
     far = solution.zero.abs() > _FAR
@@ -113,7 +114,7 @@ def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scale, zero and codes of one whole matrix."""
+    """Return scale, zero and codes of one whole matrix."""
     if blocks.x.shape[0] == 0:
         none = blocks.x.new_empty(0, dtype=torch.float16)
         return {"scale": none, "zero": none, "q": blocks.x.to(torch.uint8)}
@@ -122,7 +123,7 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
 
 
 def _searched(fmt: QuantFormat, blocks: Blocks, solved: Fields) -> Fields:
-    """Better scales, zeros and codes where there are some; in chunks, because groups no longer depend on each other."""
+    """Search for better scales, zeros and codes. Groups are independent here, so this works in chunks."""
     done: list[Fields] = []
     chunk = blocks_per_chunk(fmt.block, blocks.x.device)
     for start in range(0, blocks.x.shape[0], chunk):

@@ -1,6 +1,6 @@
-"""ggml's K-quants: a search per sub-block, integer scales for the super-block, then codes for the scales as stored.
+"""ggml's K-quants: a search per sub-block, integer scales for the super-block, then codes for the stored scales.
 
-Layouts in this file: `[e, n * s]` elements by sub-blocks, `[s, n]` sub-blocks by super-blocks, `[n, ...]` as stored.
+Shapes in this file: `[e, n * s]` elements by sub-blocks, `[s, n]` sub-blocks by super-blocks, `[n, ...]` as stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TINY = 1e-15
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """The fields of n super-blocks; see the format for their names."""
+    """Return the fields of n super-blocks; formats/kquants.py lists them."""
     sub_block = 32 if fmt.bits in (4, 5) else 16
     x = _lanes(blocks.x, sub_block)
     weight = None
@@ -49,7 +49,7 @@ def _codes(q: Tensor, s: int) -> Tensor:
 
 
 def _power(blocks: Tensor, sub_block: int, twice: bool) -> Tensor:
-    """Mean of x * x (or twice it) over each super-block, for all its sub-blocks: `[n, 256]` -> `[n * s]`."""
+    """Return the mean of x * x (or twice the mean) of the super-block, for each sub-block: `[n, 256]` -> `[n * s]`."""
     total = ordered_sum((blocks * blocks).t())
     power = divide(2.0 * total if twice else total, 256.0)
     return power.repeat_interleave(256 // sub_block)
@@ -76,7 +76,7 @@ def _scale_and_min(bits: int, x: Tensor, weight: Tensor | None) -> Fields:
         dmin, mn = _integer_scales(_by_super_block(minimum, s), scale_max)
 
     d, dmin = d.half(), dmin.half()
-    if bits == 2:  # both halves of a byte: what does not fit in the lower spills into the upper
+    if bits == 2:  # ggml packs sc | mn << 4 without masking: the upper bits of sc are OR-ed into mn
         mn = (mn << 4 | sc) >> 4 & 15
         sc = sc & 15
     else:
@@ -89,7 +89,7 @@ def _scale_and_min(bits: int, x: Tensor, weight: Tensor | None) -> Fields:
 
 
 def _integer_scales(values: Tensor, scale_max: int) -> tuple[Tensor, Tensor]:
-    """Divide non-negative `values` `[s, n]` by their largest: super-scale `[n]`, and integers as bytes `[s, n]`."""
+    """Scale `values` >= 0, `[s, n]`, to integers. Return the super-scale `[n]` and the integers 0 .. 255 `[s, n]`."""
     peak = first_max(values)
     live = peak > 0
     inverse = torch.where(live, divide(scale_max, peak), 0.0)

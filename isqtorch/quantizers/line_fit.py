@@ -1,13 +1,14 @@
-"""The rule "search" of the affine and HQQ families: the line through a group's levels that costs least.
+"""The rule "search" of the affine and HQQ families: fit a line to the levels of each group.
 
-A group's weights are approximated by `value(level) = scale * level + offset`, both of 16 bits. The default rules take scale and
-offset from the extremes of the group. Here sixteen ranges are tried, the group's own and ones cut off by up to 3/4 of a step
-at either end; for the levels of each, the weighted least-squares line is rounded as it will be stored and judged by its
-error with the levels that belong to it. The best one is refined twice in the same way. The default rule's line is a
-candidate too, so no group gets worse.
+The weights of a group are approximated by `value(level) = scale * level + offset`, with 16-bit scale and offset. The
+default rules take both from the extremes of the group. The search tries sixteen ranges: the group's own, and ranges
+that are up to 3/4 of a step shorter at either end. For the levels of each range it computes the weighted least-squares
+line, rounds it as it will be stored, computes new levels for this line, and compares the error. The best line is
+refined twice in the same way. The default rule's line is a candidate too, so the error of a group never grows.
 
-An error counts `sqrt(m + x * x)`, m the group's mean square, times the importance of the column, if there is one: that is
-ggml's measure, with the group for the row. Where nothing has any importance, the default rule's line stays.
+The weight of a squared error is `sqrt(m + x * x)`, where m is the mean square of the group, times the importance of the
+column if there is one. This is ggml's measure, with the group instead of the row. If all importance is zero, the
+default rule's line is kept.
 
 Every tensor is f32 `[n, lanes]` or `[lanes]`: n elements of a group, lanes = groups. Sums run in index order.
 """
@@ -30,7 +31,7 @@ _REFINEMENTS = 2
 
 @dataclass(frozen=True)
 class Line(ABC):
-    """The lines of n groups, of two numbers each, rounded as they are stored: f32 `[lanes]`."""
+    """One line per group: two numbers, f32 `[lanes]`, with values that can be stored exactly."""
 
     scale: Tensor
     second: Tensor  # bias or zero point
@@ -38,19 +39,19 @@ class Line(ABC):
     @classmethod
     @abstractmethod
     def rounded(cls, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Line:
-        """The line nearest to `scale * level + low` that two numbers of `dtype` can describe."""
+        """Return the line `scale * level + low`, with its two numbers rounded to `dtype`."""
 
     @abstractmethod
     def position(self, x: Tensor) -> Tensor:
-        """Where x lies between the levels, `[n, lanes]`."""
+        """Return the level of x as a real number, `[n, lanes]`."""
 
     @abstractmethod
     def value(self, level: Tensor) -> Tensor:
-        """The weights that levels stand for, with the roundings of the format's decoder."""
+        """Return the weights of levels `[n, lanes]`, rounded as the format's decoder does."""
 
 
 def error_weights(blocks: Blocks) -> Tensor:
-    """What the squared error of each element counts, `[n, lanes]`."""
+    """Return the weight of each element's squared error, `[n, lanes]`."""
     x = blocks.x.t()
     power = divide(ordered_sum(x * x), x.shape[0])
     if blocks.importance is None:
@@ -68,10 +69,10 @@ def fit_lines(
         weight: `[n, lanes]`, not negative.
         nmax: levels run from 0 to nmax.
         line, codes: the default rule's lines, and its codes uint8 `[n, lanes]`.
-        dtype: of the two numbers of a line.
+        dtype: type in which the two numbers of a line are stored.
 
     Returns:
-        lines and codes of the same shapes, the given ones in lanes where nothing better was found.
+        Lines and codes of the same shapes. Lanes without a better line keep the given one.
     """
 
     def error(line: Line, level: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def fit_lines(
         low = (sum_l2 * sum_x - sum_l * sum_xl) / det
         found = line.rounded(scale, low, dtype)
         new = error(found, levels(found.position(x)))
-        better = (det > 0) & (new < least)  # false where a number is not finite
+        better = (det > 0) & (new < least)  # false if a number is not finite
         least = torch.where(better, new, least)
         scale, second = torch.where(better, found.scale, best.scale), torch.where(better, found.second, best.second)
         best, improved = type(line)(scale, second), improved | better

@@ -1,6 +1,7 @@
 """Formats with a scale and a minimum in a block: q4_1 q5_1.
 
-Codes divide the range from the smallest to the largest element evenly; with an importance vector a search chooses both.
+Codes divide the range from the smallest to the largest element evenly. With an importance vector, a search chooses
+scale and minimum.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .search import search_affine
 
 
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Scale `d`, minimum `m` and codes `q` of n blocks."""
+    """Return scale `d`, minimum `m` and codes `q` of n blocks."""
     x = blocks.x.t().contiguous()  # [32, n]
     nmax = (1 << fmt.bits) - 1
     if blocks.importance is not None and blocks.row_power is not None:

@@ -1,7 +1,8 @@
 """ggml's searches for the scale (and minimum) of a sub-block, one sub-block per lane.
 
 Every tensor is f32 `[n, lanes]` or `[lanes]`: n elements of a sub-block, lanes = sub-blocks. Each lane runs the scalar
-algorithm: sums in index order, first-come tie breaks, branches as `torch.where`. Codes are int32 `[n, lanes]`.
+algorithm: sums in index order, the first of equal candidates wins, branches become `torch.where`. Codes are int32
+`[n, lanes]`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from .rounding import divide, f32, first_extreme, first_max, first_min, nearest_int, ordered_sum
 
-_TINY = 1e-15  # a sub-block without a larger element counts as zero
+_TINY = 1e-15  # a sub-block whose elements are all smaller than this is treated as zero
 
 
 def search_symmetric(x: Tensor, nmax: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and codes of `x ~ scale * (code - nmax)` (ggml's make_qx_quants, rmse type 1).
+    """Find scale and codes of `x ~ scale * (code - nmax)` (ggml's make_qx_quants, rmse type 1).
 
-    Tries 19 scales around `-max / nmax`, each improved by a weighted least-squares fit to its codes.
+    Try 19 scales around `-max / nmax`, each improved by a weighted least-squares fit to its codes.
 
     Args:
         x: `[n, lanes]`.
@@ -61,12 +62,15 @@ def _sweep(
     high: int,
     both_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to five rounds of coordinate descent: move one code at a time to its best value for the present scale.
+    """Run up to five rounds of coordinate descent: move one code at a time to its best value for the current scale.
 
     Args:
-        low, high: range of the codes; without `low`, a negative code is stored as a byte and wraps.
-        both_positive: demand that numerator and denominator without the element are positive before the move
-            (the two callers differ in where they look at the denominator).
+        x, weight: `[n, lanes]`.
+        codes: the codes to start from, `[n, lanes]`.
+        sumlx, suml2: sums of weight * x * code and of weight * code * code, `[lanes]`.
+        low, high: range of the codes. If `low` is None, a negative code is stored as a byte and wraps, as in ggml.
+        both_positive: require that the denominator without the element is positive, before the move, instead of the
+            denominator after the move. The two functions of ggml differ in this.
 
     Returns:
         codes, sumlx, suml2 after the sweeps.
@@ -101,13 +105,14 @@ def _sweep(
 
 
 def search_q3(x: Tensor, nmax: int = 4) -> tuple[Tensor, Tensor]:
-    """Scale and codes of `x ~ scale * (code - nmax)` by coordinate descent (ggml's make_q3_quants with rmse).
+    """Find scale and codes of `x ~ scale * (code - nmax)` by coordinate descent (ggml's make_q3_quants with rmse).
 
     Args:
-        x: `[n, lanes]`, weighted by x * x.
+        x: `[n, lanes]`; the weight of a squared error is x * x.
+        nmax: codes run from 0 to 2 * nmax - 1.
 
     Returns:
-        scale `[lanes]`, codes 0 .. 2 * nmax - 1 `[n, lanes]`.
+        scale `[lanes]`, codes `[n, lanes]`.
     """
     amax, peak = first_extreme(x)
     weight = x * x
@@ -123,20 +128,21 @@ def search_q3(x: Tensor, nmax: int = 4) -> tuple[Tensor, Tensor]:
 def search_affine(
     x: Tensor, weight: Tensor, nmax: int, rmin: float, rdelta: float, nstep: int, *, absolute: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, minimum and codes of `x ~ scale * code - minimum` (ggml's make_qkx2_quants and make_qkx3_quants).
+    """Find scale, minimum and codes of `x ~ scale * code - minimum` (ggml's make_qkx2_quants and make_qkx3_quants).
 
-    Tries `nstep + 1` scales, and for the codes of each the weighted least-squares scale and minimum. A step starts from
-    the minimum of the best candidate so far, not from that of the data.
+    Try `nstep + 1` scales. For the codes of each one, compute the weighted least-squares scale and minimum. A step
+    starts from the minimum of the best candidate so far, not from the minimum of the data.
 
     Args:
         x: `[n, lanes]`.
         weight: `[n, lanes]`, not negative.
         nmax: codes run from 0 to nmax.
         rmin, rdelta: step s divides the range into `nmax + rmin + rdelta * s` parts.
+        nstep: number of the last step.
         absolute: compare candidates by |error| instead of its square.
 
     Returns:
-        scale `[lanes]`, minimum `[lanes]` (subtracted, so it is >= 0), codes `[n, lanes]`.
+        scale `[lanes]`, minimum `[lanes]` (>= 0, because it is subtracted), codes `[n, lanes]`.
     """
     low, high = first_min(x), first_max(x)
     weighted = weight * x
@@ -172,12 +178,12 @@ def search_affine(
         scale = torch.where(better, new_scale, scale)
         low = torch.where(better, new_low, low)
         best = torch.where(better, new_error, best)
-    # a flat lane divided by 0 and may have found anything
+    # a flat lane was divided by 0: its results are meaningless
     return torch.where(flat, 0.0, scale), -torch.where(flat, start, low), torch.where(flat, 0, codes)
 
 
 def search_positive(x: Tensor, weight: Tensor, nmax: int) -> tuple[Tensor, Tensor]:
-    """Scale and codes of `x ~ scale * code`, for the scales of sub-blocks themselves (ggml's make_qp_quants).
+    """Find scale and codes of `x ~ scale * code`, where x are the scales of sub-blocks (ggml's make_qp_quants).
 
     Args:
         x: `[n, lanes]`, not negative.

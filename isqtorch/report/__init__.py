@@ -1,1 +1,1 @@
-"""What happened to every weight of a model, or would happen."""
+"""Reports: what was done, or would be done, to every weight of a model."""

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 
 class Measured(NamedTuple):
-    """What a format comes to for an item."""
+    """Size and error of an item in one format."""
 
     bytes: int
-    cost: float  # see sensitivity.py
-    error: float  # squared error of the weights over their squares
+    cost: float  # see auto/sensitivity.py
+    error: float  # sum of squared errors of the weights over the sum of their squares
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Choice:
     """What "auto" measured and chose, one entry per item.
 
     Attributes:
-        measure: "kl", "output" or "weight": the unit of the costs; see sensitivity.py.
-        budget: what was asked for, in words.
-        items: names, the chosen format, and what every format comes to.
-        predicted: total cost of the choice: with "kl", nats per token.
+        measure: "kl", "output" or "weight": the kind of cost that was measured; see auto/sensitivity.py.
+        budget: the budget, in words.
+        items: for each item the names of its layers, the chosen format, and size and error in every allowed format.
+        predicted: total cost of the choice; with "kl" in nats per token.
+        notes: for the report.
     """
 
     measure: str
@@ -32,6 +33,7 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """The record in plain types, for JSON."""
         return {
             "measure": self.measure,
             "budget": self.budget,

@@ -1,4 +1,4 @@
-"""What would fit: the size of a model in every format, its key-value cache, and the memory that this machine has."""
+"""What fits into memory: the size of a model in every format, its key-value cache, and the memory of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .plan import planned, read_checkpoint
 from .report import QuantReport
 
 _CGROUP = Path("/sys/fs/cgroup")
-_NAMES: Mapping[str, Sequence[str]] = {  # config.json spells these differently from family to family
+_NAMES: Mapping[str, Sequence[str]] = {  # names in config.json, which differ between model families
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -27,7 +27,7 @@ _NAMES: Mapping[str, Sequence[str]] = {  # config.json spells these differently 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory that weights can live in, in bytes."""
+    """One memory that can hold weights; sizes in bytes."""
 
     name: str  # "RAM", "cuda:0", "mps"
     total: int
@@ -39,12 +39,13 @@ class Overview:
     """A model in every format.
 
     Attributes:
-        reports: format -> what `quantize_` would report.
-        bytes_now: the model as its checkpoint has it.
-        context: tokens that the key-value cache is counted for.
-        cache_bytes: its size for one sequence, in the model's own type; None: the configuration does not tell.
-        memories: what this machine has.
-        notes: what to know about these numbers.
+        reports: format -> predicted report of `quantize_`.
+        bytes_now: size of the model in its checkpoint.
+        context: length of the key-value cache, in tokens.
+        cache_bytes: size of the cache for one sequence, in the dtype of the model; None: the configuration does not
+            tell.
+        memories: the memories of this machine.
+        notes: remarks about these numbers.
     """
 
     reports: dict[str, QuantReport]
@@ -55,11 +56,12 @@ class Overview:
     notes: list[str]
 
     def fits(self, weights: int) -> dict[str, bool]:
-        """Whether weights of this size and the cache fit into each memory, as it is free now."""
+        """{name of a memory: whether `weights` bytes and the cache fit into its free part}."""
         need = weights + (self.cache_bytes or 0)
         return {memory.name: need <= memory.free for memory in self.memories}
 
     def to_dict(self) -> dict[str, Any]:
+        """The overview in plain types, for JSON."""
         return {
             "bytes_now": self.bytes_now,
             "fits_now": self.fits(self.bytes_now),
@@ -89,8 +91,8 @@ def overview(
     Args:
         source: a folder, a file or a model id, as for `plan`.
         specs: formats or numbers of bits; None: every format.
-        context: tokens of the key-value cache; less where the model's context is shorter.
-        options: more arguments of `plan` (topology, organization, include, exclude, fallback, activations).
+        context: length of the key-value cache in tokens, limited to the context of the model.
+        options: further arguments of `plan` (topology, organization, include, exclude, fallback, activations).
 
     Raises:
         ValueError, OSError: as `plan`.
@@ -113,10 +115,10 @@ def overview(
 
 
 def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
-    """Bytes of keys and values for one token, if all layers keep all of them; None where config.json does not tell."""
+    """Bytes of keys and values of one token, if every layer caches all tokens; None if config.json does not tell."""
     text = _text_config(config)
     if "kv_lora_rank" in text:
-        return None  # latent attention caches other things
+        return None  # multi-head latent attention caches compressed vectors instead
     layers, heads, hidden = (next((text[n] for n in names if n in text), None) for names in _NAMES.values())
     if not (_count(layers) and _count(heads) and _count(hidden)):
         return None
@@ -132,7 +134,7 @@ def _count(value: Any) -> TypeGuard[int]:
 
 
 def memories() -> list[Memory]:
-    """RAM, as far as this process may use it, and the memory of GPUs."""
+    """The RAM that this process may use, and the memory of GPUs."""
     found = [_host()]
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
@@ -144,19 +146,19 @@ def memories() -> list[Memory]:
 
 
 def _host() -> Memory:
-    """RAM: Linux tells what is available, a container's limit included; elsewhere all of it counts as free."""
+    """RAM, within the limit of a Linux container. On other systems than Linux all of it counts as free."""
     facts = _numbers(Path("/proc/meminfo"), scale=1024)
     total = facts.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = facts.get("MemAvailable", total)
     limit = _limit(_CGROUP / "memory.max")
     if limit is not None and limit < total:
-        used = _numbers(_CGROUP / "memory.stat").get("anon", 0)  # the rest is page cache, which makes room
+        used = _numbers(_CGROUP / "memory.stat").get("anon", 0)  # the rest is page cache, which the kernel can evict
         total, free = limit, min(free, limit - used)
     return Memory("RAM", total, free)
 
 
 def _limit(path: Path) -> int | None:
-    """The number in a control file; None for "max", or where there is none."""
+    """The number in a cgroup file; None for "max" or if the file does not exist."""
     try:
         text = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError:
@@ -165,7 +167,7 @@ def _limit(path: Path) -> int | None:
 
 
 def _numbers(path: Path, scale: int = 1) -> dict[str, int]:
-    """The `name value` lines of one of the kernel's files, {} if there is none."""
+    """The `name value` lines of one of the kernel's files; {} if the file does not exist."""
     try:
         rows = [line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
     except OSError:

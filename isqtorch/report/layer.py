@@ -1,4 +1,4 @@
-"""LayerReport: what happened, or would happen, to one weight."""
+"""LayerReport: what was done, or would be done, to one weight."""
 
 from __future__ import annotations
 
@@ -16,25 +16,46 @@ _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", to
 
 @dataclass
 class LayerReport:
-    """One weight. Sizes are those of the weight alone, without a bias."""
+    """One weight in a `QuantReport`. Sizes are in bytes, for the weight alone, without a bias.
+
+    Attributes:
+        name: module path, followed by the parameter's name if that is not "weight".
+        kind: "linear", "embedding", "experts" or "other".
+        role: "embedding", "head" (the output head) or "".
+        shape: [N, K] for layers, with K input features; [E, N, K] for experts.
+        dtype: type of the weight before: bf16, f16, ..., or the name of a format.
+        requested: the format asked for, or None.
+        stored: the format it has now; None: not quantized.
+        reason: why `stored` is not `requested`.
+        bytes_before, bytes_after: size of the weight; 0 for a layer that shares the weight of another.
+        promoted: whether the layer got a larger format because it is an embedding or output head.
+        fell_back: whether the requested format does not fit, because its block size does not divide K.
+        tied_to: the layer whose weight this one shares, or None.
+        error: RMS error relative to the RMS of the original weights, or None if it was not measured.
+
+    Example:
+        layer = isqtorch.quantize_(model, 4, measure_error=True)["model.embed_tokens"]
+        print(layer.stored, layer.bytes_after, layer.error)
+    """
 
     name: str
-    kind: str  # linear, embedding, experts or other
-    role: str  # "", embedding or head
-    shape: tuple[int, ...]  # [N, K] for layers, [E, N, K] for experts
-    dtype: str  # what it was: bf16, f16, ..., or a format
-    requested: str | None  # the format that was asked for; None: none was
-    stored: str | None  # the format it has now; None: left as it was
-    reason: str  # why `stored` is not `requested`
+    kind: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    requested: str | None
+    stored: str | None
+    reason: str
     bytes_before: int
     bytes_after: int
     promoted: bool = False
     fell_back: bool = False
-    tied_to: str | None = None  # the layer whose weight this one shares; its bytes count there
-    error: float | None = None  # relative RMS error against the weight it was made from
+    tied_to: str | None = None
+    error: float | None = None
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         count = 1
         for size in self.shape:
             count *= size
@@ -42,21 +63,23 @@ class LayerReport:
 
     @property
     def departs(self) -> bool:
-        """Whether the weight is not in the format that was asked for it: left, promoted, or in another one."""
+        """Whether the weight is not in the requested format: left as it is, promoted, or in a fallback format."""
         return self.stored != self.requested
 
     @property
     def bits_per_weight(self) -> float:
+        """Average bits per weight, scales included; 0 for a float weight that is stored by another layer."""
         if self.stored is not None:
             return get_format(self.stored).bits_per_weight
         return 8 * self.bytes_after / self.numel if self.numel and self.tied_to is None else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """All attributes and `bits_per_weight` in plain types, for JSON."""
         return {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4)}
 
 
 def report_layer(layer: LayerInfo, decision: Decision, again: bool = False) -> LayerReport:
-    """The entry of a weight about which was decided; `again`: it is packed anew even if it has its format already."""
+    """The report entry of a decision. `again`: the weight is packed anew even if it already has its format."""
     stored = decision.format.name if decision.format is not None else layer.packed_as
     after = layer.nbytes
     if decision.format is not None and layer.tied_to is None:

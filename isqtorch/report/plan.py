@@ -1,7 +1,7 @@
-"""plan: what quantize_ would do, without reading a weight.
+"""plan: predict what quantize_ does, without reading a weight.
 
-For a live model (also on the meta device) the answer is exact. For a checkpoint only names and shapes are known: rules that
-look at a module's class cannot apply there, and layers are told apart by what models usually call them.
+For a live model, also on the meta device, the prediction is exact. Of a checkpoint only names and shapes are known. So
+rules that need a module's class do not apply there, and the kind of a layer is guessed from its name.
 """
 
 from __future__ import annotations
@@ -38,20 +38,28 @@ def plan(
     device: torch.device | str | None = None,
     activations: Activations | None = None,
 ) -> QuantReport:
-    """Predict the report of `quantize_`: formats, sizes, promotions, fallbacks and what is left, with reasons.
+    """Predict the report of `quantize_`: formats, sizes, promotions, fallbacks, and layers that stay as they are.
+
+    No weight is read.
 
     Args:
         model: a live model; a folder with safetensors files and, for a transformers model, its config.json; one
-            .safetensors file; or a model id on the Hugging Face Hub, whose headers are fetched.
-        fmt: see `quantize_`, like the other options.
-        device: where the model would end up, which decides what a number of bits means.
+            .safetensors file; or a model id on the Hugging Face Hub, of which only the headers are downloaded.
+        fmt: see `quantize_`. "auto" is refused, because it has to measure weights.
+        topology, organization, include, exclude, fallback, activations: see `quantize_`.
+        device: the device that the model will be on. It decides which format a number of bits means; None: the device
+            of each layer, the CPU for a checkpoint.
 
     Returns:
-        A report with `planned=True`.
+        A report with `planned=True`; sizes in bytes.
 
     Raises:
-        ValueError: a bad option, or a damaged or already quantized checkpoint.
-        OSError: no such file or folder, or the Hub cannot be reached or does not have it.
+        ValueError: an option is bad, or the checkpoint is damaged or already quantized.
+        OSError: a file or folder does not exist, or the Hub cannot be reached or does not have the model.
+
+    Example:
+        report = isqtorch.plan("examples/demo_model/model", 4)
+        print(report.bytes_before, report.bytes_after, report.bits_per_weight)
     """
     options = Options(
         topology=topology,
@@ -71,7 +79,7 @@ def plan(
 
 
 def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -> QuantReport:
-    """The report of a request that is not carried out; `notes` are about the inventory."""
+    """The predicted report of a request. `notes` are added to it."""
     inventory = inventory.on(request.device)
     verdict = decide(inventory.layers, request)
     report = QuantReport.build(inventory, verdict, request.fmt, planned=True)
@@ -80,7 +88,7 @@ def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Inventory, list[str], Mapping[str, Any]]:
-    """What a checkpoint holds, notes for the report, and its config.json; errors as those of `plan`."""
+    """The inventory of a checkpoint, notes for the report, and the contents of config.json. Errors as in `plan`."""
     found = read_headers(source)
     stored = found.config.get("quantization_config")
     if "isqtorch" in found.metadata:

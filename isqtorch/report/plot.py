@@ -1,4 +1,4 @@
-"""Error and bits of every layer, in two panels."""
+"""Plot the error and the bits per weight of every layer, in two panels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _UNITS = {
 def draw(
     path: str | os.PathLike[str], layers: Sequence[LayerReport], choice: Choice | None, bits_per_weight: float
 ) -> None:
-    """See `QuantReport.plot`. With a choice of "auto", the upper panel shows every format that was measured.
+    """Draw the plot of `QuantReport.plot`. With a choice of "auto", the upper panel shows all measured formats.
 
     Args:
         path: the file to write.
-        layers: the quantized ones.
-        choice: what "auto" measured, if it did.
-        bits_per_weight: of the whole model, for the title.
+        layers: the quantized layers.
+        choice: measurements of "auto", or None.
+        bits_per_weight: average over the whole model, for the title.
     """
     try:
         import matplotlib

@@ -1,4 +1,4 @@
-"""QuantReport: what happened (or would happen) to every weight of a model, for people and for programs."""
+"""QuantReport: what was done, or would be done, to every weight of a model, as text and as data."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ _MOST_ROWS = 40  # of the printed table
 
 @dataclass
 class QuantReport:
-    """The whole model. `print(report)` fits on a screen; `print(report.details())` has a line for every layer.
+    """What `quantize_`, `requantize_` or `plan` did to a model, or would do.
+
+    `print(report)` fits on a screen; `print(report.details())` has a line for every layer. `report["lm_head"]` is the
+    entry of one layer.
 
     Attributes:
         layers: one entry per parameter with two or more dimensions, quantized or not, in the order of the model.
-        rest_bytes, rest_numel: all other parameters (norms, biases) and saved buffers, which are never quantized.
+        rest_bytes, rest_numel: size in bytes and number of elements of all other parameters (norms, biases) and of
+            saved buffers. They are never quantized.
         requested: the default format as the user wrote it.
-        planned: True where nothing was done, only predicted.
+        planned: True if nothing was done, only predicted.
         seconds: wall time.
-        notes: everything else that the user should know.
-        imatrix, rule: where importance came from, if any layer used it, and the rule that was asked for.
+        notes: further remarks for the user.
+        imatrix: source of the importance matrix, or None if no layer used one.
+        rule: the `rule` argument.
         choice: what the format "auto" measured and chose; None for other formats.
+
+    Example:
+        report = isqtorch.quantize_(model, "q4k")
+        print(report)
+        print(report.bits_per_weight, [layer.name for layer in report.left])
     """
 
     layers: list[LayerReport]
@@ -52,14 +62,14 @@ class QuantReport:
     def build(
         cls, inventory: Inventory, verdict: Verdict, requested: object, *, planned: bool = False, again: bool = False
     ) -> QuantReport:
-        """The report of decisions that are, or will be, carried out as they stand.
+        """Build the report of decisions.
 
         Args:
             inventory: the weights.
-            verdict: what was decided about each.
-            requested: the format that was asked for.
-            planned: nothing is carried out.
-            again: layers that have their format already are packed once more.
+            verdict: the decision for each weight.
+            requested: the format asked for.
+            planned: whether the decisions are only predicted and not carried out.
+            again: whether layers that already have their format are packed once more.
         """
         pairs = zip(inventory.layers, verdict.decisions, strict=True)
         rows = [report_layer(layer, decision, again) for layer, decision in pairs]
@@ -68,26 +78,35 @@ class QuantReport:
 
     @classmethod
     def of_packed(cls, inventory: Inventory) -> QuantReport:
-        """The report of a model that is as it was loaded."""
+        """The report of a model that was loaded with packed weights.
+
+        Args:
+            inventory: the weights.
+        """
         decisions = [Decision(layer.name, None, None, layer.keep or "") for layer in inventory.layers]
         return cls.build(inventory, Verdict(decisions, []), None)
 
     def __getitem__(self, name: str) -> LayerReport:
-        """The entry of one layer."""
+        """The entry of one layer; KeyError if there is none of this name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise KeyError(name)
 
     def topology(self) -> Topology:
-        """What each layer has now, as a topology: `quantize_(model, None, topology=report.topology())` does the same again.
+        """The formats of all layers as a topology. `.save(path)` writes it as YAML.
 
-        Layers that were left are named, too, so that it holds beside any default format. `.save(path)` writes YAML.
+        `quantize_(model, None, topology=report.topology())` quantizes another copy of the model in the same way. Layers
+        that were left are listed too, so the result does not depend on the default format.
         """
         return Topology.exact({layer.name: layer.stored for layer in self.layers if layer.kind != "other"})
 
     def record(self, choice: Choice) -> None:
-        """Take over what "auto" chose: into the notes, and as the layers' errors, RMS over RMS, where none were measured."""
+        """Add the choice of "auto": its notes, and its relative RMS errors for layers without a measured error.
+
+        Args:
+            choice: what "auto" measured and chose.
+        """
         self.choice = choice
         self.notes += choice.notes
         errors = {name: options[fmt].error ** 0.5 for names, fmt, options in choice.items for name in names}
@@ -96,7 +115,10 @@ class QuantReport:
                 layer.error = errors.get(layer.name)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw error and bits of every layer to a file (PNG, SVG, ...).
+        """Plot the error and the bits per weight of every quantized layer to a file.
+
+        Args:
+            path: the file to write; its extension selects the type (.png, .svg, ...).
 
         Raises:
             ValueError: nothing is quantized.
@@ -111,47 +133,53 @@ class QuantReport:
 
     @property
     def bytes_before(self) -> int:
+        """Size of the model before, in bytes, with everything that is not quantized."""
         return self.rest_bytes + sum(layer.bytes_before for layer in self.layers)
 
     @property
     def bytes_after(self) -> int:
+        """Size of the model afterwards, in bytes, with everything that is not quantized."""
         return self.rest_bytes + sum(layer.bytes_after for layer in self.layers)
 
     @property
     def numel(self) -> int:
-        """Weights in the model, shared ones once, with everything that is not quantized."""
+        """Number of weights in the model, including those that are not quantized; shared weights count once."""
         return self.rest_numel + sum(layer.numel for layer in self.weights)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the whole model, with everything that is not quantized."""
+        """Average over the whole model, including everything that is not quantized."""
         return 8 * self.bytes_after / self.numel if self.numel else 0.0
 
     @property
     def weights(self) -> list[LayerReport]:
-        """The layers without those that share another's weight, like all the lists below."""
+        """The layers without those that share the weight of another; so are the four lists below."""
         return [layer for layer in self.layers if layer.tied_to is None]
 
     @property
     def quantized(self) -> list[LayerReport]:
+        """The weights that have a format."""
         return [layer for layer in self.weights if layer.stored is not None]
 
     @property
     def left(self) -> list[LayerReport]:
+        """The weights that stay as they are, each with its reason."""
         return [layer for layer in self.weights if layer.stored is None]
 
     @property
     def promoted(self) -> list[LayerReport]:
+        """Embeddings and output heads that got a larger format than requested."""
         return [layer for layer in self.quantized if layer.promoted]
 
     @property
     def fallbacks(self) -> list[LayerReport]:
+        """The weights whose shape does not fit the requested format, so that they got another one."""
         return [layer for layer in self.quantized if layer.fell_back]
 
     # ---- output ------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        """Totals and notes, then a table in which layers that are alike share a row; it fits on a screen."""
+        """Totals, notes and a table that fits on a screen: similar layers share a row."""
         head, rows = folded_table(self.layers, _MOST_ROWS)
         lines = [*self.summary(), "", self._text(head, rows)]
         if sum(row[0].startswith("...") for row in rows[-1:]):
@@ -159,7 +187,7 @@ class QuantReport:
         return "\n".join(lines)
 
     def details(self) -> str:
-        """The same with a row for every layer."""
+        """Totals, notes and a table with a row for every layer."""
         return "\n".join([*self.summary(), "", self._text(*layer_table(self.layers))])
 
     @staticmethod
@@ -181,6 +209,7 @@ class QuantReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
+        """The report in plain types, for JSON; `report_version` is the version of this layout."""
         return {
             "report_version": JSON_VERSION,
             "requested": self.requested,
@@ -199,10 +228,15 @@ class QuantReport:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text.
+
+        Args:
+            indent: spaces per level; None puts everything on one line.
+        """
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_markdown(self) -> str:
-        """A table with a row for every layer, then totals and notes as a list."""
+        """The report as Markdown: a table with a row for every layer, then totals and notes as a list."""
         head, rows = layer_table(self.layers)
         table = markdown_table(head, rows, right=[i for i, name in enumerate(head) if name in NUMBERS])
         return "\n".join([table, "", *(f"- {line}" for line in self.summary())]) + "\n"

@@ -1,4 +1,4 @@
-"""The tables of a report: every layer, or layers that differ in numbers of their names only as one row."""
+"""The tables of a report: a row for every layer, or one row for layers whose names differ only in numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBERS = ("count", "shape", "bpw", "before", "after", "error")
 """Columns that are aligned to the right."""
 
 Table = tuple[list[str], list[list[str]]]
-"""Head and rows."""
+"""Column names, and rows."""
 
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:
@@ -22,11 +22,13 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
 
 
 def folded_table(layers: Sequence[LayerReport], most: int) -> Table:
-    """A row for all layers that are alike. What is not as it was asked for comes first.
+    """One row for all layers that are equal except for numbers in their names.
+
+    Layers that are not in the requested format come first.
 
     Args:
-        layers: of a report.
-        most: rows; the last one counts those that are left out.
+        layers: the layers of a report.
+        most: largest number of rows. If there are more, a last row tells how many are left out.
     """
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
@@ -51,7 +53,7 @@ def folded_table(layers: Sequence[LayerReport], most: int) -> Table:
 
 
 def _row(group: Sequence[LayerReport]) -> list[str]:
-    """Layers that are alike. Sizes are added up, and the error is the largest."""
+    """The row of similar layers: sum of their sizes, largest error."""
     first = group[0]
     errors = [layer.error for layer in group if layer.error is not None]
     sizes = [sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group)]
@@ -69,7 +71,7 @@ def _row(group: Sequence[LayerReport]) -> list[str]:
 
 
 def _without_empty(rows: list[list[str]], leave_out: str = "") -> Table:
-    """The table without the columns of errors and reasons where no row has one."""
+    """The table, without the columns "error" and "reason" if they are empty."""
     optional = [i for i, name in enumerate(HEAD) if name in ("error", "reason") and not any(row[i] for row in rows)]
     kept = [i for i, name in enumerate(HEAD) if name != leave_out and i not in optional]
     return [HEAD[i] for i in kept], [[row[i] for i in kept] for row in rows]

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from csrc.cuda.build import Unit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,7 +39,7 @@ INSTRUMENT = {
 
 def library(
     name: str,
-    sources: list[Path],
+    sources: Sequence[Path | Unit],
     variant: str = "plain",
     flags: tuple[str, ...] = (),
     *,
@@ -58,7 +61,9 @@ def library(
     (BUILD / "objects").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         core = pool.map(lambda path: _object(path, [*CORE_FLAGS, *DEFINES[variant]]), CORE)
-        gpu = pool.map(lambda path: _object(path, [*DEFINES[variant], *INSTRUMENT[variant], *flags]), sources)
+        units = [source if isinstance(source, Unit) else Unit(source) for source in sources]
+        seen = [*DEFINES[variant], *INSTRUMENT[variant], *flags]
+        gpu = pool.map(lambda unit: _object(unit.source, [*seen, *unit.defines]), units)
         rest = pool.map(lambda path: _object(path, list(host_flags)), host or [])
         objects = [*core, *gpu, *rest]
     digest = _digest([*(path.name for path in objects), *link])

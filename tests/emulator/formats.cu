@@ -1,4 +1,5 @@
-// What a format's struct gives a product, written out as the weights it stands for, for tests/test_cuda_formats.py.
+// The numbers that a format's struct gives to a product, written as the weights they stand for
+// (tests/test_cuda_formats.py).
 #include <cstring>
 #include <string>
 
@@ -7,6 +8,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+using namespace isqtorch;
 using namespace isqtorch::cuda;
 
 namespace {
@@ -16,13 +18,13 @@ ISQ_DEVICE float number(uint32_t half) {
   return element == Element::kBf16 ? bf16_to_f32((uint16_t)half) : f16_to_f32((uint16_t)half);
 }
 
-// Where in a slice the weight of a pair's half lies, as Order says.
+// The place in a slice of the weight in one half of a pair, by Order.
 constexpr int place(Order order, int t, int pair, int half) {
   return order == Order::kQuads ? 16 * (pair / 2) + 4 * t + pair % 2 + 2 * half : 8 * t + pair + 4 * half;
 }
 
-// A block of threads per chunk. Its bytes go to shared memory as a product has them, behind as many others as the
-// address is off 16. codes[i] is the sum of the pieces less their zero; the numbers of groups of 16 or 32 follow.
+// One block of threads per chunk. Its bytes go to shared memory as in a product, at the same distance from a multiple
+// of 16. codes[i] is the sum of the pieces minus their zero. Scale and offset are written for groups of 16 or 32.
 template <class F, Element element>
 __global__ void take_apart(const uint8_t* row, int64_t k, Shape shape, float* codes, Affine* affine) {
   ISQ_SHARED(uint8_t, bytes, [16 + F::kMaxChunkBytes]);
@@ -49,31 +51,33 @@ __global__ void take_apart(const uint8_t* row, int64_t k, Shape shape, float* co
   }
 }
 
-template <class F>
-int run(const uint8_t* row, int64_t k, Shape shape, bool bf16, float* codes, Affine* affine) {
-  if constexpr (F::kBlock) {
-    shape.block_bytes = sizeof(typename F::Block);
-  } else {
-    shape.block_bytes = F::block_bytes(shape.block);
-  }
+template <class Instance>
+int run(const uint8_t* row, int64_t k, bool bf16, float* codes, Affine* affine) {
+  using F = typename Instance::Struct;
   const auto kernel = bf16 ? take_apart<F, Element::kBf16> : take_apart<F, Element::kF16>;
-  ISQ_LAUNCH(kernel, {(unsigned)((k + kChunk - 1) / kChunk)}, {32}, 0, nullptr, row, k, shape, codes, affine);
+  ISQ_LAUNCH(kernel, {(unsigned)((k + kChunk - 1) / kChunk)}, {32}, 0, nullptr, row, k, Instance::kShape, codes,
+             affine);
   return F::kGroup;
+}
+
+template <class F>
+bool sums_of(bool bf16) {
+  return bf16 ? F::template kSums<Element::kBf16> : F::template kSums<Element::kF16>;
 }
 
 }  // namespace
 
-// Takes a packed row apart into codes [k] and (scale, offset) per group. The size of a group, 0 for an unknown format.
+// Unpacks a row into codes [k] and (scale, offset) per group. Returns the size of a group, or 0 for an unknown format.
 EXPORT int take_row_apart(const char* format, const uint8_t* row, int64_t k, bool bf16, float* codes, Affine* affine) {
-#define ISQ_ENTRY(name, F, block, header) \
-  if (!std::strcmp(format, name)) return run<F>(row, k, {block, 0, header}, bf16, codes, affine);
-  ISQ_ALL_FORMATS(ISQ_ENTRY)
+#define ISQ_ENTRY(name, ...) \
+  if (!std::strcmp(format, name)) return run<Instance<__VA_ARGS__>>(row, k, bf16, codes, affine);
+  ISQ_FORMATS(ISQ_ENTRY)
   return 0;
 }
 // Whether a product needs the sums of x.
 EXPORT bool needs_sums(const char* format, bool bf16) {
-#define ISQ_SUMS(name, F, block, header) \
-  if (!std::strcmp(format, name)) return bf16 ? F::template kSums<Element::kBf16> : F::template kSums<Element::kF16>;
-  ISQ_ALL_FORMATS(ISQ_SUMS)
+#define ISQ_SUMS(name, ...) \
+  if (!std::strcmp(format, name)) return sums_of<Instance<__VA_ARGS__>::Struct>(bf16);
+  ISQ_FORMATS(ISQ_SUMS)
   return true;
 }

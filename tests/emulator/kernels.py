@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from csrc.cuda.build import units
+
 from . import build
 
 VARIANT = os.environ.get("EMULATOR_VARIANT", "plain")
@@ -106,8 +108,7 @@ class KernelError(RuntimeError):
 
 def _built(variant: str) -> Path:
     own = [build.HERE / "kernels.cpp", build.HERE / "formats.cu"]
-    sources = [*own, *sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))]
-    return build.library("kernels", sources, variant, ("-O1",))
+    return build.library("kernels", [*own, *units()], variant, ("-O1",))
 
 
 @cache

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from csrc.cuda.build import operators, units
+
 from . import build
 
 _CSRC = build.ROOT / "csrc"
@@ -26,9 +28,9 @@ def emulated() -> Any:
     folders = library_paths()
     path = build.library(
         "ops",
-        sorted((_CSRC / "cuda").glob("*.cu")),
+        units(),
         flags=("-O1",),  # as in kernels.py, so that the objects are the same
-        host=[_CSRC / "ops.cpp", *sorted((_CSRC / "cuda").glob("*.cpp"))],
+        host=[_CSRC / "ops.cpp", *operators()],
         host_flags=tuple(_FLAGS),
         link=(*(f"-L{Path(folder)}" for folder in folders), "-ltorch_cpu", "-lc10"),
     )

@@ -1,18 +1,19 @@
 // AFQ, MLX's affine formats: groups of 32, 64 or 128 weights with a 16-bit scale and bias, w = scale * code + bias.
 //
-// The grid of a group has its code 0 on the extreme of larger magnitude and hits zero exactly, so the scale is negative
-// where the positive extreme dominates (mlx/backend/cpu/quantized.cpp). By default the codes belong to the rounded
-// scale and bias that are stored; Rule::kMlx takes them from the unrounded ones, as MLX does; Rule::kSearch looks for
-// a better scale and bias.
+// Code 0 of a group is its extreme of larger magnitude, and one code stands for exactly 0; so the scale is negative
+// where the positive extreme is the larger one (mlx/backend/cpu/quantized.cpp). By default codes are computed with the
+// rounded scale and bias that are stored. Rule::kMlx uses the unrounded ones, as MLX does. Rule::kSearch looks for a
+// better scale and bias.
 #pragma once
 
 #include "cpu/formats/bitstream.h"
+#include "cpu/formats/list.h"
 #include "cpu/quantize/line_fit.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// Rounds a scale to f16; to subnormal numbers away from zero. Those are so coarse that a scale rounded down would cut
-// off a large part of the group's range.
+// Rounds a scale to f16, subnormal results away from zero. Subnormal numbers are so coarse that a scale rounded down
+// would cut off a large part of the group's range.
 ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
   Halves h = to_f16(f);
   const LaneInts short_of = (abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f);
@@ -45,7 +46,7 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
     scale = stored_scale->value;
     bias = stored_bias->value;
   }
-  for (int i = 0; i < kGroup; ++i) {  // & nmax: a group of one huge number has the scale 0, and NaN for codes
+  for (int i = 0; i < kGroup; ++i) {  // & nmax: where the scale is 0, of a group of one huge number, the code is NaN
     codes[i] = truncate(clamp(round_even((in.x[i] - bias) / scale), 0.0f, (float)nmax)) & nmax;
   }
   if (in.rule != Rule::kSearch) return;
@@ -56,7 +57,7 @@ __attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int n
 }
 
 template <int kBits, int kGroup, Dtype kScaleType>
-struct Affine : BlockwiseFormat {
+struct Afq : BlockwiseFormat {
 #pragma pack(push, 1)
   struct Block {
     uint16_t scale, bias;
@@ -67,23 +68,6 @@ struct Affine : BlockwiseFormat {
   static constexpr bool kTakesImportance = false;
   static constexpr uint8_t kRules = rule_bit(Rule::kMlx) | rule_bit(Rule::kSearch);
   static constexpr bool kF16 = kScaleType == Dtype::kF16, kF16Scales = kF16;
-
-  // "afq4", "afq4g32", "afq4g128.f16": the default group 64 and bf16 are not spelled out.
-  static constexpr auto kSpelling = [] {
-    struct {
-      char text[16] = {};
-    } name;
-    int n = 0;
-    const auto add = [&](const char* s) {
-      while (*s) name.text[n++] = *s++;
-    };
-    add("afq");
-    name.text[n++] = '0' + kBits;
-    add(kGroup == 32 ? "g32" : kGroup == 128 ? "g128" : "");
-    add(kF16 ? ".f16" : "");
-    return name;
-  }();
-  static constexpr const char* kName = kSpelling.text;
 
   static void decode(const Block& block, float* w) {
     const float scale = kF16 ? f16_to_f32(block.scale) : bf16_to_f32(block.scale);

@@ -1,5 +1,5 @@
-// Codes of any width from 2 to 8 bits as one little-endian bit stream: code k lies in bits [k * bits, (k + 1) * bits).
-// Eight codes fill `bits` bytes exactly, so they are handled eight at a time. Affine and HQQ blocks share this.
+// Codes of 2 to 8 bits as one little-endian bit stream: code k is in bits [k * bits, (k + 1) * bits). Eight codes fill
+// exactly `bits` bytes, so they are handled eight at a time. AFQ and HQQ blocks use this.
 #pragma once
 
 #include "cpu/convert.h"
@@ -9,7 +9,7 @@ namespace isqtorch::ISQ_ISA {
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef float F8 __attribute__((vector_size(32)));
 
-// The first n bytes as a number. In parts, because a copy of n bytes into a wider zero stalls the load that follows it.
+// The first n bytes as a number. Loaded in parts: after a copy of n bytes into a wider zero, the next load would stall.
 template <int n>
 ISQ_INLINE uint64_t load_little_endian(const uint8_t* bytes) {
   if constexpr (n > 4) {
@@ -27,7 +27,7 @@ ISQ_INLINE uint64_t load_little_endian(const uint8_t* bytes) {
   }
 }
 
-// Eight codes: every lane takes the 32-bit word that its code lies in and shifts the code down.
+// Eight codes: each lane takes the 32-bit word with its code and shifts the code down.
 template <int kBits>
 ISQ_INLINE F8 eight_codes(const uint8_t* bytes) {
   const uint64_t eight = load_little_endian<kBits>(bytes);
@@ -39,7 +39,7 @@ ISQ_INLINE F8 eight_codes(const uint8_t* bytes) {
   return __builtin_convertvector(word >> shift & ((1 << kBits) - 1), F8);
 }
 
-// codes [count] -> apply(code) in w [count]
+// w [count] = apply(codes [count])
 template <int kBits, class Apply>
 ISQ_INLINE void load_stream(const uint8_t* bytes, int count, float* w, const Apply& apply) {
   for (int i = 0; i < count; i += 8) {

@@ -3,18 +3,13 @@
 //   code: sign | exponent (4 bits, bias 7) | mantissa (3 bits)     largest 448 = 0x7e, NaN = 0x7f, no infinities
 #pragma once
 
+#include "cpu/formats/list.h"
 #include "cpu/quantize/blockwise.h"
 
 namespace isqtorch::ISQ_ISA {
 
 struct Fp8 : BlockwiseFormat {
-#pragma pack(push, 1)
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
-#pragma pack(pop)
-  static constexpr const char* kName = "fp8";
+  using Block = BlockFp8;
   static constexpr int kBlock = 128;
   static constexpr bool kTakesImportance = false, kF16Scales = false;
   static constexpr float kLargest = 448.0f;
@@ -25,7 +20,7 @@ struct Fp8 : BlockwiseFormat {
   }
 
   static LaneInts quantize(const LaneBlocks<128>& in, Block* out) {
-    // At least the smallest normal number: kernels may flush subnormal scales to zero.
+    // The scale is at least the smallest normal number, because kernels may flush subnormal scales to zero.
     const LaneFloats scale = select(in.largest == 0.0f, 1.0f, max(in.largest / kLargest, splat<LaneFloats>(FLT_MIN)));
     store_bytes<128>(out->codes, sizeof(Block), [&](int i) { return encode(in.x[i] / scale); });
     for (int l = 0; l < kWidth; ++l) out[l].scale = scale[l];
@@ -33,7 +28,7 @@ struct Fp8 : BlockwiseFormat {
   }
 
  private:
-  // Exact, and never through a subnormal f32, which the thread may flush to zero.
+  // Exact. No step uses a subnormal f32, which the thread may flush to zero.
   static F value_of(I code) {
     const I magnitude = code & 0x7f;
     const F normal = as_float((magnitude << 20) + (120 << 23));  // exponent bias 7 to 127
@@ -47,10 +42,10 @@ struct Fp8 : BlockwiseFormat {
   static LaneInts encode(LaneFloats f) {
     const LaneFloats magnitude = min(abs(f), splat<LaneFloats>(kLargest));
     const LaneInts bits = as_int(magnitude);
-    const LaneInts normal =
-        ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);  // keep 3 mantissa bits; exponent bias 127 to 7
-    const LaneInts subnormal =
-        truncate(round_even(magnitude * 512.0f));  // of 2^-9; 8 of them are the first normal number
+    // Keeps 3 mantissa bits and changes the exponent bias from 127 to 7.
+    const LaneInts normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
+    // In steps of 2^-9; 8 steps are the smallest normal number.
+    const LaneInts subnormal = truncate(round_even(magnitude * 512.0f));
     return select(magnitude < 0x1p-6f, subnormal, normal) | (as_int(f) >> 24 & 0x80);
   }
 };

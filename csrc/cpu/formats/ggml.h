@@ -1,18 +1,19 @@
 // ggml's 32-weight formats q4_0 q4_1 q5_0 q5_1 q8_0 q8_1: how a block decodes, and how its codes are chosen.
 #pragma once
 
+#include "cpu/formats/list.h"
 #include "cpu/quantize/blockwise.h"
-#include "cpu/quantize/search.h"
+#include "searches/search.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// The weight of every element's squared error when importance is given: large weights of important columns count most.
+// The weight of each element's squared error when importance is given: large elements in important columns count most.
 template <int kBlock>
 ISQ_INLINE void importance_weights(const LaneBlocks<kBlock>& in, LaneFloats mean_square, LaneFloats* w) {
   for (int i = 0; i < kBlock; ++i) w[i] = in.importance[i] * sqrt(mean_square + in.x[i] * in.x[i]);
 }
 
-// 1 / d, but 0 where that is not finite: for a block of zeros, or of numbers that a 16-bit scale cannot tell from zero.
+// 1 / d, or 0 where that is not finite: for a block of zeros, or of numbers whose 16-bit scale would be zero.
 ISQ_INLINE LaneFloats reciprocal_or_zero(LaneFloats d) {
   const LaneFloats inverse = 1.0f / d;
   return select(abs(inverse) <= FLT_MAX, inverse, 0.0f);
@@ -26,7 +27,7 @@ ISQ_INLINE uint32_t load_high_bits(const uint8_t* qh) {
   return bits;
 }
 
-// The codes of 4- or 5-bit blocks, as q4_0 .. q5_1 share them.
+// Stores the codes of 4- or 5-bit blocks: q4_0 q4_1 q5_0 q5_1.
 template <int kBits, class Block>
 ISQ_INLINE void store_codes(const LaneInts* codes, Block* out) {
   store_bytes<16>(out->qs, sizeof(Block), [&](int j) { return (codes[j] & 15) | (codes[j + 16] & 15) << 4; });
@@ -54,7 +55,6 @@ ISQ_INLINE I load_codes(const Block& block, int half) {
 template <int kBits, class BlockType>
 struct Symmetric32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4_0" : "q5_0";
   static constexpr int kBlock = 32, kHalf = 1 << (kBits - 1);
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
@@ -85,14 +85,13 @@ struct Symmetric32 : BlockwiseFormat {
     return stored.overflow;
   }
 };
-using Q4_0 = Symmetric32<4, BlockQ4_0>;
-using Q5_0 = Symmetric32<5, BlockQ5_0>;
+struct Q4_0 : Symmetric32<4, BlockQ4_0> {};
+struct Q5_0 : Symmetric32<5, BlockQ5_0> {};
 
 // w = d * code + m: q4_1, q5_1
 template <int kBits, class BlockType>
 struct MinMax32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4_1" : "q5_1";
   static constexpr int kBlock = 32, kMax = (1 << kBits) - 1;
   static constexpr bool kTakesImportance = true, kNeedsRowMeanSquare = true;
 
@@ -128,14 +127,13 @@ struct MinMax32 : BlockwiseFormat {
     return stored_d.overflow | stored_m.overflow;
   }
 };
-using Q4_1 = MinMax32<4, BlockQ4_1>;
-using Q5_1 = MinMax32<5, BlockQ5_1>;
+struct Q4_1 : MinMax32<4, BlockQ4_1> {};
+struct Q5_1 : MinMax32<5, BlockQ5_1> {};
 
 // w = d * code, signed bytes: q8_0, and q8_1 which also stores d * sum(codes)
 template <class BlockType, bool kHasSum>
 struct Bytes32 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kHasSum ? "q8_1" : "q8_0";
   static constexpr int kBlock = 32;
   static constexpr bool kTakesImportance = false;
 
@@ -156,13 +154,13 @@ struct Bytes32 : BlockwiseFormat {
     const Halves stored = to_f16(d);
     for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
     if constexpr (kHasSum) {
-      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; no weight is decoded from it
+      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; decoding does not use it
       for (int l = 0; l < kWidth; ++l) out[l].s = s.bits[l];
     }
     return stored.overflow;
   }
 };
-using Q8_0 = Bytes32<BlockQ8_0, false>;
-using Q8_1 = Bytes32<BlockQ8_1, true>;
+struct Q8_0 : Bytes32<BlockQ8_0, false> {};
+struct Q8_1 : Bytes32<BlockQ8_1, true> {};
 
 }  // namespace isqtorch::ISQ_ISA

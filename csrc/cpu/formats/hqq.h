@@ -1,14 +1,15 @@
 // HQQ, half-quadratic quantization: w = (code - zero) * scale with f16 scale and zero.
 //
-// The scale comes from the group's range; the zero point is moved, step by step, to where the p-norm of the error (p =
-// 0.7: outliers count less) is least. The steps end when the mean error of the WHOLE matrix no longer falls, so all
-// groups take each step together. (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy.) Rule::kSearch
-// then looks for a better scale and zero point, group by group.
+// The scale comes from the group's range. The zero point is moved in steps to where the p-norm of the error is least (p
+// = 0.7, so that outliers count less). The steps end when the mean error of the whole matrix no longer falls, so all
+// groups take each step together (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy). Afterwards
+// Rule::kSearch looks for a better scale and zero point in each group.
 #pragma once
 
 #include "cpu/formats/bitstream.h"
+#include "cpu/formats/list.h"
 #include "cpu/quantize/line_fit.h"
-#include "cpu/quantize/power.h"
+#include "searches/power.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -21,12 +22,6 @@ struct Hqq {
   };
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
-  static constexpr const char* kName = kBits == 4 ? (kGroup == 64   ? "hqq4"
-                                                     : kGroup == 32 ? "hqq4g32"
-                                                                    : "hqq4g128")
-                                                  : (kGroup == 64   ? "hqq8"
-                                                     : kGroup == 32 ? "hqq8g32"
-                                                                    : "hqq8g128");
 
   static void decode(const Block& block, float* w) {
     const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
@@ -39,7 +34,7 @@ struct Hqq {
     double best = __builtin_inf();
     for (int step = 0; step < kSteps; ++step) {
       const double error = matrix.move_zeros();
-      if (!(error < best)) break;  // the package keeps this last move, too
+      if (!(error < best)) break;  // the last move is kept, as in the hqq package
       best = error;
     }
     matrix.store();
@@ -50,10 +45,10 @@ struct Hqq {
   static constexpr int kSteps = 20;
   static constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
   static constexpr float kLargestInverse = 2e4f;
-  static constexpr float kFlat = 1e-4f;  // a smaller range is not resolved
+  static constexpr float kFlat = 1e-4f;  // a group of smaller range counts as constant
   static constexpr float kLargestF16 = 65504.0f;
   static constexpr float kExact = 2000.0f;     // integers up to 2048 are exact in f16
-  static constexpr float kShrinkFrom = 0.17f;  // below 0.1^(1/1.3) = 0.1701 |e|^-0.3 / 10 exceeds |e|: nothing is left
+  static constexpr float kShrinkFrom = 0.17f;  // for |e| < 0.1^(1/1.3) = 0.1701 the result is 0
 
   static LaneFloats integer_for(LaneFloats x, LaneFloats inverse, LaneFloats zero) {
     return clamp(round_even(x * inverse + zero), 0.0f, (float)kMax);
@@ -69,13 +64,13 @@ struct Hqq {
     return select(large & (rest > 0.0f), with_sign, zero);
   }
 
-  // The matrix and the state of its solver: inverse scale and zero point of every group, kept as vectors, a lane to a
-  // group.
+  // The matrix and the state of its solver: the inverse scale and the zero point of every group, as vectors with one
+  // group per lane.
   struct Matrix {
     const QuantizeJob& job;
     const int64_t groups, units;
     LaneFloats *inverse, *zero;  // [units]
-    LaneDoubles* errors;         // [units]: sums of |e|, added up in a fixed order whatever the threads did
+    LaneDoubles* errors;         // [units]: sums of |e|, to be added in an order that does not depend on threads
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
@@ -114,7 +109,7 @@ struct Hqq {
         const LaneFloats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
         inverse[unit] = select(exact > kLargestInverse, kLargestInverse, exact);
         zero[unit] = -low * inverse[unit];
-        if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the package's default for 4 bits
+        if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the hqq package's default for 4 bits
       });
     }
 
@@ -133,7 +128,7 @@ struct Hqq {
         errors[unit] = size;
       });
       double sum = 0;
-      for (int64_t first = 0; first < groups; first += 16) {  // by sixteen, on every ISA level
+      for (int64_t first = 0; first < groups; first += 16) {  // sixteen at a time on every ISA level
         double part = 0;
         for (int64_t g = first; g < first + 16 && g < groups; ++g) part += errors[g / kWidth][g % kWidth];
         sum += part;
@@ -141,8 +136,8 @@ struct Hqq {
       return sum / ((double)groups * kGroup);
     }
 
-    // Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones. A zero beyond f16 (a narrow
-    // group far from 0) is never stored as infinity: such a group gets a coarser scale that puts it at +-2000.
+    // Rounds scale and zero to f16 and computes the codes with the rounded ones. A zero beyond f16 (a narrow group far
+    // from 0) is never stored as infinity: such a group gets a coarser scale that puts the zero at +-2000.
     void store() {
       const bool search = job.rule == Rule::kSearch;
       for_units(
@@ -180,9 +175,9 @@ struct Hqq {
 template <int kBits, int kGroup>
 struct KernelsOf<Hqq<kBits, kGroup>> {
   using Format = Hqq<kBits, kGroup>;
-  static constexpr FormatKernels get() {
-    return {Format::kName,         kGroup,          sizeof(typename Format::Block), rule_bit(Rule::kSearch),
-            decode_blocks<Format>, Format::quantize};
+  static constexpr FormatKernels get(const char* name) {
+    return {
+        name, kGroup, sizeof(typename Format::Block), rule_bit(Rule::kSearch), decode_blocks<Format>, Format::quantize};
   }
 };
 

@@ -9,7 +9,6 @@ namespace isqtorch::ISQ_ISA {
 
 struct Q2K : BlockwiseFormat {
   using Block = BlockQ2K;
-  static constexpr const char* kName = "q2k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
@@ -20,7 +19,7 @@ struct Q2K : BlockwiseFormat {
       scale[j] = d * (float)(block.scales[j] & 15);
       offset[j] = dmin * (float)(block.scales[j] >> 4);
     }
-    for (int run = 0; run < 4; ++run) {  // sixteen bytes: codes of the sub-blocks j, j + 2, j + 4, j + 6
+    for (int run = 0; run < 4; ++run) {  // sixteen bytes hold codes of the sub-blocks j, j + 2, j + 4, j + 6
       const I bytes = load_bytes(block.qs + 16 * run);
       for (int c = 0; c < 4; ++c) {
         const int j = run / 2 * 8 + run % 2 + 2 * c;
@@ -68,7 +67,7 @@ struct Q2K : BlockwiseFormat {
   }
 
  private:
-  // Nonnegative scales as integers 0 .. 15 times the value returned.
+  // Nonnegative scales as integers 0 .. 15, each times the returned number.
   static LaneFloats integer_scales(const LaneFloats* scales, LaneInts* integers) {
     LaneFloats largest = splat<LaneFloats>(0.0f);
     for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
@@ -81,8 +80,9 @@ struct Q2K : BlockwiseFormat {
 
 // ---- q4k, q5k: w = d * ls * code - dmin * lm, sub-blocks of 32 ----------------------------------------------------
 
-// Eight pairs of 6-bit numbers in 12 bytes: pairs 0-3 lie in the low six bits of bytes 0-3 and 4-7; pairs 4-7 have
-// their low four bits in bytes 8-11 (scale low nibble, min high nibble) and the other two on top of bytes 0-3 and 4-7.
+// Eight pairs of 6-bit numbers in 12 bytes. Pairs 0-3 are in the low six bits of bytes 0-3 and 4-7. Pairs 4-7 have
+// their low four bits in bytes 8-11 (scale low nibble, min high nibble) and their high two bits on top of bytes 0-3 and
+// 4-7.
 ISQ_INLINE void unpack_pairs(const uint8_t* packed, int* scales, int* mins) {
   for (int j = 0; j < 4; ++j) {
     scales[j] = packed[j] & 63;
@@ -103,7 +103,6 @@ ISQ_INLINE void store_pairs(const LaneInts* scales, const LaneInts* mins, void* 
 template <int kBits, class BlockType>
 struct Pairs256 : BlockwiseFormat {
   using Block = BlockType;
-  static constexpr const char* kName = kBits == 4 ? "q4k" : "q5k";
   static constexpr int kBlock = 256, kMax = (1 << kBits) - 1;
   static constexpr bool kTakesImportance = true;
 
@@ -111,8 +110,8 @@ struct Pairs256 : BlockwiseFormat {
     int ls[8], lm[8];
     unpack_pairs(block.scales, ls, lm);
     const float d = f16_to_f32(block.d), dmin = f16_to_f32(block.dmin);
-    for (int run = 0; run < 8;
-         ++run) {  // sixteen bytes: half of sub-block j in the low nibbles, half of j + 1 in the high ones
+    // Sixteen bytes hold half of sub-block j in their low nibbles, and half of j + 1 in the high ones.
+    for (int run = 0; run < 8; ++run) {
       const I bytes = load_bytes(block.qs + 16 * run);
       for (int c = 0; c < 2; ++c) {
         const int j = run / 2 * 2 + c;
@@ -176,19 +175,19 @@ struct Pairs256 : BlockwiseFormat {
     for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
   }
 
-  // Nonnegative scales as integers 0 .. 63 times the value returned.
+  // Nonnegative scales as integers 0 .. 63, each times the returned number.
   static LaneFloats integer_scales(const LaneFloats* scales, LaneInts* integers) {
     LaneFloats largest = splat<LaneFloats>(0.0f);
     for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
     const LaneFloats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
     for (int j = 0; j < 8; ++j) {
-      const LaneInts byte = nearest_int(inverse * scales[j]) & 255;  // the model keeps it in an unsigned byte
+      const LaneInts byte = nearest_int(inverse * scales[j]) & 255;  // ggml stores it in an unsigned byte
       integers[j] = select(byte > 63, 63, byte);
     }
     return largest / 63.0f;
   }
 };
-using Q4K = Pairs256<4, BlockQ4K>;
-using Q5K = Pairs256<5, BlockQ5K>;
+struct Q4K : Pairs256<4, BlockQ4K> {};
+struct Q5K : Pairs256<5, BlockQ5K> {};
 
 }  // namespace isqtorch::ISQ_ISA

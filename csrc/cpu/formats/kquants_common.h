@@ -1,4 +1,5 @@
-// What the quantizers of the 256-weight formats share.
+// ggml's K-quants have 256 weights in a block, which is cut into sub-blocks of 16 or 32 with small integer scales of
+// their own; one or two numbers per block scale these in turn. Here is what their quantizers share.
 #pragma once
 
 #include "cpu/formats/ggml.h"
@@ -25,12 +26,13 @@ ISQ_INLINE void sub_block_sums(const LaneFloats* w, LaneFloats* sums) {
   }
 }
 
-// The searches chose levels for exact scales. Choose them again for the scale d and offset m that were stored; where
-// the stored scale is 0 the search's levels stay. No |x| exceeds `largest`.
+// The searches chose levels for exact scales. This chooses them again for the stored scale d and offset m; where the
+// stored scale is 0 the levels of the search remain. No |x| exceeds `largest`.
 //
-// The formula divides, which takes longer than all the rest. Multiplying by 1 / d gives nearly the same quotient: in
-// or near the range of codes the two differ by less than 1e-5, so they round alike unless that one lies next to the
-// middle between two integers. Then, and where a quotient might be so large that nearest_int wraps around, divide.
+// The formula divides, which takes longer than all the rest. Multiplying by 1 / d gives nearly the same quotient: in or
+// near the range of codes the two differ by less than 1e-5, so both round to the same integer unless the quotient is
+// close to the middle between two integers. In that case, and where a quotient may be so large that nearest_int wraps
+// around, this divides.
 template <int kCount>
 ISQ_INLINE void codes_for_stored_scale(const LaneFloats* x, LaneFloats largest, LaneFloats d, LaneFloats m, int low,
                                        int high, int shift, const LaneFloats* levels, LaneInts* codes) {
@@ -48,7 +50,7 @@ ISQ_INLINE void codes_for_stored_scale(const LaneFloats* x, LaneFloats largest, 
   }
 }
 
-// 2-bit codes, four to a byte, as q2k and q3k share them.
+// 2-bit codes, four to a byte: q2k q3k.
 template <class Block>
 ISQ_INLINE void store_crumbs(const LaneInts* codes, Block* out) {
   store_bytes<64>(out->qs, sizeof(Block), [&](int j) {

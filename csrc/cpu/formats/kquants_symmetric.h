@@ -1,4 +1,4 @@
-// q3k q6k q8k: every sub-block, or the block, has a scale; zero is zero.
+// q3k q6k q8k: every sub-block, or the whole block, has a scale. There is no offset, so zero stays zero.
 #pragma once
 
 #include "cpu/formats/kquants_common.h"
@@ -10,11 +10,10 @@ namespace isqtorch::ISQ_ISA {
 
 struct Q3K : BlockwiseFormat {
   using Block = BlockQ3K;
-  static constexpr const char* kName = "q3k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
-  // t[j], 6 bits: the low four in the nibbles of bytes 0-7, the high two in bits 2 (j / 4) of bytes 8-11.
+  // t[j] has 6 bits: the low four in a nibble of bytes 0-7, the high two in bits 2 (j / 4) and up of byte 8 + j % 4.
   static void unpack_scales(const uint8_t* packed, int* t) {
     for (int j = 0; j < 16; ++j) {
       const int low = j < 8 ? packed[j] & 15 : packed[j - 8] >> 4;
@@ -55,7 +54,7 @@ struct Q3K : BlockwiseFormat {
       const LaneInts zero = extreme == 0.0f;
       const LaneFloats inverse = -32.0f / extreme;
       for (int j = 0; j < 16; ++j) {
-        const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
+        const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // ggml stores it in a signed byte
         t[j] = select(zero, 0, clamp(byte, -32, 31) + 32);
       }
       d = select(zero, 0.0f, 1.0f / inverse);
@@ -80,13 +79,12 @@ struct Q3K : BlockwiseFormat {
 
 struct Q6K : BlockwiseFormat {
   using Block = BlockQ6K;
-  static constexpr const char* kName = "q6k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = true;
 
   static void decode(const Block& block, float* w) {
     const float d = f16_to_f32(block.d);
-    for (int run = 0; run < 4; ++run) {  // of 32 weights in each of the four quarters of a half
+    for (int run = 0; run < 4; ++run) {  // sixteen weights of each quarter of a half block
       const int half = run / 2, first = 16 * (run % 2);
       const I high = load_bytes(block.qh + 32 * half + first);
       for (int quarter = 0; quarter < 4; ++quarter) {
@@ -135,7 +133,6 @@ struct Q6K : BlockwiseFormat {
 
 struct Q8K : BlockwiseFormat {
   using Block = BlockQ8K;
-  static constexpr const char* kName = "q8k";
   static constexpr int kBlock = 256;
   static constexpr bool kTakesImportance = false, kF16Scales = false;
 
@@ -147,7 +144,7 @@ struct Q8K : BlockwiseFormat {
   static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
     const LaneFloats extreme = first_extreme(in.x, 256);
     const LaneFloats inverse = -127.0f / extreme;
-    const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
+    const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // all weights are zero or nearly zero
     const LaneFloats d = select(zero, 0.0f, 1.0f / inverse);
     LaneInts codes[256];
     for (int j = 0; j < 16; ++j) {

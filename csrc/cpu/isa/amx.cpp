@@ -1,18 +1,12 @@
-// AMX, matrix tiles of int8 and bf16: Sapphire Rapids and later. The fewest rows of x are avx512bf16's business.
+// AMX, matrix tiles of int8 and bf16: Sapphire Rapids and later. For the fewest rows of x this level uses the row
+// kernels of avx512bf16.
 #if defined(__x86_64__)
 
-#include "cpu/isa/prelude.h"
+#include "cpu/isa/target_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                                       \
-    __attribute__((target(                                                                                                          \
-        "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,gfni,amx-tile,amx-bf16,amx-int8"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,gfni,amx-tile,amx-bf16,amx-int8")
-#endif
+ISQ_TARGET_REGION(
+    "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,"
+    "avx512vnni,avx512vbmi,avx512bf16,gfni,amx-tile,amx-bf16,amx-int8")
 
 #define ISQ_ISA amx
 #define ISQ_VECTOR_FLOATS 16
@@ -31,10 +25,6 @@ const PanelKernels* panel_kernels() { return kernels_for<AmxPanels>(AllFormats{}
 
 }  // namespace isqtorch::amx
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISQ_END_TARGET_REGION
 
 #endif

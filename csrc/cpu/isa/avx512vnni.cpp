@@ -1,25 +1,15 @@
 // AVX-512 with dot products of bytes: Cascade Lake, Ice Lake.
 #if defined(__x86_64__)
 
-#include "cpu/isa/prelude.h"
+#include "cpu/isa/target_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-#endif
+ISQ_TARGET_REGION("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 #define ISQ_ISA avx512vnni
 #define ISQ_VECTOR_FLOATS 16
 #define ISQ_VNNI
 #include "cpu/isa/linear_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISQ_END_TARGET_REGION
 
 #endif

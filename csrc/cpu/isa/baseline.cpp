@@ -1,4 +1,4 @@
-// The level every machine has: SSE2 on x86-64, NEON on arm64, whatever the compiler assumes elsewhere.
+// The level that every machine has: SSE2 on x86-64, NEON on arm64, elsewhere what the compiler assumes.
 #define ISQ_ISA baseline
 #define ISQ_VECTOR_FLOATS 4
 #include "cpu/isa/formats_region.h"

@@ -1,19 +1,24 @@
-// Decoders and quantizers, compiled once per level that makes a difference to them, in namespace isqtorch::ISQ_ISA. No
-// include guard in spirit: each file under isa/ is one translation unit with one region.
+// Decoders and quantizers in namespace isqtorch::ISQ_ISA, for the levels that make a difference to them. Included once
+// per isa/*.cpp: each of these is one translation unit for one level.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
+#include "cpu/formats/affine.h"
+#include "cpu/formats/fp8.h"
+#include "cpu/formats/ggml.h"
+#include "cpu/formats/hqq.h"
+#include "cpu/formats/kquants_affine.h"
+#include "cpu/formats/kquants_symmetric.h"
 #include "cpu/formats/list.h"
 
 namespace isqtorch::ISQ_ISA {
 
-template <class... Format>
-FormatTable format_table_of(Formats<Format...>) {
-  static const FormatKernels formats[] = {KernelsOf<Format>::get()...};
-  return {formats, sizeof...(Format), load_floats, store_floats, add_squares};
+FormatTable format_table() {
+#define ISQ_ENTRY(name, ...) KernelsOf<__VA_ARGS__>::get(name),
+  static const FormatKernels formats[] = {ISQ_FORMATS(ISQ_ENTRY)};
+#undef ISQ_ENTRY
+  return {formats, sizeof formats / sizeof *formats, load_floats, store_floats, add_squares};
 }
-
-FormatTable format_table() { return format_table_of(AllFormats{}); }
 
 }  // namespace isqtorch::ISQ_ISA

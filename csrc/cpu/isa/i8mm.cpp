@@ -1,14 +1,10 @@
-// NEON with dot products of unsigned by signed bytes, too: from 2021 on (Neoverse V1, Graviton3, Apple M2).
+// NEON with dot products of signed bytes and of unsigned by signed bytes: from 2021 on (Neoverse V1, Graviton3, Apple
+// M2).
 #if defined(__aarch64__)
 
-#include "cpu/isa/prelude.h"
+#include "cpu/isa/target_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("dotprod,i8mm"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
-#endif
+ISQ_TARGET_REGION(ISQ_GCC_OR_CLANG("arch=armv8.2-a+dotprod+i8mm", "dotprod,i8mm"))
 
 #define ISQ_ISA i8mm
 #define ISQ_VECTOR_FLOATS 4
@@ -16,10 +12,6 @@
 #define ISQ_I8MM
 #include "cpu/isa/linear_region.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ISQ_END_TARGET_REGION
 
 #endif

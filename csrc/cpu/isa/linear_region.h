@@ -1,8 +1,7 @@
-// The kernels of `linear`, compiled once per level, in namespace isqtorch::ISQ_ISA. No include guard in spirit, as in
-// formats_region.h.
+// The kernels of `linear` in namespace isqtorch::ISQ_ISA. Included once per isa/*.cpp, as formats_region.h.
 #pragma once
 
-#include "cpu/isa/prelude.h"
+#include "cpu/prelude.h"
 
 #include "cpu/linear/int8_panels.h"
 #include "cpu/linear/row_family.h"
@@ -11,7 +10,7 @@
 namespace isqtorch::ISQ_ISA {
 
 const RowKernels* row_kernels() { return kernels_for<RowFamily>(AllFormats{}); }
-// Dot products of bf16 add nothing to those of int8: there the panels are avx512vnni's.
+// Dot products of bf16 are no faster here than those of int8, so avx512bf16 uses the panels of avx512vnni.
 #if (ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)) && !defined(ISQ_BF16)
 const PanelKernels* panel_kernels() { return kernels_for<Int8Panels>(AllFormats{}); }
 #endif

@@ -1,9 +1,9 @@
 // `linear` for many rows of x on AMX: weights decoded to bf16, sixteen rows by 32 weights to a tile, times x in bf16.
 //
-// Weights are the left operand, which wants rows as they are; x is the right one and is packed once per call, in pairs
-// along k. Tiles lie one behind the other in memory. Along k both sides are in the order of the format's code vectors
-// (weight_at in rows.h), the bytes of each word apart, so that a decoder never has to put weights in order. Sums are
-// f32 tiles, 16 weight rows by 16 rows of x, transposed at the end.
+// Weights are the left operand of the tile product, whose rows stay rows. x is the right operand; it is packed once per
+// call, in pairs along k. Tiles follow one another in memory. Along k both sides are in the order of the format's code
+// vectors (weight_at in rows.h) with the bytes of each word apart, so that a decoder never has to reorder weights. Sums
+// are f32 tiles of 16 weight rows by 16 rows of x, transposed at the end.
 #pragma once
 
 #include "cpu/linear/fp8_rows.h"
@@ -24,7 +24,7 @@ inline int64_t amx_packed_bytes(int64_t k) { return tiles_along_k(k) * kTileByte
 
 // ---- packing x ----------------------------------------------------------------------------------------------------
 
-// Of two vectors with the activations of 64 codes in order, those of the tile row `half` (see store_bf16).
+// The activations that meet tile row `half` (see store_bf16), from two vectors with the activations of 64 codes.
 ISQ_INLINE __m512i words_of_tile(const uint16_t* ordered, int half) {
   static constexpr auto kWords = [] {
     struct {
@@ -39,7 +39,7 @@ ISQ_INLINE __m512i words_of_tile(const uint16_t* ordered, int half) {
                                    _mm512_load_si512(ordered + 32));
 }
 
-// Facts: of UnitFacts, kWeights, kOrder and kPlainQuarters. kWordwise: as store_bf16 has them, else in that order.
+// Facts: UnitFacts, or a struct with its kWeights, kOrder and kPlainQuarters. kWordwise: reorder as store_bf16 does.
 template <class Facts, bool kWordwise>
 void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
   constexpr int kWeights = Facts::kWeights;
@@ -74,8 +74,8 @@ void pack_amx_tokens(const float* x, int tokens, int64_t k, void* packed) {
 
 // ---- decoding -----------------------------------------------------------------------------------------------------
 
-// The 64 weights of a code vector as bf16: the bytes 0 and 1 of its words become a row of one tile, 2 and 3 of the
-// next.
+// Stores the 64 weights of a code vector as bf16: bytes 0 and 1 of its words become a row of one tile, bytes 2 and 3 a
+// row of the next tile.
 ISQ_INLINE void store_bf16(__m512i codes, __m512 scale, __m512 offset, uint8_t* out) {
   const __m512i byte = _mm512_set1_epi32(255);
   const auto weights = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, offset); };
@@ -87,7 +87,7 @@ ISQ_INLINE void store_bf16(__m512i codes, __m512 scale, __m512 offset, uint8_t* 
   _mm512_store_si512(out + kTileBytes, (__m512i)_mm512_cvtne2ps_pbh(w3, w2));
 }
 
-// One unit of one row into the tiles of its sixteen rows.
+// Decodes one unit of one row into the tiles of its sixteen rows.
 template <class Unit>
 ISQ_INLINE void decode_unit(const uint8_t* unit, const UnitLayout& layout, uint8_t* tiles) {
   using Facts = UnitFacts<Unit>;
@@ -95,7 +95,7 @@ ISQ_INLINE void decode_unit(const uint8_t* unit, const UnitLayout& layout, uint8
   Floats scale, offset;
   Unit::load(unit, layout, codes, &scale, &offset);
   if constexpr (!Unit::kAffine) offset = scale * (float)-Unit::kCenter;
-  // Lane 4q + i of the scales is for quarter q of the vectors in run i.
+  // Lane 4q + i of the scales belongs to quarter q of the vectors in run i.
   const auto run = [&](auto i) {
     constexpr int kFirst = i * Facts::kDots, kLane = i * 0x55;
     const __m512 scales = _mm512_permute_ps((__m512)scale.part[0], kLane);
@@ -121,7 +121,7 @@ void decode_amx_panel(const DecodeJob& job) {
     const uint8_t* w = job.w + row * job.row_bytes;
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
     const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
-    // A short piece of each row is too little for the hardware prefetcher.
+    // The pieces of the rows are too short for the hardware prefetcher.
     const uint8_t* ahead = w + kRowsAhead * job.row_bytes;
     for (int64_t b = first * unit_bytes; b < last * unit_bytes; b += 64) __builtin_prefetch(ahead + b);
     for (int64_t u = first; u < last; ++u, out += kWeights / kTileWeights * kTileBytes) {
@@ -137,8 +137,8 @@ void decode_amx_panel(const DecodeJob& job) {
   }
 }
 
-// 64 codes become 32 words of two bf16 (see Fp8Step); to be scaled, the lower and the upper ones of sixteen words
-// become f32, and then sixteen neighbours of a tile's row.
+// 64 codes become 32 words of two bf16 (see Fp8Step). To be scaled, the lower and the upper halves of sixteen words
+// become f32, which then are sixteen neighbours in a tile's row.
 struct Fp8Facts {
   static constexpr int kWeights = 128;
   static constexpr bool kPlainQuarters = false;
@@ -159,13 +159,13 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
   for (int64_t row = 0; row < job.rows; ++row) {
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
-    const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / Fp8::kBlock * (int64_t)sizeof(Fp8::Block);
-    for (int64_t k = job.k_begin; k < job.k_end; k += Fp8::kBlock, block += sizeof(Fp8::Block)) {
+    const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / kFp8Block * (int64_t)sizeof(BlockFp8);
+    for (int64_t k = job.k_begin; k < job.k_end; k += kFp8Block, block += sizeof(BlockFp8)) {
       __builtin_prefetch(block + kRowsAhead * job.row_bytes);
       __builtin_prefetch(block + kRowsAhead * job.row_bytes + 64);
       const __m512 scale = _mm512_set1_ps(load_f32(block));
-      for (int step = 0; step < Fp8::kBlock; step += Fp8Step::kWeights) {
-        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + step);
+      for (int step = 0; step < kFp8Block; step += Fp8Step::kWeights) {
+        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(BlockFp8, codes) + step);
         for (int half = 0; half < 2; ++half, out += kTileBytes) {
           const __m512 low = _mm512_mul_ps((__m512)_mm512_slli_epi32(w.half[half], 16), scale);
           const __m512 high = _mm512_mul_ps((__m512)_mm512_and_si512(w.half[half], upper), scale);
@@ -180,7 +180,7 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-// Two tiles of weight rows times two of tokens: tiles 0-3 are sums, 4-5 weights, 6-7 tokens.
+// Two tiles of weight rows times two tiles of tokens: tiles 0-3 are sums, 4-5 weights, 6-7 tokens.
 ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8_t* x0, const uint8_t* x1,
                                int64_t tiles, float* s00, float* s01, float* s10, float* s11, bool first) {
   if (first) {
@@ -231,7 +231,7 @@ ISQ_INLINE void multiply_tiles(const uint8_t* w0, const uint8_t* w1, const uint8
   _tile_stored(2, s1, 64);
 }
 
-// sums: a tile for every 16 rows and 16 tokens, tokens fastest.
+// sums: one tile per 16 rows and 16 tokens; tokens vary fastest.
 inline void multiply_amx_panel(const ProductJob& job) {
   constexpr TileShape kFull = {16, 64};
   constexpr TileShape kShapes[8] = {kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull};

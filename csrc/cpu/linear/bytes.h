@@ -1,6 +1,6 @@
-// Vectors of 64 bytes for the dot-product kernels, whatever registers the level has: one 512-bit register, two of 256
-// bits or four of 128. The kernels see four quarters of 16 bytes (no operation but the ones named so moves data between
-// quarters) and sixteen 32-bit lanes, four to a quarter.
+// Vectors of 64 bytes for the dot-product kernels, as one register of 512 bits, two of 256 or four of 128. The kernels
+// see four quarters of 16 bytes and sixteen 32-bit lanes, four to a quarter. Only operations whose comment says so move
+// data between quarters.
 #pragma once
 
 #include "cpu/convert.h"
@@ -27,7 +27,7 @@ struct Floats {
   NativeF32 part[kParts];
 };
 
-// Part by part: GCC keeps a copy of the whole struct in memory.
+// Part by part: for a copy of the whole struct, GCC would go through memory.
 template <class Wide>
 ISQ_INLINE Wide load_wide(const void* from) {
   Wide v;
@@ -39,7 +39,7 @@ ISQ_INLINE Wide load_wide(const void* from) {
 ISQ_INLINE Bytes load_64(const void* p) { return load_wide<Bytes>(p); }
 ISQ_INLINE Quarter load_16(const void* p) {
 #if defined(__aarch64__)
-  return (Quarter)vld1q_u8(static_cast<const uint8_t*>(p));  // GCC copies some others through general registers
+  return (Quarter)vld1q_u8(static_cast<const uint8_t*>(p));  // GCC moves a memcpy through general registers
 #else
   Quarter v;
   std::memcpy(&v, p, sizeof v);
@@ -48,7 +48,7 @@ ISQ_INLINE Quarter load_16(const void* p) {
 }
 ISQ_INLINE Quarter load_8_twice(const void* p) {
 #if defined(__x86_64__)
-  double once;  // bits, not a number; they may lie at any address
+  double once;  // bits, not a number; p may have any alignment
   std::memcpy(&once, p, sizeof once);
   return (Quarter)_mm_set1_pd(once);
 #elif defined(__aarch64__)
@@ -74,7 +74,7 @@ ISQ_INLINE Bytes operator^(Bytes a, uint8_t mask) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] ^ mask;
   return a;
 }
-// The bits in `mask` from a, the others from b.
+// Bits in `mask` come from a, the others from b.
 ISQ_INLINE Bytes select_bits(uint8_t mask, Bytes a, Bytes b) {
 #if ISQ_VECTOR_FLOATS == 16
   const __m512i bits = _mm512_set1_epi8((char)mask);
@@ -84,8 +84,8 @@ ISQ_INLINE Bytes select_bits(uint8_t mask, Bytes a, Bytes b) {
 #endif
 }
 
-// Shifts and products are of 16-bit lanes, because x86 has no shifts of bytes: bits of the neighbour come in, and a
-// mask has to follow.
+// Shifts and products work on 16-bit lanes, because x86 cannot shift bytes. Bits of the neighbour byte come in, so a
+// mask must follow.
 template <int n>
 ISQ_INLINE Bytes shift_right(Bytes a) {
   for (int p = 0; p < kParts; ++p) a.part[p] = (NativeU8)((NativeU16)a.part[p] >> n);
@@ -101,11 +101,11 @@ ISQ_INLINE Bytes multiply_16(Bytes a, Bytes factors) {
   return a;
 }
 #if defined(ISQ_GFNI)
-// Bit i of each byte becomes the sum modulo 2 of some bits of the same byte: those in byte 7 - i of the matrix for its
-// eight bytes.
+// Each bit i of a byte becomes the sum modulo 2 of some bits of that byte: those in byte 7 - i of the matrix for its
+// group of eight bytes.
 ISQ_INLINE __m512i mix_bits(__m512i a, __m512i matrices) { return _mm512_gf2p8affine_epi64_epi8(a, matrices, 0); }
 
-// The matrix for taking one bit each, from the lowest on; -1: zero.
+// The matrix that takes bit b0 as the lowest bit, b1 as the next, ...; -1 gives zero.
 constexpr uint64_t picks(int b0, int b1, int b2, int b3, int b4, int b5, int b6, int b7) {
   const int from[8] = {b0, b1, b2, b3, b4, b5, b6, b7};
   uint64_t matrix = 0;
@@ -119,7 +119,7 @@ ISQ_INLINE Bytes pick_bits(Bytes a) {  // kUpperMatrix: for the bytes 8-15 of ea
 }
 #endif
 
-// The bits from kFirst on, at the bottom.
+// Moves kCount bits from kFirst on to the bottom of each byte.
 template <int kFirst, int kCount>
 ISQ_INLINE Bytes bit_field(Bytes a) {
   if constexpr (kFirst == 0) return a & ((1 << kCount) - 1);
@@ -208,7 +208,7 @@ ISQ_INLINE Bytes shuffle(Bytes a, Quarter index) {
 #endif
 }
 
-// Sixteen bytes to four times sixteen: byte j becomes byte kIndex[j] of them, or zero where that is above 127.
+// Spreads sixteen bytes over 64: byte j becomes byte index.from[j] of them, or zero where that is above 127.
 struct Spread {
   uint8_t from[64];
 };
@@ -231,7 +231,7 @@ ISQ_INLINE Bytes spread(Quarter sixteen, const Spread& index) {
   return bytes;
 }
 
-// Byte j of quarter q of code, plus `value` where bit j of the 16-bit word at from[q] is set: a bit that codes lack.
+// Adds `value` to byte j of quarter q where bit j of the 16-bit word at from[q] is set: one more bit of a code.
 ISQ_INLINE Bytes add_where(Bytes code, const uint8_t* const* from, uint8_t value) {
 #if ISQ_VECTOR_FLOATS == 16
   uint64_t bits = 0;

@@ -1,11 +1,11 @@
-// Dot products of bytes, four to a lane, and what adds up lanes.
+// Dot products of bytes, four products to a lane, and sums over lanes.
 #pragma once
 
 #include "cpu/linear/simd.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// Whether a dot product takes unsigned bytes up to 255; otherwise full-range codes go in as signed ones, code - 128.
+// Whether the dot product takes unsigned bytes up to 255. Otherwise codes of the full range are signed: code - 128.
 #if defined(ISQ_VNNI) || defined(ISQ_I8MM)
 constexpr bool kUnsignedDots = true;
 #else
@@ -45,7 +45,7 @@ ISQ_INLINE int32x4_t add_dots(int32x4_t acc, NativeU8 u, NativeU8 a, [[maybe_unu
 #endif
 }
 
-// acc[t] += the dot products of one word of each of sixteen rows with word kWord of a[t].
+// acc[t] += dot products of word kWord of a[t] with one word of each of sixteen rows.
 template <int kWord, int kTokens, int kMaxCode>
 ISQ_INLINE void add_dots_of_word(Ints* acc, const uint8_t* codes, const Quarter* a) {
   for (int p = 0; p < kParts; ++p) {
@@ -61,7 +61,7 @@ ISQ_INLINE void add_dots_of_word(Ints* acc, const uint8_t* codes, const Quarter*
 }
 #endif
 
-// Every lane: the sum of its four products u * a, of kDots pairs of vectors. Codes of the full range 0 .. 255 count as
+// Per lane, the sum of its four products u * a, over kDots pairs of vectors. Codes of the full range 0 .. 255 enter as
 // u - 128 unless kUnsignedDots.
 template <int kDots, int kMaxCode>
 ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
@@ -119,11 +119,11 @@ ISQ_INLINE Ints dot_products(const Bytes* u, const Bytes* a) {
   return r;
 }
 
-// acc plus the same: for kDots no larger than kDotsTogether, which is where sums of two products still fit 16 bits on
-// levels that add them up there.
+// acc + dot_products(u, a). kDots must not exceed kDotsTogether: as many vectors as levels that add pairs of products
+// in 16 bits can add without overflow.
 #if ISQ_VECTOR_FLOATS == 4
 template <int kMaxCode>
-constexpr int kDotsTogether = 2;  // single products add up: 2 * 128 * 127 fits
+constexpr int kDotsTogether = 2;  // products are added one by one: 2 * 128 * 127 fits
 #else
 template <int kMaxCode>
 constexpr int kDotsTogether = kUnsignedDots   ? 1
@@ -159,7 +159,7 @@ ISQ_INLINE Ints sum_quarters(const Ints* t) {
 #if ISQ_VECTOR_FLOATS == 16
     const __m512i a = (__m512i)t[0].part[p], b = (__m512i)t[1].part[p], c = (__m512i)t[2].part[p],
                   d = (__m512i)t[3].part[p];
-    // Two instructions for each of three steps where 16 bits hold the numbers, three otherwise.
+    // Each of the three steps takes two instructions where 16 bits hold the numbers, and three otherwise.
     const __m512i one = _mm512_set1_epi16(1);
     __m512i ab, cd;  // lanes a a b b, or a b a b
     if constexpr (kLargest < 32768) {

@@ -1,16 +1,19 @@
-// `linear` for a few rows of x with fp8 weights: floating-point codes do not fit the int8 dot products of rows.h.
+// `linear` for few rows of x with fp8 weights, whose codes are floats and so cannot use the int8 dot products of
+// rows.h.
 //
-// Both sides are f32; on the way there, e4m3 becomes bf16 or f16, which hold every value of it. A block of 128 weights
-// is summed up before its scale is applied.
+// The product is in f32. Weights reach it through bf16 or f16, both of which hold every e4m3 value. A block of 128
+// weights is summed before its scale is applied.
 #pragma once
 
-#include "cpu/formats/fp8.h"
 #include "cpu/linear/rows.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// Sixteen codes as f32 over kSixteenFp8Factor, through f16: shifting the magnitude puts the exponent, of bias 7, where
-// f16 has one of bias 15. Subnormal codes become subnormal f16. NaN would become 480 and gets the rest of its exponent.
+constexpr int kFp8Block = sizeof(BlockFp8::codes);
+
+// Sixteen codes as f32, divided by kSixteenFp8Factor. They go through f16: shifted into place, the exponent (bias 7) is
+// an exponent of f16 (bias 15), hence the factor. Subnormal codes become subnormal f16. NaN would become 480, so the
+// rest of its exponent is set.
 constexpr float kSixteenFp8Factor = 256.0f;
 ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
 #if defined(__aarch64__)
@@ -43,13 +46,13 @@ ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
 
 #if defined(ISQ_BF16)
 
-// 64 codes as 2 x 32 bf16: bytes 0-7 of the four quarters, then bytes 8-15. From there f32 is a shift or a mask away,
-// which costs less than the dot products of bf16 do where they have been measured, and leaves x as it is.
+// 64 codes as 2 x 32 bf16: bytes 0-7 of the four quarters, then bytes 8-15. One shift or mask makes f32 of them.
+// Measured, that costs less than the dot products of bf16, and x needs no rounding.
 struct Fp8Step {
   static constexpr const char* kName = "f32 dot products";
   static constexpr int kWeights = 64;
   struct alignas(64) Activations {
-    float x[4][16];  // for the lower and the upper bf16 of the first 32, then of the others
+    float x[4][16];  // [v]: for lower and upper halves of the first 32 bf16, then of the others
   };
 
   static void pack(const float* x, Activations* out) {
@@ -87,10 +90,11 @@ struct Fp8Step {
   ISQ_INLINE static Weights load(const uint8_t* codes) {
     const __m512i code = _mm512_loadu_si512(codes);
 #if defined(ISQ_GFNI)
-    // A normal code c has the bf16 (c & 127) * 16 + (120 << 7), without a carry but for the uppermost bit of the
-    // exponent: it moves up, and its opposite fills four bits.
+    // A normal code c is the bf16 (c & 127) * 16 + (120 << 7). The addition carries only through the uppermost bit of
+    // the exponent: this bit moves up, and its complement fills four bits.
     constexpr uint64_t kHigh = picks(4, 5, 6, 6, 6, 6, 6, 7), kLow = picks(-1, -1, -1, -1, 0, 1, 2, 3);
-    // A one-to-one map of the magnitudes, of which 0-7 stay what they are and 127 becomes 8.
+    // Maps the magnitudes one to one such that 0-7 (subnormal) stay and 127 (NaN) becomes 8: both are found by one
+    // comparison.
     constexpr uint64_t kRare = picks(0, 1, 2, 3, 4, 5, 6, -1) ^ picks(3, 3, 3, -1, 3, 4, 5, -1);
     const __m512i rare = mix_bits(code, _mm512_set1_epi64(kRare));
     if (__builtin_expect(_mm512_cmple_epu8_mask(rare, _mm512_set1_epi8(8)) == 0, 1)) {
@@ -150,19 +154,19 @@ inline void pack_fp8_activations(const float* x, int64_t k, void* packed) {
 
 template <int kTokens>
 void multiply_fp8_rows(const RowsJob& job) {
-  constexpr int kSteps = Fp8::kBlock / Fp8Step::kWeights;
+  constexpr int kSteps = kFp8Block / Fp8Step::kWeights;
   const Fp8Step::Activations* x = static_cast<const Fp8Step::Activations*>(job.x);
-  const int64_t blocks = job.k / Fp8::kBlock;
+  const int64_t blocks = job.k / kFp8Block;
   for (int64_t row = 0; row < job.rows; ++row) {
     Floats total[kTokens];
     for (int m = 0; m < kTokens; ++m) total[m] = all_lanes(0.0f);
     for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(Fp8::Block);
-      prefetch_weights(block, sizeof(Fp8::Block));
+      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(BlockFp8);
+      prefetch_weights(block, sizeof(BlockFp8));
       Floats acc[kTokens];
       for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
       for (int s = 0; s < kSteps; ++s) {
-        const auto w = Fp8Step::load(block + offsetof(Fp8::Block, codes) + s * Fp8Step::kWeights);
+        const auto w = Fp8Step::load(block + offsetof(BlockFp8, codes) + s * Fp8Step::kWeights);
         for (int m = 0; m < kTokens; ++m) acc[m] = Fp8Step::multiply_add(w, x[(m * blocks + b) * kSteps + s], acc[m]);
       }
       const Floats scale = all_lanes(load_f32(block) * Fp8Step::kFactor);

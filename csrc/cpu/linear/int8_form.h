@@ -1,8 +1,8 @@
-// The int8 form of weights and of x for many rows of x without AMX: one affine form that fits every format.
+// The int8 form of weights and of x for many rows of x without AMX: one affine form for all formats.
 //
-// A panel keeps sixteen weight rows side by side, a row to a lane: for each span of a unit, which is 32 weights or a
-// smaller group, the codes, four neighbours of each row at a time, and the scales and the offsets of the sixteen rows.
-// x is packed in the same order, as many rows of it side by side as the product takes at a time.
+// A panel holds sixteen weight rows side by side, one row per lane. A unit consists of spans of 32 weights (or of a
+// smaller group). A span has the codes of the sixteen rows, four neighbours of each row at a time, and the scales and
+// offsets. x is packed in the same order, as many rows side by side as the product takes at a time.
 #pragma once
 
 #include "cpu/linear/rows.h"
@@ -12,12 +12,12 @@
 namespace isqtorch::ISQ_ISA {
 
 constexpr int kPanelRows = 16;
-// The product takes kRowBlocks * 16 rows times kPanelTokens rows of x at a time: as many sums as there are registers
-// for.
+// The product takes kRowBlocks * 16 weight rows times kPanelTokens rows of x at a time, as many as there are registers
+// for their sums.
 constexpr int kRowBlocks = ISQ_VECTOR_FLOATS == 16 ? 2 : 1;
 constexpr int kPanelTokens = ISQ_VECTOR_FLOATS == 16 ? 6 : 4;
 #if defined(ISQ_DOTPROD)
-constexpr int kWordsAtOnce = 4;  // of a row of x: the instruction picks one
+constexpr int kWordsAtOnce = 4;  // words of a row of x to load; the instruction picks one
 #else
 constexpr int kWordsAtOnce = 1;
 #endif
@@ -27,7 +27,7 @@ ISQ_INLINE Bytes all_bytes(uint8_t v) {
   for (int p = 0; p < kParts; ++p) b.part[p] = v - NativeU8{};
   return b;
 }
-// Of numbers below 2^22.
+// For numbers below 2^22.
 ISQ_INLINE Ints nearest_ints(Floats f) {
   Ints i;
   for (int p = 0; p < kParts; ++p) i.part[p] = (NativeI32)(f.part[p] + 12582912.0f) - 0x4b400000;
@@ -35,27 +35,6 @@ ISQ_INLINE Ints nearest_ints(Floats f) {
 }
 
 // ---- the form -----------------------------------------------------------------------------------------------------
-
-// Formats whose codes times the integer scales of their groups of 16 still are bytes. Then the sums of all groups have
-// one scale, the block's own, and only the 32 that share a step of x come between them.
-template <class Unit>
-struct Folding {
-  static constexpr bool kFits = false;
-};
-#if defined(ISQ_VNNI) || defined(ISQ_DOTPROD)
-template <>
-struct Folding<Q2KUnit> {
-  static constexpr bool kFits = true;
-  static constexpr int kBlockScale = offsetof(BlockQ2K, d);
-  static constexpr int kMaxCode = 3 * 15, kCenter = 0;
-};
-template <>
-struct Folding<Q3KUnit> {
-  static constexpr bool kFits = true;
-  static constexpr int kBlockScale = offsetof(BlockQ3K, d);
-  static constexpr int kMaxCode = 255, kCenter = 127;  // -4 .. 3 times -32 .. 31 is -124 .. 128
-};
-#endif
 
 template <class Unit>
 struct PanelFacts {
@@ -70,13 +49,13 @@ struct PanelFacts {
     if constexpr (kFolds) return Folding<Unit>::kCenter;
     return Unit::kCenter;
   }();
-  static constexpr bool kSigned = kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
+  static constexpr bool kSigned = kMaxCode > 127 && !kUnsignedDots;  // dot products take code - 128
   static constexpr int kCodeVectors = Unit::kWeights / 64, kDots = kCodeVectors / 4;
 
-  // Quarter q of code vector v has the words first_word .. first_word + 3 of a span.
+  // Quarter q of code vector v holds words first_word .. first_word + 3 of a span.
   static constexpr int span_of(int v, int q) { return kFolds ? q / 2 * 4 + v : q * 4 + v / kDots; }
   static constexpr int first_word(int v, int q) { return kFolds ? q % 2 * 4 : v % kDots * 4; }
-  // The lane of scales and offsets, that of half h where a span is folded from two groups.
+  // The lane that has the scale and offset of a span, or of its half h where a span is folded from two groups.
   static constexpr int lane_of(int span, int h = 0) { return kFolds ? span / 4 * 8 + span % 4 + 4 * h : span; }
 };
 
@@ -91,8 +70,9 @@ struct alignas(64) PanelUnit {
   float offset[Unit::kAffine ? 16 : 0][16];  // [lane][row]
 };
 
-// A sum of products is made on top of these bits: as a float it is kSumOrigin + sum, and the subtraction is part of the
-// product with the step of x. Sums stay below 32 * 255 * 127. (From 3e33 on an x counts as infinite for that.)
+// Sums of products start at these bits. Read as a float, the result is kSumOrigin + sum; the subtraction of kSumOrigin
+// is part of the multiplication by the step of x. Sums stay below 32 * 255 * 127. (From 3e33 on, an x gives infinity
+// here.)
 constexpr int32_t kSumOriginBits = 0x4b400000;
 constexpr float kSumOrigin = 12582912.0f;
 
@@ -104,7 +84,7 @@ struct alignas(64) PanelActivations {
   float step[Facts::kSpans][kPanelTokens];    // at most 22 bits, so that ...
   float origin[Facts::kSpans][kPanelTokens];  // ... -kSumOrigin * step is exact
   int32_t start[Unit::kAffine ? 0 : Facts::kSpans]
-               [kPanelTokens];                         // where a sum begins: kSumOriginBits - center * sum(q)
+               [kPanelTokens];                         // initial value of a sum: kSumOriginBits - center * sum(q)
   float offset[Unit::kAffine ? 16 : 0][kPanelTokens];  // [lane]: step * sum(q)
 };
 
@@ -121,7 +101,7 @@ int64_t int8_packed_bytes(int64_t k) {
   return (k + Unit::kWeights - 1) / Unit::kWeights * (int64_t)sizeof(PanelActivations<Unit>);
 }
 
-// A unit of row t of x, of which the first `there` values exist.
+// Packs a unit of row t of x, of which the first `there` values exist.
 template <class Unit>
 void pack_panel_unit(const float* x, int64_t there, int t, PanelActivations<Unit>* out) {
   using Facts = PanelFacts<Unit>;
@@ -184,7 +164,8 @@ void pack_int8_tokens(const float* x, int tokens, int64_t k, void* packed) {
 
 // ---- decoding -----------------------------------------------------------------------------------------------------
 
-// Codes of sixteen rows, four neighbours of each, times the scales of their groups, modulo 256; plus kCenter.
+// Multiplies codes of sixteen rows, four neighbours of each, by the scales of their groups, modulo 256, and adds
+// kCenter.
 template <class Unit>
 ISQ_INLINE void fold_scales(uint8_t* codes, Ints scale) {
   Bytes factor, start;
@@ -204,7 +185,7 @@ ISQ_INLINE void fold_scales(uint8_t* codes, Ints scale) {
   }
 }
 
-// One unit of sixteen rows; w[r] is where that of row r begins.
+// Decodes one unit of sixteen rows; that of row r begins at w[r].
 template <class Unit>
 void decode_panel_unit(const uint8_t* const* w, const UnitLayout& layout, PanelUnit<Unit>* out) {
   using Facts = PanelFacts<Unit>;
@@ -226,7 +207,8 @@ void decode_panel_unit(const uint8_t* const* w, const UnitLayout& layout, PanelU
     alignas(64) float scales[16][16];
     transpose_floats(scale, scales);
     for (int r = 0; r < 16; ++r) out->scale[0][r] = f16_to_f32(load_u16(w[r] + Folding<Unit>::kBlockScale));
-    // Integers again. Where d is zero or not finite any codes will do: they are only multiplied by it.
+    // Makes the scales integers again. If d is zero or not finite, any codes will do, because they are only multiplied
+    // by d.
     Floats inverse = load_floats_16(out->scale[0]);
     for (int p = 0; p < kParts; ++p) inverse.part[p] = 1 / inverse.part[p];
     for (int span = 0; span < Facts::kSpans; ++span) {
@@ -251,7 +233,7 @@ void decode_int8_panel(const DecodeJob& job) {
     for (int64_t u = first; u < last; ++u, ++out) {
       const uint8_t* w[kPanelRows];
       for (int r = 0; r < kPanelRows; ++r) {
-        // A short piece of each row is too little for the hardware prefetcher.
+        // The pieces of the rows are too short for the hardware prefetcher.
         const uint8_t* ahead = job.w + (row + kPanelRows + r) * job.row_bytes + u * unit_bytes;
         for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(ahead + b);
         const bool there = row + r < job.rows;

@@ -1,14 +1,15 @@
 // `linear` for many rows of x without AMX: weights decoded to the form of int8_form.h, times x in int8 per 32.
 //
-// An activation word meets sixteen rows at once, and a span's integer sums become f32 by two products for sixteen rows:
-// 32 weights of each cost eight dot products, those two and, with offsets, one more.
+// One word of activations is multiplied with sixteen weight rows at once. A span's integer sums become f32 by two
+// multiplications for sixteen rows. So 32 weights of sixteen rows cost eight dot products, these two and, with offsets,
+// one more.
 #pragma once
 
 #include "cpu/linear/int8_form.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// Before a loop that chooses among registers. GCC keeps them in memory if it only finds out that it can unroll it.
+// For loops whose index selects a register. Unless told to unroll them, GCC keeps the arrays in memory.
 #if defined(__clang__)
 #define ISQ_UNROLL _Pragma("unroll")
 #else
@@ -25,8 +26,8 @@ ISQ_INLINE void store_floats_16(Floats f, float* to) {
   for (int p = 0; p < kParts; ++p) std::memcpy(to + p * ISQ_VECTOR_FLOATS, &f.part[p], kNativeBytes);
 }
 
-// kRowBlocks times sixteen rows, row_stride units apart, times kPanelTokens rows of x. The sums [tokens][16] of the row
-// blocks are sum_stride floats apart.
+// Multiplies kRowBlocks * 16 rows, whose row blocks are row_stride units apart, by kPanelTokens rows of x. The sums
+// [tokens][16] of the row blocks are sum_stride floats apart.
 template <class Unit>
 void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const PanelActivations<Unit>* x, int64_t units,
                           float* sums, int64_t sum_stride, bool first) {
@@ -116,7 +117,7 @@ void multiply_panel_block(const PanelUnit<Unit>* w, int64_t row_stride, const Pa
   }
 }
 
-// A stretch of each row block at a time that stays in the first-level cache while all of x passes.
+// A stretch of each row block that stays in the first-level cache while all of x passes.
 constexpr int kStretchWeights = 512;
 
 template <class Unit>

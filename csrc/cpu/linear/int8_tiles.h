@@ -1,14 +1,14 @@
-// `linear` for a handful of rows of x on AMX: int8 codes, sixteen weight rows to a tile, times x in int8 per 32.
+// `linear` for some rows of x on AMX: int8 codes, sixteen weight rows to a tile, times x in int8 per 32.
 //
-// A tile instruction takes as long for 16 weights of a row as for 64, and for one token as for sixteen; what it adds up
-// can have one scale only. So the product of two tiles is one of these:
+// A tile instruction takes as long for 16 weights of a row as for 64, and for one token as for sixteen. All that it
+// adds to one sum must have one scale. So the product of two tiles is one of these:
 //
 //   16 tokens   one group of 16 or 32 weights; column t of the sums is token t
 //    8 tokens   two groups at once; column 2t + g is token t, group g, and x has zeros where the other group lies
 //
-// Weights are the left operand, which wants rows as they are: all that a weight costs is its decoding (see rows.h). The
-// integer sums go through memory to become f32, because there is no other way out of a tile: that, not the product, is
-// what rows of x cost, and why beyond some dozens of them decoding to bf16 (amx_panels.h) is faster.
+// Weights are the left operand, whose rows stay rows, so a weight costs no more than its decoding (see rows.h). The
+// integer sums go through memory to become f32, because a tile can only be stored. This conversion, not the product, is
+// the cost of a row of x. It is why for more than some dozens of rows decoding to bf16 (amx_panels.h) is faster.
 #pragma once
 
 #include "cpu/linear/tile_codes.h"
@@ -17,7 +17,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// A unit of activations of 16 / kTogether tokens, ready to be the right operand.
+// A unit of activations of 16 / kTogether tokens, in the layout of the right operand.
 template <class Unit, int kTogether>
 struct alignas(64) TileActivations {
   static constexpr int kTokens = 16 / kTogether, kProducts = 16 / kTogether;
@@ -28,10 +28,10 @@ struct alignas(64) TileActivations {
   } product[kProducts];
 };
 
-// A unit of sixteen rows, ready to be the left operand.
+// A unit of sixteen rows, in the layout of the left operand.
 template <class Unit>
 struct alignas(64) TileWeights {
-  uint8_t codes[16][Unit::kWeights];    // signed ones unless kAffine
+  uint8_t codes[16][Unit::kWeights];    // signed unless kAffine
   float scale[16][16], offset[16][16];  // [row][position]
 };
 
@@ -107,14 +107,14 @@ ISQ_INLINE void decode_tile_row(const uint8_t* unit, const UnitLayout& layout, T
 
 // ---- the product --------------------------------------------------------------------------------------------------
 
-// Tiles 0-3 are sums, 4 and 5 weights, 6 and 7 activations, in turn.
+// Tiles 0-3 are sums; 4 and 5 are weights, 6 and 7 activations, used alternately.
 template <class Packed>
 struct TileShapes {
   static constexpr TileShape kSums = {16, 64}, kLeft = {16, Packed::kBytes}, kRight = {Packed::kBytes / 4, 64};
   static constexpr TileShape kAll[8] = {kSums, kSums, kSums, kSums, kLeft, kLeft, kRight, kRight};
 };
 
-// Tile registers have to be literal numbers.
+// The intrinsics need literal tile numbers.
 #define ISQ_MULTIPLY_TILE(sum, left, right, kSigned) \
   do {                                               \
     _tile_zero(sum);                                 \
@@ -144,7 +144,7 @@ ISQ_INLINE void store_tile(int32_t* to) {
   if constexpr (kTile == 3) _tile_stored(3, to, 64);
 }
 
-// The factor of a row and a group, or those of two groups by turns, for all columns.
+// The factor of a row and a group for all columns, or those of two groups alternating.
 template <int kTogether>
 ISQ_INLINE __m512 of_columns(const float* factors) {
   if constexpr (kTogether == 1) return _mm512_set1_ps(*factors);
@@ -177,7 +177,7 @@ ISQ_INLINE void add_offsets(const float* x, const float* offset, __m512* acc, st
   ((acc[row] = _mm512_fmadd_ps(of_x, of_columns<kTogether>(offset + 16 * row), acc[row])), ...);
 }
 
-// The products p of a unit, four at a time. Results take long to arrive: a tile is stored two products after its own.
+// The products of a unit, four at a time. Results have a long latency, so a tile is stored two products after its own.
 template <class Unit, int kTogether>
 class UnitProduct {
  public:
@@ -226,7 +226,7 @@ class UnitProduct {
   }
 };
 
-// y of sixteen rows from their sums.
+// Writes y of sixteen rows from their sums.
 template <int kTogether>
 ISQ_INLINE void store_tile_sums(const float* sums, int64_t tokens, float* y, int64_t ldy) {
   __m512i columns[16];
@@ -263,13 +263,13 @@ void multiply_int8_tiles(const TilesJob& job) {
   const int64_t units = (job.k + Unit::kWeights - 1) / Unit::kWeights, x_bytes = tile_packed_bytes<Unit>(job.k);
   const int64_t tiles = (job.tokens + Packed::kTokens - 1) / Packed::kTokens;
   const uint8_t* x = static_cast<const uint8_t*>(job.x);
-  TileWeights<Unit> w = {};  // rows that are not there are zeros, or whatever came before
+  TileWeights<Unit> w = {};  // rows past the end keep zeros or old weights; their sums are discarded
   alignas(64) float sums[kMaxTileTokens / kTileTokens][16 * 16];
   for (int64_t row = 0; row < job.rows; row += 16) {
     std::memset(sums, 0, tiles * sizeof sums[0]);
     for (int64_t u = 0; u < units; ++u) {
       decode_tile_unit<Unit>(job, row, u, &w);
-      asm volatile("" : : : "memory");  // GCC does not see that tiles are loaded from what was stored
+      asm volatile("" : : : "memory");  // GCC does not know that tile loads read what was stored
       for (int64_t t = 0; t < tiles; ++t) {
         UnitProduct<Unit, kTogether>::add(w, reinterpret_cast<const Packed*>(x + t * x_bytes)[u], sums[t]);
       }
@@ -285,7 +285,7 @@ void multiply_int8_tiles(const TilesJob& job) {
 struct Int8Tiles {
   template <class Unit>
   static TileKernels get(const UnitLayout& layout) {
-    // Offsets, and groups of 16 weights, make sums dearer.
+    // Sums cost more with offsets and with groups of 16 weights.
     return {"int8 tiles (AMX)",
             5,
             Unit::kWeights == 256 || Unit::kAffine ? 16 : 32,

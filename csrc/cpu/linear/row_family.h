@@ -1,4 +1,4 @@
-// The kernels for a few rows of x as one family: int8 dot products for every format that has units, floats for fp8.
+// The kernels for few rows of x as one family: int8 dot products for every format that has units, floats for fp8.
 #pragma once
 
 #include "cpu/linear/fp8_rows.h"
@@ -10,8 +10,8 @@ namespace isqtorch::ISQ_ISA {
 template <class Unit, int kTokens>
 constexpr auto rows_kernel = multiply_rows<Unit, kTokens>;
 #else
-// Without vector instructions nothing is gained by sharing decoded weights, and these kernels took longest to compile
-// of all: one row of x at a time.
+// One row of x at a time: without vector instructions, sharing decoded weights gains nothing, and kernels for several
+// rows took longest of all to compile.
 template <class Unit, int kTokens>
 void rows_kernel(const RowsJob& job) {
   for (int t = 0; t < kTokens; ++t) {

@@ -1,12 +1,13 @@
-// `linear` for a few rows of x: int8 dot products straight from the packed blocks.
+// `linear` for few rows of x: int8 dot products straight from the packed blocks.
 //
-// Weights are taken a unit at a time: 16 groups of 32 weights (of 16, for formats with scales per 16), whatever blocks
-// they come from. A format says how a unit's bytes become vectors of codes and one vector each of scales and offsets;
-// everything else is here, once. With u the codes of group g and x_b ~ step_b * q_b the activations, int8 per 32:
+// Weights are processed in units: 16 groups of 32 weights (of 16, for formats with scales per 16), from as many blocks
+// as that takes. A format defines how the bytes of a unit become vectors of codes, one vector of scales and one of
+// offsets. Everything else is common to all formats and is here. With u the codes of group g and x_b ~ step_b * q_b the
+// activations, int8 per 32:
 //
-//   y = sum_g scale_g * step_b * sum(u * q) + offset_g * step_b * sum(q)        b: the 32 that group g lies in
+//   y = sum_g scale_g * step_b * sum(u * q) + offset_g * step_b * sum(q)        b: the 32 activations of group g
 //
-// The integer sums are exact. Sixteen groups share one vector of sums, one lane each, so that the float part costs
+// The integer sums are exact. The sums of sixteen groups share one vector, one lane each, so that the float part costs
 // three or four instructions per unit. A unit of weights is decoded once and used for up to eight rows of x.
 //
 // What a format provides (see units_*.h):
@@ -27,11 +28,11 @@ template <class Unit>
 struct UnitFacts {
   static constexpr int kWeights = Unit::kWeights;
   static constexpr int kVectors = Unit::kWeights / 64, kDots = kVectors / 4;
-  static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dots count codes from -128
+  static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dot products take code - 128
   static constexpr int kCenter = Unit::kCenter - (kSigned ? 128 : 0);
   static constexpr int kLargestSum = kDots * 4 * (kSigned ? 128 : Unit::kMaxCode) * 127;  // in a lane
 
-  // Position in the unit's vectors -> weight of the unit.
+  // kOrder.at[position in the unit's vectors] is the weight of the unit.
   static constexpr auto kOrder = [] {
     struct {
       uint16_t at[Unit::kWeights];
@@ -39,18 +40,18 @@ struct UnitFacts {
     for (int p = 0; p < Unit::kWeights; ++p) order.at[p] = (uint16_t)Unit::weight_at(p / 64, p % 64);
     return order;
   }();
-  // Whether quarters hold sixteen neighbouring weights, in order.
+  // Whether each quarter holds sixteen neighbouring weights in order.
   static constexpr bool kPlainQuarters = [] {
     for (int p = 0; p < Unit::kWeights; ++p) {
       if (kOrder.at[p] != kOrder.at[p / 16 * 16] + p % 16) return false;
     }
     return true;
   }();
-  // The 32 activations that the weights of a lane meet.
+  // Which 32 activations of the unit are multiplied with the weights of a lane.
   static constexpr int group_of_lane(int lane) { return kOrder.at[lane % 4 * kDots * 64 + lane / 4 * 16] / 32; }
 };
 
-// The activations of one unit in the order of its code vectors, and for every lane the step and the sum of its group.
+// The activations of one unit in the order of its code vectors, and per lane the step and the sum of its group.
 template <class Unit>
 struct alignas(64) UnitActivations {
   int8_t q[Unit::kWeights];
@@ -61,7 +62,7 @@ struct alignas(64) UnitActivations {
   };
 };
 
-// 32 activations as q * step. A NaN or an infinity makes the step NaN, and with it all results.
+// 32 activations as q * step. With a NaN or an infinity, the step is NaN, and so are all results.
 ISQ_INLINE float quantize_activations(const float* x, int8_t* q) {
   uint32_t largest = 0;
   for (int i = 0; i < 32; ++i) {
@@ -69,7 +70,7 @@ ISQ_INLINE float quantize_activations(const float* x, int8_t* q) {
     largest = magnitude > largest ? magnitude : largest;
   }
   const float amax = bits_float(largest);
-  const float inverse = amax >= FLT_MIN * 256 ? 127.0f / amax : 0.0f;  // smaller ones are as good as zero
+  const float inverse = amax >= FLT_MIN * 256 ? 127.0f / amax : 0.0f;  // smaller ones count as zero
   const bool finite = largest < 0x7f800000;
   for (int i = 0; i < 32; ++i) {
     const float scaled = finite ? x[i] * inverse : 0.0f;
@@ -117,7 +118,7 @@ int64_t packed_activation_bytes(int64_t k) {
   return (k + Unit::kWeights - 1) / Unit::kWeights * (int64_t)sizeof(UnitActivations<Unit>);
 }
 
-// One unit times kTokens rows of x, token_stride units apart.
+// Multiplies one unit by kTokens rows of x, which are token_stride units apart.
 template <class Unit, int kTokens>
 ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, const UnitActivations<Unit>* x,
                               int64_t token_stride, Floats* acc) {
@@ -141,8 +142,8 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
   }
 }
 
-// Weights that will be needed soon go to the first-level cache, later ones to the second: the hardware prefetchers
-// alone leave a fifth of the memory's bandwidth unused, and a third of that of the third-level cache.
+// Weights needed soon go to the first-level cache, later ones to the second-level cache. With the hardware prefetchers
+// alone, a fifth of the bandwidth of memory is unused, and a third of that of the third-level cache.
 ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes) {
   constexpr int64_t kSoon = 1024, kLater = 8192;
   for (int64_t b = 0; b < bytes; b += 64) {
@@ -159,8 +160,8 @@ void multiply_rows_of(const RowsJob& job) {
   const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
   for (int64_t row = 0; row < job.rows; ++row) {
     const uint8_t* w = job.w + row * job.row_bytes;
-    // Whole units are read in place; what is left of the row, or a last unit behind which there may be no memory, from
-    // a copy that ends in zeros.
+    // Whole units are read in place. The rest of a row is read from a copy padded with zeros, and so is the last unit
+    // of all if loads may read beyond it and memory may end there.
     const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
     const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
     Floats acc[kTokens];
@@ -178,7 +179,7 @@ void multiply_rows_of(const RowsJob& job) {
   }
 }
 
-// A single row of x is little work for each unit: a decision about its header would show.
+// For a single row of x there is little work per unit, so a branch on the header in each unit would be noticeable.
 template <class Unit, int kTokens>
 void multiply_rows(const RowsJob& job) {
   if constexpr (kTokens == 1 && Unit::kBytes == 0) {

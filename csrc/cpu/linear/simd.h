@@ -1,4 +1,4 @@
-// The sixteen 32-bit lanes of a vector of 64 bytes (bytes.h), as numbers, and what turns bytes into them.
+// The sixteen 32-bit lanes of a vector of 64 bytes (bytes.h) as numbers, and conversions from bytes.
 #pragma once
 
 #include "cpu/linear/bytes.h"
@@ -56,8 +56,8 @@ ISQ_INLINE Floats operator-(Floats a) {
   for (int p = 0; p < kParts; ++p) a.part[p] = -a.part[p];
   return a;
 }
-// a * b + c, in one rounding where the level can. Contraction is off for the quantizers' sake, so it is asked for by
-// name.
+// a * b + c with one rounding where the level has such an instruction. The compiler may not contract expressions,
+// because quantizers must not change, so this is explicit.
 ISQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   for (int p = 0; p < kParts; ++p) {
 #if ISQ_VECTOR_FLOATS == 16
@@ -77,7 +77,7 @@ ISQ_INLINE Floats all_lanes(float v) {
   for (int p = 0; p < kParts; ++p) f.part[p] = v - NativeF32{};
   return f;
 }
-// Within each quarter of four times the same four values, the ones at kIndex...
+// Four times the same quarter: its four lanes are v[kA], v[kB], v[kC], v[kD].
 template <int kA, int kB, int kC, int kD>
 ISQ_INLINE Floats repeat_4(FourFloats v) {
 #if ISQ_VECTOR_FLOATS == 16
@@ -109,7 +109,8 @@ ISQ_INLINE FourFloats load_four_f16(const uint8_t* p) {
   return four_f16(load_u64(p));
 #endif
 }
-// One of four numbers in all lanes. Through memory: from there it takes no shuffle.
+// Four numbers, each of which can be broadcast to all lanes. They go through memory, because a broadcast from there
+// needs no shuffle.
 struct alignas(16) Factors {
   explicit Factors(FourFloats f) {
     std::memcpy(at, &f, sizeof at);
@@ -167,7 +168,7 @@ ISQ_INLINE Floats signed_bytes_to_floats(Quarter bytes) {
 }
 
 #if defined(__aarch64__)
-// Eight f16 as eight f32, in the parts p and p + 1.
+// Eight f16 become f32, in the parts p and p + 1.
 ISQ_INLINE void widen_f16(uint16x8_t halves, Floats* f, int p) {
   f->part[p] = (NativeF32)vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves)));
   f->part[p + 1] = (NativeF32)vcvt_high_f32_f16(vreinterpretq_f16_u16(halves));
@@ -175,7 +176,7 @@ ISQ_INLINE void widen_f16(uint16x8_t halves, Floats* f, int p) {
 #endif
 
 #if ISQ_VECTOR_FLOATS == 16
-// The lower halves of the lanes, then the upper ones.
+// The lower halves of all lanes, then the upper halves.
 ISQ_INLINE __m512i halves_of(__m512i words) {
   constexpr auto kOrder = [] {
     struct {
@@ -247,7 +248,7 @@ ISQ_INLINE Ints gather_words(const uint8_t* base, Ints offsets) {
 #elif ISQ_VECTOR_FLOATS == 8
     v.part[p] = (NativeI32)_mm256_i32gather_epi32((const int*)base, (__m256i)offsets.part[p], 1);
 #else
-    float word[4];  // as if: for the compiler to keep them in vector registers
+    float word[4];  // not floats, but declared so to stay in vector registers
     for (int l = 0; l < 4; ++l) std::memcpy(&word[l], base + offsets.part[p][l], 4);
     v.part[p] = (NativeI32)NativeF32{word[0], word[1], word[2], word[3]};
 #endif

@@ -1,7 +1,8 @@
-// How the codes of a unit become the left operand of int8_tiles.h: groups one behind the other.
+// How the codes of a unit become the left operand of int8_tiles.h, one group after the other.
 //
-// In the vectors that decoders deliver (see rows.h) quarters are in the order of lanes, for the sake of sums within a
-// register. Any format can be brought into order from there; some are quicker to decode in order to begin with.
+// In a decoder's vectors (see rows.h) the quarters are in the order of lanes, which makes sums within a register cheap.
+// The general struct here reorders them for any format. Formats that are faster to decode in order have
+// specializations.
 #pragma once
 
 #include "cpu/linear/rows.h"
@@ -10,8 +11,8 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// Without offsets, codes are signed: u - kCenter. (Decoders of signed bytes have flipped the same bit: the compiler
-// leaves both out.)
+// Codes of formats without offsets are signed: u - kCenter. (Decoders of signed bytes have flipped the same bit; the
+// compiler removes both.)
 template <class Unit>
 ISQ_INLINE __m512i signed_codes(__m512i codes) {
   if constexpr (Unit::kAffine) return codes;
@@ -19,12 +20,12 @@ ISQ_INLINE __m512i signed_codes(__m512i codes) {
   return _mm512_sub_epi8(codes, _mm512_set1_epi8((char)Unit::kCenter));
 }
 
-// Any unit. Position 4i + q is the group of lane 4q + i.
+// For any unit. Position 4i + q is the group of lane 4q + i.
 template <class Unit>
 struct TileCodes {
   static constexpr int lane_at(int position) { return position % 4 * 4 + position / 4; }
 
-  // `codes` are what Unit::load made; whoever has no use for them costs nothing.
+  // `codes` come from Unit::load. A specialization that ignores them costs nothing: the compiler removes the load.
   ISQ_INLINE static void store(const uint8_t*, const Bytes* codes, __m512i* to) {
     using Facts = UnitFacts<Unit>;
     if constexpr (Facts::kDots == 1) {
@@ -43,7 +44,7 @@ struct TileCodes {
   }
 };
 
-// q4_0 q4_1 q5_0 q5_1: two blocks to a vector, each twice, the second time shifted.
+// q4_0 q4_1 q5_0 q5_1: the bytes of two blocks fill a vector, each block twice, the second time shifted.
 template <class Block, int kBits, bool kHasMin>
 struct TileCodes<NibbleUnit<Block, kBits, kHasMin>> {
   static constexpr int lane_at(int position) { return position; }
@@ -64,11 +65,11 @@ struct TileCodes<NibbleUnit<Block, kBits, kHasMin>> {
   }
 };
 
-// q4k q5k: 64 bytes of super-block s hold the groups 4h and 4h + 2 in their low nibbles, the next ones in the high
+// q4k q5k: 64 bytes of super-block s hold groups 4h and 4h + 2 in their low nibbles, 4h + 1 and 4h + 3 in the high
 // ones.
 template <class Block, int kBits>
 struct TileCodes<PairsUnit<Block, kBits>> {
-  // Position 8s + 4h + 2 nibble + j: group 4h + 2j + nibble, which is in quarter 2h + j.
+  // Position 8s + 4h + 2 nibble + j is group 4h + 2j + nibble, which is in quarter 2h + j.
   static constexpr int lane_at(int position) {
     const int s = position / 8, h = position / 4 % 2, nibble = position / 2 % 2, j = position % 2;
     return 4 * (2 * h + j) + 2 * s + nibble;

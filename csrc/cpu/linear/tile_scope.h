@@ -1,4 +1,4 @@
-// Tile registers: their configuration, which is a thread's own and lasts for one product.
+// The configuration of the tile registers, which belongs to a thread and lasts for one product.
 #pragma once
 
 #include "cpu/linear/simd.h"
@@ -23,7 +23,7 @@ class TileScope {
       config.row_bytes[i] = shapes[i].row_bytes;
       config.rows[i] = shapes[i].rows;
     }
-    // GCC 12 does not see that the instruction reads all of it, so it must be told that memory is read.
+    // GCC 12 does not know that the instruction reads the whole struct, so this tells it that memory is read.
     asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }

@@ -1,4 +1,4 @@
-// Sixteen rows of sixteen 32-bit words to columns.
+// Transposes sixteen rows of sixteen 32-bit words.
 #pragma once
 
 #include "cpu/linear/simd.h"
@@ -32,7 +32,7 @@ ISQ_INLINE void transpose_16(__m512i* row) {
 }
 #endif
 
-// Columns 4q .. 4q + 3, sixteen words each, go one behind the other to columns[q]; rows are row_bytes apart.
+// Columns 4q .. 4q + 3, sixteen words each, go one after the other to columns[q]; rows are row_bytes apart.
 ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t* const* columns) {
 #if ISQ_VECTOR_FLOATS == 16
   __m512i words[16];
@@ -58,7 +58,7 @@ ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t*
   }
 #endif
 }
-// A square of floats.
+// The same for a square of floats.
 ISQ_INLINE void transpose_floats(const Floats* rows, float (*columns)[16]) {
   uint8_t* to = reinterpret_cast<uint8_t*>(columns);
   uint8_t* const quarters[4] = {to, to + 256, to + 512, to + 768};

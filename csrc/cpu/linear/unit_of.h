@@ -1,5 +1,5 @@
-// Which unit of weights, in which layout, belongs to which format: units_*.h say it, each for its own. Fp8 has none:
-// its codes are floats.
+// Maps a format to its unit of weights and the layout of that. Each units_*.h specializes this for its formats. Fp8 has
+// no unit: its codes are floats.
 #pragma once
 
 #include "cpu/formats/list.h"

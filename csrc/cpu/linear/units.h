@@ -1,4 +1,4 @@
-// The kernels of a family for every format, by the unit of weights that the format is taken in.
+// Instantiates the kernels of a family for every format, with the unit of weights of that format.
 #pragma once
 
 #include "cpu/linear/units_blocks32.h"
@@ -7,7 +7,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// The kernels that a family, with members get<Unit>(layout) and fp8(), has for a format.
+// A family's kernels for one format. A family has members get<Unit>(layout) and fp8().
 template <class Family, class Format>
 auto kernels_of() {
   if constexpr (std::is_same_v<Format, Fp8>) {

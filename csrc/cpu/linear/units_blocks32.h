@@ -13,7 +13,7 @@ ISQ_INLINE Bytes quarters_of_blocks(const uint8_t* unit, int i, int offset) {
                        load_16(first + 12 * kBlockBytes));
 }
 
-// q4_0 q4_1 q5_0 q5_1: low nibbles are the weights 0-15 of a block, high nibbles 16-31; a fifth bit comes from qh.
+// q4_0 q4_1 q5_0 q5_1: low nibbles are weights 0-15 of a block, high nibbles 16-31; the fifth bit comes from qh.
 template <class Block, int kBits, bool kHasMin>
 struct NibbleUnit {
   static constexpr int kWeights = 512, kBytes = 16 * sizeof(Block), kReadsBeyond = 0;

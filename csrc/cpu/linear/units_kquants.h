@@ -5,7 +5,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// A pair of f16 (d, dmin) as a little-endian word: the mins are subtracted.
+// Flips the sign of dmin in pairs of f16 (d, dmin), as a little-endian word: minima are subtracted.
 constexpr uint64_t kNegateMins = 0x8000000080000000u;
 
 ISQ_INLINE Quarter quarter_of(uint64_t low, uint64_t high) {
@@ -16,7 +16,7 @@ constexpr uint64_t each_byte(uint8_t v) { return v * 0x0101010101010101u; }
 
 // q2k q3k: quarter q of the bits 2i, 2i + 1 of qs is the group 8 (q / 2) + 2i + q % 2.
 constexpr int crumb_group(int lane) { return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2; }
-// To every lane of them one byte of sixteen, that of its group.
+// Gives every lane the byte of its group, one of sixteen.
 constexpr Spread kCrumbScales = [] {
   Spread index{};
   for (int j = 0; j < 64; ++j) index.from[j] = j % 4 ? 0x80 : (uint8_t)crumb_group(j / 4);
@@ -56,8 +56,8 @@ struct Q3KUnit {
 
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout&, Bytes* codes, Floats* scale, Floats*) {
     const Bytes all = load_64(unit + offsetof(BlockQ3K, qs));
-    // Bit i of a byte of hmask is for the first 128 weights, bit 4 + i for the others: shifted left by 4 in the first
-    // half of the vector, both lie in the upper nibble.
+    // Bit i of a byte of hmask is for the first 128 weights, bit 4 + i for the others. Shifted left by 4 in the first
+    // half of the vector, both are in the upper nibble.
     constexpr Quarter kBy16 = {16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0, 16, 0};
     constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
     const Bytes mask = multiply_16(load_32_twice(unit), from_quarters(kBy16, kBy16, kBy1, kBy1));
@@ -81,8 +81,8 @@ struct Q3KUnit {
   }
 
  private:
-  // Scales are six bits minus 32: of group g the low or the high nibble of byte g % 8, by g / 8, and above it the bits
-  // 2 * (g / 4) and 2 * (g / 4) + 1 of byte 8 + g % 4.
+  // A scale is a 6-bit number minus 32. Group g has its low four bits in a nibble of byte g % 8 (low or high, by g /
+  // 8), and its high two bits in bits 2 * (g / 4) and up of byte 8 + g % 4.
   ISQ_INLINE static Ints scales_of_lanes(const uint8_t* scales) {
 #if defined(ISQ_VBMI)
     constexpr Spread kFrom = [] {
@@ -93,7 +93,7 @@ struct Q3KUnit {
       }
       return index;
     }();
-    constexpr Spread kFirstBit = [] {  // in eight bytes
+    constexpr Spread kFirstBit = [] {  // relative to eight bytes
       Spread bit{};
       for (int j = 0; j < 64; ++j) {
         const int group = crumb_group(j / 4);
@@ -101,7 +101,8 @@ struct Q3KUnit {
       }
       return bit;
     }();
-    const __m512i bytes = (__m512i)spread(load_16(scales - 2), kFrom).part[0];  // the block ends two bytes too early
+    // A load at `scales` would read beyond the block.
+    const __m512i bytes = (__m512i)spread(load_16(scales - 2), kFrom).part[0];
     const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_loadu_si512(kFirstBit.from), bytes);
     const __m512i clean = _mm512_and_si512(fields, _mm512_set1_epi32(0x030f));
     return {{(NativeI32)_mm512_dpbusd_epi32(_mm512_set1_epi32(-32), clean, _mm512_set1_epi32(0x1001))}};
@@ -114,8 +115,8 @@ struct Q3KUnit {
   }
 };
 
-// q4k q5k: two super-blocks s. The 32 bytes of chunk c hold the groups 2c (low nibbles) and 2c + 1: quarter q is chunk
-// q, so lane 4q + i is group 2q + i % 2 of super-block i / 2.
+// q4k q5k: two super-blocks s. The 32 bytes of chunk c hold groups 2c (low nibbles) and 2c + 1. Quarter q is chunk q,
+// so lane 4q + i is group 2q + i % 2 of super-block i / 2.
 template <class Block, int kBits>
 struct PairsUnit {
   static constexpr int kWeights = 512, kBytes = 2 * sizeof(Block), kReadsBeyond = 0;
@@ -138,7 +139,7 @@ struct PairsUnit {
         codes[4 * s + h] = bit_field<0, 4>(half[h]);
         codes[4 * s + 2 + h] = bit_field<4, 4>(half[h]);
         if constexpr (kBits == 5) {
-          // Bit g of a byte of qh is for group g: quarter q wants the bits 2q and 2q + 1, moved up to 6 and 7.
+          // Bit g of a byte of qh is for group g. Quarter q needs bits 2q and 2q + 1, moved up to 6 and 7.
           const Bytes qh = multiply_16(four_times(load_16(block + offsetof(Block, qh) + 16 * h)), factors());
           codes[4 * s + h] = codes[4 * s + h] | (shift_right<2>(qh) & 16);
           codes[4 * s + 2 + h] = codes[4 * s + 2 + h] | (shift_right<3>(qh) & 16);
@@ -148,7 +149,7 @@ struct PairsUnit {
     }
     static_assert(offsetof(Block, d) == 0 && offsetof(Block, dmin) == 2);
     const uint64_t pairs = load_u32(unit) | (uint64_t)load_u32(unit + sizeof(Block)) << 32;
-    const FourFloats d = four_f16(pairs ^ kNegateMins);  // d, -dmin of both
+    const FourFloats d = four_f16(pairs ^ kNegateMins);  // d, -dmin of both blocks
     *scale = bytes_to_floats(interleave_pairs(ls[0], ls[1])) * repeat_4<0, 0, 2, 2>(d);
     *offset = bytes_to_floats(interleave_pairs(lm[0], lm[1])) * repeat_4<1, 1, 3, 3>(d);
   }
@@ -160,7 +161,7 @@ struct PairsUnit {
     };
     return from_quarters(kAll(64), kAll(16), kAll(4), kAll(1));
   }
-  // See unpack_pairs in cpu/formats/kquants.h; here the eight numbers become the low eight bytes.
+  // See unpack_pairs in cpu/formats/kquants_affine.h; here the eight numbers become the low eight bytes.
   ISQ_INLINE static void load_pairs(const uint8_t* packed, Quarter* ls, Quarter* lm) {
     const uint64_t a = load_u32(packed), b = load_u32(packed + 4), c = load_u32(packed + 8);
     const uint64_t scales = (a & 0x3f3f3f3f) | ((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
@@ -191,8 +192,8 @@ struct Q6KUnit {
     constexpr Quarter kBy1 = {1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0};
     for (int h = 0; h < 2; ++h) {
       const Bytes low = load_64(unit + offsetof(BlockQ6K, ql) + 64 * h);
-      // Bits 0-1 and 4-5 are for the first 32 weights of vectors 2h and 2h + 1, the others for the second 32: shifted
-      // left by 2 in the first half, all lie in the bits 2-3 and 6-7.
+      // Bits 0-1 and 4-5 are for the first 32 weights of vectors 2h and 2h + 1, the others for the second 32. Shifted
+      // left by 2 in the first half, all of them are in bits 2-3 and 6-7.
       const Bytes qh = load_32_twice(unit + offsetof(BlockQ6K, qh) + 32 * h);
       const Bytes high = multiply_16(qh, from_quarters(kBy4, kBy4, kBy1, kBy1));
       codes[2 * h] = (low & 15) | (shift_left<2>(high) & 0x30);
@@ -225,6 +226,27 @@ struct Q8KUnit {
     *scale = repeat_4<0, 0, 1, 1>(d);
   }
 };
+
+// Formats whose codes times the integer scales of their groups of 16 still fit into bytes. Such products are summed
+// over all groups with one scale, that of the block; only the step of x changes, every 32 weights.
+template <class Unit>
+struct Folding {
+  static constexpr bool kFits = false;
+};
+#if defined(ISQ_VNNI) || defined(ISQ_DOTPROD)
+template <>
+struct Folding<Q2KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ2K, d);
+  static constexpr int kMaxCode = 3 * 15, kCenter = 0;
+};
+template <>
+struct Folding<Q3KUnit> {
+  static constexpr bool kFits = true;
+  static constexpr int kBlockScale = offsetof(BlockQ3K, d);
+  static constexpr int kMaxCode = 255, kCenter = 127;  // -4 .. 3 times -32 .. 31 is -124 .. 128
+};
+#endif
 
 template <>
 struct UnitOf<Q2K> : FixedUnit<Q2KUnit> {};

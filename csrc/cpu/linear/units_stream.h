@@ -1,6 +1,6 @@
-// Units of the formats whose codes are one little-endian bit stream per group, behind a header of two 16-bit numbers:
-// affine and HQQ. Sixteen times 32 weights, whatever the group size is: lane 4q + i has the 32 with the number 4i + q.
-// The layout (known at run time, so that one kernel serves all group sizes and header types) says where they lie.
+// Units of AFQ and HQQ, whose codes are one little-endian bit stream per group behind a header of two 16-bit numbers. A
+// unit is sixteen times 32 weights, for any group size: lane 4q + i has the 32 weights number 4i + q. The layout says
+// where they lie; it is known at run time, so that one kernel serves all group sizes and header types.
 #pragma once
 
 #include "cpu/linear/unit_of.h"
@@ -13,8 +13,8 @@ struct StreamUnitWith;
 template <int kBits>
 struct StreamUnit {
   static constexpr int kWeights = 512, kBytes = 0;
-  static constexpr int kReadsBeyond = kBits == 3 || kBits == 5 || kBits == 6 ? 4 : 0;  // loads are of sixteen bytes
-  static constexpr int kWordsTogether = kBits == 2 ? 2 : 4;  // of codes, in a quarter; 2: twice
+  static constexpr int kReadsBeyond = kBits == 3 || kBits == 5 || kBits == 6 ? 4 : 0;  // loads read sixteen bytes
+  static constexpr int kWordsTogether = kBits == 2 ? 2 : 4;  // words of codes in a quarter; if 2, they are there twice
   static constexpr int kMaxCode = (1 << kBits) - 1, kCenter = 0;
   static constexpr bool kAffine = true;
 
@@ -57,13 +57,14 @@ struct StreamUnit {
   }
 
  private:
-  // Words of the codes of the lanes i, 4 + i, 8 + i and 12 + i, from byte kFirst on.
+  // The words with the codes of the lanes i, 4 + i, 8 + i and 12 + i, from byte kFirst on.
   template <int kFirst>
   ISQ_INLINE static Bytes stream(const uint8_t* unit, const UnitLayout& layout, int i) {
     static_assert(kFirst % 4 == 0);
     const int32_t* at = layout.codes_at + i;
 #if ISQ_VECTOR_FLOATS == 16
-    // All four lie within 64 or 128 bytes. Those of the last run are to end where the unit does.
+    // All four lie within 64 or 128 bytes. The window of the last run must not go beyond the unit, so it begins
+    // earlier.
     constexpr int kWindow = kBits <= 3 ? 64 : 128;
     const int over = at[0] + kFirst + kWindow - layout.unit_bytes, back = i == 3 && over > 0 ? over : 0;
     const uint8_t* from = unit + at[0] + kFirst - back;
@@ -84,7 +85,7 @@ struct StreamUnit {
   // The codes of the same lanes.
   ISQ_INLINE static void load_codes(const uint8_t* unit, const UnitLayout& layout, int i, Bytes* codes) {
     const Bytes begin = stream<0>(unit, layout, i);
-    if constexpr (kBits == 2) {  // eight bytes with four codes each: the first two of each, then the other two
+    if constexpr (kBits == 2) {  // four codes to a byte: the first two, then the other two
 #if defined(ISQ_GFNI)
       codes[0] = pick_bits<picks(0, 1, -1, -1, -1, -1, -1, -1), picks(4, 5, -1, -1, -1, -1, -1, -1)>(begin);
       codes[1] = pick_bits<picks(2, 3, -1, -1, -1, -1, -1, -1), picks(6, 7, -1, -1, -1, -1, -1, -1)>(begin);
@@ -113,7 +114,8 @@ struct StreamUnit {
   template <int kFirst>
   ISQ_INLINE static Bytes sixteen_codes(Bytes stream) {
 #if defined(ISQ_VBMI)
-    // Eight codes, `kBits` bytes, to each 64-bit lane; there every byte takes eight bits from its own position on.
+    // Each 64-bit lane gets `kBits` bytes with eight codes; each of its bytes then takes eight bits from its own
+    // position on.
     constexpr Quarter kBytes = {kFirst + 0,         kFirst + 1,         kFirst + 2,         kFirst + 3,
                                 kFirst + 4,         kFirst + 5,         kFirst + 6,         kFirst + 7,
                                 kFirst + kBits,     kFirst + kBits + 1, kFirst + kBits + 2, kFirst + kBits + 3,
@@ -124,7 +126,7 @@ struct StreamUnit {
     const Bytes codes = {{(NativeU8)_mm512_multishift_epi64_epi8((__m512i)four_times(kFrom).part[0], lanes)}};
     return codes & kMaxCode;
 #else
-    // To each 16-bit lane e the two bytes that code 2e (or 2e + 1) lies in; a product moves the code to the upper byte.
+    // Each 16-bit lane e gets the two bytes with code 2e (or 2e + 1); a product moves the code to the upper byte.
     constexpr auto kBytes = [](int odd) {
       Quarter index{};
       for (int j = 0; j < 16; ++j) index[j] = (uint8_t)((kFirst + (j / 2 * 2 + odd) * kBits / 8 + j % 2) & 15);
@@ -150,7 +152,7 @@ struct StreamUnit {
   }
 };
 
-// The same where the header is known when it is compiled.
+// The same for a header that is known at compile time.
 template <int kBits, UnitHeader kHeader>
 struct StreamUnitWith : StreamUnit<kBits> {
   ISQ_INLINE static void load(const uint8_t* unit, const UnitLayout& layout, Bytes* codes, Floats* scale,
@@ -179,7 +181,7 @@ struct StreamOf {
 };
 
 template <int kBits, int kGroup, Dtype kScale>
-struct UnitOf<Affine<kBits, kGroup, kScale>>
+struct UnitOf<Afq<kBits, kGroup, kScale>>
     : StreamOf<kBits, kGroup, kScale == Dtype::kF16 ? UnitHeader::kScaleBiasF16 : UnitHeader::kScaleBiasBf16> {};
 template <int kBits, int kGroup>
 struct UnitOf<Hqq<kBits, kGroup>> : StreamOf<kBits, kGroup, UnitHeader::kScaleZeroF16> {};

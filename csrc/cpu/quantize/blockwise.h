@@ -1,6 +1,6 @@
-// The driver of every quantizer that works block by block: loads as many blocks as a vector has lanes, lets the format
-// choose their codes, stores them. Blocks are numbered through the whole matrix, so such a unit may span rows; the
-// result does not depend on how units are spread over threads.
+// The driver of the quantizers that work block by block. It loads as many blocks as a vector has lanes (a unit), lets
+// the format choose their codes, and stores the result. Blocks are numbered through the whole matrix, so a unit may
+// span rows. The result does not depend on how threads share the units.
 #pragma once
 
 #include "cpu/convert.h"
@@ -9,26 +9,27 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// A unit of blocks, element i of block l in x[i][l].
+// A unit of blocks: x[i][l] is element i of block l.
 template <int kBlock>
 struct LaneBlocks {
   LaneFloats x[kBlock];
-  LaneFloats largest;             // magnitude in each block
+  LaneFloats largest;             // magnitude per block
   LaneFloats importance[kBlock];  // of the elements' columns; unset if the job has none
-  LaneFloats row_mean_square;     // of the row each block lies in, for formats that ask for it
+  LaneFloats row_mean_square;     // of the row of each block, if kNeedsRowMeanSquare
   bool weighted;
   Rule rule;
 };
 
-// What a format says of itself, unless it says otherwise.
+// Defaults for the properties of a format.
 struct BlockwiseFormat {
   static constexpr bool kNeedsRowMeanSquare = false;
   static constexpr uint8_t kRules = 0;
   static constexpr bool kF16Scales = true;
 };
 
-// No block with f16 scales reaches this (q6k comes closest, with 65504 * 128 * 32), and beyond it the searches' own
-// sums overflow and may end in a scale that is finite but means nothing.
+// Larger than any weight that a format with f16 scales can hold: the largest such weight is 65504 * 128 * 32, f16 times
+// an 8-bit scale times a 6-bit code. Beyond this the searches' own sums overflow and may give a scale that is finite
+// but wrong.
 constexpr float kLargestWithF16Scales = 0x1p30f;
 
 constexpr int32_t kInfinityBits = 0x7f800000;
@@ -51,13 +52,13 @@ ISQ_INLINE const uint8_t* weight_at(const QuantizeJob& job, int64_t index) {
   return static_cast<const uint8_t*>(job.w) + index * (job.dtype == Dtype::kF32 ? 4 : 2);
 }
 
-// The next kWidth elements of every row, each row's in a lane.
+// The next kWidth elements of kWidth rows, one row per lane.
 ISQ_INLINE void load_turned(const float* rows, int64_t stride, LaneFloats* x) {
   for (int l = 0; l < kWidth; ++l) std::memcpy(&x[l], rows + l * stride, sizeof x[l]);
   transpose(x);
 }
 
-// mean_square[r] = sum of x^2 over row r, in index order, / k. A row to a lane.
+// mean_square[r] = sum of x^2 over row r, in the order of its elements, / k. One row per lane.
 inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
   const int64_t units = (job.rows + kWidth - 1) / kWidth;
   for_range(job, units, 1 + (1 << 15) / (kWidth * job.k), [&](int64_t begin, int64_t end) {
@@ -79,14 +80,14 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
   });
 }
 
-// Fills lanes from block `first` on; lanes past the last block get zeros.
+// Fills the lanes from block `first` on. Lanes past the last block get zeros.
 template <int kBlock>
 __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first, int64_t count,
                                            LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
   alignas(64) float w[kWidth * kBlock];
   load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w);
   std::memset(w + count * kBlock, 0, (kWidth - count) * kBlock * sizeof(float));
-  LaneInts largest = splat<LaneInts>(0);  // as bits, which order magnitudes like numbers and put NaN last
+  LaneInts largest = splat<LaneInts>(0);  // bits are ordered like the numbers, with NaN last
   for (int i = 0; i < kBlock; i += kWidth) {
     load_turned(w + i, kBlock, lanes.x + i);
     for (int k = 0; k < kWidth; ++k) largest = max(largest, as_int(abs(lanes.x[i + k])));
@@ -148,11 +149,11 @@ void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
   for (int64_t b = 0; b < count; ++b) Format::decode(blocks[b], w + b * Format::kBlock);
 }
 
-// A format's line in the kernel table. Formats that do not work block by block specialize this.
+// A format's entry in the kernel table. Formats that do not work block by block specialize this.
 template <class Format>
 struct KernelsOf {
-  static constexpr FormatKernels get() {
-    return {Format::kName,  Format::kBlock,        sizeof(typename Format::Block),
+  static constexpr FormatKernels get(const char* name) {
+    return {name,           Format::kBlock,        sizeof(typename Format::Block),
             Format::kRules, decode_blocks<Format>, quantize_blockwise<Format>};
   }
 };

@@ -1,13 +1,15 @@
-// The coordinate descent (descent.h) of many blocks: first those that stay where they start, then the others.
+// The coordinate descent (searches/descent.h) for many blocks: first for those that stay where they start, then for the
+// others.
 #pragma once
 
-#include "cpu/quantize/descent.h"
+#include "cpu/lanes.h"
+#include "searches/descent.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// The descent of kBlocks vectors of blocks. Four blocks of five stay where they start, and of the others each takes
-// its own number of sweeps, with every step waiting for the one before. So those are brought together first: vectors
-// full of them.
+// The descent of kBlocks vectors of blocks. Four blocks of five stay where they start. The others take different
+// numbers of sweeps, and in a sweep every step waits for the one before. So these blocks are first gathered into full
+// vectors.
 template <int kCount, int kBlocks>
 __attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels,
                                                  LaneFloats* scales) {

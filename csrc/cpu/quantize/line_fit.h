@@ -1,8 +1,8 @@
-// The search of lines.h for a unit of groups, a lane to each.
+// The search of searches/lines.h for a unit of groups, one group per lane.
 #pragma once
 
 #include "cpu/quantize/blockwise.h"
-#include "cpu/quantize/lines.h"
+#include "searches/lines.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -26,7 +26,7 @@ struct LaneGroup {
   }
 };
 
-// Searches for better lines than *line, with which the default rule chose `codes`; replaces both where it finds one.
+// Searches for better lines than *line, for which the default rule chose `codes`. Replaces both where it finds one.
 template <int kGroup, class Line>
 __attribute__((noinline)) void fit_lines(const LaneBlocks<kGroup>& in, int nmax, bool f16, Line* line,
                                          LaneInts* codes) {

@@ -1,4 +1,4 @@
-// Between memory, where a block's numbers follow one another, and vectors, where the blocks lie side by side.
+// Transposes between memory, where the numbers of a block follow one another, and vectors with one block per lane.
 #pragma once
 
 #include <utility>
@@ -7,14 +7,14 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// a0 b0 a1 b1 ..: from the lower (half 0) or the upper halves of a and b.
+// a0 b0 a1 b1 ..., from the lower (half 0) or the upper halves of a and b.
 template <int half, class V, int... i>
 ISQ_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
   return ISQ_SHUFFLE(a, b, (half * kWidth / 2 + i / 2 + i % 2 * kWidth)...);
 }
 
-// Element l of vector i becomes element i of vector l: interleaving the first half of the vectors with the second does
-// it, done log2(kWidth) times. Written out without loops, for the vectors to stay in registers.
+// Element l of vector i becomes element i of vector l: interleaving the first half of the vectors with the second half,
+// log2(kWidth) times. Without loops, so that the vectors stay in registers.
 template <int kTimes, class V, int... i>
 ISQ_INLINE void interleave_halves(V* v, std::integer_sequence<int, i...> half) {
   if constexpr (kTimes > 1) {
@@ -33,7 +33,7 @@ ISQ_INLINE void transpose(V* v) {
 }
 
 // Writes bytes 0 .. kCount - 1 of every lane's block: byte(j) gives byte j of all lanes, as integers 0 .. 255. `to` is
-// the place of byte 0 in lane 0's block, the next lane's is `stride` bytes further.
+// the place of byte 0 in lane 0's block. Blocks are `stride` bytes apart.
 template <int kCount, class Byte>
 ISQ_INLINE void store_bytes(void* to, int stride, const Byte& byte) {
   static_assert(kCount % 4 == 0);

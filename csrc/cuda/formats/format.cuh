@@ -1,19 +1,20 @@
-// What the kernels know of a format: one struct each (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), the only place
-// that knows its bytes.
+// What the kernels know of a format. Each format has one struct (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), and
+// only that knows the format's bytes.
 //
-// Three faces. `decode` gives exact weights, the reference's to the bit: for dequantize, embedding, and whatever needs
-// floats. `codes` and `affine` give a product its operands without ever making a weight: integer codes as bf16 or f16
-// numbers, which a matrix unit multiplies with the activations, and what scales the sum afterwards:
+// A struct offers three views. `decode` gives exact weights, equal to the reference in every bit: for dequantize,
+// embedding, and whatever needs floats. `codes` and `affine` give a product its operands without computing any weight:
+// integer codes as bf16 or f16 numbers, which a matrix unit multiplies with the activations, and the numbers that scale
+// the sum afterwards:
 //
 //   sum of w x  =  scale * sum of (zero + code) x  +  (offset - zero * scale) * sum of x     over a group of weights
 //
 // `floats` and `affine` give weights to within an f32 rounding, w = scale * (zero + code) + (offset - zero * scale),
-// for a product with so many tokens that unpacking costs less than scaling sums.
+// for a product with so many tokens that unpacking weights costs less than scaling sums.
 //
-// A product takes a row in chunks of 256 weights, which every block size divides, so a chunk is whole blocks (the last
-// chunk of a row may have fewer). A chunk's bytes are copied to shared memory as they are and unpacked from there: the
-// blocks of most formats align to two bytes only, but rows of them are read in whole, aligned pieces.
-// A chunk is eight slices of 32 weights, a slice two matrix steps of 16.
+// A product takes a row in chunks of 256 weights. Every block size divides 256, so a chunk consists of whole blocks
+// (the last chunk of a row may have fewer). The bytes of a chunk are copied to shared memory unchanged and unpacked
+// from there: the blocks of most formats are aligned to two bytes only, but this way rows are read in whole, aligned
+// pieces. A chunk is eight slices of 32 weights; a slice is two matrix steps of 16.
 #pragma once
 
 #include "cuda/gpu.h"
@@ -25,9 +26,9 @@ using namespace isqtorch::gpu;
 
 constexpr int kChunk = 256, kSlice = 32;
 
-// A dot product does not care about the order of its terms, so every lane takes the weights that lie together in
-// memory, in the order they unpack in; x is read in the same order. These are the eight weights of a slice that lane t
-// of a quad (t = lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
+// The order of the terms of a dot product is free, so each lane takes weights that lie together in memory, in the order
+// in which they unpack. x is read in the same order. This says which eight weights of a slice lane t of a quad (t =
+// lane % 4) has, as four pairs; pairs 0 and 1 belong to the first step, 2 and 3 to the second.
 enum class Order : int {
   kQuads,  // pairs of 4t + {(0, 2), (1, 3)}, then of 16 + 4t + {(0, 2), (1, 3)}: a step is 16 weights in a row
   kOcts,   // pairs of 8t + {(0, 4), (1, 5), (2, 6), (3, 7)}
@@ -38,7 +39,8 @@ struct Affine {
   float scale, offset;
 };
 
-// The rules for a format's struct. A family may be one struct; what its members differ in is in the Shape (launch.h).
+// The members of a format's struct. A family may have one struct; what its formats differ in is in the Shape
+// (launch.h).
 //
 //   using Block                        its bytes, or uint8_t where Shape has the size
 //   static constexpr int kBlock        weights in a block; 0 where Shape says so
@@ -48,7 +50,7 @@ struct Affine {
 //   static constexpr int kMaxChunkBytes
 //   kPieces<element>                   1, or 2 where a code needs two numbers that add up to zero + code (see Codes)
 //   kZero<element>                     what the pieces of a code add to it
-//   kSums<element>                     whether the sum of x is needed at all (false: zero and offset are always 0)
+//   kSums<element>                     whether the sum of x is needed (false: zero and offset are always 0)
 //
 //   struct Row                         what a lane keeps in registers of one row's chunk for affine
 //   static Row open(const uint8_t* chunk, const Shape&)
@@ -56,8 +58,8 @@ struct Affine {
 //                              uint32_t (&pairs)[kPieces][4])     two numbers each, the first in the low half
 //   kFloatZero                         what a float adds to its code
 //   static void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&numbers)[8])
-//                                      zero + code of a lane's weights as they follow each other, not in pairs
-//   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   any rounding will do
+//                                      zero + code of a lane's weights in their order, not in pairs
+//   static Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&)   in any rounding
 //
 //   static void decode(const uint8_t* block, int first, const Shape&, float (&w)[8])
 //                                      weights first .. first + 7 (a multiple of 8) of a block, each rounding as in the
@@ -66,8 +68,7 @@ struct Affine {
 // `chunk` and `block` align to kAlign and lie in shared or in global memory. `slice` and `group` are constants once the
 // loop around the call is unrolled.
 
-// ---- bytes
-// -----------------------------------------------------------------------------------------------------------
+// ---- bytes ----------------------------------------------------------------------------------------------------------
 
 ISQ_DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 
@@ -81,43 +82,43 @@ ISQ_DEVICE uint32_t load_u32(const uint8_t* p) {
 template <class Block>
 constexpr int kAlignOf = sizeof(Block) % 4 ? 2 : 4;
 
-// Shifts bit `from` to bit `to`, which is a constant once `from` is.
+// Shifts bit `from` to bit `to`. If `from` is a constant, so is the shift.
 ISQ_DEVICE uint32_t move_bit(uint32_t word, int from, int to) {
   return from < to ? word << (to - from) : word >> (from - to);
 }
 
-// 32768 + byte i of a word, as a float: one instruction, while a conversion waits for a slow unit. With an 11-bit d and
-// a bias b of few bits, fmaf(d, biased_byte, -(32768 + b) * d) is d * (byte - b), rounded once.
+// 32768 + byte i of a word, as a float, in one instruction; a conversion would wait for a slow unit. With an 11-bit d
+// and a bias b of few bits, fmaf(d, biased_byte, -(32768 + b) * d) is d * (byte - b), rounded once.
 ISQ_DEVICE float biased_byte(uint32_t word, int i) {
   return __uint_as_float(permute(word, 0x47000000u, 0x7604u | i << 4));
 }
 constexpr float kByteBias = 32768.0f;
 
-// 128 + byte i of a word, below 128.
+// 128 + byte i of a word, where the byte is below 128.
 ISQ_DEVICE float biased_small_byte(uint32_t word, int i) {
   return __uint_as_float(permute(word, 0x43000000u, 0x7044u | i << 8));
 }
 constexpr float kSmallByteBias = 128.0f;
 
-// ---- codes as 16-bit floats
-// ------------------------------------------------------------------------------------------
+// ---- codes as 16-bit floats -----------------------------------------------------------------------------------------
 
-// Integers below 128 (bf16) or 1024 (f16) in the low bits of a float whose unit in the last place is 1.
+// A float whose unit in the last place is 1. In its low bits fits an integer below 128 (bf16) or 1024 (f16).
 template <Element element>
 constexpr uint32_t kMagic = element == Element::kBf16 ? 0x43004300u : 0x64006400u;
 template <Element element>
 constexpr float kMagicZero = element == Element::kBf16 ? 128.0f : 1024.0f;
 
-// The pair (zero + low code, zero + high code): the bits of both halves that `mask` leaves, for each half alike.
+// The pair (zero + low code, zero + high code). `mask` selects the bits of the codes, in both halves alike.
 template <Element element>
 ISQ_DEVICE uint32_t magic_pair(uint32_t bits, uint32_t mask) {
   return lop3<0xea>(bits, mask, kMagic<element>);  // (bits & mask) | magic
 }
 
-// The codes of a format: kBits each, unsigned in memory and meant as code - kFrom; 8 bits from 128 are signed bytes.
+// The codes of a format: kBits each, unsigned in memory, with the value code - kFrom; kBits = 8 and kFrom = 128 means
+// signed bytes.
 //
-// bf16 has eight significant bits, too few for 128 + a code of eight. Such a code is the sum of two pieces, its
-// nibbles: 128 + low, and 256 + 16 high, where one unit in the last place is 2.
+// bf16 has eight significant bits, too few for 128 + an 8-bit code. Such a code is the sum of two pieces, one for each
+// nibble: 128 + low, and 256 + 16 high, where one unit in the last place is 2.
 template <int kBits, int kFrom>
 struct Codes {
   static_assert(kBits < 8 || kFrom == 0 || kFrom == 128);
@@ -128,9 +129,10 @@ struct Codes {
   template <Element element>
   static constexpr bool kSums = true;
   static constexpr uint32_t kHalves = ((1u << kBits) - 1) * 0x00010001u, kBytes = ((1u << kBits) - 1) * 0x01010101u;
-  static constexpr uint32_t kSigns = kFrom == 128 ? 0x80808080u : 0;  // of bytes; flipped they are unsigned
+  // The sign bits of bytes. Flipping them makes the bytes unsigned.
+  static constexpr uint32_t kSigns = kFrom == 128 ? 0x80808080u : 0;
 
-  // The pairs of a quad, four codes in the low bits of four bytes. What lies above them does not matter.
+  // The pairs of a quad: four codes in the low bits of four bytes. The bits above the codes are ignored.
   template <Element element>
   static ISQ_DEVICE void quad_pairs(uint32_t quad, int first, uint32_t (&pairs)[kPieces<element>][4]) {
     if constexpr (kBits < 8) {

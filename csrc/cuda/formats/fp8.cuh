@@ -2,19 +2,17 @@
 //
 //   code: sign | exponent (4 bits, bias 7) | mantissa (3 bits)     subnormal numbers, NaN = 0x7f, no infinities
 //
-// Shifted into place, a code is a bf16 or f16 number with another exponent bias than 7: a product with a power of two
-// makes up for that. (Left to the scale, bf16 products of 2^-120 with activations would vanish in f32.)
+// Shifted into place, a code is a bf16 or f16 number with an exponent bias other than 7, which a product with a power
+// of two corrects. (If the scale did that, bf16 products of 2^-120 with activations would underflow in f32.)
 #pragma once
 
+#include "blocks.h"
 #include "cuda/formats/format.cuh"
 
 namespace isqtorch::cuda {
 
 struct Fp8 {
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
+  using Block = BlockFp8;
   static constexpr int kBlock = 128, kAlign = 4, kGroup = 32, kMaxChunkBytes = 2 * sizeof(Block);
   static constexpr Order kOrder = Order::kQuads;
   template <Element element>
@@ -59,8 +57,8 @@ struct Fp8 {
     floats[3] = __uint_as_float(odd & 0xffff0000);
   }
 
-  // The codes in the upper bytes of both halves. A code of NaN alone carries into the next bit of the exponent when one
-  // is added to it, and gets the rest of its exponent.
+  // The codes in the upper bytes of both halves. Adding one to a code carries into the next bit of the exponent only if
+  // it is NaN; then the rest of its exponent is set.
   template <Element element>
   static ISQ_DEVICE uint32_t pair(uint32_t codes) {
     if constexpr (element == Element::kBf16) {

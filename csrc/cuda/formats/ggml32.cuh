@@ -55,7 +55,7 @@ struct Block32 : Codes<kBits, kFrom> {
     } else {
       const uint32_t low = load_u32<kAlign>(qs + at) >> (4 * half);
       if constexpr (kBits == 4) return low;
-      // Four bits in a row become bit 4 of four bytes: the product puts bit i at 7 i + 4 + (0, 7, 14, 21).
+      // Four neighbouring bits become bit 4 of four bytes: the product puts bit i at 7 i + 4 + (0, 7, 14, 21).
       if constexpr (kBits == 5) {
         const uint32_t high = load_u16(block + offsetof(Block, qh) + 2 * half) >> at & 15;
         return (low & 0x0f0f0f0f) | (high * 0x02040810u & 0x10101010u);

@@ -1,6 +1,6 @@
-// The formats with 256 weights in a block, which is a chunk. Their codes lie in planes of 32 bytes that hold a few bits
-// of several slices, so that a lane's quad of a slice is four bytes in a row, shifted. Sub-blocks of 16 or 32 weights
-// have small integer scales, which stay packed, four to a register, until they are needed.
+// The formats with 256 weights in a block, which is a chunk. Codes lie in planes of 32 bytes with a few bits of several
+// slices, so a lane's quad of a slice is four neighbouring bytes, shifted. Sub-blocks of 16 or 32 weights have small
+// integer scales. These stay packed, four to a register, until they are needed.
 #pragma once
 
 #include <cstddef>
@@ -85,7 +85,7 @@ struct Q3K : Block256<Q3K, BlockQ3K, 3, 4> {
     ByteScale scale;
     uint32_t t[4];
   };
-  // t[j], 6 bits: the low four in the nibbles of bytes 0-7, the high two in bits 2 (j / 4) of bytes 8-11.
+  // t[j] has 6 bits: the low four in a nibble of bytes 0-7, the high two in bits 2 (j / 4) and up of byte 8 + j % 4.
   static ISQ_DEVICE Row open(const uint8_t* chunk, const Shape&) {
     Row row = {ByteScale::of(f16_to_f32(load_u16(chunk + offsetof(Block, d))), 32), {}};
     const uint8_t* const packed = chunk + offsetof(Block, scales);
@@ -167,7 +167,7 @@ struct Q6K : Block256<Q6K, BlockQ6K, 6, 32> {
 
   struct Row {
     ByteScale scale;
-    uint32_t scales[4];  // + 128: unsigned
+    uint32_t scales[4];  // plus 128, so that they are unsigned
   };
   static ISQ_DEVICE Row open(const uint8_t* chunk, const Shape&) {
     Row row = {ByteScale::of(f16_to_f32(load_u16(chunk + offsetof(Block, d))), 128), {}};

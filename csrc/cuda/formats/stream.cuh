@@ -2,8 +2,8 @@
 //
 //   AFQ: w = scale * code + bias, bf16 or f16          HQQ: w = (code - zero) * scale, f16
 //
-// Eight codes fill kBits bytes, so lane t's eight weights of a slice are the bytes kBits t .. kBits (t + 1) - 1 of its
-// kBits words: in one word of them, or in two neighbours.
+// Eight codes fill kBits bytes. So lane t's eight weights of a slice are the bytes kBits t .. kBits (t + 1) - 1 of its
+// kBits words, which lie in one word or in two neighbouring words.
 #pragma once
 
 #include "cuda/formats/format.cuh"
@@ -74,18 +74,18 @@ struct BitStream : Codes<kBits, 0> {
  private:
   static ISQ_DEVICE bool is_hqq(const Shape& shape) { return kMayBeHqq && shape.header == Header::kScaleZeroF16; }
 
-  // The block in a chunk that a slice belongs to: one of 32 << log weights.
+  // The block of a chunk that a slice belongs to. Blocks have 32 << log weights.
   static ISQ_DEVICE int block_of(int slice, const Shape& shape) { return slice >> (shape.block >> 6); }
 
-  // Scale, and bias or zero.
+  // The scale, and the bias or zero point.
   static ISQ_DEVICE Affine numbers(const uint8_t* block, Header header) {
     const uint32_t both = load_u32<4>(block);
     if (header == Header::kScaleBiasBf16) return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)};
     return {f16_to_f32(both), f16_to_f32(both >> 16)};
   }
 
-  // Eight codes as four words: code i in the low bits of word i, code i + 4 in those of its upper half, other bits
-  // above.
+  // Eight codes as four words: code i in the low bits of word i, code i + 4 in the low bits of its upper half. Other
+  // bits are undefined.
   static ISQ_DEVICE void spread_oct(const uint8_t* stream, int t, uint32_t (&spread)[4]) {
     if constexpr (kBits == 2) {
       const uint32_t x = permute(load_u16(stream + 2 * t), 0, 0x4140);
@@ -94,14 +94,14 @@ struct BitStream : Codes<kBits, 0> {
       const uint32_t x = load_u32<4>(stream + 4 * t);
       for (int i = 0; i < 4; ++i) spread[i] = x >> (4 * i);
     } else {
-      // The words of the first and the last byte (never one behind the block), and where in them the first byte lies.
+      // The words with the first and the last byte (never beyond the block), and where the first byte is in its word.
       const uint32_t a = load_u32<4>(stream + kBits * t / 4 * 4),
                      b = load_u32<4>(stream + (kBits * t + kBits - 1) / 4 * 4);
       const int byte = kBits * t % 4;
       if constexpr (kBits == 3) {
-        const uint32_t v =
-            permute(a, b, 0x3210 + 0x1111 * byte);             // code i at 3 i: 0 .. 3 from bit 0, 4 .. 7 from bit 12
-        const uint32_t x = lop3<0xca>(0x0000ffff, v, v << 4);  // one half of each
+        // Code i at bit 3 i: codes 0 .. 3 from bit 0, 4 .. 7 from bit 12. Then the two groups in one half each.
+        const uint32_t v = permute(a, b, 0x3210 + 0x1111 * byte);
+        const uint32_t x = lop3<0xca>(0x0000ffff, v, v << 4);
         for (int i = 0; i < 4; ++i) spread[i] = x >> (3 * i);
       } else if constexpr (kBits == 5) {
         const uint32_t low = permute(a, b, 0x3210 + 0x1111 * byte);                     // code i at 5 i
@@ -110,7 +110,8 @@ struct BitStream : Codes<kBits, 0> {
         for (int i = 0; i < 3; ++i) spread[i] = x >> (5 * i);
         spread[3] = y >> 7;
       } else if constexpr (kBits == 6) {
-        // Codes 0 .. 3 are bytes 0 .. 2, the others 3 .. 5: the lower two of each, and the upper two.
+        // Codes 0 .. 3 are in bytes 0 .. 2, codes 4 .. 7 in bytes 3 .. 5. x gets the lower two bytes of each, y the
+        // upper two.
         const uint32_t x = permute(a, b, byte ? 0x6532 : 0x4310), y = permute(a, b, byte ? 0x7643 : 0x5421);
         for (int i = 0; i < 2; ++i) spread[i] = x >> (6 * i);
         for (int i = 2; i < 4; ++i) spread[i] = y >> (6 * i - 8);
@@ -118,5 +119,13 @@ struct BitStream : Codes<kBits, 0> {
     }
   }
 };
+
+// The formats of both families as types; list.cuh says what they stand for.
+template <int kBits, int kGroup, Header kHeader>
+struct StreamFormat;
+template <int kBits, int kGroup, Dtype kScale>
+using Afq = StreamFormat<kBits, kGroup, kScale == Dtype::kF16 ? Header::kScaleBiasF16 : Header::kScaleBiasBf16>;
+template <int kBits, int kGroup>
+using Hqq = StreamFormat<kBits, kGroup, Header::kScaleZeroF16>;
 
 }  // namespace isqtorch::cuda

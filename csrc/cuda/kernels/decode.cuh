@@ -1,5 +1,5 @@
-// Rows of a packed weight as floats: all rows (dequantize), or those that ids name (embedding). A thread makes eight
-// weights, and writes them as 16-byte words where the output lies so.
+// Rows of a packed weight as floats: all rows (dequantize), or those that ids select (embedding). A thread computes
+// eight weights and writes them as 16-byte words if the output is aligned for that.
 #pragma once
 
 #include "cuda/formats/format.cuh"
@@ -9,7 +9,7 @@ namespace isqtorch::cuda {
 
 constexpr int kDecodeThreads = 256, kOct = 8;
 
-// Of the octs in a block: 32, 64, 128 or 256 weights.
+// log2 of the number of octs in a block of 32, 64, 128 or 256 weights.
 constexpr __host__ __device__ int log_octs(int block) {
   return block == 32 ? 2 : block == 64 ? 3 : block == 128 ? 4 : 5;
 }
@@ -36,8 +36,8 @@ ISQ_DEVICE void store_oct(const float (&w)[8], uint16_t* out, bool aligned) {
   }
 }
 
-// A block of threads makes 2048 weights of a row, which are whole blocks of every format. Without ids, blocks follow
-// each other through all rows: they are as good as one long row.
+// A block of threads computes 2048 weights of a row, which are whole blocks of every format. Without ids, all rows are
+// treated as one long row.
 template <class F, Dtype dtype>
 __global__ void __launch_bounds__(kDecodeThreads)
     decode_kernel(const uint8_t* weight, void* out, int64_t row_octs, int log_block_octs, const void* ids,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     first_block = (id * row_octs + first_oct) >> log;
     at = blockIdx.x * row_octs + first_oct;
   }
-  const int oct = threadIdx.x % kDecodeThreads;  // which tells the compiler that it is not negative
+  const int oct = threadIdx.x % kDecodeThreads;  // % tells the compiler that it is not negative
   if (oct >= row_octs - first_oct) return;
   float w[8];
   F::decode(weight + first_block * block_bytes + (oct >> log) * block_bytes, (oct & ((1 << log) - 1)) * kOct, shape, w);

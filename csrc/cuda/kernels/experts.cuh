@@ -1,5 +1,5 @@
-// `experts_linear`: one launch for a few (token, slot) pairs, each with its expert's index; two for many, the first of
-// which sorts the pairs by expert. The host never learns how many an expert got.
+// `experts_linear`. A few (token, slot) pairs take one launch, in which each pair has the index of its expert. Many
+// pairs take two: the first sorts them by expert. The host never learns how many pairs an expert has.
 #pragma once
 
 #include "cuda/kernels/linear_rows.cuh"
@@ -9,12 +9,14 @@ namespace isqtorch::cuda {
 
 constexpr int kSortThreads = 1024;
 
-// Pairs that are multiplied one by one. With as many pairs as experts, 0.63 of the experts have any: their weights are
-// read 1.6 times, mostly the second time from L2, since blocks with the same rows of all pairs follow each other.
+// Whether pairs are multiplied one by one. With as many pairs as experts, a share of 0.63 of the experts has any pairs.
+// Their weights are read 1.6 times, the second time mostly from L2, because blocks with the same rows of all pairs
+// follow each other.
 inline bool few_pairs(const ExpertsJob& job) { return job.tokens * job.slots <= (job.experts > 16 ? job.experts : 16); }
 
-// Spans of up to `tokens` pairs of one expert: those of expert e start at place first(e) / tokens + e, which leaves
-// room for each before it, whatever it got. One more for pairs whose expert is not here.
+// A span is up to `tokens` pairs of one expert. The spans of expert e start at index first(e) / tokens + e, which
+// leaves enough room for the experts before it, whatever the ids are. The last spans are for pairs whose expert is not
+// on this device.
 ISQ_DEVICE int first_span(int first, int expert, int tokens) { return first / tokens + expert; }
 inline int64_t most_spans(const ExpertsJob& job, int tokens) {
   return job.tokens * job.slots / tokens + job.experts + 1;
@@ -25,8 +27,8 @@ int expert_token_tiles(const ExpertsJob& job) {
   return token_tiles<F, dtype>((job.tokens * job.slots + job.experts - 1) / job.experts);
 }
 
-// Block e writes the pairs of expert e to their place in `order`, and its spans. It counts for itself how many pairs
-// experts before it got.
+// Block e writes the pairs of expert e to their place in `order`, and its spans. It counts by itself how many pairs the
+// experts before it have.
 template <class Id>
 __global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const Id* ids, int pairs, int experts, int tokens, int* order, int4* spans) {
@@ -110,7 +112,7 @@ void launch_experts_of(const ExpertsJob& job, const Shape& shape, Stream stream)
   }
   task.spans = of_spans, task.order = order;
   task.parts = (unsigned)spans;
-  // Blocks do not split k: there are many of them, and a second launch would cost more than what is left to gain.
+  // Blocks do not split k. There are many of them, and a second launch would cost more than that could gain.
   const TilePlan plan = tile_plan<F, dtype>(task, tiles, pairs / tokens + (job.experts + 1) / 2, false);
   launch_tiles<F, dtype>(task, tiles, plan, stream);
 }

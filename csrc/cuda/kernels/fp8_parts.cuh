@@ -1,6 +1,6 @@
-// Codes and scales apart from each other, for torch's FP8 product. Eight threads have a run of 128 columns, sixteen of
-// them each; a warp has four runs of a row, a block of threads eight rows of those, so that what it reads is coalesced
-// and the scales of neighbouring rows are written at about the same time.
+// Separates codes and scales for torch's FP8 product. Eight threads share a run of 128 columns, sixteen columns each. A
+// warp has four runs of a row and a block of threads eight rows of these. So reads are coalesced, and the scales of
+// neighbouring rows are written at about the same time.
 #pragma once
 
 #include "cuda/fp8_parts.h"
@@ -11,17 +11,17 @@ namespace isqtorch::cuda {
 constexpr int kPartsThreads = 256, kOwnCodes = 16, kRunThreads = Fp8Parts::kRun / kOwnCodes;
 constexpr int kPartsRows = kPartsThreads / gpu::kWarp, kPartsRuns = gpu::kWarp / kRunThreads;
 
-// Blocks of threads for a matrix: those of a row follow each other.
+// The number of blocks of threads for a matrix. Those of a row follow one another.
 inline unsigned parts_blocks(const Fp8Parts& to) {
   const int64_t across = (to.k / Fp8Parts::kRun + kPartsRuns - 1) / kPartsRuns;
   return (unsigned)(across * ((to.rows + kPartsRows - 1) / kPartsRows));
 }
 
-// Which sixteen elements are this thread's.
+// The sixteen elements of this thread.
 struct RunPart {
   int64_t row;
-  int run, member;  // of the row; of the run
-  bool inside;      // the matrix
+  int run, member;  // number of the run in the row; of the thread in the run
+  bool inside;      // whether they are inside the matrix
 
   ISQ_DEVICE explicit RunPart(const Fp8Parts& to) {
     const uint32_t runs = (uint32_t)(to.k / Fp8Parts::kRun), across = (runs + kPartsRuns - 1) / kPartsRuns;

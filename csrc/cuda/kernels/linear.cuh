@@ -1,4 +1,4 @@
-// `linear`: the kernel for the number of rows of x.
+// `linear`: selects the kernel by the number of rows of x.
 #pragma once
 
 #include "cuda/kernels/linear_rows.cuh"
@@ -18,7 +18,7 @@ inline Task linear_task(const LinearJob& job, const Shape& shape) {
   return task;
 }
 
-// The task of more rows than the rows kernel takes, and how blocks share it.
+// The task for more rows of x than the rows kernel takes, and how blocks share it.
 template <class F, Dtype dtype>
 struct TiledLinear {
   int tiles;
@@ -46,7 +46,7 @@ template <class F>
 int64_t linear_workspace(const LinearJob& job, const Shape& shape) {
   if (job.m <= kFewRows || !job.n) return 0;
   if (job.dtype == Dtype::kF32) return TiledLinear<F, Dtype::kF32>(job, shape).workspace();
-  return TiledLinear<F, Dtype::kBf16>(job, shape).workspace();  // and of f16
+  return TiledLinear<F, Dtype::kBf16>(job, shape).workspace();  // f16 needs the same
 }
 
 template <class F>

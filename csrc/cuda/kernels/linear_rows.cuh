@@ -1,19 +1,20 @@
-// The product with one to eight tokens: `linear` while the model writes, and experts for a few (token, slot) pairs.
+// The product with one to eight tokens: `linear` while a model generates text, and experts for a few (token, slot)
+// pairs.
 //
-// All there is to do is to read the weights once, as fast as memory gives them. The warps of a block share its 16 or 32
-// rows and take every so manieth chunk of 256 weights; each has a ring of its own in shared memory that it fills with
-// asynchronous copies, so that nothing in the loop waits for another warp. Sums meet at the end.
+// The cost is that of reading the weights once, so this must run at the speed of memory. The warps of a block share its
+// 16 or 32 rows and take chunks of 256 weights in turn. Each warp fills a ring of its own in shared memory by
+// asynchronous copies, so that nothing in the loop waits for another warp. The sums of the warps are added at the end.
 //
-// What must hold for that on an H100, 132 multiprocessors and 3.0 TB/s, that is 13 bytes per multiprocessor and clock:
-// - Bytes in flight: 0.7 us of latency are 16 KB per multiprocessor, 32 KB to be safe. Eight warps with two stages of
-//   16 rows hold 36 KB at 4 bits, of 32 rows 72 KB.
-// - Blocks: of 32 rows if nearly every multiprocessor gets one, otherwise of 16: 64 blocks with n = 1024. Where none
-//   gets two, a block has 16 warps.
-// - x: every block reads all of it, 16 bytes per weight of a row if m = 8: as much as 28 rows of 4-bit or 15 of 8-bit
-//   weights. Blocks that share a multiprocessor find it in L1; hence 32 rows for formats up to 5.5 bits, while those
-//   above have enough with 16.
-// - Instructions: of 4-bit weights 23 arrive per clock, which leaves each 5.6 of the 128 that a clock has. A chunk of
-//   32 rows takes 830 per lane for q4_0 and q4k: 3.3 per weight.
+// An H100 has 132 multiprocessors and 3.0 TB/s, that is 13 bytes per multiprocessor and clock. The consequences:
+// - Bytes in flight: a latency of 0.7 us takes 16 KB per multiprocessor, or 32 KB to be safe. Eight warps with two
+//   stages of 16 rows hold 36 KB at 4 bits; with 32 rows, 72 KB.
+// - Blocks have 32 rows if nearly every multiprocessor gets one, otherwise 16: 64 blocks with n = 1024. If none gets
+//   two blocks, a block has 16 warps.
+// - x: every block reads all of it. For m = 8 that is 16 bytes per weight of a row, as much as 28 rows of 4-bit or 15
+//   rows of 8-bit weights. Blocks that share a multiprocessor find x in L1. Hence formats up to 5.5 bits have 32 rows;
+//   for wider ones 16 are enough.
+// - Instructions: 23 4-bit weights arrive per clock, and a clock has 128 instructions, so there are 5.6 for each
+//   weight. A chunk of 32 rows takes 830 per lane for q4_0 and q4k, which is 3.3 per weight.
 #pragma once
 
 #include <type_traits>
@@ -23,9 +24,9 @@
 
 namespace isqtorch::cuda {
 
-constexpr int kRowsWarps = 8;               // of a block; twice as many if it has a multiprocessor to itself
-constexpr int kRowsShared = 112 << 10;      // bytes of a block with so many: half of what an H100 has
-constexpr int kWideRows = 32 * (192 + 16);  // bytes of 32 rows of a chunk, up to which they go together
+constexpr int kRowsWarps = 8;               // of a block; twice as many if it is alone on a multiprocessor
+constexpr int kRowsShared = 112 << 10;      // most bytes of such a block: half of what an H100 has
+constexpr int kWideRows = 32 * (192 + 16);  // blocks have 32 rows up to this many bytes per chunk
 
 // A warp's share of shared memory.
 template <class F, int kTiles>
@@ -34,16 +35,16 @@ constexpr int kRowsWarpBytes = WarpRows<F, kTiles>::kRingBytes + WarpRows<F, kTi
 template <class F, Dtype dtype>
 constexpr int kRowTiles = dtype != Dtype::kF32 && WarpRows<F, 2>::kStageBytes <= kWideRows ? 2 : 1;
 
-// Slices of x that a warp has asked for and not used yet.
+// How many slices of x a warp loads in advance.
 template <class X>
 constexpr int kAhead = 8 / X::kWords;
 
-// Warps of a block at most. ptxas spills a little where that gets a second block of this size in: f32 needs some more
-// than the 64 registers which that would leave with 16 warps.
+// The most warps of a block. ptxas spills a little to fit two blocks of this size into a multiprocessor: with 16 warps
+// that leaves a thread 64 registers, and f32 needs some more.
 template <Dtype dtype>
 constexpr int kMostWarps = dtype == Dtype::kF32 ? 12 : 2 * kRowsWarps;
-// Blocks per multiprocessor that ptxas is told of; 0 leaves it to its own taste, which is to spill with 16 rows (see
-// above) and not to with 32. For the newest GPUs it is the other way round, but for the few registers of fp8.
+// The blocks per multiprocessor that ptxas is told to aim at; 0 lets it choose. By itself it spills with 16 rows (see
+// above) and does not with 32. On the newest GPUs it is the opposite, except for fp8, which needs few registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kRowsNarrow = 0;
 #else
@@ -65,14 +66,14 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4, row0 = (int)(blockIdx.x / task.parts) * Warp::kRows;
 
-  // ---- which expert
+  // ---- the expert
   int64_t first_row = 0, first_token = 0, y0 = 0;
   if (task.ids) {
     const int pair = (int)(blockIdx.x % task.parts);
     const int64_t expert = load_id(task.ids, task.wide_ids, pair);
     ISQ_ASSERT(expert >= 0 && expert <= task.experts, "isqtorch: an id names no expert");
     y0 = (int64_t)pair * task.n;
-    if (expert == task.experts) {  // the pair's expert is not here
+    if (expert == task.experts) {  // the pair's expert is not on this device
       const int row = row0 + (int)threadIdx.x;
       if (threadIdx.x < Warp::kRows && row < task.n) store_float<dtype>(task.y, y0 + row, 0.0f);
       return;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
     if (warp + s * warps < chunks) rows.template copy<Target>(ring + s * Warp::kStageBytes, warp + s * warps, task);
     end_copies();
   }
-  // Tokens past the last repeat the first: their sums are nobody's.
+  // Tokens past the last repeat the first; their sums are discarded.
   const uint8_t* x = task.x + (first_token + (g < task.m ? g : 0)) * task.k * X::kBytes +
                      X::template near_bytes<kOrder>(t) + (int64_t)warp * kChunkOfX;
   float out[kTiles][4] = {};
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
     x = next_x;
   }
   if constexpr (F::kBlock != kChunk) {
-    if (chunk < chunks) {  // the rest of a row, for one of the warps
+    if (chunk < chunks) {  // one of the warps takes the rest of a row
       const uint8_t* const rest = x + (chunk == warp ? 0 : (int64_t)warps * kChunkOfX);
       const uint8_t* bytes[Warp::kOfLane];
       wait_for(ring + stage * Warp::kStageBytes, chunk, bytes);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps<dtype>, kRowsResident<F, dty
     }
   }
 
-  // ---- the sum over warps, each of which has its own in its ring
+  // ---- the sum over warps, each of which has stored its own in its ring
   float* const sums = reinterpret_cast<float*>(ring);  // [8][16 kTiles], by token
   static_assert(Warp::kRingBytes >= (int)sizeof(float) * kFewRows * Warp::kRows);
 #pragma unroll

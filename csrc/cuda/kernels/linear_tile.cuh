@@ -1,14 +1,14 @@
-// The product with more tokens than one operand is wide: `linear` for a batch or a prompt, and experts for many.
+// The product with more than eight tokens: `linear` for a batch or a prompt, and experts for many pairs.
 //
-// A block takes 16, 32, 64 or 128 tokens, some rows of weights and some of k (tile_plan.h). Its warps have 32 rows
-// each, whose weights they unpack and round once for all tokens (rounded.cuh); some may share their rows and split the
-// block's k. Weights come through each warp's own ring, as in linear_rows.cuh, and x through one ring for the block
-// (token_ring.cuh).
+// A block takes 16, 32, 64 or 128 tokens, some rows of weights and a part of k (tile_plan.h). Each of its warps has 32
+// rows, whose weights it unpacks and rounds once for all tokens (rounded.cuh). Several warps may share their rows and
+// split the block's k. Weights come through the warp's own ring, as in linear_rows.cuh, and x through one ring for the
+// block (token_ring.cuh).
 //
-// A slice of 32 rows of 4-bit weights costs a warp about 145 instructions and 7 for every eight tokens, four of them on
-// the matrix unit, which needs six clocks for each. With n = k = 8192, an H100 then issues instructions for 11 us with
-// 16 tokens, while it reads 4-bit weights for 12.6; for 14 us with 64 tokens, and 14 on the matrix units; and with 128,
-// for 18 and 29.
+// For a slice of 32 rows of 4-bit weights, a warp needs about 145 instructions, and 7 more for every eight tokens. Four
+// of these 7 use the matrix unit, for six clocks each. With n = k = 8192 on an H100, 16 tokens take 11 us of
+// instructions, while reading 4-bit weights takes 12.6 us; 64 tokens take 14 us of instructions and 14 on the matrix
+// units; 128 tokens take 18 and 29 us.
 #pragma once
 
 #include <type_traits>
@@ -19,27 +19,28 @@
 
 namespace isqtorch::cuda {
 
-// Warps of a block at most. Twelve leave a thread 168 registers, and eight 255, which f32 and many tokens' sums need.
+// The most warps of a block. Twelve leave a thread 168 registers; eight leave 255, which f32 and the sums of many
+// tokens need.
 template <Dtype dtype, int kTokenTiles>
 constexpr int kTileWarps = dtype == Dtype::kF32 || kTokenTiles >= 8 ? 8 : 12;
 
-// A warp's share of shared memory: its ring, which has its sums in the end, and its table.
+// A warp's share of shared memory: its ring, which holds its sums at the end, and its table.
 template <class F, int kTokenTiles>
 constexpr int kTileRingBytes =
     WarpRows<F, 2>::kRingBytes > 1024 * kTokenTiles ? WarpRows<F, 2>::kRingBytes : 1024 * kTokenTiles;
 template <class F, int kTokenTiles>
 constexpr int kTileWarpBytes = kTileRingBytes<F, kTokenTiles> + WarpRows<F, 2>::kTableBytes;
 
-// The arguments. (In a Task of this size, the compiler spends more instructions on rows_kernel.)
-// Blocks that share rows split k into slabs of so many chunks, if their sums have a place: [slab][m][n], each slab
-// `slab_stride` from the next.
+// The arguments. (If Task itself had these, the compiler would spend more instructions on rows_kernel.) If partial_sums
+// is set, blocks with the same rows split k into slabs of slab_chunks chunks and store their sums there as
+// [slab][m][n], with slabs slab_stride apart.
 struct TileTask : Task {
   float* partial_sums;
   int slab_chunks;
   int64_t slab_stride;
 };
 
-// Codes stay integers for f32, which would need two 16-bit numbers for each weight.
+// For f32, codes stay integers, because a rounded weight would need two 16-bit numbers.
 template <class F, class X>
 using TileWeights = std::conditional_t<X::kF32, SliceWeights<F, X::kElement, 2>, RoundedWeights<F, X::kElement, 2>>;
 
@@ -51,14 +52,15 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
   constexpr Order kOrder = F::kOrder;
   constexpr float kZero = X::kF32 ? F::template kZero<X::kElement> : F::kFloatZero;
   constexpr int kWarpBytes = kTileWarpBytes<F, kTokenTiles>;
-  // May the last chunk be smaller? For f32, what the compiler does not know keeps it from unpacking slices all at once.
+  // Whether the last chunk may be smaller. Always true for f32: a count the compiler does not know stops it from
+  // unpacking all slices at once.
   constexpr bool kRest = F::kBlock != kChunk || X::kF32;
   ISQ_DYNAMIC_SHARED(uint8_t, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4, groups = warps / task.split;
   const int row0 = (int)(blockIdx.x / task.parts) * groups * Warp::kRows, part_of_x = (int)(blockIdx.x % task.parts);
 
-  // ---- which tokens
+  // ---- the tokens
   int first = part_of_x * Ring::kTokens, count = task.m - first < Ring::kTokens ? task.m - first : Ring::kTokens;
   int64_t first_row = 0;
   bool absent = false;
@@ -66,11 +68,11 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
     const int4 span = task.spans[part_of_x];
     first = span.y, count = span.z;
     first_row = (int64_t)span.x * task.n;
-    if (count == 0) return;  // there are as many blocks as any ids might need
+    if (count == 0) return;  // there are enough blocks for any ids; this one has no pairs
     absent = span.x == task.experts;
   }
 
-  // ---- which part of k
+  // ---- the part of k
   const int all_chunks = (task.k + kChunk - 1) / kChunk, begin = (int)blockIdx.y * task.slab_chunks;
   const int end = begin + task.slab_chunks < all_chunks ? begin + task.slab_chunks : all_chunks;
 
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
   uint8_t *const rings = shared + Ring::kRowsBytes, *const x = rings + warps * kWarpBytes;
   if (!absent) {
     for (int i = (int)threadIdx.x; i < Ring::kTokens; i += blockDim.x) {
-      // Tokens past the last repeat the first: their sums are nobody's.
+      // Tokens past the last repeat the first; their sums are discarded.
       int64_t token = first + (i < count ? i : 0);
       if (task.order) token = task.rows_per_slot ? task.order[token] : task.order[token] / task.slots;
       token_rows[i] = task.x + token * task.k * X::kBytes;
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
 #pragma unroll
       for (int step = 0; step < Ring::kSteps; ++step) {
         wait_for_copies<kTileStages - 2>();
-        __syncthreads();  // this stage is there, and the one before is done with
+        __syncthreads();  // this stage has arrived, and nobody reads the one before
         copy_x((stage + kTileStages - 1) % kTileStages, round + (step + kTileStages - 1) / Ring::kSteps,
                (step + kTileStages - 1) % Ring::kSteps);
         if (step == 0 && slices) {
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kWarp* kTileWarps<dtype, kTokenTiles>, 1) tile
           __syncwarp();
         }
         const uint8_t* const tokens = x + stage * stage_bytes + near;
-        // Four slices at a time, where registers allow: those behind the last are zeros, weights and x.
+        // Four slices at a time, if there are enough registers. Slices past the last have zeros for weights and x.
         constexpr int kTogether = X::kF32 ? 1 : kTokenTiles == 16 ? 2 : 4;
 #pragma unroll
         for (int some = 0; some < Ring::kSlices; some += kTogether) {
@@ -217,13 +219,14 @@ __global__ void __launch_bounds__(kAddThreads) add_slabs_kernel(const float* par
 
 // ---- launches
 
-// Eight-token tiles of a block at most. Eight numbers of x in one load leave too few registers for 128 tokens' sums.
+// The most eight-token tiles of a block. kOcts loads eight numbers of x at once, which leaves too few registers for the
+// sums of 128 tokens.
 template <class F, Dtype dtype>
 constexpr int kMostTiles = dtype == Dtype::kF32        ? 4
                            : F::kOrder == Order::kOcts ? 8
                                                        : 16;
 
-// Those of a block that has to do with so many tokens.
+// The tiles of a block, for a product with this many tokens.
 template <class F, Dtype dtype>
 int token_tiles(int64_t tokens) {
   if (kMostTiles<F, dtype> == 16 && tokens > 64 && (tokens > 256 || (tokens + 63) / 64 % 2 == 0)) return 16;
@@ -231,7 +234,7 @@ int token_tiles(int64_t tokens) {
   return tokens <= 16 ? 2 : 8;
 }
 
-// Calls work(kTokenTiles as a type) for the number of tiles.
+// Calls work(std::integral_constant<int, tiles>()).
 template <class F, Dtype dtype, class Work>
 auto with_tiles(int tiles, const Work& work) {
   if constexpr (kMostTiles<F, dtype> == 16) {
@@ -244,7 +247,7 @@ auto with_tiles(int tiles, const Work& work) {
   return work(std::integral_constant<int, 4>());
 }
 
-// How blocks share a product; about `parts` of task.parts have work. `slabs`: may they split k.
+// How blocks share a product. About `parts` of task.parts have work. `slabs`: whether blocks may split k.
 template <class F, Dtype dtype>
 TilePlan tile_plan(const Task& task, int tiles, int64_t parts, bool slabs) {
   using X = Activations<dtype>;

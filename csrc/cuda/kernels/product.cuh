@@ -1,10 +1,10 @@
-// What the kernels of `linear` and `experts_linear` share: weights on their way through shared memory, activations as
-// an operand of the matrix unit, and the product of both.
+// What the kernels of `linear` and `experts_linear` share: the path of weights through shared memory, activations as an
+// operand of the matrix unit, and the product of both.
 //
-// The weights are the left operand of m16n8k16, sixteen rows of them, and eight rows of x, here called tokens, the
-// right one. So one token costs what eight cost, and no weight ever moves between lanes: lane (g, t), g = lane / 4 and
-// t = lane % 4, takes rows g and g + 8 of every sixteen, and token g of every eight, and of both the eight numbers of
-// a slice that the format's Order gives to t.
+// Weights are the left operand of m16n8k16, sixteen rows at a time. The right operand is eight rows of x, here called
+// tokens. So one token costs as much as eight, and no weight ever moves between lanes. Lane (g, t), with g = lane / 4
+// and t = lane % 4, takes rows g and g + 8 of every sixteen and token g of every eight; of each it takes the eight
+// numbers of a slice that the format's Order gives to t.
 #pragma once
 
 #include "cuda/formats/format.cuh"
@@ -19,7 +19,7 @@ struct Task {
   void* y;
   int m, n, k, row_bytes, chunk_bytes;
   Shape shape;
-  // A block of threads takes some rows of one of so many: parts of x, or (token, slot) pairs.
+  // The number of parts: of x, or of (token, slot) pairs. A block of threads takes some rows of weights and one part.
   unsigned parts;
   int split;  // warps of a block that share rows and split k
   // Experts only; otherwise null or 0.
@@ -40,10 +40,9 @@ ISQ_DEVICE int64_t load_id(const void* ids, bool wide, int64_t at) {
   return wide ? static_cast<const int64_t*>(ids)[at] : static_cast<const int32_t*>(ids)[at];
 }
 
-// ---- activations
-// -----------------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
-// f32 activations become the sum of two bf16 numbers, which keeps 16 of their 24 digits and any exponent.
+// f32 activations become the sum of two bf16 numbers, which keeps 16 of their 24 significant bits and any exponent.
 template <Dtype dtype>
 struct Activations {
   static constexpr bool kF32 = dtype == Dtype::kF32;
@@ -53,8 +52,8 @@ struct Activations {
   static constexpr int kSliceBytes = kSlice * kBytes;
   static constexpr uint32_t kOnes = kElement == Element::kF16 ? 0x3c003c00u : 0x3f803f80u;
 
-  // A lane's numbers are in one or in two places of a slice. These are their first bytes, and the bit in which they
-  // differ.
+  // A lane's numbers are at one or two places of a slice, `near` and `far`. These are the byte offset of near, and the
+  // one bit in which far differs from it.
   template <Order order>
   static ISQ_DEVICE int near_bytes(int t) {
     return t * (order == Order::kQuads ? 4 : 8) * kBytes;
@@ -77,7 +76,7 @@ struct Activations {
     }
   }
 
-  // The pairs of an Order.
+  // Makes the pairs of an Order.
   template <Order order>
   static ISQ_DEVICE void pair_up(const uint32_t (&words)[kWords], uint32_t (&pairs)[kParts][4]) {
     constexpr bool kByQuads = order == Order::kQuads;
@@ -112,20 +111,20 @@ ISQ_DEVICE void store_float(void* to, int64_t at, float value) {
   }
 }
 
-// ---- weights
-// ---------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
-// A warp's rows of weights, sixteen times kTiles, chunk by chunk in shared memory. A row is copied in whole 16-byte
-// pieces from the last multiple of 16 on, so a chunk starts within its first piece, where the row of the tensor does.
+// A warp's 16 kTiles rows of weights, chunk by chunk in shared memory. A row is copied in whole 16-byte pieces,
+// beginning at the multiple of 16 before the chunk. So the chunk starts inside its first piece, at the same distance as
+// in the tensor.
 template <class F, int kTiles>
 struct WarpRows {
   static constexpr int kRows = 16 * kTiles, kOfLane = 2 * kTiles, kStages = 2;
   static constexpr int kPieces = (F::kMaxChunkBytes + 16 - F::kAlign + 15) / 16;  // of a row's chunk
-  // An odd number of pieces: eight rows begin in eight different eighths of the memory's banks, 16 bytes each, which is
-  // what the four lanes of a row read at a time.
+  // An odd number of pieces: so eight rows begin at eight different eighths of the memory's banks, 16 bytes each. The
+  // four lanes of a row read such an eighth at a time.
   static constexpr int kStride = (kPieces | 1) * 16;
   static constexpr int kStageBytes = kRows * kStride, kRingBytes = kStages * kStageBytes;
-  // Behind the ring: what the sums of every group are multiplied with, [slice][row][group of the slice].
+  // The table behind the ring: the factors of the sums of every group, [slice][row][group of the slice].
   static constexpr int kGroups = kSlice / F::kGroup, kGroupBytes = sizeof(float2);
   static constexpr int kTableBytes = kChunk / kSlice * kRows * kGroups * kGroupBytes;
 
@@ -134,7 +133,7 @@ struct WarpRows {
   int own;                // of row g + 8 t
   int g, t;
 
-  // Rows from `first` on; those beyond the last are the last, and their results are nobody's.
+  // Rows from `first` on. Rows beyond the last repeat the last; their results are discarded.
   ISQ_DEVICE WarpRows(const uint8_t* matrix, int first, const Task& task, int lane) : g(lane / 4), t(lane % 4) {
     weight = matrix + (int64_t)first * task.row_bytes;
 #pragma unroll
@@ -150,15 +149,15 @@ struct WarpRows {
     return task.chunk_bytes;
   }
 
-  // Target: SharedAddress, or uint8_t* where a register for it all the time is one too many.
+  // Target: SharedAddress, or uint8_t* in a kernel that cannot spare a register for it.
   template <class Target = SharedAddress>
   ISQ_DEVICE void copy(uint8_t* stage, int chunk, const Task& task) const {
     const int from = chunk * chunk_bytes(task), left = task.row_bytes - from;
     const uint8_t* const begin = weight + from + 16 * t;
     const Target to(stage + g * kStride + 16 * t);
-    if (left > chunk_bytes(task)) {  // what whole pieces take too much is the next chunk's
+    if (left > chunk_bytes(task)) {  // the last piece may go beyond the chunk: the next chunk follows
       copy_pieces<false>(begin, to, chunk_bytes(task));
-    } else {  // and here somebody else's
+    } else {  // the end of the row, where memory may end
       copy_pieces<true>(begin, to, left);
     }
   }
@@ -177,7 +176,7 @@ struct WarpRows {
     }
   }
 
-  // Where this lane's rows of a copied chunk are.
+  // Finds this lane's rows in a copied chunk.
   ISQ_DEVICE void find(const uint8_t* stage, int chunk, const Task& task, const uint8_t* (&chunks)[kOfLane]) const {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) chunks[j] = find(stage, chunk, task, j, offset[j]);
@@ -187,9 +186,10 @@ struct WarpRows {
     return stage + (8 * j + g) * kStride + ((begin + (uint32_t)offset_of_row) & 15);
   }
 
-  // The table of a copied chunk, to be read after a barrier of the warp. The lanes of a quad need the same numbers:
-  // each works out those of one row. A format's numbers may be packed in any way, and are unpacked nowhere else.
-  // `zero`: what a product's numbers add to codes. kRest: there are `groups` groups, and zeros stand for others.
+  // Writes the table of a copied chunk, which may be read after a barrier of the warp. The lanes of a quad need the
+  // same numbers, so each of them computes those of one row. This is the only place that unpacks a format's scales.
+  // `zero`: what the numbers of a product add to codes. kRest: only the first `groups` groups exist; the others get
+  // zeros.
   template <bool kRest = false>
   ISQ_DEVICE void tabulate(uint8_t* table, const uint8_t* stage, int chunk, const Task& task, float zero,
                            int groups = 0) const {
@@ -207,10 +207,9 @@ struct WarpRows {
   }
 };
 
-// ---- the product
-// -----------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
-// The weights of a slice, ready to be multiplied with any number of tokens.
+// The weights of a slice, to be multiplied by any number of tokens.
 template <class F, Element element, int kTiles>
 struct SliceWeights {
   static constexpr int kGroups = kSlice / F::kGroup, kPieces = F::template kPieces<element>;
@@ -219,7 +218,7 @@ struct SliceWeights {
   uint32_t a[kTiles][kPieces][2][4];
   float scale[2 * kTiles][kGroups], offset[2 * kTiles][kGroups];
 
-  // `table`: of this lane's first row.
+  // `table` begins with this lane's first row.
   ISQ_DEVICE void load(const uint8_t* const (&chunks)[2 * kTiles], const uint8_t* table, int slice, int t,
                        const Shape& shape) {
 #pragma unroll
@@ -242,7 +241,7 @@ struct SliceWeights {
     }
   }
 
-  // out += their product with eight tokens; out[tile] is as the matrix unit has it.
+  // out += product with eight tokens; out[tile] has the layout of the matrix unit.
   template <int kParts>
   ISQ_DEVICE void multiply(const uint32_t (&b)[kParts][4], uint32_t ones, float (&out)[kTiles][4]) const {
     const uint32_t all_ones[4] = {ones, ones, ones, ones};

@@ -1,9 +1,10 @@
 // The weights of a slice as numbers of x's type, for many tokens.
 //
-// Each is made in f32, by one fused multiply-add, and rounded once: the product is that of `dequantize` to x's type and
-// a matrix product with f32 sums, whatever the group size, and k is summed up within the matrix unit. Against codes
-// that stay integers (SliceWeights), a slice of 32 rows costs a warp some 50 instructions more, and every eight tokens
-// 27 to 41 less: no sums of x, nothing to scale, no pairs to put together, for weights are packed in the order of x.
+// Each weight is computed in f32 by one fused multiply-add and rounded once. So the product is that of `dequantize` to
+// x's type followed by a matrix product with f32 sums, for any group size, and the matrix unit sums over k. Compared
+// with codes that stay integers (SliceWeights), a slice of 32 rows costs a warp about 50 instructions more, and every
+// eight tokens cost 27 to 41 less: there are no sums of x, no scaling, and no pairs to assemble, because weights are
+// packed in the order of x.
 #pragma once
 
 #include "cuda/kernels/product.cuh"
@@ -16,7 +17,7 @@ struct RoundedWeights {
 
   uint32_t a[kTiles][2][4];
 
-  // `table`: of this lane's first row, made with F::kFloatZero.
+  // `table` begins with this lane's first row and was made with F::kFloatZero.
   ISQ_DEVICE void load(const uint8_t* const (&chunks)[2 * kTiles], const uint8_t* table, int slice, int t,
                        const Shape& shape) {
 #pragma unroll
@@ -37,7 +38,7 @@ struct RoundedWeights {
     }
   }
 
-  // out += their product with eight tokens, `words` being a lane's numbers as they are in memory.
+  // out += product with eight tokens; `words` are a lane's numbers as they are in memory.
   ISQ_DEVICE void multiply(const uint32_t (&words)[4], float (&out)[kTiles][4]) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {

@@ -1,15 +1,16 @@
-// How many rows and how much of k a block of the tile kernel takes: plain arithmetic with the numbers of an H100, which
-// has 132 multiprocessors. Each issues four instructions a clock, finishes an m16n8k16 product in 1.6 clocks (6.3 for
-// each of its four matrix units), and gets 13 bytes a clock from memory and 24 from the second-level cache.
+// How many rows and how much of k a block of the tile kernel takes, calculated with the numbers of an H100. It has 132
+// multiprocessors. Each issues four instructions per clock, completes an m16n8k16 product in 1.6 clocks (6.3 on each of
+// its four matrix units), and gets 13 bytes per clock from memory and 24 from the second-level cache.
 //
-// What a block of 32 g rows and its part of k costs its multiprocessor, in clocks for each chunk of 256:
-// - to multiply: 318 g with 16 tokens, 346 g with 32, 416 g with 64, 832 g with 128 (linear_tile.cuh has the count)
-// - to copy: 32 g rows of weights, and all tokens' x: 192 g + 21 for each token, from the second-level cache, at 4 bits
-// So few rows to a block make x the bottleneck: with n = k = 8192 and 64 tokens, blocks of 64 rows would read 138 MB of
-// x in 25 us, where the products take 14.7. With 256 rows and a quarter of k (a slab) they read 34 MB in 6, and sums of
-// slabs are 8 MB to be written, read and added up: 3 us, and 1.5 for a second launch; 21 in all. (The last block to
-// finish could add them up instead, and would have to know that it is: that takes a counter which outlives the call and
-// which two streams must not share, and the sums of 256 rows would pass through one multiprocessor in 2 us.)
+// A block of 32 g rows costs its multiprocessor, in clocks per chunk of 256:
+// - multiplying: 318 g with 16 tokens, 346 g with 32, 416 g with 64, 832 g with 128 (the count is in linear_tile.cuh)
+// - copying 32 g rows of weights, and x of all tokens: 192 g + 21 per token, from the second-level cache, at 4 bits
+// So with few rows per block, x is the bottleneck: with n = k = 8192 and 64 tokens, blocks of 64 rows would read 138 MB
+// of x in 25 us, while the products take 14.7 us. With 256 rows and a quarter of k (a slab) they read 34 MB in 6 us.
+// The sums of slabs are 8 MB, which are written, read and added in 3 us, plus 1.5 us for a second launch: 21 us in all.
+// (Instead, the last block to finish could add the slabs. To know that it is the last, it would need a counter that
+// outlives the call and that two streams must not share, and the sums of 256 rows would go through one multiprocessor
+// in 2 us.)
 #pragma once
 
 #include <algorithm>
@@ -17,31 +18,31 @@
 
 namespace isqtorch::cuda {
 
-constexpr int kProcessors = 132;  // of an H100; a GPU with fewer has more blocks for each
+constexpr int kProcessors = 132;  // of an H100; on a GPU with fewer, each gets more blocks
 
 struct TileShape {
-  int64_t n, parts;              // blocks with the same rows take one of so many parts of the tokens
+  int64_t n, parts;              // number of parts of the tokens; a block takes one
   int chunks, tokens;            // of k; of a part
   int chunk_bytes, token_bytes;  // of 32 rows' chunk of weights, of a token's
   int most_warps, warp_shared, x_shared;
   int64_t shared_limit;
-  bool slabs;  // may k be split between blocks
+  bool slabs;  // whether blocks may split k
 };
 
 struct TilePlan {
-  int groups = 1;  // of 32 rows; a block has one warp for each
-  int split = 1;   // warps for the same rows
+  int groups = 1;  // of 32 rows, one warp each
+  int split = 1;   // warps with the same rows
   int slabs = 1, slab_chunks = 0;
 };
 
-// Clocks of the whole product.
+// The clocks that the whole product takes.
 inline int64_t tile_cost(const TileShape& shape, const TilePlan& plan) {
   constexpr int kBytesPerClock = 24, kBusyWarps = 8, kStart = 2000, kSecondLaunch = 2600;
   const int64_t rows = 32 * plan.groups, blocks = (shape.n + rows - 1) / rows * shape.parts * plan.slabs;
   const int chunk_clocks = std::max({290 + 7 * shape.tokens / 4, 13 * shape.tokens / 2, shape.chunk_bytes / 13});
   const int warps = plan.groups * plan.split;
   const int64_t multiply = (int64_t)((plan.slab_chunks + plan.split - 1) / plan.split) * chunk_clocks *
-                           std::max(warps, kBusyWarps);  // fewer warps leave some of it idle
+                           std::max(warps, kBusyWarps);  // fewer warps leave a part idle
   const int64_t copy =
       (int64_t)plan.slab_chunks * (plan.groups * shape.chunk_bytes + shape.tokens * shape.token_bytes) / kBytesPerClock;
   const int64_t rounds = (blocks + kProcessors - 1) / kProcessors;
@@ -50,7 +51,7 @@ inline int64_t tile_cost(const TileShape& shape, const TilePlan& plan) {
          (plan.slabs > 1 ? kSecondLaunch + sums / (kProcessors * kBytesPerClock) : 0);
 }
 
-// The cheapest of those that fill the multiprocessors once, and of those that leave k whole.
+// The cheapest plan among those that fill the multiprocessors once and those that do not split k.
 inline TilePlan plan_tiles(const TileShape& shape) {
   TilePlan best;
   int64_t least = INT64_MAX;

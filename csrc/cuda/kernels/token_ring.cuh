@@ -1,7 +1,8 @@
-// x on its way to the warps of a block of the tile kernel: a ring in shared memory that all of them fill.
+// x on its way to the warps of a block of the tile kernel: a ring in shared memory, which all warps fill.
 //
-// It has x as rows of a slice, 64 bytes each, or 128 of f32: a lane's numbers lie together, and in every other pair of
-// rows (every other row of f32) the halves are exchanged, so that those who read at the same time read different banks.
+// The ring holds x as rows of a slice, 64 bytes each, or 128 for f32. A lane's numbers lie together. In every other
+// pair of rows (every other row for f32) the halves are exchanged, so that lanes that read at the same time use
+// different banks.
 #pragma once
 
 #include "cuda/kernels/product.cuh"
@@ -10,8 +11,8 @@ namespace isqtorch::cuda {
 
 constexpr int kTileStages = 3;
 
-// A stage has a few slices, 16 KB, of as many chunks as the warps split k into. All warps of a block meet once a stage,
-// which must not be too often: the matrix units run dry then.
+// A stage has 16 KB: a few slices of as many chunks as the warps split k into. All warps of a block meet once per
+// stage. That must not be too often, or the matrix units would wait.
 template <class X, int kTokenTiles>
 struct TokenRing {
   static constexpr int kTokens = 8 * kTokenTiles, kMostSlices = (16 << 10) / (kTokens * X::kSliceBytes);
@@ -22,8 +23,8 @@ struct TokenRing {
   static constexpr int kRowsBytes = kTokens * (int)sizeof(uint8_t*);  // where the tokens' rows are
   static ISQ_DEVICE int swapped(int g) { return X::kF32 ? g % 2 * 64 : g / 2 % 2 * 32; }
 
-  // This warp's share of a stage, whose first chunk is `chunk` and first slice in each is `first`. There are zeros for
-  // slices from `slices` on, counted from the beginning of x, if there may be such (kRest).
+  // Copies this warp's share of a stage. `chunk` is its first chunk and `first` its first slice of each chunk. If
+  // kRest, slices from `slices` on, counted from the beginning of x, are zeros.
   template <bool kRest>
   static ISQ_DEVICE void copy(const uint8_t* const* rows, uint8_t* stage, int chunk, int first, int slices, int split,
                               int warp, int warps, int lane) {

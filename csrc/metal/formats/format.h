@@ -1,11 +1,11 @@
-// What the shaders know of a format: one struct each (ggml32.h, kquants.h, stream.h, fp8.h), the only place that knows
-// its bytes. Everything else is generic: multiplying, decoding, gathering.
+// What the shaders know of a format. Each format has one struct (ggml32.h, kquants.h, stream.h, fp8.h), and only that
+// knows the format's bytes. Everything else is generic: multiplying, decoding, gathering.
 //
-// A lane takes a unit of 16 or 32 weights of a block: those whose codes lie together in memory. Codes are masked out of
-// 16-bit words and not shifted down, so code i comes as code * 2^s; part(i) is 2^-s. A product multiplies x with it
+// A lane takes a unit: 16 or 32 weights of a block whose codes lie together in memory. Codes are masked out of 16-bit
+// words but not shifted down, so code i comes as code * 2^s, and part(i) is 2^-s. A product multiplies x by part(i)
 // once and uses it for many rows.
 //
-// The rules for a format's struct, called F:
+// The members of a format's struct, called F:
 //
 //   block, bytes           weights and bytes of a block
 //   unit, groups           weights in a unit; groups of unit / groups weights with a scale of their own in it
@@ -16,7 +16,7 @@
 //   codes(b, u, q)         the codes of unit u of the block at b, times 1 / part
 //   scale(b, u, g)         of group g of unit u: w = (code - zero) * scale + offset, each operation rounded
 //
-// Blocks align to two bytes; those of sizes that are multiples of four to four.
+// Blocks are aligned to two bytes, or to four if their size is a multiple of four.
 #pragma once
 
 #include <metal_stdlib>
@@ -42,7 +42,7 @@ inline void signed_bytes(const device uchar* p, thread float (&q)[16]) {
   }
 }
 
-// Place of the first of the unit's weights in a row of blocks, and the block's bytes, by the unit's number in the row.
+// By the unit's number in a row of blocks: the place of its first weight, and the bytes of its block.
 template <class F>
 inline int place_of(int unit) {
   constexpr int per_block = F::block / F::unit;
@@ -57,7 +57,7 @@ inline ulong row_bytes(int k) {
   return ulong(k / F::block) * F::bytes;
 }
 
-// The weights of a unit, exactly.
+// The exact weights of a unit.
 template <class F>
 inline void decode(const device uchar* row, int unit, thread float (&w)[F::unit]) {
   constexpr int per_block = F::block / F::unit;

@@ -10,8 +10,8 @@ struct Fp8 {
   static constexpr int offset(int i) { return i; }
   static constexpr float part(int) { return 1.0f; }
 
-  // Sign, four bits of exponent with bias 7, three of mantissa. Subnormal numbers are made of integers: a GPU may take
-  // subnormal floats for zero.
+  // Sign, four bits of exponent with bias 7, three bits of mantissa. Subnormal numbers are computed from integers,
+  // because a GPU may treat subnormal floats as zero.
   static float e4m3(uint byte) {
     const uint magnitude = byte & 127u;
     const float normal = as_type<float>((magnitude << 20) + (120u << 23));

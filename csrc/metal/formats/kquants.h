@@ -4,7 +4,7 @@
 
 #include "metal/formats/format.h"
 
-// Units of the formats whose bytes hold weights 32 apart: eight bytes of either half of the block, four codes each.
+// Units of formats whose bytes hold weights that are 32 apart: eight bytes of one half of the block, four codes each.
 struct Crumbs {
   static constant constexpr const int block = 256, unit = 32, groups = 4, span = 128;
 
@@ -77,7 +77,7 @@ struct Q6K : Crumbs {
   }
 };
 
-// q4k q5k: eight pairs of six-bit numbers, and sub-blocks of 32 in the low and the high nibbles of the same bytes.
+// q4k q5k: eight pairs of 6-bit numbers; sub-blocks of 32 share bytes, in the low and the high nibbles.
 template <int bits>
 struct Pairs {
   static constant constexpr const int block = 256, unit = 32, groups = 2, span = 64;

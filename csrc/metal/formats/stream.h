@@ -8,7 +8,8 @@ enum class Header { scale_bias_bf16, scale_bias_f16, scale_zero_f16 };  // AFQ, 
 template <int bits, int group, Header header>
 struct Stream {
   static constant constexpr const int block = group, bytes = 4 + group * bits / 8, unit = 16, groups = 1, span = 16;
-  // Codes are masked out of words of at most 24 bits: whole codes, and exact as floats wherever they stand.
+  // Codes are masked out of words of at most 24 bits. These hold whole codes, and at any position a code is exact as a
+  // float.
   static constant constexpr const int per_word = bits <= 3 ? 8 : bits == 8 ? 2 : 4;
 
   static int at(int u) { return 16 * u; }

@@ -1,7 +1,7 @@
-// Weights as floats: all rows, or the rows that ids name.
+// Weights as floats: all rows, or the rows that ids select.
 #include "metal/formats/format.h"
 
-// out [rows, k]; a thread a unit.
+// out [rows, k]; one thread per unit.
 template <class F, class T>
 kernel void dequantize(const device uchar* weight [[buffer(0)]], device T* out [[buffer(1)]],
                        constant int& k [[buffer(2)]], uint2 thread_at [[thread_position_in_grid]]) {
@@ -12,7 +12,7 @@ kernel void dequantize(const device uchar* weight [[buffer(0)]], device T* out [
   for (int i = 0; i < F::unit; ++i) row[place + F::offset(i)] = T(w[i]);
 }
 
-// out [count, k] = rows ids [count] of the weight; NaN for an id that names none.
+// out [count, k] = the rows ids [count] of the weight; NaN for an id that is out of range.
 template <class F, class T, class Id>
 kernel void embedding(const device uchar* weight [[buffer(0)]], const device Id* ids [[buffer(1)]],
                       device T* out [[buffer(2)]], constant int& k [[buffer(3)]], constant int& rows [[buffer(4)]],

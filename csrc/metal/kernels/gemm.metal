@@ -1,12 +1,12 @@
-// Products with many rows of x: bound by arithmetic. A threadgroup makes a tile of y, 32 rows of the weight wide; its
-// 128 threads decode a unit of the weight each into threadgroup memory, and its four SIMD-groups multiply that with a
-// tile of x by their matrix units, 8 x 8 at a time.
+// Products with many rows of x, limited by arithmetic. A threadgroup computes a tile of y, 32 rows of the weight wide.
+// Each of its 128 threads decodes a unit of the weight into threadgroup memory. Its four SIMD-groups multiply that by a
+// tile of x with their matrix units, 8 x 8 at a time.
 #include "metal/formats/format.h"
 
 constant constexpr const int kTileN = 32, kThreads = 128;
 
-// What the tiles hold: half for half. Others as float, for not every GPU multiplies bfloat matrices; such tiles are half
-// as high, so that both fit into 32 KB.
+// The element type of the tiles: half for half, otherwise float, because not every GPU multiplies bfloat matrices.
+// Float tiles have half the height, so that both fit into 32 KB.
 template <class T>
 struct Tile {
   using Element = float;
@@ -18,13 +18,13 @@ struct Tile<half> {
   static constant constexpr const int rows = 32;
 };
 
-// Of the columns k: four units of the weight's rows. A tile's rows are padded, to spread them over the memory banks.
+// Columns per step: four units of the weight's rows. Rows of a tile are padded to spread them over the memory banks.
 template <class F>
 struct Step {
   static constant constexpr const int columns = 4 * F::unit, stride = columns + 8;
 };
 
-// Rows of the tile's x: count of them, from row `first` on, or, if `sorted`, row order[first + i] / divisor.
+// Multiplies `count` rows of x, from row `first` on; if `sorted`, row order[first + i] / divisor.
 template <class F, class T, bool sorted>
 inline void multiply_tile(const device uchar* weight, const device T* x, const device T* bias, device T* y,
                           const device int* order, int first, int count, int divisor, int n0, int n, int k,
@@ -33,7 +33,7 @@ inline void multiply_tile(const device uchar* weight, const device T* x, const d
                           uint simdgroup) {
   using E = typename Tile<T>::Element;
   constexpr int rows = Tile<T>::rows, columns = Step<F>::columns, stride = Step<F>::stride;
-  const int row = int(thread_at) / 4, part = int(thread_at) % 4;  // what this thread brings: row of a tile, quarter of it
+  const int row = int(thread_at) / 4, part = int(thread_at) % 4;  // this thread loads a quarter of a row of each tile
   const device uchar* from = weight + ulong(min(n0 + row, n - 1)) * row_bytes<F>(k);
   const device T* x_row = x;
   if (row < count) x_row += ulong(sorted ? order[first + row] / divisor : first + row) * ulong(k);
@@ -52,7 +52,7 @@ inline void multiply_tile(const device uchar* weight, const device T* x, const d
     } else {
       for (int i = 0; i < F::unit; ++i) w[i] = 0.0f;
     }
-    // Past the row's end a unit's place would be in a block that is not there; any free place will do.
+    // Past the end of the row, the unit's place would be in a block that does not exist. Any free place will do.
     const int place = inside ? place_of<F>(unit) - k0 : 0;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (!inside) {
@@ -104,9 +104,10 @@ kernel void gemm(const device uchar* weight [[buffer(0)]], const device T* x [[b
                              int(group.x) * kTileN, n, k, has_bias != 0, ws, xs, out, thread_at, simdgroup);
 }
 
-// y [pairs, n]: row p is x, of token p / slots or of pair p, times the weight of pair p's expert. order [pairs] names
-// the pairs expert by expert; tile t takes counts[t] of them from firsts[t] on, all of expert experts[t]. Tiles without
-// pairs have nothing to do: how many there are is known only on the GPU. Pairs in no tile keep what is in y.
+// y [pairs, n]: row p is x (of token p / slots, or of pair p) times the weight of pair p's expert. order [pairs] lists
+// the pairs expert by expert. Tile t takes counts[t] of them from firsts[t] on, all of expert experts[t]. Only the GPU
+// knows how many tiles there are, so tiles without pairs return at once. Rows of y whose pair is in no tile are
+// unchanged.
 template <class F, class T>
 kernel void experts_gemm(const device uchar* weight [[buffer(0)]], const device T* x [[buffer(1)]],
                          const device T* bias [[buffer(2)]], device T* y [[buffer(3)]],

@@ -1,10 +1,11 @@
-// Products with a few rows of x: bound by reading the weights. A SIMD-group works on four rows of the weight, its lanes
-// on a unit each of all of them, so that x is read and scaled once for four; two SIMD-groups to a threadgroup.
+// Products with few rows of x, limited by reading the weights. A SIMD-group works on four rows of the weight, and each
+// of its lanes on one unit of all four, so that x is read and scaled once for four rows. A threadgroup has two
+// SIMD-groups.
 #include "metal/formats/format.h"
 
 constant constexpr const int kRows = 4, kSimdgroups = 2;
 
-// The unit's part of x, in the order of its codes and undoing their places, and its sum by groups.
+// Loads the unit's part of x in the order of its codes, times part(i), and its sums by groups.
 template <class F, class T>
 inline void load_x(const device T* x, int unit, thread float (&v)[F::unit], thread float (&sums)[F::groups]) {
   const device T* from = x + place_of<F>(unit);
@@ -16,7 +17,7 @@ inline void load_x(const device T* x, int unit, thread float (&v)[F::unit], thre
   }
 }
 
-// sums[r][m] += this lane's share of rows first + r of the weight (the last one again past the end) times row m of x.
+// y[r][m] += this lane's share of row first + r of the weight times row m of x. Rows past the end repeat the last one.
 template <class F, class T, int tokens>
 inline void multiply_rows(const device uchar* weight, const device T* x, int first, int n, int k, uint lane,
                           thread float (&y)[kRows][tokens]) {
@@ -43,7 +44,8 @@ inline void multiply_rows(const device uchar* weight, const device T* x, int fir
   }
 }
 
-// y [m, n] = x [m, k] weight^T + bias; grid: threadgroups of rows, by groups of `tokens` rows of x, m a multiple of it.
+// y [m, n] = x [m, k] weight^T + bias; grid: threadgroups of rows, by groups of `tokens` rows of x. m is a multiple of
+// tokens.
 template <class F, class T, int tokens>
 kernel void gemv(const device uchar* weight [[buffer(0)]], const device T* x [[buffer(1)]],
                  const device T* bias [[buffer(2)]], device T* y [[buffer(3)]], constant int& n [[buffer(4)]],
@@ -65,8 +67,8 @@ kernel void gemv(const device uchar* weight [[buffer(0)]], const device T* x [[b
   }
 }
 
-// y [pairs, n]: pair p = (t, s) of the slots that tokens were given is x times the weight of expert ids[p], zeros where
-// ids[p] names none. x has a row per token, or per pair if rows_per_slot.
+// y [pairs, n]: row p, for pair p = (token, slot), is x times the weight of expert ids[p], or zeros if ids[p] is not an
+// expert on this device. x has a row per token, or per pair if rows_per_slot.
 template <class F, class T, class Id>
 kernel void experts_gemv(const device uchar* weight [[buffer(0)]], const device T* x [[buffer(1)]],
                          const device T* bias [[buffer(2)]], const device Id* ids [[buffer(3)]],

@@ -1,4 +1,4 @@
-// Choosing codes on the GPU, for the formats whose rule looks at a block once: a thread a block. Formats with searches
+// Quantizes on the GPU, for the formats whose rule looks at a block once; one thread per block. Formats with searches
 // (K-quants, HQQ, importance) are quantized on the CPU.
 //
 // The arithmetic is that of csrc/cpu/formats, operation by operation, so that the bytes are the same. faults [2] gets
@@ -9,17 +9,17 @@
 #include "metal/formats/stream.h"
 
 constant constexpr const float kLargestFloat = 3.402823466e38f;
-// No block with f16 scales reaches this (csrc/cpu/quantize/blockwise.h).
+// Larger than any weight that a format with f16 scales can hold (csrc/cpu/quantize/blockwise.h).
 constant constexpr const float kLargestWithF16Scales = 0x1p30f;
 
-// What a format's `choose` says of a block.
+// What a format's `choose` returns for a block.
 enum class Fault { none, overflow };
 
 inline float reciprocal_or_zero(float d) {
   const float inverse = 1.0f / d;
   return fabs(inverse) <= kLargestFloat ? inverse : 0.0f;
 }
-// A number rounded down, 0 .. nmax; 0 for a NaN, which no integer stands for.
+// A number rounded down and clamped to 0 .. nmax; NaN gives 0.
 inline int code_of(float f, int nmax) { return f > 0.0f ? int(min(f, float(nmax))) : 0; }
 inline bool fits(half h) { return fabs(float(h)) <= 65504.0f; }
 inline void store_f16(device uchar* p, half h) { *(device ushort*)p = as_type<ushort>(h); }
@@ -61,8 +61,8 @@ inline void store_codes(const thread int* codes, device uchar* fifths_at, device
   }
 }
 
-// A format's rule. choose(x, largest magnitude, whether by MLX's rule, out) writes a block; x is finite, and below the
-// limit above if f16_scales.
+// The rule of a format. choose(x, largest magnitude, whether to use MLX's rule, out) writes a block. x is finite, and
+// if f16_scales it is within the limit above.
 template <class F>
 struct Quantizer;
 
@@ -153,7 +153,8 @@ inline Rounded round_bf16(float f) {
   const ushort top = ushort((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   return {top, as_type<float>(uint(top) << 16)};
 }
-// To f16, subnormal numbers away from zero: they are so coarse that a scale rounded down would cut off much of the range.
+// To f16, subnormal results away from zero: these are so coarse that a scale rounded down would cut off much of the
+// range.
 inline Rounded round_scale_f16(float f) {
   Rounded r = round_f16(f);
   if (fabs(r.value) < fabs(f) && fabs(f) < 0x1p-14f) {
@@ -186,7 +187,7 @@ struct Quantizer<Stream<bits, group, header>> {
     }
     *(device ushort*)out = stored.bits;
     *(device ushort*)(out + 2) = offset.bits;
-    ulong stream = 0;  // bits that are not yet written
+    ulong stream = 0;  // bits that are not written yet
     int waiting = 0, at = 4;
     for (int i = 0; i < group; ++i) {
       stream |= ulong(code_of(rint((x[i] - bias) / scale), nmax)) << waiting;
@@ -227,7 +228,7 @@ struct Quantizer<Fp8> {
   }
 };
 
-// weight [blocks * F::block] -> out; faults [2] start at `blocks`.
+// weight [blocks * F::block] -> out. faults [2] are preset to `blocks`.
 template <class F, class T>
 kernel void quantize(const device T* weight [[buffer(0)]], device uchar* out [[buffer(1)]],
                      device atomic_int* faults [[buffer(2)]], constant int& as_mlx [[buffer(3)]],

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server of one model that can change its format while it serves.
+"""An OpenAI-compatible server for one model, whose format can be changed while it is serving.
 
-Needs `isqtorch[serve]`; importing this without it is an ImportError that says so.
+Needs `isqtorch[serve]`; otherwise the import raises an ImportError that says so.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The application: routes, errors, and running it.
+"""The application: routes, error handlers, and running it.
 
 GET  /health  /v1/models  /v1/models/{id}
-POST /v1/chat/completions  /v1/completions      OpenAI's API, streaming included
-POST /re_isq {"isq": "q8_0"}                    change the format of the running model; answers with the report ("source": "stored"
-                                                makes it from the quantized weights instead of the checkpoint)
+POST /v1/chat/completions  /v1/completions      OpenAI's API, including streaming
+POST /re_isq {"isq": "q8_0"}                    change the format of the running model; the answer is the report. With
+                                                "source": "stored" it starts from the quantized weights
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .connection import App, Connection, error_body
 from .handlers import ApiError, Chat, Completions, GenerationError, Served
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_GRACE = 5  # seconds that running replies have to end when the server is stopped
+_GRACE = 5  # seconds that running replies may take to finish when the server stops
 
 
 class Api:
@@ -76,7 +76,7 @@ class Api:
         return JSONResponse(report.to_dict())
 
     def post(self, handler: Any, check: Callable[[requests.Body], None]) -> Callable[[Request], Any]:
-        """The endpoint of one of transformers' handlers."""
+        """An endpoint that checks the body and calls one of transformers' handlers."""
 
         async def endpoint(request: Request) -> Response:
             body = requests.parse(await request.body())
@@ -90,19 +90,19 @@ class Api:
 
 
 async def _ended(parts: Any) -> AsyncIterator[str]:
-    """A stream with OpenAI's last line, which some clients wait for."""
+    """The stream, followed by OpenAI's last line, which some clients wait for."""
     async for part in parts:
         yield part
     yield "data: [DONE]\n\n"
 
 
-def _wrong(_: Request, error: Exception) -> Response:
-    """Everything that a request can be wrong in; generating has errors of its own."""
+def bad_request(_: Request, error: Exception) -> Response:
+    """Status 400 for errors of parsing and checking a request. Errors of generating have their own handler."""
     reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
     return JSONResponse(error_body(400, reason), status_code=400)
 
 
-def _told(_: Request, error: Exception) -> Response:
+def api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error_body(error.status, str(error), error.code), status_code=error.status)
 
@@ -113,7 +113,7 @@ def _http(_: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
-def _failed(_: Request, error: Exception) -> Response:
+def internal_error(_: Request, error: Exception) -> Response:
     message = str(error) if isinstance(error, GenerationError) else type(error).__name__
     return JSONResponse(error_body(500, message), status_code=500)
 
@@ -123,27 +123,27 @@ def build_app(served: Served, host: str = "127.0.0.1") -> App:
 
     Args:
         served: the model.
-        host: the address it will listen on. On a loopback address only requests to that name are answered.
+        host: the address to listen on. On a loopback address only requests with a loopback name as Host are answered.
     """
     wrong: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, TemplateError)
     app = Starlette(
         routes=Api(served).routes(),
         exception_handlers={
-            **dict.fromkeys(wrong, _wrong),
-            ApiError: _told,
+            **dict.fromkeys(wrong, bad_request),
+            ApiError: api_error,
             HTTPException: _http,
-            GenerationError: _failed,
-            Exception: _failed,
+            GenerationError: internal_error,
+            Exception: internal_error,
         },
     )
     return Connection(app, _LOOPBACK if host in _LOOPBACK else None)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of that address, so that a port in use is known before minutes of loading; 0 takes a free port.
+    """Bind a socket before the model is loaded, so that a port in use is known at once. Port 0 takes a free port.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -159,7 +159,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(app: App, sock: socket.socket, log_level: str = "warning") -> None:
-    """Answer requests until the process is told to stop (SIGINT, SIGTERM)."""
+    """Answer requests until SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app, log_level=log_level, access_log=log_level == "info", lifespan="off", timeout_graceful_shutdown=_GRACE
     )

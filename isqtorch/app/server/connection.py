@@ -1,7 +1,7 @@
-"""What happens to a request before and beside its handler: bounded body, no foreign web page, a hang-up is noticed.
+"""An ASGI wrapper around the application: limits bodies, refuses foreign web pages, and notices closed connections.
 
-One ASGI wrapper around the application. It reads the whole body first, up to a limit, and then waits for the client to hang up
-while the handler works; the handler finds the news in `TICKET`.
+It first reads the whole body, up to a limit. Then, while the handler works, it waits for the client to close the
+connection. The handler finds out through `TICKET`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens is about 4 MB
-_DRAINED = 8  # times the limit that is still read, so that the client hears of it
+_DRAINED = 8  # a body up to this many times the limit is read to its end, so that the client can see the error
 
 
 @dataclass
 class Ticket:
-    """What a handler, and the thread that generates for it, know of their request."""
+    """State of a request, shared with the thread that generates for it."""
 
-    gone: bool = False  # nobody reads the answer any more
+    gone: bool = False  # the client closed the connection or has its answer
     seed: int | None = None
 
 
@@ -40,9 +40,9 @@ class Connection:
 
     Args:
         app: the application.
-        hosts: names under which clients may address the server, without port; None: any. On the loopback interface this
-            keeps web pages out that rebind their own name to it.
-        max_body: largest body in bytes; more is answered with 413.
+        hosts: names allowed in the Host header, without port; None: any. On the loopback interface this keeps out web
+            pages that rebind their own name to it (DNS rebinding).
+        max_body: largest body in bytes; larger ones get status 413.
     """
 
     def __init__(self, app: App, hosts: frozenset[str] | None, max_body: int = MAX_BODY_BYTES) -> None:
@@ -64,7 +64,7 @@ class Connection:
         await self._run(scope, body, receive, send)
 
     def _refusal(self, headers: dict[str, str]) -> str | None:
-        """Why a request is not served at all: any web page may send requests to a local server."""
+        """Reason to refuse a request, or None. Any web page can make a browser send requests to a local server."""
         host = headers.get("host", "")
         if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
             return f"the Host header names {host!r}; this server answers to {', '.join(sorted(self.hosts))}"
@@ -76,19 +76,19 @@ class Connection:
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
         """The whole body; None if it is too large.
 
-        A client that sends without waiting sees the answer only once it has sent, so what is too large is read too, up to a
-        point, and dropped.
+        Most clients read the answer only after they have sent the whole body. So a body that is too large is read too,
+        up to a second limit, and dropped.
         """
         length = headers.get("content-length", "0")
         announced = int(length) if length.isdecimal() else 0
         if announced > self.max_body and "expect" in headers:
-            return None  # it waits for permission
+            return None  # the client waits for permission to send
         parts: list[bytes] = []
         size = 0
         while size <= _DRAINED * self.max_body:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return b""  # nobody is there; the handler's answer goes nowhere
+                return b""  # the client is gone; the answer will be dropped
             size += len(message.get("body", b""))
             if size > self.max_body or announced > self.max_body:
                 parts.clear()
@@ -100,7 +100,7 @@ class Connection:
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         ticket = Ticket()
-        TICKET.set(ticket)  # each request runs in a task, and thus in a context, of its own
+        TICKET.set(ticket)  # each request runs in its own task, so it has its own context
         hung_up = asyncio.Event()
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -120,12 +120,12 @@ class Connection:
         try:
             await self.app(scope, replay, send)
         finally:
-            ticket.gone = True  # answered, or abandoned: whatever still generates for it can stop
+            ticket.gone = True  # answered or cancelled: generation for it can stop
             watcher.cancel()
 
 
 async def _answer(send: Send, status: int, message: str) -> None:
-    """An error of this layer, in the form that all errors of the server have."""
+    """Send an error of this layer in the common form of the server's errors."""
     body = json.dumps(error_body(status, message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 413:
@@ -135,6 +135,6 @@ async def _answer(send: Send, status: int, message: str) -> None:
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API spells it, which its clients show."""
+    """The body of an error in the form of OpenAI's API, which its clients show."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,10 +1,12 @@
-"""transformers' handlers of OpenAI's endpoints, serving one loaded model.
+"""transformers' handlers of OpenAI's endpoints, adapted to serve one loaded model.
 
-Theirs: chat templates, tool calls, server-sent events, the shape of every answer, and the thread that generates. Ours: which
-model a request gets, limits, sampling as the client asked, stopping for a client that is gone, and another format in between.
+transformers provides chat templates, tool calls, server-sent events, the form of the answers, and the thread that
+generates. This file adds the choice of the model, limits, the sampling that the client wants, stopping when the client
+is gone, and changes of the format. It overrides private methods of `transformers.cli.serving` and breaks if they
+change; test_server.py notices.
 
-One thread generates, one request after the other in the order of arrival; a change of format stands in the same line. So no
-request is lost by it, and every answer comes from one model.
+One thread generates, one request after the other in the order of arrival. A change of format is queued in the same way,
+so no request is lost, and every answer comes from a single model.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .connection import TICKET, Ticket
 
 
 class ApiError(Exception):
-    """An error that the client is told, with its HTTP status."""
+    """An error that is sent to the client, with its HTTP status."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -33,7 +35,7 @@ class ApiError(Exception):
 
 
 class GenerationError(RuntimeError):
-    """Generating failed. The text fits between the double quotes that transformers puts around it in a stream."""
+    """Generating failed. The text has no double quotes, because transformers puts it between them in a stream."""
 
     def __init__(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
@@ -41,11 +43,11 @@ class GenerationError(RuntimeError):
 
 
 class Served:
-    """The model that a server serves, in the place of transformers' manager of many models.
+    """The served model, with the interface of transformers' manager of many models.
 
     Attributes:
         name: its id in /v1/models.
-        names: everything that a request may call it.
+        names: all names that a request may use for it.
     """
 
     def __init__(self, loaded: LoadedModel, name: str) -> None:
@@ -56,7 +58,7 @@ class Served:
         self.requantizing = False
 
     def check_name(self, name: str | None) -> None:
-        """ApiError 404 unless a request means this model; a request may leave the name out."""
+        """ApiError 404 if a request names another model. The name may be missing."""
         if name is not None and name not in self.names:
             raise ApiError(404, f"model {name!r} does not exist here; this server has {self.name!r}", "model_not_found")
 
@@ -64,10 +66,11 @@ class Served:
         return Modality.LLM
 
     async def requantize(self, isq: str, source: str | None = None) -> QuantReport:
-        """Change the format when the requests before this one are answered; those after it wait.
+        """Change the format after the requests before this one are answered; later requests wait.
 
         Raises:
-            ApiError: 400 for an unknown format, 409 while another change is under way, 500 if it failed; the model is as it was.
+            ApiError: 400 for an unknown format, 409 during another change, 500 if the change failed. The model is
+                unchanged.
         """
         try:
             self.loaded.check(isq)
@@ -79,14 +82,14 @@ class Served:
         try:
             report: QuantReport = await self.generations.async_submit(self.loaded.requantize, isq, source)
             return report
-        except Exception as error:  # whatever it was, the server goes on with the model it has
+        except Exception as error:  # after any error the server continues with the present model
             raise ApiError(500, f"the format stays {self.loaded.isq}: {type(error).__name__}: {error}") from error
         finally:
             self.requantizing = False
 
 
 class _State(GenerationState):  # type: ignore[misc]  # transformers is not typed
-    """One line of requests, whatever the model is called."""
+    """Returns the same queue for every model name."""
 
     def __init__(self, generations: GenerateManager) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class _State(GenerationState):  # type: ignore[misc]  # transformers is not type
 
 
 class _Generations(GenerateManager):  # type: ignore[misc]
-    """The line: transformers' thread, with a look at each request before it joins."""
+    """The queue: transformers' thread, with a check of each request before it is queued."""
 
     def __init__(self, served: Served) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class _Generations(GenerateManager):  # type: ignore[misc]
         return await super().generate_non_streaming(_Turn(self.served), processor, inputs, gen_config, *args, **more)
 
     def _admit(self, inputs: Any, gen_config: Any) -> None:
-        """ApiError for a prompt that cannot be answered; a reply never outgrows the context."""
+        """ApiError for a prompt that is empty or too long. Limits the reply to the rest of the context."""
         tokens, context = inputs["input_ids"].shape[-1], self.served.loaded.context
         if tokens == 0:
             raise ApiError(400, "the prompt is empty: it has no tokens")
@@ -132,13 +135,13 @@ class _Generations(GenerateManager):  # type: ignore[misc]
 
 
 class _Turn:
-    """Stands in for the model in one request: the model of the moment at which its turn comes, its seed, its hang-up."""
+    """Stands in for the model in one request: uses the model, the seed and the connection state when its turn comes."""
 
     def __init__(self, served: Served) -> None:
         self.served, self.ticket = served, TICKET.get()
 
     def generate(self, **inputs: Any) -> Tensor:
-        """`generate` of the model, on the generating thread."""
+        """Call `generate` of the present model; runs on the generating thread."""
         if self.ticket.gone:
             raise GenerationError(ConnectionAbortedError("the client hung up"))
         if self.ticket.seed is not None:
@@ -151,7 +154,7 @@ class _Turn:
 
 
 class _Gone:
-    """A stopping criterion: nobody reads the reply any more."""
+    """A stopping criterion: stops when the client is gone."""
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
@@ -164,7 +167,7 @@ class _Gone:
 
 
 class _OneModel:
-    """What both endpoints do differently from transformers'."""
+    """The changes to transformers' handlers that both endpoints need."""
 
     model_manager: Served
 
@@ -174,7 +177,7 @@ class _OneModel:
         return served.name, served.loaded.model, served.loaded.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
-        """The model's own settings, then the client's. A temperature or top_p asks for sampling."""
+        """The model's own settings, overridden by the client's. A temperature or top_p switches sampling on."""
         TICKET.get().seed = body.pop("seed", None)  # set on the generating thread, when its turn comes
         config: Any = super()._build_generation_config(body, base, use_cb=use_cb)  # type: ignore[misc]
         if body.get("temperature") or ("top_p" in body and "temperature" not in body):
@@ -189,7 +192,7 @@ class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
         served = self.model_manager
         own = inspect.signature(served.loaded.tokenizer.apply_chat_template).parameters
         for name in body.get("chat_template_kwargs", {}):
-            if name in own:  # not the template's: a client's own template could run for ever
+            if name in own:  # an argument of the method itself: a template given by the client could run forever
                 raise ApiError(400, f"chat_template_kwargs must not hold {name!r}")
         vocabulary = served.loaded.model.config.get_text_config().vocab_size
         outside = [token for token in body.get("logit_bias", {}) if int(token) >= vocabulary]

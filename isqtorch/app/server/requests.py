@@ -1,7 +1,7 @@
-"""Checks of request bodies: what this server understands, and a clear answer to what it does not.
+"""Checks of request bodies.
 
-transformers' handlers ignore what they do not support and fail late, or not at all, on values of the wrong type. Here every
-field is known, checked, or refused.
+transformers' handlers ignore fields they do not support, and fail late or not at all on values of a wrong type. Here
+every field is either known and checked, or refused with a clear message.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from isqtorch.inplace.weights import STORED
 
 Body = dict[str, Any]
 
-_HARMLESS = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls"}  # change no answer
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # not supported, but these values ask for nothing
+# ignored: no effect on the answer
+_HARMLESS = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls"}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # not supported, but these values have no effect
     "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -31,7 +32,7 @@ _MAX_STOPS = 16
 
 
 def parse(raw: bytes) -> Body:
-    """The JSON object in a body; ValueError if it is none."""
+    """The JSON object in a body; ValueError if it is not one."""
     try:
         body = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -42,7 +43,7 @@ def parse(raw: bytes) -> Body:
 
 
 def check_chat(body: Body) -> None:
-    """A body of /v1/chat/completions; ValueError says which field is wrong and what it must be."""
+    """Check a body of /v1/chat/completions; a ValueError names the wrong field and what it must be."""
     _check_fields(body, {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "logit_bias"})
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -61,7 +62,7 @@ def check_chat(body: Body) -> None:
 
 
 def check_completion(body: Body) -> None:
-    """A body of /v1/completions."""
+    """Check a body of /v1/completions, with errors as `check_chat`."""
     _check_fields(body, {"prompt", "suffix"})
     _check_text(body.get("prompt"), "prompt")
     if body.get("suffix") is not None:
@@ -70,7 +71,7 @@ def check_completion(body: Body) -> None:
 
 
 def check_re_isq(body: Body) -> tuple[str, str | None]:
-    """(format, source) in a body of /re_isq. A client names no path: "stored" is the only source that it may ask for."""
+    """(format, source) in a body of /re_isq. Clients may not name paths, so the only source allowed is "stored"."""
     unknown = sorted(set(body) - {"isq", "source"})
     if unknown:
         raise ValueError(
@@ -93,7 +94,7 @@ def check_re_isq(body: Body) -> tuple[str, str | None]:
 
 
 def _check_fields(body: Body, own: set[str]) -> None:
-    """The fields that chat and completions share, and that there are no others."""
+    """Check the fields that chat and completions share, and that there are no unknown fields."""
     checks: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "model": (lambda v: isinstance(v, str), "a string"),
         "stream": (lambda v: isinstance(v, bool), "true or false"),
@@ -150,7 +151,7 @@ def _check_text(value: Any, name: str) -> None:
 
 
 def _drop_nulls(body: Body) -> None:
-    """null means that the field is not there; transformers asks for presence in some places. The unsupported go too."""
+    """Remove fields that are null, neutral or harmless: transformers reacts to the mere presence of some fields."""
     for name in [name for name, value in body.items() if value is None or name in _NEUTRAL or name in _HARMLESS]:
         del body[name]
 
@@ -173,7 +174,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """The JSON name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

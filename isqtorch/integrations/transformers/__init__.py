@@ -1,6 +1,7 @@
-"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))`, and `save_pretrained` of what came out.
+"""transformers: `from_pretrained(..., quantization_config=isqtorch.IsqConfig("q4k"))` and `save_pretrained`.
 
-Importing this registers the quantization method "isq". `import isqtorch` does so by itself once transformers is imported.
+Importing this module registers the quantization method "isq". `import isqtorch` imports it once transformers is
+imported.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ if _found < MINIMUM:
         "Upgrade it, or load the model as it is and use isqtorch.quantize_."
     )
 
-from isqtorch.inplace.host import register  # noqa: E402
+from isqtorch.inplace.host import register_host  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
 from .host import TransformersHost  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
+from .resize import install  # noqa: E402
 
-register(TransformersHost())
+register_host(TransformersHost())
+install()
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

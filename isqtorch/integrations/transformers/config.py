@@ -1,4 +1,4 @@
-"""IsqConfig: what `from_pretrained` is asked for, and what config.json says about a model that was saved."""
+"""IsqConfig: the options for `from_pretrained`, and the entry of a saved model in config.json."""
 
 from __future__ import annotations
 
@@ -29,27 +29,31 @@ _OP = "IsqConfig"
 class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
     """Quantize a transformers model while it is loaded.
 
-        model = AutoModelForCausalLM.from_pretrained(name, quantization_config=isqtorch.IsqConfig(4))
-
-    Each weight is packed as it is read, so memory peaks at the packed model plus one weight. The result is the same, bit for
-    bit, as that of `isqtorch.quantize_` on the loaded model. The options are those of `quantize_`, where they are explained.
+    Each weight is packed as it is read, so peak memory is the packed model plus one float weight. The result is the
+    same, bit for bit, as that of `isqtorch.quantize_` on the loaded model. `quantize_` explains the options.
 
     Args:
-        isq: a format name ("q4k", "afq4", "hqq8", "fp8", ...) or a number of bits. None quantizes only what the topology
-            names.
-        topology, organization, imatrix, include, exclude, fallback, rule, activations: see `isqtorch.quantize_`. A topology places no
-            layer on a device; `device_map` does.
-        target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice: once to measure
-            (with nothing to run, so without `probe`), once to pack. Memory peaks as for any format.
-        modules_to_not_convert: modules to leave, with all that is in them: full paths, or any run of components of one
-            ("lm_head", "self_attn.q_proj").
-        format_version, layers, isqtorch_version: written by `save_pretrained`, not for users. `layers` maps the path of every
-            packed layer to its format; in a saved model it alone decides. There `activations` may also be a list: the layers
-            that it holds for, if it is not all in fp8.
+        isq: a format name ("q4k", "afq4", "hqq8", "fp8", ...), a number of bits, a mix ("q4k_m", ...) or "auto". None
+            quantizes only the layers that the topology names.
+        topology, organization, imatrix, include, exclude, fallback, rule, activations: see `isqtorch.quantize_`. A
+            topology cannot place layers on devices; `device_map` does that.
+        target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice, once to
+            measure and once to pack. Peak memory is as for any format. The model cannot run yet, so there is no
+            `probe`.
+        modules_to_not_convert: modules to leave as they are, with all their children: full paths, or whole components
+            of one ("lm_head", "self_attn.q_proj").
+        format_version, layers, isqtorch_version, quant_method: written by `save_pretrained`; do not pass them. `layers`
+            maps the path of every packed layer to its format. In a saved model only `layers` decides, and `activations`
+            may be a list: the layers in fp8 that have the permission, if not all have it.
 
     Raises:
-        ValueError: an option that is unknown or has a bad value.
-        OSError: a topology or imatrix file that cannot be read.
+        ValueError: an option is unknown or has a bad value.
+        OSError: a topology or imatrix file cannot be read.
+
+    Example:
+        config = isqtorch.IsqConfig(4, exclude="lm_head")
+        model = AutoModelForCausalLM.from_pretrained("examples/demo_model/model", quantization_config=config)
+        print(model.isq_report)
     """
 
     def __init__(
@@ -87,14 +91,14 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             modules_to_not_convert=modules_to_not_convert,
             fallback=fallback,
             rule=rule,
-            activations=activations,  # type: ignore[arg-type]  # of a saved model it may be a list; see below
+            activations=activations,  # type: ignore[arg-type]  # a list in a saved model; see below
             target_bpw=target_bpw,
             max_size=max_size,
             formats=formats,
         )
-        self.measuring: Meter | None = None  # set while the checkpoint is read for the first time
+        self.measuring: Meter | None = None  # set during the first of two readings, which measures
         self.layers = None if layers is None else checked_layers(_OP, layers)
-        if self.layers is not None:  # the other options are a record of what was asked for; they act no more
+        if self.layers is not None:  # a saved model: the other options only record the request and have no effect
             self.activations = checked_activations(_OP, activations, self.layers)
             return
         if unknown:
@@ -102,12 +106,12 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         if activations is not None and not isinstance(activations, str):
             raise ValueError(f'{_OP}: activations must be None or "fp8"; got {activations!r}')
         self.activations = self.options.activations
-        # Files are read once: they need not be there any more when the model is saved.
+        # Read files now: they may be gone when the model is saved.
         self.options = self.request().options.changed(imatrix=load_imatrix(imatrix))
         self.budget()
 
     def request(self) -> Request:
-        """The options as the policy takes them."""
+        """The checked options, as a Request for the policy."""
         request = Request(self.isq, self.options, _OP)
         for entry in request.topology.entries:
             if entry.device is not None:
@@ -117,11 +121,11 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         return request
 
     def budget(self) -> Budget | None:
-        """What "auto" is allowed; None for other formats."""
+        """The budget of "auto"; None for other formats."""
         return Budget.of(_OP, self.isq, self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json gets: everything that is not at its default, as JSON."""
+        """The entry for config.json: all values that are not defaults, in types of JSON."""
         content: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
@@ -134,7 +138,14 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         return {key: value for key, value in content.items() if value is not None}
 
     def recorded(self, layers: dict[str, str], activations: str | list[str] | None) -> IsqConfig:
-        """A copy that says what the layers of a model are, without the importance, which may be large."""
+        """A copy that describes the packed layers of a model, for config.json.
+
+        It names the importance matrix but does not hold it.
+
+        Args:
+            layers: {path: format} of all packed layers.
+            activations: None, "fp8", or the paths of the layers in fp8 that may round x.
+        """
         config = copy.copy(self)
         config.layers, config.activations = layers, activations
         if config.options.imatrix is not None:
@@ -144,18 +155,18 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
 register_quantization_config(METHOD)(
     IsqConfig
-)  # as a decorator, which has no types, it would hide the class from editors
+)  # not as a decorator: it has no types and would hide the class from editors
 
 _OPTIONS = [
     name
     for name in inspect.signature(IsqConfig.__init__).parameters
     if name == "isq" or name in {field.name for field in fields(Options)}
 ]
-"""What a user may give."""
+"""The arguments that a user may give."""
 
 
 def _recorded(options: Options) -> dict[str, Any]:
-    """The options that are not at their defaults, as JSON. Those read from a config.json are a record, which need not parse."""
+    """The options that are not defaults, in types of JSON. Options of a loaded config.json are passed on unparsed."""
     content = {}
     for field in fields(options):
         value = getattr(options, field.name)

@@ -1,9 +1,12 @@
-"""Packing the experts of a checkpoint one by one, as they are read.
+"""Pack the experts of a checkpoint one by one, as they are read.
 
-Checkpoints have a matrix per expert, or several (`experts.3.gate_proj.weight`, `experts.3.up_proj.weight`); the model has one
-stack (`experts.gate_up_proj`). transformers collects the matrices, joins them, and would quantize the result: the float
-weights of a whole layer at once. Rows are packed independently of each other, so here every matrix goes straight to its
-place in the packed stack.
+A checkpoint has one or more matrices per expert (`experts.3.gate_proj.weight`, `experts.3.up_proj.weight`), the model
+has one stack of all experts (`experts.gate_up_proj`). transformers would join all matrices and then quantize the stack,
+so the float weights of a whole layer would be in memory at once. Rows are packed independently, so here each matrix is
+packed by itself and written to its place in the packed stack.
+
+This uses private attributes of transformers' WeightConverter. It breaks if they change; test_moe_families.py and
+test_moe_loading.py notice.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from isqtorch.inplace.pack import Job, pack_weight
 from isqtorch.modules import QuantExperts
 
 Matrix = Callable[[], "Tensor | None"]
-"""Reads a matrix; None for one that belongs to another rank."""
+"""Reads a matrix; returns None if it belongs to another rank."""
 
 
 class Packer(Protocol):
-    """What packs the experts: the quantizer of this load."""
+    """The part of IsqHfQuantizer that packs experts."""
 
     def param_needs_quantization(self, model: Any, param_name: str) -> bool: ...
 
@@ -33,13 +36,13 @@ class Packer(Protocol):
 
 
 class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers is not typed
-    """Collects matrices like the converter it replaces, and packs them where that would join them."""
+    """Collects matrices like the converter that it replaces, and packs them instead of joining them."""
 
     __slots__ = ()
 
     @classmethod
     def of(cls, converter: Any) -> Any:
-        """The converter to use instead of one of the model's; itself where there is nothing to gain."""
+        """The replacement of a converter; the converter itself if it does not join or transpose experts."""
         joins = all(_joins(operation) for operation in converter.operations)
         turns = [type(operation) for operation in converter.operations] == [Transpose]
         if type(converter) is not WeightConverter or not (joins or turns) or len(converter.target_patterns) != 1:
@@ -70,7 +73,7 @@ class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers i
         return {layer_name: quantizer.pack_turned(model, layer_name, read)}
 
     def copy(self, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:
-        """For saving: packed matrices are split by the ordinary operations."""
+        """An ordinary converter, used for saving: the ordinary operations split packed stacks."""
         options.setdefault("force_cpu", self.force_cpu)
         new = WeightConverter(source_patterns, target_patterns, **options)
         new.scope_prefix, new.base_model_prefix = self.scope_prefix, self.base_model_prefix
@@ -86,14 +89,13 @@ def pack_matrices(
     """The packed stack of the matrices in `sources`.
 
     Args:
-        sources: for each part of a matrix (gate, then up) the matrices of all experts in order; they follow each other along
-            the rows.
+        sources: for each part of the rows (gate, then up), the matrices of all experts in order.
         shape: `[E, N, row_bytes]`, this rank's part.
-        job: format, rule and importance, the latter for the experts of all ranks.
-        done: called with a matrix that is not needed any more, and the number of its expert.
+        job: format, rule and importance. The importance covers the experts of all ranks.
+        done: called with a matrix that is no longer needed, and the number of its expert.
 
     Raises:
-        ValueError: the matrices do not make up a stack of this shape, or one cannot be quantized.
+        ValueError: the matrices do not form a stack of this shape, or one cannot be quantized.
     """
     experts, rows, row_bytes = shape
     fmt, importance = job.fmt, job.importance
@@ -130,19 +132,19 @@ def pack_matrices(
 
 
 def replaced(converters: Iterable[Any]) -> list[Any]:
-    """The model's converters, with ours in the place of those that join experts."""
+    """The model's converters, with an ExpertsConverter in place of each one that joins experts."""
     return [ExpertsConverter.of(entry) if isinstance(entry, WeightConverter) else entry for entry in converters]
 
 
 def _joins(operation: Any) -> bool:
-    """Whether an operation puts matrices into a stack, or follows with more of their rows."""
+    """Whether an operation only stacks matrices, or only concatenates them along the rows."""
     if type(operation) is MergeModulelist:
         return bool(operation.dim == 0)
     return type(operation) is Concatenate and operation.dim == 1
 
 
 def _reader(entry: Any) -> Matrix:
-    """What the loader has collected: a future, a function, or a tensor."""
+    """A function that reads what the loader has collected: a future, a function, or a tensor."""
     if isinstance(entry, Tensor):
         return lambda: entry
     return entry.result if hasattr(entry, "result") else entry  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
-"""IsqConfig("auto"): the first of two readings of a checkpoint, which measures what each format would do to each layer.
+"""IsqConfig("auto"): the first of two readings of a checkpoint, which measures the error of each format in each layer.
 
-transformers hands over every weight as the model will hold it, whatever the checkpoint calls it. So the first reading is an
-ordinary load, into a model with the smallest of the allowed formats, which is dropped when all weights were measured.
+The first reading is an ordinary load, because then transformers converts names and tensors of the checkpoint to those
+of the model. It loads into a second model with the smallest allowed formats, which is dropped once all weights are
+measured.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ if TYPE_CHECKING:
 def choose_while_loading(
     model: Any, config: IsqConfig, inventory: Inventory, checkpoint_files: list[str] | None
 ) -> tuple[Request, Choice]:
-    """Read the files of a checkpoint once, and choose.
+    """Read a checkpoint once and choose the formats.
 
     Args:
-        model: the model that is being loaded, without weights.
-        inventory: of it.
+        model: the model that is being loaded, still without weights.
+        config: the options.
+        inventory: the inventory of the model.
+        checkpoint_files: the files of the checkpoint.
+
+    Returns:
+        The request with the chosen formats, and the measurements.
 
     Raises:
-        ValueError: see `Auto`; a checkpoint that does not come from files.
+        ValueError: see `Auto`; or the checkpoint does not come from files, or several processes load it.
     """
     budget, request = config.budget(), config.request()
     assert budget is not None
@@ -66,7 +72,7 @@ def choose_while_loading(
             Path(checkpoint_files[0]).parent, config=settings, dtype=model.dtype, quantization_config=first
         )
     unseen = meter.unseen()
-    if unseen:  # they stay in float, and count so
+    if unseen:  # they stay float, so their float size counts
         exclude = [*listed(request.options.exclude), *(f"^{re.escape(name)}$" for name in unseen)]
         without = request.changed(exclude=exclude)
         auto = Auto(inventory, without, budget)

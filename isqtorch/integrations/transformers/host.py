@@ -1,4 +1,9 @@
-"""What transformers contributes to models that change in place: the checkpoint they came from, and a record that stays true."""
+"""The Host for transformers: finds the checkpoint of a model, and updates its configuration when layers change.
+
+It uses private names of transformers. Without `_assign_is_quantized` its import fails, so every test with transformers
+notices. Without `_weight_conversions` and `_commit_hash` it silently uses the default conversions and the default
+revision.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +41,18 @@ class TransformersHost:
             if Path(name).is_dir():
                 return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
             return _cached(name, getattr(model.config, "_commit_hash", None))
-        except (OSError, ValueError):  # ValueError: also of names that no repository can have
+        except (OSError, ValueError):  # ValueError: also for names that are no valid repository ids
             return None
 
     def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
         if not isinstance(model, PreTrainedModel):
             return None
-        # What loading these very files used may be the user's own mapping; for others it may lack what they need.
+        # The conversions of this load may include the user's own mapping. Other files may need other conversions.
         used = getattr(model, "_weight_conversions", None) if remembered else None
         return ConvertedSource(model, files, get_model_conversion_mapping(model) if used is None else used)
 
     def changed(self, model: nn.Module, report: QuantReport | None) -> None:
-        """Make the model's quantizer and configuration say what its layers are now, as `from_pretrained` would have left them."""
+        """Set quantizer and configuration as `from_pretrained` would for a model with these layers."""
         if not isinstance(model, PreTrainedModel):
             return
         layers, quantizer = packed_formats(model), getattr(model, "hf_quantizer", None)
@@ -69,7 +74,7 @@ class TransformersHost:
         if quantizer is None:
             quantizer = IsqHfQuantizer(IsqConfig(layers=layers), pre_quantized=True)
         if report is not None:
-            requested = report.requested  # text: a number of bits is a number in IsqConfig
+            requested = report.requested  # a string; IsqConfig takes a number of bits as int
             isq = int(requested) if requested is not None and requested.isdecimal() else requested
             quantizer.quantization_config = IsqConfig(isq, imatrix=report.imatrix, rule=report.rule, layers=layers)
         model.isq_report = report
@@ -81,7 +86,7 @@ class TransformersHost:
 
 
 def _cached(name: str, revision: str | None) -> list[str] | None:
-    """The files of a model in the Hub's local cache, without asking the network."""
+    """The files of a model in the local cache of the Hub, without network access; None if they are not complete."""
     index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
     if not isinstance(index, str):
         single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None

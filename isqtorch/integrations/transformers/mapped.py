@@ -1,8 +1,9 @@
-"""Packing one weight as the loader hands it over, and keeping the checkpoint's pages out of memory afterwards.
+"""The loader's operation that packs one weight, and the release of the checkpoint's memory pages afterwards.
 
-On Linux transformers maps safetensors files into memory, and every tensor it loads is a view of the file. Pages that were
-read stay resident (reclaimable, but counted), and one surviving view keeps a whole file mapped. So the pages of a weight are
-dropped once it is packed, and what stays float is copied out of the mapping.
+On Linux, transformers maps safetensors files into memory, and every tensor it loads is a view of the file. Pages that
+were read stay resident (the kernel can reclaim them, but they count as memory of the process), and one view keeps a
+whole file mapped. So the pages of a weight are dropped once it is packed, and tensors that stay float are copied out of
+the mapping.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MADV_DONTNEED = 4  # drop the pages from this process; reading them again reads
 
 
 class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
-    """The loader's conversion: one float weight in, the packed one out, under the same name."""
+    """The loader's conversion: takes a float weight and returns the packed weight under the same name."""
 
     def __init__(self, pack: Callable[[Any, str, Tensor], Tensor]) -> None:
         self._pack = pack
@@ -38,7 +39,7 @@ class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
 
 
 class Keep(ConversionOps):  # type: ignore[misc]  # transformers is not typed
-    """Packed weights are saved as they are."""
+    """The reverse conversion, for saving: packed weights are written as they are."""
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
         return input_dict
@@ -49,14 +50,14 @@ class Keep(ConversionOps):  # type: ignore[misc]  # transformers is not typed
 
 
 class MappedFiles:
-    """The memory that these safetensors files are mapped to. Knows nothing, and does nothing, on other systems than Linux."""
+    """The memory that some safetensors files are mapped to. Does nothing on other systems than Linux."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self._paths = {os.path.realpath(file) for file in files if file.endswith(".safetensors")}
         self._ranges: list[tuple[int, int]] | None = None
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a view of one of the files. All of them must be open at the first call."""
+        """Whether the tensor is a view of one of the files. All files must be mapped before the first call."""
         if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
             return False
         if self._ranges is None:
@@ -65,18 +66,18 @@ class MappedFiles:
         return any(low <= start < high for low, high in self._ranges)
 
     def drop(self, tensor: Tensor) -> None:
-        """Forget the pages of a contiguous view, if it is one. Only for tensors that nobody has written to."""
+        """Drop the pages of a contiguous tensor that is a view of a file. The tensor must not have been written to."""
         if not self.holds(tensor):
             return
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others hold neighbours
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others hold neighbours too
         stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 
     def release(self, model: nn.Module) -> None:
-        """Copy what still views the files out of them, so that they are no longer mapped; for the end of a load."""
-        self._ranges = None  # some are gone already, and their addresses may be others' now
+        """At the end of a load, copy all tensors that are still views of the files, so that these can be unmapped."""
+        self._ranges = None  # read again: some files are unmapped by now, and their addresses may be reused
         for tensor in [*model.parameters(), *model.buffers()]:
             if self.holds(tensor):
                 view, tensor.data = tensor.data, tensor.data.clone()

@@ -1,4 +1,4 @@
-"""Measuring the weights of a checkpoint while transformers reads it."""
+"""Measure the weights of a checkpoint while transformers reads it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from isqtorch.auto import Auto
 from isqtorch.auto.choose import Item, importance_and_shares
-from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure
+from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure_errors
 from isqtorch.formats import get_format
 from isqtorch.importance.imatrix import Imatrix
 
 
 @dataclass
 class Meter:
-    """Measures the weights of a model as they pass by."""
+    """Measures the weights of a model during the first reading of "auto"."""
 
     auto: Auto
     imatrix: Imatrix | None
     rule: str | None
-    parts: dict[str, list[Sums]] = field(default_factory=dict)  # by the first name of a weight
+    parts: dict[str, list[Sums]] = field(default_factory=dict)  # by the first name of each weight
 
     def __post_init__(self) -> None:
         self._weights = {
@@ -30,7 +30,7 @@ class Meter:
         }
 
     def add(self, name: str, weight: Tensor, expert: int | None = None, pieces: int = 1) -> None:
-        """A weight `[N, K]` or `[E, N, K]`, or the matrix of one expert out of so many pieces of a stack."""
+        """Measure a weight `[N, K]` or `[E, N, K]`, or a matrix of one expert in a stack that comes in `pieces`."""
         item, sharing = self._weights[name]
         importance, shares = importance_and_shares(sharing, self.imatrix)
         if expert is not None:
@@ -38,13 +38,13 @@ class Meter:
             shares = None if shares is None else shares[expert : expert + 1]
         formats = [get_format(fmt) for fmt in item.options]
         with torch.no_grad():
-            sums = measure(weight, formats, None, importance, shares, self.rule, pieces)
+            sums = measure_errors(weight, formats, None, importance, shares, self.rule, pieces)
         self.parts.setdefault(sharing[0].name, []).append(sums)
 
     def errors(self, items: Sequence[Item]) -> list[dict[str, Error]]:
-        """Of some of the items, all of whose weights have been seen."""
+        """The errors of items whose weights have all been measured."""
         return [errors_of([sums for sharing in item.weights for sums in self.parts[sharing[0].name]]) for item in items]
 
     def unseen(self) -> list[str]:
-        """Weights that the checkpoint lacks."""
+        """Names of the weights that were not in the checkpoint."""
         return [name for name, (_, sharing) in self._weights.items() if sharing[0].name not in self.parts]

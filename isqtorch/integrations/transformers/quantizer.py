@@ -1,4 +1,8 @@
-"""The quantizer that transformers calls while it loads a model, in the order of the methods here."""
+"""The quantizer that transformers calls while it loads a model. The methods are in the order of the calls.
+
+It overrides hooks of transformers' HfQuantizer, some of them private, and reads `_is_hf_initialized`. It breaks if
+transformers changes them; test_transformers_load.py and test_transformers_save.py notice.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ from .mapped import MappedFiles, Pack
 from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import (
-    describe,
+    describe_unloaded,
     pack_on_meta,
     packed_formats,
     prepare_on_cpu,
@@ -50,29 +54,29 @@ _NEW = "newly initialized, not quantized: the checkpoint has no weight of its na
 
 @dataclass
 class _Load:
-    """What is known while a float checkpoint is loaded."""
+    """State while a float checkpoint is loaded."""
 
     prepared: Prepared
     origin: Origin
     files: MappedFiles
-    jobs: dict[str, Job]  # name of the parameter -> what becomes of it
+    jobs: dict[str, Job]  # name of the parameter -> how it is packed
     choice: Choice | None  # of "auto"
-    meter: Meter | None  # this is the reading that measures
+    meter: Meter | None  # set in the first reading of "auto"
     started: float = field(default_factory=time.perf_counter)
-    misfits: set[str] = field(default_factory=set)  # parameters whose shape in the checkpoint is another
-    failure: ValueError | None = None  # the first; the loader would turn it into a log entry
+    misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
+    failure: ValueError | None = None  # the first error; the loader would only log it
 
 
 @register_quantizer(METHOD)
 class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
-    """Packs weights as they are read, or shapes a model for weights that are packed in the file."""
+    """Packs weights as they are read, or prepares a model for weights that are already packed in the file."""
 
     quantization_config: IsqConfig
 
     def __init__(self, quantization_config: IsqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._load: _Load | None = None
-        self._unchecked: nn.Module | None = None  # a model that may yet be spread over processes
+        self._unchecked: nn.Module | None = None  # a model that may still be sharded over processes
 
     # ---- before the weights ------------------------------------------------------------------------------------------
 
@@ -100,7 +104,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             restore(model, config.layers)
             restore_activations(model, config.activations)
             return
-        inventory, request, choice = describe(model, device_map), config.request(), None
+        inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
         if config.measuring is not None:
             request = config.measuring.auto.smallest()
         elif config.budget() is not None:
@@ -121,7 +125,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
     def _check_shards_once(self) -> None:
-        """Called with the first weight, which comes after the model was spread."""
+        """Check the shards when the first weight is loaded: only then is the model sharded."""
         model, self._unchecked = self._unchecked, None
         if model is not None:
             check_shards(model)
@@ -134,7 +138,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         return Pack(self._pack)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The type to read a tensor of a packed checkpoint as. Nothing is cast to packed bytes, and they are not cast."""
+        """The type to cast a tensor of the checkpoint to. A cast from or to packed bytes (uint8) is an error."""
         self._check_shards_once()
         stored = str(param.get_dtype()) if hasattr(param, "get_dtype") else str(param.dtype)
         is_bytes = stored in ("U8", "torch.uint8")
@@ -150,7 +154,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         return conversions if self._load is None else replaced(conversions)
 
     def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor:
-        """The packed stack `name` from the matrices of its experts, which are read one at a time."""
+        """Pack the stack `name` from the matrices of its experts, which are read one at a time."""
 
         def packed(load: _Load) -> Tensor:
             job = load.jobs[name]
@@ -168,7 +172,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         return self._attempt(name, packed)
 
     def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor:
-        """The packed stack `name` from float experts that the checkpoint may store transposed."""
+        """Pack the stack `name` from a float stack that the checkpoint may store transposed."""
 
         def packed(load: _Load) -> Tensor:
             weight = read()
@@ -180,7 +184,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         return self._attempt(name, packed)
 
     def _pack(self, model: Any, name: str, weight: Tensor) -> Tensor:
-        """The packed form of one weight, as the checkpoint has it; the loader calls this in a loop."""
+        """Pack one weight; the loader calls this for each."""
         return self._attempt(name, lambda load: _packed(load, model, name, weight))
 
     def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
@@ -191,7 +195,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error}")
-        return torch.empty(0, dtype=torch.uint8)  # `failure` is raised after loading; until then, no more work
+        return torch.empty(0, dtype=torch.uint8)  # after a failure nothing is packed; it is raised after loading
 
     # ---- after the weights -------------------------------------------------------------------------------------------
 
@@ -219,7 +223,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are; the packed weights stay as they are."""
+        """True: adapters can be trained. The packed weights do not change."""
         return True
 
     @property
@@ -227,8 +231,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained` before it writes config.json, which thereby describes the model as it is now."""
-        if not getattr(model, "_hf_peft_config_loaded", False):  # then only adapters are saved, and paths are PEFT's
+        """Update the configuration: `save_pretrained` calls this before it writes config.json."""
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are saved, with PEFT's paths
             record(model, self)
         return None, {}
 
@@ -238,7 +242,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
 
 def record(model: Any, quantizer: IsqHfQuantizer) -> None:
-    """Note in the model's configuration which layers are packed, and how."""
+    """Write the packed layers and their formats into the model's configuration."""
     quantizer.quantization_config = quantizer.quantization_config.recorded(
         packed_formats(model), recorded_activations(model)
     )
@@ -256,11 +260,11 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
     target = local(module._parameters[leaf])
     if matrix.dim() != target.dim() or (*matrix.shape[:-1], job.fmt.row_bytes(matrix.shape[-1])) != target.shape:
         load.misfits.add(name)
-        return weight  # the loader reports it, or initializes the layer anew
+        return weight  # the loader then reports the shape or initializes the layer anew
     with ordinary_tensors():
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
-        )  # the reference is slower than both copies
+        )  # packing on the CPU and copying is faster than the reference there
         importance = None
         if job.importance is not None:
             columns = local_columns(module._parameters[leaf], job.fmt)
@@ -273,13 +277,13 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
 
 
 def local(parameter: Any) -> Tensor:
-    """This rank's part of a parameter, where the layer is sharded."""
+    """This rank's part of a sharded parameter; any other parameter as it is."""
     part: Tensor = getattr(parameter, "_local_tensor", parameter)
     return part
 
 
 def _check_loaded(model: Any) -> None:
-    """Packed layers have the weights of a checkpoint, and those that share one read it the same way."""
+    """ValueError unless all packed layers got a weight, and layers that share one have the same format."""
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
@@ -300,7 +304,7 @@ def _check_loaded(model: Any) -> None:
 
 
 def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
-    """The report of the decisions, corrected by what the checkpoint turned out to hold."""
+    """The report of the decisions, corrected for weights that the checkpoint lacks or does not tie."""
     inventory, verdict = load.prepared.inventory, load.prepared.verdict
     layers, decisions = [], []
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):

@@ -1,7 +1,7 @@
-"""Packed weights that are spread over processes: tensor parallelism and FSDP cut them as they cut float weights.
+"""Packed weights that are sharded over processes: tensor parallelism and FSDP cut them like float weights.
 
-Rows of a packed weight stand for themselves, so it may be cut between rows anywhere. Within a row the smallest piece is a
-block: a cut elsewhere would separate codes from their scale.
+Rows of a packed weight are independent, so it may be cut between any two rows. A row may only be cut between blocks:
+any other cut would separate codes from their scale.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding
 
 FSDP_SINCE = "2.12"
-"""The first torch whose FSDP2 takes parameters that cannot have a gradient, as bytes cannot."""
+"""The first version of torch whose FSDP2 accepts integer parameters, which cannot have a gradient."""
 
 
 def is_sharded(parameter: object) -> bool:
-    """Whether a parameter is a DTensor; asks only if torch.distributed is in this build of torch."""
+    """Whether a parameter is a DTensor; False if torch is built without torch.distributed."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -30,10 +30,10 @@ def is_sharded(parameter: object) -> bool:
 
 
 def check_fully_sharded(model: Any) -> None:
-    """Before anything is read.
+    """Check the request for FSDP2 before any weight is read.
 
     Raises:
-        ValueError: FSDP2 was asked for, and this torch's refuses bytes.
+        ValueError: FSDP2 is requested, and that of this torch refuses integer parameters.
     """
     asked = getattr(model.config, "distributed_config", None)
     if asked is not None and asked.dp_size > 1 and torch.__version__ < FSDP_SINCE:
@@ -44,10 +44,10 @@ def check_fully_sharded(model: Any) -> None:
 
 
 def check_shards(model: nn.Module) -> None:
-    """Every process finds the same, whatever its own share, so that all of them stop.
+    """Check that weights are cut between blocks. The result is the same in every process, so that all of them stop.
 
     Raises:
-        ValueError: a packed weight whose columns are cut inside a block.
+        ValueError: the columns of a packed weight are cut inside a block.
     """
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
@@ -70,7 +70,7 @@ def check_shards(model: nn.Module) -> None:
 
 
 def local_columns(parameter: Any, fmt: QuantFormat) -> slice:
-    """Which columns of the weight this process holds."""
+    """The columns of the weight that this process holds."""
     if not is_sharded(parameter):
         return slice(None)
     shape, offset = _share(parameter)
@@ -79,9 +79,10 @@ def local_columns(parameter: Any, fmt: QuantFormat) -> slice:
 
 
 def mark_rows(model: nn.Module) -> None:
-    """Tell embeddings whose rows tensor parallelism spreads where theirs begin: it adds up what the processes look up.
+    """Set `first_row` of embeddings whose rows are cut by tensor parallelism.
 
-    FSDP spreads rows, too, but puts them together again before a layer runs.
+    Tensor parallelism sums the rows that all processes look up, so each must know which rows it holds. FSDP cuts rows
+    too, but it gathers them again before a layer runs.
     """
     for module in model.modules():
         if isinstance(module, QuantEmbedding) and is_sharded(module.weight):
@@ -89,7 +90,10 @@ def mark_rows(model: nn.Module) -> None:
 
 
 def _share(parameter: Any, only: str | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of what this process holds; of the cuts along one dimension of the mesh alone, where it is named."""
+    """Shape and offset of this process's part. With `only`, only cuts along that dimension of the mesh count.
+
+    Breaks if torch moves `compute_local_shape_and_global_offset`, which is private; test_parallel.py notices.
+    """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -103,7 +107,7 @@ def _share(parameter: Any, only: str | None = None) -> tuple[tuple[int, ...], tu
 
 
 def _column_pieces(parameter: Any) -> int:
-    """How many pieces a row of a DTensor is cut into."""
+    """Number of pieces that a row of a DTensor is cut into."""
     last = parameter.ndim - 1
     cuts = [
         (mesh_dim, placement)

@@ -1,4 +1,8 @@
-"""The model before its weights are there: which layers are packed, and packed layers on the meta device in their place."""
+"""The model before its weights are loaded: decide which layers are packed, and replace them by packed layers on meta.
+
+transformers marks loaded parameters with `_is_hf_initialized`. This breaks if it renames the mark;
+test_immediate_equals_deferred notices.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,25 @@ from isqtorch.policy.inventory import Inventory, inspect_model
 from isqtorch.policy.request import Request
 
 
-def describe(model: Any, device_map: object) -> Inventory:
-    """The model as it will be once it is loaded."""
+def describe_unloaded(model: Any, device_map: object) -> Inventory:
+    """The inventory of the model as it will be after loading: with tied weights, and each layer on its device."""
     inventory = inspect_model(model, model.all_tied_weights_keys)
     layers = [replace(layer, device_type=_device_type(layer.name, device_map)) for layer in inventory.layers]
     return replace(inventory, layers=layers)
 
 
 def prepare_on_cpu(inventory: Inventory, request: Request) -> Prepared:
-    """What `quantize_` would do to the model once it is loaded.
+    """The jobs that `quantize_` would have after loading.
 
     Raises:
         ValueError: see `quantize_`.
     """
-    with torch.device("cpu"):  # transformers builds models with the meta device as the default, which runs no kernel
+    with torch.device("cpu"):  # transformers makes meta the default device here, and no kernel runs on it
         return prepare(inventory, request, load_imatrix(request.options.imatrix))
 
 
 def _device_type(name: str, device_map: object) -> str:
-    """Where a layer goes, as far as it is known before the layers are placed."""
+    """Device type of a layer, as far as it is known before the layers are placed."""
     if isinstance(device_map, Mapping):
         path = name
         while path and path not in device_map:
@@ -52,23 +56,23 @@ def _device_type(name: str, device_map: object) -> str:
 
 
 def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
-    """Put a packed layer without weights in the place of the ordinary one."""
+    """Replace an ordinary layer by a packed one without values."""
     old, leaf = owner_of(model, name)
     if isinstance(old, PackedModule) and leaf in old.packed:
-        return  # the same module under another name
+        return  # a module with several names: replaced already
     *rows, columns = weight_matrix(old, leaf).shape
     packed = torch.empty(*rows, fmt.row_bytes(columns), dtype=torch.uint8, device="meta")
     new = to_packed(old, PackedParameter(packed), fmt, leaf)
-    # transformers fills whatever the checkpoint lacks with random numbers, which packed bytes are not: see `unpack_missing`
+    # Else transformers would write random numbers into packed bytes that the checkpoint lacks; see `unpack_missing`.
     cast(Any, new)._is_hf_initialized = True
     _replace_everywhere(model, old, new)
 
 
 def restore(model: Any, layers: Mapping[str, str]) -> None:
-    """Shape the model as the layers that config.json lists.
+    """Replace the layers that config.json lists by packed layers without values.
 
     Raises:
-        ValueError: a layer that the model does not have, that cannot be packed, or that the format does not fit.
+        ValueError: the model does not have a layer, it cannot be packed, or the format does not fit it.
     """
     for stored, name in layers.items():
         path = _find(model, stored)
@@ -103,7 +107,7 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
 
 
 def restore_activations(model: Any, activations: str | Sequence[str] | None) -> None:
-    """Give the permission to the layers for which config.json has it, after `restore`."""
+    """Set `activations` of the layers for which config.json has it, after `restore`."""
     if activations is None or isinstance(activations, str):
         permit(model.modules(), activations)
         return
@@ -112,9 +116,10 @@ def restore_activations(model: Any, activations: str | Sequence[str] | None) -> 
 
 
 def _find(model: Any, stored: str) -> str | None:
-    """The path of a stored layer in this model, which may be the saved one's base or the saved one with a head on top.
+    """The path of a stored layer in this model.
 
-    None: the layer belongs to a head that this model does not have.
+    This model may be the base of the saved one, or have a head on top of it. None: the layer belongs to a head that
+    this model does not have.
     """
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     candidates = [stored]
@@ -136,7 +141,7 @@ def _find(model: Any, stored: str) -> str | None:
 
 
 def packed_formats(model: nn.Module) -> dict[str, str]:
-    """{path: format} of all packed layers, a layer with several paths under each."""
+    """{path: format} of all packed layers. A layer with several paths has an entry for each."""
     return {
         name_of(name, leaf): format
         for name, module in model.named_modules(remove_duplicate=False)
@@ -146,13 +151,13 @@ def packed_formats(model: nn.Module) -> dict[str, str]:
 
 
 def unpack_missing(model: Any) -> list[str]:
-    """Give layers whose weights were not in the checkpoint an ordinary, newly initialized weight; returns their paths."""
+    """Turn packed layers that the checkpoint lacks into newly initialized float layers; returns their paths."""
     missing = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantExperts):
             missing += _unpack_missing_experts(model, name, module)
         if not isinstance(module, (QuantLinear, QuantEmbedding)) or module.weight.device.type == "meta":
-            continue  # on the meta device are weights that accelerate has offloaded
+            continue  # on meta: offloaded by accelerate
         if getattr(module.weight, "_is_hf_initialized", False):
             bias = getattr(module, "bias", None)
             if bias is not None and not getattr(bias, "_is_hf_initialized", False):
@@ -160,7 +165,7 @@ def unpack_missing(model: Any) -> list[str]:
             continue
         missing.append(name)
         if model.get_submodule(name) is not module:
-            continue  # the same module under another name
+            continue  # a module with several names: replaced already
         columns = get_format(module.format).in_features(module.weight.shape[1])
         shape = (module.weight.shape[0], columns)
         if module.origin not in (nn.Linear, nn.Embedding):
@@ -173,7 +178,7 @@ def unpack_missing(model: Any) -> list[str]:
 
 
 def _unpack_missing_experts(model: Any, name: str, module: QuantExperts) -> list[str]:
-    """As `unpack_missing`, for all experts of a module if one of their stacks is missing; the others are decoded."""
+    """`unpack_missing` for experts: if one stack is missing, all stacks of the module become float by decoding."""
     missing = [
         leaf
         for leaf, stack in module._parameters.items()
@@ -202,7 +207,7 @@ def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
 
 
 def _owner(model: Any, name: str) -> Any:
-    """The innermost PreTrainedModel around a module: the one that knows how its layers are initialized."""
+    """The innermost PreTrainedModel around a module. Its `_init_weights` initializes the layer."""
     owner = model
     path = ""
     for part in name.split(".")[:-1]:

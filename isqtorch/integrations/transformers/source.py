@@ -1,7 +1,8 @@
-"""Reading a transformers checkpoint again, with everything that loading does to names and tensors.
+"""Read a transformers checkpoint again, with all conversions of names and tensors that loading applies.
 
-The conversions are those of the loader: renamed keys, prefixes, experts that are joined into stacks, weights that are cut or
-turned. They run for one parameter at a time.
+The conversions are those of the loader: keys are renamed, prefixes added, experts joined into stacks, weights split or
+transposed. Here they run for one parameter at a time. This follows the code of transformers' loader and breaks if it
+changes; test_transformers_requantize.py notices.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from isqtorch.modules.convert import float_shape
 
 @dataclass
 class _Group:
-    """Tensors of the checkpoint that become one parameter, or several."""
+    """Tensors of the checkpoint that are converted together into one or more parameters."""
 
-    converter: WeightConverter | None  # None: the tensor only has another name
+    converter: WeightConverter | None  # None: the tensor is only renamed
     collected: list[tuple[str, str]] = field(default_factory=list)  # (pattern that matched, name in the files)
 
 
@@ -40,15 +41,15 @@ class ConvertedSource(Source):
     def __init__(self, model: Any, files: Sequence[str], conversions: Sequence[Any]) -> None:
         super().__init__(files)
         self._model = _AsFloat(model)
-        self._groups: dict[str, _Group] = {}  # name of the first parameter that comes out -> what goes in
-        self._first: dict[str, str] = {}  # parameter -> the first of its group
+        self._groups: dict[str, _Group] = {}  # name of the first resulting parameter -> its group
+        self._first: dict[str, str] = {}  # parameter -> first parameter of its group
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         state = model.state_dict()
         for key in sorted(self.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if name not in state and key in state:  # as the loader: it should not have been renamed
+            if name not in state and key in state:  # as in the loader: a key of the model is not renamed
                 name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
             converter = None if pattern is None else by_pattern[pattern]
             group = self._groups.setdefault(name, _Group(converter))
@@ -75,7 +76,7 @@ class ConvertedSource(Source):
             KeyError,
             AttributeError,
             TypeError,
-        ) as error:  # whatever shapes it did not expect
+        ) as error:  # raised for shapes that the conversion does not expect
             raise ValueError(
                 f"requantize_: {self.where}: {name} cannot be converted as it was: {error}. Exclude the layer, or give source='stored' "
                 "to start from the quantized weights."
@@ -90,7 +91,7 @@ class ConvertedSource(Source):
 
 
 class _AsFloat:
-    """A model to conversions that ask for the shapes of parameters: those of the float weights."""
+    """Stands in for the model in conversions that read shapes of parameters: gives shapes of the float weights."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

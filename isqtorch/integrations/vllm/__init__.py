@@ -1,11 +1,11 @@
-"""A vLLM plug-in, experimental: models that isqtorch saved, and others packed while vLLM loads them.
+"""Experimental plug-in for vLLM: serves models that isqtorch saved, and packs other models while vLLM loads them.
 
-    vllm serve ./llama-q4k                                              what save_pretrained wrote after IsqConfig
-    vllm serve meta-llama/Llama-3.1-8B --quantization isq               packed on the way, 4 bits
-    ... --hf-overrides '{"quantization_config": {"quant_method": "isq", "isq": "q6k"}}'
+    vllm serve ./llama-q4k                                              a folder of save_pretrained after IsqConfig
+    vllm serve meta-llama/Llama-3.1-8B --quantization isq               packed while loading, 4 bits
+    ... --hf-overrides '{"quantization_config": {"quant_method": "isq", "isq": "q8_0"}}'
 
-vLLM finds it by the entry point "vllm.general_plugins" of this package. It is written to vLLM's documented interface for
-quantization methods that live outside of vLLM, and tested against a model of that interface, not against vLLM itself.
+vLLM finds it by the entry point "vllm.general_plugins" of this package. It uses vLLM's documented interface for
+external quantization methods. The tests use an imitation of that interface, not vLLM itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which method vLLM uses for each of its layers."""
+"""Decides which method vLLM uses for each of its layers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from isqtorch.formats import get_format, mix_name
 from isqtorch.integrations.record import METHOD, checked_layers, checked_version
+from isqtorch.modules.packed import FLOAT_DTYPES
 from isqtorch.policy.decide import decide
-from isqtorch.policy.layers import FLOAT_DTYPES, LayerInfo, head_by_name
+from isqtorch.policy.layers import LayerInfo, head_by_name
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 
 from .methods import IsqEmbeddingMethod, IsqLinearMethod, IsqOnlineMethod
 
 _OP = "isq in vLLM"
-_EXPERTS = {"FusedMoE", "RoutedExperts"}  # vLLM's layers of experts, by version
+_EXPERTS = {"FusedMoE", "RoutedExperts"}  # class names of vLLM's expert layers in different versions
 _OPTIONS = ("isq", "topology", "organization", "include", "exclude", "fallback")
 
 
@@ -31,8 +32,8 @@ _OPTIONS = ("isq", "topology", "organization", "include", "exclude", "fallback")
 class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a dependency
     """The "quantization_config" of a model's config.json, or of vLLM's --hf-overrides.
 
-    With "layers", as `save_pretrained` writes it, the checkpoint holds packed weights, and that entry alone decides. Without,
-    weights are packed as they are loaded, by the options of `isqtorch.quantize_`; the default is 4 bits.
+    With "layers", which `save_pretrained` writes, the checkpoint holds packed weights, and only that entry decides.
+    Without it, weights are packed while they are loaded, by the options of `isqtorch.quantize_`; the default is 4 bits.
     """
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
@@ -70,7 +71,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return -1  # any: what has no kernel uses the reference
+        return -1  # any GPU: without a kernel the reference runs
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -81,7 +82,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
         return cls(config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the layers as vLLM's model does."""
+        """Rename the layers to the names of vLLM's model."""
         if self.layers is not None:
             self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
@@ -106,7 +107,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
     # ---- the answers -------------------------------------------------------------------------------------------------
 
     def _embedding(self, prefix: str) -> Any:
-        """Tables are packed only if they are packed in the checkpoint: vLLM gives no hold on one while it is loaded."""
+        """The method of an embedding table. It stays float unless the checkpoint has it packed: vLLM cannot pack it."""
         name = (self.layers or {}).get(prefix)
         return None if name is None else IsqEmbeddingMethod(get_format(name), prefix)
 
@@ -127,13 +128,13 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
         return IsqOnlineMethod(lambda shape, dtype: self._decide(parts, prefix, shape, dtype), prefix)
 
     def _parts(self, prefix: str) -> list[str]:
-        """The layers of the checkpoint that make up one of vLLM's: q_proj, k_proj and v_proj are its qkv_proj."""
+        """The layers of the checkpoint that vLLM merges into one layer: q_proj, k_proj and v_proj become qkv_proj."""
         path, _, leaf = prefix.rpartition(".")
         merged: Sequence[str] = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{path}.{part}".lstrip(".") for part in merged]
 
     def _decide(self, parts: list[str], prefix: str, shape: tuple[int, int], dtype: torch.dtype) -> Any:
-        """The format of a layer `[N, K]`, K what this process has of it; None: it stays float."""
+        """The format of a layer `[N, K]`, where K is this process's part of the columns; None: it stays float."""
         assert self.request is not None
         layers = [LayerInfo(part, "linear", shape, dtype, "head" if head_by_name(part) else "") for part in parts]
         decisions = decide(layers, self.request).decisions

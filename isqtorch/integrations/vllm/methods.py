@@ -1,7 +1,7 @@
 """How vLLM's layers hold and use packed weights.
 
-vLLM cuts and merges weights itself while it loads them: along dimension 0 between outputs, along dimension 1 between inputs.
-Rows of packed bytes may be cut and joined like rows of floats, and inside a row between blocks, so its own loaders do.
+vLLM cuts and merges weights while it loads them: outputs along dimension 0, inputs along dimension 1. Packed rows may
+be cut and joined like float rows, and a row may be cut between blocks. So vLLM's own loaders work for packed weights.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ _DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
 
 class _Method(LinearMethodBase):  # type: ignore[misc]  # vLLM is not a dependency
-    """A linear layer with one weight, of which each process of a tensor-parallel group has a part."""
+    """Base of the methods for a layer with one weight. Each process of a tensor-parallel group has a part of it."""
 
     format: QuantFormat | None  # None: the weight stays float
 
     def _empty(self, rows: int, columns: int, all_columns: int, dtype: torch.dtype) -> Tensor:
-        """What the checkpoint's values go into, `[rows, ...]`.
+        """An empty tensor `[rows, ...]` for the values of the checkpoint.
 
         Args:
-            columns: that this process gets.
-            all_columns: those of the layer.
-            dtype: that the model computes in.
+            rows: number of rows of this process.
+            columns: number of columns of this process.
+            all_columns: number of columns of the whole layer.
+            dtype: type in which the model computes.
         """
         raise NotImplementedError
 
@@ -77,11 +78,11 @@ class IsqLinearMethod(_Method):
 
 
 class IsqEmbeddingMethod(IsqLinearMethod):
-    """A table of tokens, or an output head, that is packed in the checkpoint."""
+    """A token embedding or output head that is packed in the checkpoint."""
 
     def __init__(self, fmt: QuantFormat, prefix: str) -> None:
         super().__init__(fmt, prefix)
-        self.dtype = torch.get_default_dtype()  # vLLM sets it to the model's while it makes the layers
+        self.dtype = torch.get_default_dtype()  # vLLM sets it to the model's type while it builds the layers
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         rows: Tensor = torch.ops.isqtorch.embedding(ids, layer.weight, self.format.name, self.dtype)
@@ -89,7 +90,7 @@ class IsqEmbeddingMethod(IsqLinearMethod):
 
 
 class IsqOnlineMethod(_Method):
-    """A linear layer whose float weights are packed once they are all there."""
+    """A linear layer whose float weight is packed once it is completely loaded."""
 
     def __init__(self, decide: Callable[[tuple[int, int], torch.dtype], QuantFormat | None], prefix: str) -> None:
         self.decide = decide
@@ -101,7 +102,7 @@ class IsqOnlineMethod(_Method):
         return torch.empty(rows, columns, dtype=dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if self.format is None or layer.weight.dtype == torch.uint8:  # stays float, or vLLM calls a second time
+        if self.format is None or layer.weight.dtype == torch.uint8:  # stays float, or vLLM called this before
             return
         try:
             packed = torch.ops.isqtorch.quantize(layer.weight.data, self.format.name)

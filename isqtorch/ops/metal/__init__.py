@@ -1,4 +1,4 @@
-"""Kernels for Apple's GPUs: csrc/metal, compiled by torch when they are first used."""
+"""Kernels for Apple GPUs: the sources in csrc/metal, which torch compiles at first use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ __all__ = ["check"]
 
 
 def check() -> list[str]:
-    """Compile every Metal library once, which takes minutes, and report what the compiler refuses.
+    """Compile the Metal kernels of every format and float type. This takes minutes and needs a Mac.
 
     Returns:
-        A line per format and type that does not compile: empty if all is well.
+        The compiler's message for each format and type that does not compile; empty if all compile.
 
     Raises:
-        RuntimeError: there is no MPS device here.
+        RuntimeError: this machine has no MPS device.
+
+    Example:
+        if torch.backends.mps.is_available():
+            print(isqtorch.metal.check())  # [] if all kernels compile
     """
     if not torch.backends.mps.is_available():
         raise RuntimeError("isqtorch.metal.check: this machine has no MPS device")

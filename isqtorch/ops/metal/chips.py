@@ -1,7 +1,7 @@
-"""Which way `linear` takes on which chip, by the number of rows of x.
+"""The kernel of `linear` for each chip and number of rows of x.
 
-The numbers are those at which MLX's and ggml's kernels of the same kind change over on these chips (mlx/backend/metal,
-quantized.cpp); nobody has timed ours yet.
+The limits are those at which MLX and ggml switch between kernels of the same kind on these chips (mlx/backend/metal,
+quantized.cpp). The kernels of isqtorch have not been timed yet.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 
 class Limits(NamedTuple):
-    """Rows of x up to which a kernel is the fastest way."""
+    """The largest number of rows of x for each kernel."""
 
     gemv: int  # gemv.metal
-    gemm: int  # gemm.metal; more rows are multiplied with decoded weights by torch
+    gemm: int  # gemm.metal; for more rows, torch multiplies with decoded weights
 
 
 _BY_GENERATION = {
@@ -31,7 +31,7 @@ _OTHERS = Limits(gemv=4, gemm=1024)
 
 @cache
 def limits() -> Limits:
-    """Those of this machine's chip."""
+    """Return the limits for this machine's chip."""
     get_name = getattr(torch.backends.mps, "get_name", None)  # torch >= 2.13
     name = get_name() if get_name and torch.backends.mps.is_available() else ""
     generation = re.match(r"Apple M(\d+)", name)

@@ -1,4 +1,4 @@
-"""Which struct of csrc/metal/formats stands for which format."""
+"""The struct of csrc/metal/formats for each format."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from isqtorch.formats.hqq import HqqFormat
 
 
 class Struct(NamedTuple):
-    """A format as the shaders know it."""
+    """The Metal struct of a format."""
 
-    header: str  # below csrc/
+    header: str  # path below csrc/
     name: str
-    unit: int  # weights that a lane takes at a time
-    quantizes: bool  # csrc/metal/kernels/quantize.metal knows its default rule
+    unit: int  # weights that a lane decodes at a time
+    quantizes: bool  # csrc/metal/kernels/quantize.metal implements the format's default rule
 
 
 _GGML32, _KQUANTS, _FP8 = "metal/formats/ggml32.h", "metal/formats/kquants.h", "metal/formats/fp8.h"
 
 
 def struct_of(name: str) -> Struct:
-    """The struct of a format, by canonical name; ggml's have the format's name in capitals."""
+    """Return the struct of a format, by canonical name. Structs of ggml's formats have the name in capitals."""
     fmt = get_format(name)
     if isinstance(fmt, AffineFormat):
         return _stream(fmt, "scale_bias_f16" if fmt.scale_dtype == torch.float16 else "scale_bias_bf16", True)

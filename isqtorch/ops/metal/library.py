@@ -1,4 +1,4 @@
-"""Compiled Metal kernels: one small library per kernel file, format and float type, compiled when it is first used."""
+"""Compiled Metal kernels: one small library per kernel file, format and float type, compiled at first use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Compiler = Callable[[str], Any]
 
 
 def most_tokens(struct: Struct) -> int:
-    """Rows of x that a lane of gemv.metal works on at a time: its parts of all of them stay in registers."""
+    """Return how many rows of x a lane of gemv.metal can process at a time: it keeps its part of each in registers."""
     return 64 // struct.unit
 
 
 def _instances(file: str, struct: Struct, real: str) -> dict[str, str]:
-    """The kernels of a file for a format and a float type: name for the host -> instance of the template."""
+    """Return the kernels of a file for a format and a float type: {name for the host: instance of the template}."""
     both = f"{struct.name}, {real}"
     if file == "dequantize":
         rows = {f"embedding_{id}": f"embedding<{both}, {id}>" for id in IDS.values()}
@@ -39,23 +39,23 @@ def _instances(file: str, struct: Struct, real: str) -> dict[str, str]:
 
 
 def files(fmt: str) -> tuple[str, ...]:
-    """The files of csrc/metal/kernels that have kernels for a format."""
+    """Return the files of csrc/metal/kernels that have kernels for a format, without ".metal"."""
     return ("dequantize", "gemv", "gemm", *(["quantize"] if struct_of(fmt).quantizes else []))
 
 
 def kernel(file: str, name: str, fmt: str, dtype: torch.dtype) -> Kernel:
-    """A kernel, to be called with its buffers, threads= and group_size= as torch.mps.compile_shader has it.
+    """Return a kernel. It is called with its buffers, threads= and group_size=, as torch.mps.compile_shader documents.
 
     Args:
-        file: its file in csrc/metal/kernels, without ".metal".
-        name: its name, see `_instances`.
+        file: file of the kernel in csrc/metal/kernels, without ".metal".
+        name: name of the kernel, see `_instances`.
         fmt: canonical name of the format.
-        dtype: of activations, or of decoded or original weights.
+        dtype: type of activations, or of decoded or original weights.
     """
     return _kernel(_compiler, file, name, fmt, dtype)
 
 
-@cache  # a look-up of a function by its name in the library costs as much as a launch
+@cache  # looking up a function by name in the library takes as long as a launch
 def _kernel(compiler: Compiler, file: str, name: str, fmt: str, dtype: torch.dtype) -> Kernel:
     function: Kernel = getattr(_library(compiler, file, fmt, dtype), name)
     return function
@@ -66,7 +66,7 @@ def _library(compiler: Compiler, file: str, fmt: str, dtype: torch.dtype) -> Any
     """Compile all kernels of a file for a format.
 
     Raises:
-        RuntimeError: the compiler refuses the source; says which kernels, and where.
+        RuntimeError: the source does not compile. The message names the file, the kernels and the line.
     """
     struct = struct_of(fmt)
     instances = _instances(file, struct, TYPES[dtype])
@@ -82,7 +82,7 @@ def _library(compiler: Compiler, file: str, fmt: str, dtype: torch.dtype) -> Any
 
 
 def compile_all(fmt: str, dtype: torch.dtype) -> None:
-    """Compile everything there is for a format.
+    """Compile all kernels for a format.
 
     Raises:
         RuntimeError: as `_library`.
@@ -99,6 +99,6 @@ _compiler: Compiler = _mps
 
 
 def use_compiler(compiler: Compiler | None) -> None:
-    """Compile with something else than torch.mps.compile_shader: the tests' emulator. None goes back."""
+    """Replace torch.mps.compile_shader by another compiler: the emulator of the tests. None restores it."""
     global _compiler
     _compiler = compiler or _mps

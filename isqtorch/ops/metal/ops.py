@@ -1,7 +1,7 @@
-"""The operators on MPS tensors: checks, sizes and which kernel; arithmetic is in csrc/metal.
+"""The operators on MPS tensors: checks, sizes and the choice of the kernel. The arithmetic is in csrc/metal.
 
-Ids are not looked at, that would wait for the device: one that names no row gives a row of NaN, one that names no expert a
-row of zeros.
+The values of ids are not checked, because this would wait for the device. An id out of range gives a row of NaN in
+`embedding`, and a row of zeros in `experts_linear`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ from isqtorch.ops.checks import (
     check_weight,
     refuse_scale,
 )
+from isqtorch.quantizers import uses_importance
 
 from .chips import limits
 from .formats import struct_of
 from .library import IDS, Kernel, kernel, most_tokens
 
-_GEMV = (8, 64)  # rows of the weight and threads of a threadgroup of gemv.metal
-_GEMM = (32, 128)  # and of gemm.metal
-_DECODED_AT_ONCE = 1 << 25  # weights that `linear` decodes for torch
+_GEMV = (8, 64)  # rows of the weight, and threads, per threadgroup of gemv.metal
+_GEMM = (32, 128)  # the same for gemm.metal
+_DECODED_AT_ONCE = 1 << 25  # number of weights that `linear` decodes at a time for torch's product
 
 
 @torch.no_grad()
 def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
-    """`reference.quantize`. Formats whose rule searches, and all rules but afq's two, are quantized on the CPU."""
+    """Implement `reference.quantize`.
+
+    The CPU does it for formats without a Metal quantizer, with an importance vector, and for rule "search".
+    """
     fmt = get_format(format)
     row_bytes = check_weight(w, fmt)
-    importance = importance if fmt.takes_importance else None
+    importance = importance if uses_importance(fmt, rule) else None
     on_gpu = struct_of(fmt.name).quantizes and importance is None
     on_gpu = on_gpu and (rule is None or (fmt.solver == "affine" and rule == "mlx"))
     if not on_gpu or not w.numel():
@@ -58,7 +62,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
 
 @torch.no_grad()
 def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """`reference.dequantize`, to the bit."""
+    """Implement `reference.dequantize`, with the same bits."""
     fmt = get_format(format)
     k = check_packed("dequantize", weight, fmt)
     check_output_dtype("dequantize", dtype)
@@ -71,7 +75,7 @@ def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """`reference.embedding`, to the bit; NaN for ids that name no row."""
+    """Implement `reference.embedding`, with the same bits. Ids out of range give NaN."""
     fmt = get_format(format)
     k = check_packed("embedding", weight, fmt, matrix=True)
     check_output_dtype("embedding", dtype)
@@ -84,7 +88,7 @@ def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> T
 
 
 def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`, with sums in f32."""
+    """Implement `reference.linear`, with sums in f32."""
     fmt = get_format(format)
     k = check_linear(x, weight, fmt, bias)
     n = len(weight)
@@ -109,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -
 
 
 def _decoded(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None, y: Tensor) -> None:
-    """y = x w^T + bias by torch's product, some rows of the weight at a time."""
+    """Write x w^T + bias to y by torch's product; decode some rows of the weight at a time."""
     step = max(1, _DECODED_AT_ONCE // x.shape[1])
     for first in range(0, len(weight), step):
         w = dequantize(weight[first : first + step], fmt.name, x.dtype)
@@ -119,7 +123,7 @@ def _decoded(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None, y
 
 
 def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.experts_linear`; zeros for ids that name no expert."""
+    """Implement `reference.experts_linear`. Ids out of range give zeros."""
     fmt = get_format(format)
     check_experts_shapes(x, weight, fmt, ids, bias)
     experts, n = weight.shape[:2]
@@ -143,24 +147,25 @@ def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Te
 
 
 def tile_rows(dtype: torch.dtype) -> int:
-    """Rows of x in a tile of gemm.metal."""
+    """Return the number of rows of x in a tile of gemm.metal."""
     return 32 if dtype == torch.float16 else 16
 
 
 def sorted_tiles(ids: Tensor, experts: int, height: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Pairs expert by expert, cut into tiles of one expert each, without waiting for the device.
+    """Sort pairs of a token and an expert by expert, and cut them into tiles of one expert, without a device sync.
 
-    How many tiles there are depends on the ids, so there are as many as there could be, the last ones empty.
+    The number of tiles depends on the ids. So the largest possible number is returned; the last tiles may be empty.
 
     Args:
-        ids: integers `[pairs]`; those outside 0 .. experts - 1 are in no tile.
-        experts: their number.
-        height: of a tile.
+        ids: the expert of each pair, integers `[pairs]`. Pairs with ids outside 0 .. experts - 1 are in no tile.
+        experts: number of experts.
+        height: largest number of pairs in a tile.
 
     Returns:
-        int32 `[pairs]`, the pairs in order; and of every tile its expert, its first place in that order, and its height.
+        The order of the pairs, int32 `[pairs]`; and for each tile its expert, its first position in this order, and its
+        number of pairs, int32 `[tiles]` each.
     """
-    # int32 throughout: MPS has not every function of int64
+    # int32 throughout: MPS lacks some functions for int64
     names = torch.arange(experts, dtype=torch.int32, device=ids.device)
     here = torch.where((ids >= 0) & (ids < experts), ids, experts).int()
     order = torch.argsort(here, stable=True).int()
@@ -179,13 +184,13 @@ def sorted_tiles(ids: Tensor, experts: int, height: int) -> tuple[Tensor, tuple[
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """Contiguous, and where a kernel may read two bytes at a time."""
+    """Return the weight, contiguous and at an even address: kernels read two bytes at a time."""
     weight = weight.contiguous()
     return weight.clone() if weight.storage_offset() % 2 else weight
 
 
 def _by_units(function: Kernel, arguments: tuple[Tensor | int, ...], fmt: QuantFormat, k: int, rows: int) -> None:
-    """A thread for each unit of each row."""
+    """Launch a kernel with one thread for each unit of each row."""
     units = k // struct_of(fmt.name).unit
     function(*arguments, threads=[units, rows], group_size=[min(units, 64), 1])
 
@@ -193,6 +198,6 @@ def _by_units(function: Kernel, arguments: tuple[Tensor | int, ...], fmt: QuantF
 def _by_groups(
     function: Kernel, arguments: tuple[Tensor | int, ...], n: int, shape: tuple[int, int], groups: int
 ) -> None:
-    """A threadgroup for some rows of the weight, times `groups`; `shape` is that number of rows and of threads."""
+    """Launch `groups` threadgroups of `shape[1]` threads for every `shape[0]` rows of the weight."""
     rows, threads = shape
     function(*arguments, threads=[-(-n // rows) * threads, groups], group_size=[threads, 1])

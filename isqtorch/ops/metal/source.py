@@ -1,7 +1,7 @@
-"""Puts the text of a Metal library together: a kernel file with what it includes, and the instances that are wanted.
+"""Assemble the source of a Metal library: a kernel file with its includes, and the wanted template instances.
 
-`torch.mps.compile_shader` knows no include folders, so #include lines of our own headers are replaced by the files. `#line`
-tells the compiler where each line comes from; its messages then name the file as it is in the repository.
+`torch.mps.compile_shader` has no include folders, so the #include lines of our headers are replaced by the files.
+`#line` directives make the compiler's messages name the files and lines of the repository.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _INCLUDE = re.compile(r'^#include "(metal/[\w/.]+)"$', re.MULTILINE)
 
 @cache
 def folder() -> Path:
-    """Where metal/ lies: in the installed package, or in csrc/ of a checkout."""
+    """Return the csrc folder, in the installed package or in a checkout."""
     package = Path(__file__).resolve().parents[2]
     for found in (package / "csrc", package.parent / "csrc"):
         if (found / "metal" / "kernels").is_dir():
@@ -26,12 +26,12 @@ def folder() -> Path:
 
 
 def assemble(kernel_file: str, header: str, instances: dict[str, str]) -> str:
-    """The source of one library.
+    """Return the source of one library.
 
     Args:
-        kernel_file: "metal/kernels/gemv.metal".
-        header: what declares the format, "metal/formats/kquants.h".
-        instances: kernel name for the host -> instance, {"gemv_1": "gemv<Q4K, half, 1>"}.
+        kernel_file: such as "metal/kernels/gemv.metal".
+        header: the file that declares the format, such as "metal/formats/kquants.h".
+        instances: {kernel name for the host: instance}, such as {"gemv_1": "gemv<Q4K, half, 1>"}.
     """
     seen: set[str] = set()
     parts = [_inlined(header, seen), _inlined(kernel_file, seen), '#line 1 "instances"']
@@ -39,12 +39,12 @@ def assemble(kernel_file: str, header: str, instances: dict[str, str]) -> str:
 
 
 def instance(name: str, template: str) -> str:
-    """The line that makes a kernel of a template, in the form that MLX's kernels have, known to Apple's compiler."""
+    """Return the line that instantiates a kernel template. MLX uses the same form, so Apple's compiler accepts it."""
     return f'template [[host_name("{name}")]] [[kernel]] decltype({template}) {template};'
 
 
 def _inlined(name: str, seen: set[str]) -> str:
-    """The file with its own includes in place, each file once."""
+    """Return a file with its includes inserted; each file is included once."""
     if name in seen:
         return ""
     seen.add(name)

@@ -1,5 +1,5 @@
-// AFQ: groups of 32, 64 or 128 weights with a 16-bit scale and bias. A thread has 32 weights, and its team the group.
-// cpu/formats/affine.h says how codes are chosen; here the same steps.
+// AFQ: groups of 32, 64 or 128 weights with a 16-bit scale and bias. A thread has 32 weights; a team of threads has the
+// group. The steps are those of cpu/formats/affine.h.
 #pragma once
 
 #include "cuda/kernels/quantize/line_fit.cuh"
@@ -7,7 +7,7 @@
 
 namespace isqtorch::cuda {
 
-// A thread's 32 codes as a bit stream: kBits words.
+// Stores a thread's 32 codes as a bit stream of kBits words.
 template <int kBits>
 ISQ_DEVICE void store_stream(const LaneInts (&codes)[32], uint8_t* to) {
   ISQ_GPU_UNROLL for (int n = 0; n < kBits; ++n) {
@@ -20,15 +20,15 @@ ISQ_DEVICE void store_stream(const LaneInts (&codes)[32], uint8_t* to) {
   }
 }
 
-// To f16, but to subnormal numbers away from zero: they are so coarse that a scale rounded down would cut off a large
-// part of the group's range.
+// To f16, subnormal results away from zero: these are so coarse that a scale rounded down would cut off a large part of
+// the group's range.
 ISQ_DEVICE Half scale_to_f16(LaneFloats f) {
   Half h = to_f16(f);
   if (any((abs(h.value) < abs(f)) & (abs(f) < 0x1p-14f))) h.value = f16_to_f32(++h.bits);
   return h;
 }
 
-// kSearch: by Rule::kSearch, otherwise by one of the others.
+// kSearch: for Rule::kSearch; otherwise for the other rules.
 template <int kBits, bool kSearch>
 struct QuantizeAffine : TileFormat {
   using Block = uint8_t;

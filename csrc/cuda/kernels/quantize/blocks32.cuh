@@ -1,14 +1,14 @@
-// The 32-weight formats q4_0 q4_1 q5_0 q5_1 q8_0 q8_1: a thread has a block. cpu/formats/ggml.h says how codes are
-// chosen; here the same steps.
+// The 32-weight formats q4_0 q4_1 q5_0 q5_1 q8_0 q8_1. A thread has a block. The steps are those of cpu/formats/ggml.h.
 #pragma once
 
-#include "blocks.h"
+#include "cuda/formats/ggml32.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
 #include "cuda/kernels/quantize/rounding.cuh"
 #include "cuda/kernels/quantize/searches.cuh"
 
 namespace isqtorch::cuda {
 
-// The weight of every element's squared error when importance is given.
+// The weight of each element's squared error when importance is given.
 template <int kOwn>
 ISQ_DEVICE void importance_weights(const LaneFloats (&x)[kOwn], LaneFloats (&importance)[kOwn],
                                    LaneFloats mean_square) {
@@ -17,7 +17,7 @@ ISQ_DEVICE void importance_weights(const LaneFloats (&x)[kOwn], LaneFloats (&imp
 
 ISQ_DEVICE Guesses weighted_guesses() { return {-0.9f, 0.05f, 36, false}; }
 
-// ggml's 4- and 5-bit blocks behind their f16 numbers: for 5 bits a word of high bits, then the low nibbles.
+// The part of ggml's 4- and 5-bit blocks behind the f16 numbers: for 5 bits a word of high bits, then the low nibbles.
 template <int kBits, int kAlign>
 ISQ_DEVICE void store_nibbles(const LaneInts (&codes)[32], uint8_t* to) {
   if constexpr (kBits == 5) {
@@ -119,5 +119,18 @@ struct QuantizeBytes32 : TileFormat {
     return stored.overflow;
   }
 };
+
+template <>
+struct QuantizerOf<Q4_0> : BlockByBlock<QuantizeSymmetric32<4, BlockQ4_0>> {};
+template <>
+struct QuantizerOf<Q4_1> : BlockByBlock<QuantizeMinMax32<4, BlockQ4_1>> {};
+template <>
+struct QuantizerOf<Q5_0> : BlockByBlock<QuantizeSymmetric32<5, BlockQ5_0>> {};
+template <>
+struct QuantizerOf<Q5_1> : BlockByBlock<QuantizeMinMax32<5, BlockQ5_1>> {};
+template <>
+struct QuantizerOf<Q8_0> : BlockByBlock<QuantizeBytes32<BlockQ8_0, false>> {};
+template <>
+struct QuantizerOf<Q8_1> : BlockByBlock<QuantizeBytes32<BlockQ8_1, true>> {};
 
 }  // namespace isqtorch::cuda

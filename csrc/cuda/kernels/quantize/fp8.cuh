@@ -1,16 +1,15 @@
-// FP8: 128 codes of type e4m3fn under an f32 scale. A thread has 32 weights, a team of four the block.
-// cpu/formats/fp8.h says how codes are chosen; here the same steps.
+// FP8: 128 codes of type e4m3fn under an f32 scale. A thread has 32 weights, a team of four threads the block. The
+// steps are those of cpu/formats/fp8.h.
 #pragma once
 
+#include "cuda/formats/fp8.cuh"
+#include "cuda/kernels/quantize/launch.cuh"
 #include "cuda/kernels/quantize/rounding.cuh"
 
 namespace isqtorch::cuda {
 
 struct QuantizeFp8 : TileFormat {
-  struct Block {
-    float scale;
-    uint8_t codes[128];
-  };
+  using Block = BlockFp8;
   static constexpr int kBlock = 128;
   static constexpr float kLargest = 448.0f;
   static ISQ_DEVICE bool f16_scales(const Shape&) { return false; }
@@ -31,7 +30,7 @@ struct QuantizeFp8 : TileFormat {
   static ISQ_DEVICE LaneFloats scale_of(LaneFloats largest) {
     return select(largest == 0.0f, 1.0f, max(largest / kLargest, FLT_MIN));
   }
-  // Codes of some weights of a block; `largest` is that of the block, and so is its scale.
+  // The codes of some weights of a block; `largest` and `scale` are those of the block.
   template <int kOwn>
   static ISQ_DEVICE void encode_all(const LaneFloats (&x)[kOwn], LaneFloats largest, LaneFloats scale,
                                     LaneInts (&codes)[kOwn]) {
@@ -49,5 +48,8 @@ struct QuantizeFp8 : TileFormat {
     return select(magnitude < 0x1p-6f, subnormal, normal);
   }
 };
+
+template <>
+struct QuantizerOf<Fp8> : BlockByBlock<QuantizeFp8> {};
 
 }  // namespace isqtorch::cuda

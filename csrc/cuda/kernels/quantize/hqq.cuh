@@ -1,7 +1,7 @@
-// HQQ: zero points moved step by step until the mean error of the whole matrix no longer falls. cpu/formats/hqq.h has
-// the algorithm; here the same steps. A step is two kernels: one moves every group's zero point and adds up errors,
-// sixteen groups at a time as the CPU does; the other adds those up, one after the other, and decides whether this was
-// the last step. The steps that follow that one find it decided and do nothing, so the host never waits.
+// HQQ: the zero points move in steps until the mean error of the whole matrix no longer falls. The steps are those of
+// cpu/formats/hqq.h. A step is two kernels. One moves the zero point of every group and adds up the errors, sixteen
+// groups at a time as the CPU does. The other adds these sums in order and decides whether this was the last step.
+// Later steps see this decision and do nothing, so the host never waits.
 #pragma once
 
 #include "cuda/kernels/quantize/affine.cuh"
@@ -18,10 +18,10 @@ struct HqqState {
 };
 
 struct HqqGroup {
-  float inverse, zero;  // of the scale; zero point
+  float inverse, zero;  // 1 / scale; zero point
 };
 
-// The solver's memory.
+// The memory of the solver.
 struct HqqSpace {
   HqqState* state;
   HqqGroup* groups;
@@ -42,14 +42,14 @@ struct HqqSpace {
 // sign(e) * max(0, |e| - |e|^(p - 1) / beta)
 ISQ_DEVICE LaneFloats shrink(LaneFloats e) {
   constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
-  constexpr float kShrinkFrom = 0.17f;  // nothing is left of less
+  constexpr float kShrinkFrom = 0.17f;  // smaller |e| become 0
   const LaneFloats size = abs(e);
   if (!any(size >= kShrinkFrom)) return 0.0f;
   const LaneFloats rest = size - power(size, kPower) / kBeta;
   return rest.v > 0.0f ? ::copysignf(rest.v, e.v) : 0.0f;
 }
 
-// The sum of a value of each weight of the group, one after the other.
+// The sum of one value per weight of the group, in the order of the weights.
 template <int kOwn>
 ISQ_DEVICE double sum_in_order(const Team& team, const LaneFloats (&values)[kOwn]) {
   double sum = 0;
@@ -61,12 +61,12 @@ ISQ_DEVICE double sum_in_order(const Team& team, const LaneFloats (&values)[kOwn
   return sum;
 }
 
-// Where a thread of a kernel over tiles is.
+// The place of a thread in a kernel over tiles.
 struct HqqPlace {
   static constexpr int kOwn = 32, kTile = TileMemory<kOwn>::kTile;
   int64_t first;               // weight of the tile
   int count, block;            // weights of the tile; block of the tile that is this thread's
-  int64_t first_group, group;  // of the tile, of this thread
+  int64_t first_group, group;  // of the tile; of this thread
   bool exists;
   Team team;
 
@@ -83,10 +83,10 @@ struct HqqPlace {
   }
 };
 
-// The package's start: the scale from the group's range.
+// The starting point of the hqq package: the scale from the group's range.
 template <int kMax, bool kRound>
 ISQ_DEVICE void hqq_start(const LaneFloats (&x)[32], const Team& team, LaneFloats* inverse, LaneFloats* zero) {
-  constexpr float kLargestInverse = 2e4f, kFlat = 1e-4f;  // a smaller range is not resolved
+  constexpr float kLargestInverse = 2e4f, kFlat = 1e-4f;  // a group of smaller range counts as constant
   LaneFloats low, high;
   range_of(x, team, &low, &high);
   const LaneFloats span = high - low, exact = select(span <= kFlat, 1.0f, (float)kMax / span);
@@ -95,14 +95,14 @@ ISQ_DEVICE void hqq_start(const LaneFloats (&x)[32], const Team& team, LaneFloat
   if (kRound) *zero = round_even(*zero);
 }
 
-// One step for every group, and the sums of |e| before it.
+// One step for every group, and the sums of |e| before the step.
 template <int kBits>
 __global__ void __launch_bounds__(kQuantizeThreads)
     hqq_step_kernel(QuantizeJob job, Shape shape, HqqSpace space, bool first_step) {
   constexpr int kMax = (1 << kBits) - 1;
   ISQ_SHARED(float, staged, [TileMemory<32>::kFloats]);
   ISQ_SHARED(double, sizes, [kQuantizeThreads]);
-  if (!first_step && space.state->stopped) return;  // all threads of all blocks alike
+  if (!first_step && space.state->stopped) return;  // the same for all threads of all blocks
   const HqqPlace at(job, shape);
   stage_weights<32>(job, at.first, at.count, staged);
   __syncthreads();
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     size[i] = abs(e);
   }
   const double sum_moved = sum_in_order(at.team, moved), sum_size = sum_in_order(at.team, size);
-  __syncwarp();  // the others of the team have read the zero point
+  __syncwarp();  // all threads of the team have read the zero point
   if (at.exists && at.team.member == 0) space.groups[at.group] = {s.v, (float)(sum_moved / (double)shape.block)};
   if (at.team.member == 0) sizes[at.block] = at.exists ? sum_size : 0.0;
   __syncthreads();
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   }
 }
 
-// Adds up the parts and decides whether the step was the last one. One block.
+// Adds up the parts and decides whether the step was the last one. One block of threads.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     hqq_judge_kernel(HqqSpace space, int64_t groups, int group, bool first_step) {
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Rounds scale and zero to f16 and chooses the codes that belong to the rounded ones; with kSearch looks for better
-// ones.
+// Rounds scale and zero to f16 and computes the codes with the rounded ones. With kSearch, looks for better ones.
 template <int kBits, bool kSearch>
 struct StoreHqq : TileFormat {
   using Block = uint8_t;

@@ -1,18 +1,19 @@
-// What the quantizers of the 256-weight formats share: a thread has a sub-block of 16 or 32 weights, a team the block.
-// cpu/formats/kquants_*.h say how codes are chosen; kquants_affine.cuh and kquants_symmetric.cuh take the same steps.
+// What the quantizers of the 256-weight formats share. A thread has a sub-block of 16 or 32 weights, a team of threads
+// the block. The steps are those of cpu/formats/kquants_*.h.
 #pragma once
 
+#include "cuda/formats/kquants.cuh"
 #include "cuda/kernels/quantize/blocks32.cuh"
 
 namespace isqtorch::cuda {
 
-// What every member has, in the order of the members.
+// Every member's value, in the order of the members.
 template <int kSize, class T>
 ISQ_DEVICE void gather(const Team& team, T mine, T (&all)[kSize]) {
   ISQ_GPU_UNROLL for (int j = 0; j < kSize; ++j) all[j] = team.from(mine.v, j);
 }
 
-// The one of all that is this member's.
+// This member's value among those of all.
 template <int kTeam>
 ISQ_DEVICE LaneInts own(const Team& team, const LaneInts (&all)[kTeam]) {
   LaneInts mine = all[0];
@@ -22,7 +23,7 @@ ISQ_DEVICE LaneInts own(const Team& team, const LaneInts (&all)[kTeam]) {
   return mine;
 }
 
-// The codes for the scale d and offset m that were stored; where the scale is 0 the search's levels stay.
+// The codes for the stored scale d and offset m. If the scale is 0, the levels of the search remain.
 template <int kOwn>
 ISQ_DEVICE void codes_for_stored_scale(const LaneFloats (&x)[kOwn], LaneFloats largest, LaneFloats d, LaneFloats m,
                                        int low, int high, int shift, const LaneFloats (&levels)[kOwn],
@@ -34,7 +35,7 @@ ISQ_DEVICE void codes_for_stored_scale(const LaneFloats (&x)[kOwn], LaneFloats l
   }
 }
 
-// A thread's codes to those of its block, which the whole team can read afterwards.
+// Writes a thread's codes to those of its block, which the whole team can read afterwards.
 template <int kOwn>
 ISQ_DEVICE void share_codes(const BlockScope& scope, const LaneInts (&codes)[kOwn]) {
   ISQ_GPU_UNROLL for (int i = 0; i < kOwn; i += 4) {
@@ -43,7 +44,7 @@ ISQ_DEVICE void share_codes(const BlockScope& scope, const LaneInts (&codes)[kOw
   __syncwarp();
 }
 
-// Writes kWords words of the block, word(j) with j counted from the first; each member writes some.
+// Writes kWords words to the block; word(j) computes word j. Each member writes some.
 template <class Q, int kWords, class Word>
 ISQ_DEVICE void store_words(const BlockScope& scope, uint8_t* to, const Word& word) {
   constexpr int kTeam = Q::kBlock / Q::kOwn;
@@ -53,8 +54,8 @@ ISQ_DEVICE void store_words(const BlockScope& scope, uint8_t* to, const Word& wo
   }
 }
 
-// The parts of a block that lie together: bytes of codes l of runs of 32 weights in a row, from bit `bit` on, `width`
-// bits each. Byte j of part h takes them from weight 32 * kRuns * h + j, + 32, + 64, ..., the first in the low bits.
+// Writes kParts parts of a block, which lie together. Byte j of part h takes kWidthOfCode bits, from bit kBit on, of
+// the codes of weights 32 * kRuns * h + j, + 32, + 64, ..., the first in the low bits.
 template <class Q, int kParts, int kRuns, int kBit, int kWidthOfCode>
 ISQ_DEVICE void store_runs(const BlockScope& scope, uint8_t* to) {
   constexpr uint32_t kMask = ((1u << kWidthOfCode) - 1) * 0x01010101u;

@@ -5,8 +5,8 @@
 
 namespace isqtorch::cuda {
 
-// The first half of the team works on the scales, the other half on the minimums. Each has all the integers of its half
-// and the number they are multiplied by; this brings everyone both.
+// The first half of the team works on the scales, the other half on the minimums. Each thread has all integers of its
+// half and their common factor. This gives both to every thread.
 template <int kTeam>
 ISQ_DEVICE void exchange_halves(const Team& team, LaneFloats number, const LaneInts (&integers)[kTeam], LaneFloats* d,
                                 LaneFloats* dmin, LaneInts (&scales)[kTeam], LaneInts (&mins)[kTeam]) {
@@ -18,8 +18,8 @@ ISQ_DEVICE void exchange_halves(const Team& team, LaneFloats number, const LaneI
   }
 }
 
-// scale and offset of this thread's sub-block -> those of all as integers up to kMax, in super-block units d and dmin.
-// `sum_w` is the sum of the sub-block's error weights; without importance `plain` chooses.
+// From the scale and offset of this thread's sub-block to those of all sub-blocks, as integers up to kMax times d and
+// dmin. `sum_w` is the sum of the error weights of the sub-block. Without importance, `plain` chooses the integers.
 template <bool kWeighted, int kMax, int kTeam, class Plain>
 ISQ_DEVICE void scales_of_scales(const Team& team, LaneFloats scale, LaneFloats offset, LaneFloats sum_w,
                                  const Plain& plain, LaneFloats* d, LaneFloats* dmin, LaneInts (&scales)[kTeam],
@@ -83,7 +83,7 @@ struct QuantizeQ2K : TileFormat {
   }
 
  private:
-  // Nonnegative scales as integers 0 .. 15 times the value returned.
+  // Nonnegative scales as integers 0 .. 15, each times the returned number.
   static ISQ_DEVICE LaneFloats integer_scales(const LaneFloats (&scales)[16], LaneInts (&integers)[16]) {
     LaneFloats largest = 0.0f;
     ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) largest = max(scales[j], largest);
@@ -136,13 +136,13 @@ struct QuantizePairs256 : TileFormat {
     ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) w[i] = rms + abs(x[i]);
   }
 
-  // Nonnegative scales as integers 0 .. 63 times the value returned.
+  // Nonnegative scales as integers 0 .. 63, each times the returned number.
   static ISQ_DEVICE LaneFloats integer_scales(const LaneFloats (&scales)[8], LaneInts (&integers)[8]) {
     LaneFloats largest = 0.0f;
     ISQ_GPU_UNROLL for (int j = 0; j < 8; ++j) largest = max(scales[j], largest);
     const LaneFloats inverse = select(largest > 0.0f, 63.0f / largest, 0.0f);
     ISQ_GPU_UNROLL for (int j = 0; j < 8; ++j) {
-      integers[j] = min(nearest_int(inverse * scales[j]) & 255, 63);  // the model keeps it in an unsigned byte
+      integers[j] = min(nearest_int(inverse * scales[j]) & 255, 63);  // ggml stores it in an unsigned byte
     }
     return largest / 63.0f;
   }
@@ -162,5 +162,12 @@ struct QuantizePairs256 : TileFormat {
                                      nibbles(ls[7], lm[7])));
   }
 };
+
+template <>
+struct QuantizerOf<Q2K> : BlockByBlock<QuantizeQ2K> {};
+template <>
+struct QuantizerOf<Q4K> : BlockByBlock<QuantizePairs256<4, BlockQ4K>> {};
+template <>
+struct QuantizerOf<Q5K> : BlockByBlock<QuantizePairs256<5, BlockQ5K>> {};
 
 }  // namespace isqtorch::cuda

@@ -1,4 +1,4 @@
-// q3k q6k q8k: every sub-block, or the block, has a scale; zero is zero.
+// q3k q6k q8k: every sub-block, or the whole block, has a scale. There is no offset, so zero stays zero.
 #pragma once
 
 #include "cuda/kernels/quantize/kquants.cuh"
@@ -33,7 +33,7 @@ struct QuantizeQ3K : TileFormat {
       const LaneInts zero = extreme == 0.0f;
       const LaneFloats inverse = -32.0f / extreme;
       ISQ_GPU_UNROLL for (int j = 0; j < 16; ++j) {
-        const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // the model keeps it in a signed byte
+        const LaneInts byte = nearest_int(inverse * scales[j]) << 24 >> 24;  // ggml stores it in a signed byte
         t[j] = select(zero, 0, clamp(byte, -32, 31) + 32);
       }
       d = select(zero, 0.0f, 1.0f / inverse);
@@ -79,8 +79,8 @@ struct QuantizeQ6K : TileFormat {
     const Half stored = to_f16(select(zero, 0.0f, 1.0f / inverse));
     const LaneInts sc = select(zero, 0, min(nearest_int(inverse * mine), 127) << 24 >> 24);
     codes_for_stored_scale(x, scope.largest, stored.value * to_float(sc), 0.0f, -32, 31, 32, levels, codes);
-    ISQ_GPU_UNROLL for (int i = 0; i < 16; ++i) codes[i] =
-        select(zero, 0, codes[i]);  // all bytes of such a block are zero
+    // All bytes of such a block are zero.
+    ISQ_GPU_UNROLL for (int i = 0; i < 16; ++i) codes[i] = select(zero, 0, codes[i]);
     share_codes(scope, codes);
     store_runs_of_64(scope, scope.block);
     store_runs<QuantizeQ6K, 2, 4, 4, 2>(scope, scope.block + 128);
@@ -112,7 +112,7 @@ struct QuantizeQ8K : TileFormat {
     const LaneFloats extreme = team.in_order(
         first_extreme(x).v, [](float first, float then) { return ::fabsf(then) > ::fabsf(first) ? then : first; });
     const LaneFloats inverse = -127.0f / extreme;
-    const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // nothing but zeros, or nearly
+    const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // all weights are zero or nearly zero
     LaneInts codes[32], sums[2] = {0, 0};
     ISQ_GPU_UNROLL for (int i = 0; i < 32; ++i) {
       codes[i] = select(zero, 0, clamp(nearest_int(inverse * x[i]), -128, 127));
@@ -128,5 +128,12 @@ struct QuantizeQ8K : TileFormat {
     return false;
   }
 };
+
+template <>
+struct QuantizerOf<Q3K> : BlockByBlock<QuantizeQ3K> {};
+template <>
+struct QuantizerOf<Q6K> : BlockByBlock<QuantizeQ6K> {};
+template <>
+struct QuantizerOf<Q8K> : BlockByBlock<QuantizeQ8K> {};
 
 }  // namespace isqtorch::cuda

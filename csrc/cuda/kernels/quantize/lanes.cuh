@@ -1,8 +1,9 @@
-// The words of cpu/lanes.h where a vector has one lane, a GPU thread: what the searches of cpu/quantize compile with
-// there, so that they are written once and give the same bytes.
+// The lanes of searches/contract.h for a GPU: a vector has one lane, a thread. So the searches are written once and
+// give the same bytes as on a CPU.
 //
-// A number is a struct and not a plain float, for masks to be integers (-1 or 0) as on the CPU. Minimum, maximum and
-// comparisons are what C++ makes of them, not the GPU's own, which differ for NaN and for zeros of both signs.
+// A number is a struct and not a plain float, so that masks can be integers (-1 or 0) as on the CPU. Minimum, maximum
+// and comparisons are C++ expressions and not the GPU's own instructions, which differ for NaN and for zeros of both
+// signs.
 #pragma once
 
 #include <cfloat>
@@ -11,7 +12,6 @@
 #include "cuda/gpu.h"
 
 #define ISQ_ISA one_lane
-#define ISQ_ONE_LANE
 #define ISQ_INLINE ISQ_DEVICE
 #define ISQ_GPU_INLINE ISQ_DEVICE
 #if defined(__CUDACC__)
@@ -114,7 +114,7 @@ ISQ_DEVICE LaneFloats to_float(LaneDoubles d) { return (float)d.v; }
 ISQ_DEVICE LaneDoubles to_double(LaneFloats f) { return (double)f.v; }
 ISQ_DEVICE LaneDoubles to_double(LaneInts i) { return (double)i.v; }
 ISQ_DEVICE LaneInts truncate(LaneDoubles d) { return (int32_t)d.v; }
-// What this gives beyond the integers' range is nobody's business: there, and only there, machines differ.
+// Outside the range of int32 the result differs by machine.
 ISQ_DEVICE LaneInts truncate(LaneFloats f) {
 #if defined(__CUDACC__)
   return (int32_t)f.v;
@@ -129,14 +129,14 @@ ISQ_DEVICE LaneFloats min(LaneFloats a, LaneFloats b) { return select(a < b, a, 
 ISQ_DEVICE LaneFloats max(LaneFloats a, LaneFloats b) { return select(a > b, a, b); }
 ISQ_DEVICE LaneInts min(LaneInts a, LaneInts b) { return select(a < b, a, b); }
 ISQ_DEVICE LaneInts max(LaneInts a, LaneInts b) { return select(a > b, a, b); }
-// By the GPU's own minimum and maximum that know NaN. A zero may get another sign than on the CPU, which no sum and no
-// code depends on.
+// With the GPU's minimum and maximum that propagate NaN. A zero may get another sign than on the CPU, but no sum and no
+// code depends on that.
 ISQ_DEVICE LaneFloats clamp(LaneFloats v, float lo, float hi) { return gpu::min_or_nan(gpu::max_or_nan(v.v, lo), hi); }
 ISQ_DEVICE LaneInts clamp(LaneInts v, int32_t lo, int32_t hi) { return min(hi, max(lo, v)); }
 ISQ_DEVICE LaneFloats abs(LaneFloats v) { return as_float(as_int(v) & 0x7fffffff); }
 ISQ_DEVICE LaneFloats sqrt(LaneFloats v) { return ::sqrtf(v.v); }
 
-// The CPU's arithmetic on bits makes 0 of its own NaN, whose low bits are 0; a GPU's has all bits set.
+// The CPU's bit arithmetic turns its own NaN, whose low bits are 0, into 0. A GPU's NaN has all bits set.
 ISQ_DEVICE LaneFloats zero_for_nan(LaneFloats f) { return select(f == f, f, 0.0f); }
 ISQ_DEVICE LaneInts nearest_int(LaneFloats f) {
   return (as_int(zero_for_nan(f) + 12582912.0f) & 0x007fffff) - 0x00400000;
@@ -150,7 +150,7 @@ ISQ_DEVICE LaneFloats round_even(LaneFloats f) {
   return select(abs(f) < 8388608.0f, (f + magic) - magic, f);
 }
 
-// The nearest numbers of 16 bits, as floats. Not by arithmetic on bits as on the CPU, which would make -0 of this NaN.
+// The nearest 16-bit number, as a float. Not by the bit arithmetic of the CPU, which would turn this NaN into -0.
 ISQ_DEVICE LaneFloats rounded_to_f16(LaneFloats f) { return f16_to_f32(f32_to_f16(f.v)); }
 ISQ_DEVICE LaneFloats rounded_to_bf16(LaneFloats f) { return gpu::bf16_to_f32(gpu::f32_to_bf16(f.v)); }
 

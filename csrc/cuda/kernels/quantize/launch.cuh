@@ -1,4 +1,4 @@
-// The launches, and from a format's struct to its quantizer.
+// The launches of quantizers, and which quantizer a format has.
 #pragma once
 
 #include "cuda/kernels/quantize/row_mean_square.cuh"
@@ -42,25 +42,17 @@ struct BlockByBlock {
   }
 };
 
-// What quantizes a format, by the format's struct: Type, with `workspace` and `launch` as above.
+// What quantizes a format, by the format's struct: a class with `workspace` and `launch` as above.
 template <class F>
 struct QuantizerOf;
 
 template <class F>
 int64_t quantize_workspace(const QuantizeJob& job, const Shape& shape) {
-  return QuantizerOf<F>::Type::workspace(job, shape);
+  return QuantizerOf<F>::workspace(job, shape);
 }
 template <class F>
 void launch_quantize(const QuantizeJob& job, const Shape& shape, Stream stream) {
-  if (job.rows && job.k) QuantizerOf<F>::Type::launch(job, shape, stream);
+  if (job.rows && job.k) QuantizerOf<F>::launch(job, shape, stream);
 }
-
-#define ISQ_QUANTIZER(F, ...)                                               \
-  template <>                                                               \
-  struct QuantizerOf<F> {                                                   \
-    using Type = __VA_ARGS__;                                               \
-  };                                                                        \
-  template int64_t quantize_workspace<F>(const QuantizeJob&, const Shape&); \
-  template void launch_quantize<F>(const QuantizeJob&, const Shape&, Stream);
 
 }  // namespace isqtorch::cuda

@@ -1,8 +1,8 @@
-// Rule::kSearch on a GPU: the search of cpu/quantize/lines.h, one lane at a time.
+// Rule::kSearch on a GPU: the search of searches/lines.h with one lane.
 //
-// Its sums run through a group in order, so one thread makes an attempt from beginning to end. But the sixteen ranges
-// do not depend on each other: the threads of a group's team share them out. Each sees the whole group in shared
-// memory; a team reads one address, and the teams of a warp different banks.
+// The sums run through a group in order, so one thread computes a whole attempt. But the sixteen ranges do not depend
+// on each other, and the threads of a group's team share them. Each thread sees the whole group in shared memory. A
+// team reads one address at a time; the teams of a warp read different banks.
 #pragma once
 
 #include "cuda/kernels/quantize/searches.cuh"
@@ -10,8 +10,8 @@
 
 namespace isqtorch::cuda {
 
-// The smallest and the largest weight of a team's group. Here the GPU's own minimum will do: it may give a zero of the
-// other sign than the CPU's, but no code, scale, bias or zero point depends on that.
+// The smallest and the largest weight of a team's group. The GPU's own minimum is good enough here: it may give a zero
+// of another sign than the CPU's, but no code, scale, bias or zero point depends on that.
 ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats* low, LaneFloats* high) {
   float least = x[0].v, most = x[0].v;
   ISQ_GPU_UNROLL for (int i = 1; i < 32; ++i) {
@@ -22,9 +22,9 @@ ISQ_DEVICE void range_of(const LaneFloats (&x)[32], const Team& team, LaneFloats
   *high = team.in_order(most, [](float first, float then) { return ::fmaxf(first, then); });
 }
 
-// A team's group in shared memory: weights, and what their squared errors count.
+// A team's group in shared memory: its weights, and the weights of their squared errors.
 struct StagedGroup {
-  const float *x, *w;  // of the group's first element, laid out as staged_at says
+  const float *x, *w;  // at the group's first element, in the layout of staged_at
   int count;
 
   template <class Each>
@@ -37,7 +37,7 @@ struct StagedGroup {
   }
 };
 
-// Puts the group there; `importance` is done with then, and its registers free.
+// Copies the group to shared memory. `importance` is not needed after that, and its registers are free.
 template <bool kWeighted>
 ISQ_DEVICE StagedGroup share_group(const LaneFloats (&x)[32], const LaneFloats (&importance)[32],
                                    const BlockScope& scope) {
@@ -55,7 +55,8 @@ ISQ_DEVICE StagedGroup share_group(const LaneFloats (&x)[32], const LaneFloats (
   return {scope.staged + begin, weights + begin, scope.shape.block};
 }
 
-// Brings the best line of the team to all members. Of equally good ones the first stays, as if one had tried them all.
+// Gives the best line of the team to all members. Of equally good lines the first wins, as if one thread had tried them
+// all.
 template <class Fit>
 ISQ_DEVICE void share_best(const Team& team, Fit& fit) {
   for (int step = 1; step < team.size; step *= 2) {
@@ -71,8 +72,8 @@ ISQ_DEVICE void share_best(const Team& team, Fit& fit) {
   }
 }
 
-// Searches for a better line than *line, with which the default rule chose `codes`; replaces both if it finds one.
-// Every thread of the block must come along: there is a barrier, behind which nobody reads the group any more.
+// Searches for a better line than *line, for which the default rule chose `codes`. Replaces both if it finds one. Every
+// thread of the block must call this: it ends with a barrier, after which nobody reads the group.
 template <class Line>
 ISQ_DEVICE void fit_line(const StagedGroup& group, const BlockScope& scope, int nmax, bool f16, LaneFloats low,
                          LaneFloats high, Line* line, LaneInts (&codes)[32]) {

@@ -1,11 +1,11 @@
-// Roundings that a quantizer shares with the CPU's to the bit, done the way that is fast on a GPU.
+// Roundings with the same results as the CPU's in every bit, in a way that is fast on a GPU.
 #pragma once
 
 #include "cuda/kernels/quantize/tile.cuh"
 
 namespace isqtorch::cuda {
 
-// A number as its 16 bits say, and those.
+// The 16 bits of a number, and their value.
 struct Half {
   uint16_t bits;
   LaneFloats value;
@@ -20,7 +20,7 @@ ISQ_DEVICE Half to_bf16(LaneFloats f) {
   return {bits, bf16_to_f32(bits), (bits & 0x7fff) >= 0x7f80};
 }
 
-// 1 / d, but 0 where that is not finite.
+// 1 / d, or 0 where that is not finite.
 ISQ_DEVICE LaneFloats reciprocal_or_zero(LaneFloats d) {
   const LaneFloats inverse = 1.0f / d;
   return select(abs(inverse) <= FLT_MAX, inverse, 0.0f);
@@ -28,10 +28,10 @@ ISQ_DEVICE LaneFloats reciprocal_or_zero(LaneFloats d) {
 
 // each(i, (x[i] + add) / d) for every i; no |x| exceeds `largest`.
 //
-// A division proper takes a reciprocal, some ten steps, and a check whether those were exact. With the reciprocal
-// known, two corrections by the remainder give the nearest quotient (Markstein), as long as no number on the way leaves
-// the normal range. That is so for divisors that are neither huge nor tiny, except where the quotient is below 2^-40,
-// which may lose its last bits, or a zero, which may lose its sign: those who round it to integers see neither.
+// A full division takes a reciprocal, some ten steps, and a check whether these were exact. If the reciprocal is known,
+// two corrections by the remainder give the nearest quotient (Markstein), as long as no intermediate number leaves the
+// normal range. That holds for divisors that are neither huge nor tiny. Then only a quotient below 2^-40 may lose its
+// last bits, and a zero its sign; callers round quotients to integers and notice neither.
 template <int kOwn, class Each>
 ISQ_DEVICE void for_quotients(const LaneFloats (&x)[kOwn], LaneFloats largest, LaneFloats add, LaneFloats d,
                               const Each& each) {
@@ -49,13 +49,13 @@ ISQ_DEVICE void for_quotients(const LaneFloats (&x)[kOwn], LaneFloats largest, L
   }
 }
 
-// Half away from zero, |f| < 2^22: to half even, and on where that went the other way. Conversions are slow on a GPU.
+// Half away from zero, for |f| < 2^22: first half to even, then corrected. A conversion would be slow on a GPU.
 ISQ_DEVICE LaneInts small_round_away(LaneFloats f) {
   const LaneFloats even = nearest_small(abs(f)), up = select(abs(f) - even >= 0.5f, even + 1.0f, even);
   return nearest_int(select(f < 0.0f, -up, up));
 }
 
-// Half to even, and into the range of codes, as an integer. NaN becomes a code, too: such blocks are reported.
+// Half to even, clamped to the range of codes, as an integer. NaN gives some code; such blocks are reported.
 ISQ_DEVICE LaneInts nearest_code(LaneFloats f, float nmax) {
   return as_int(::fminf(::fmaxf(f.v, 0.0f), nmax) + 12582912.0f) & 255;
 }

@@ -1,5 +1,5 @@
-// The mean square of every row, added up in the order of the columns: what the 32-weight formats with importance need.
-// A thread sums up a row, so the others of its block only bring the numbers, a tile ahead.
+// The mean square of every row, added in the order of the columns, for the 32-weight formats with importance. One
+// thread sums up a row, so the other threads of its block only load the numbers, a tile in advance.
 #pragma once
 
 #include "cuda/kernels/quantize/tile.cuh"

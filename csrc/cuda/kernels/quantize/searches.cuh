@@ -1,9 +1,9 @@
-// The CPU's searches for scales and lines, and its power function, compiled for one lane.
+// The searches for scales and lines, and the power function, compiled for one lane.
 #pragma once
 
-#include "cuda/kernels/quantize/lanes.cuh"  // first: it says what a lane is
+#include "cuda/kernels/quantize/lanes.cuh"  // first, see searches/contract.h
 
-#include "cpu/quantize/descent.h"
-#include "cpu/quantize/lines.h"
-#include "cpu/quantize/power.h"
-#include "cpu/quantize/search.h"
+#include "searches/descent.h"
+#include "searches/lines.h"
+#include "searches/power.h"
+#include "searches/search.h"

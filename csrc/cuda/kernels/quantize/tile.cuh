@@ -1,10 +1,10 @@
-// The frame of every quantizer that works block by block: a block of threads takes a tile of the matrix, brings its
-// weights to the threads, lets the format choose the codes, and writes the packed bytes. What a format does in between
-// it says in a struct (blocks32.cuh, kquants.cuh, ...).
+// The frame of the quantizers that work block by block. A block of threads takes a tile of the matrix, brings its
+// weights to the threads, lets the format choose the codes, and writes the packed bytes. A struct says how the format
+// does that (blocks32.cuh, kquants.cuh, ...).
 //
-// Weights come in and bytes go out in wide, coalesced words, through shared memory; in between a thread has kOwn
-// neighbouring weights in registers. A format's block belongs to one thread or to a team of threads next to each other,
-// who meet in shuffles. Blocks are numbered through the whole matrix, so a tile may span rows.
+// Weights are read and bytes are written in wide, coalesced words, through shared memory. In between, a thread has kOwn
+// neighbouring weights in registers. A format's block belongs to one thread or to a team of neighbouring threads, which
+// communicate by shuffles. Blocks are numbered through the whole matrix, so a tile may span rows.
 #pragma once
 
 #include "cuda/formats/format.cuh"
@@ -18,7 +18,7 @@ constexpr int kQuantizeThreads = 128;
 constexpr uint32_t kInfinityBits = 0x7f800000, kMagnitude = 0x7fffffff;
 constexpr float kLargestWithF16Scales = 0x1p30f;  // as cpu/quantize/blockwise.h has it
 
-// The threads of a block: `size` of them, a power of two, this one is `member`.
+// The threads of a format's block: `size` of them, a power of two; this one is number `member`.
 struct Team {
   int size, member;
 
@@ -42,7 +42,7 @@ struct Team {
     }
     return value;
   }
-  // The sum over the block of term(i), for each of a member's kOwn weights, one after the other.
+  // The sum over the block of term(i), for each of a member's kOwn weights, in the order of the weights.
   template <int kOwn, class Term>
   ISQ_DEVICE LaneFloats sum(const Term& term) const {
     LaneFloats sum = 0.0f;
@@ -59,27 +59,28 @@ struct Team {
   }
 };
 
-// What a format gets besides the weights.
+// What a format gets in addition to the weights.
 struct BlockScope {
   Team team;
   LaneFloats largest;          // magnitude in the block
   LaneFloats row_mean_square;  // for formats that ask for it
   Rule rule;
   Shape shape;
-  int64_t index;  // of the block in the matrix,
-  bool exists;    // if that has so many
+  int64_t index;  // of the block in the matrix
+  bool exists;    // whether the matrix has this block
   const void* workspace;
-  float* staged;    // shared memory of the whole tile, of which these two are parts
+  float* staged;    // shared memory of the whole tile; the next two are parts of it
   uint8_t* block;   // where the block's bytes go, aligned as the format says
   uint32_t* codes;  // room for a byte per weight of the block
 };
 
-// What a format says of itself, unless it says otherwise.
+// Defaults for the properties of a format.
 struct TileFormat {
   static constexpr int kOwn = 32;
   static constexpr bool kTakesImportance = false, kNeedsRowMeanSquare = false;
   static ISQ_DEVICE bool f16_scales(const Shape&) { return true; }
-  // void<kWeighted>(x, importance, scope) writes a block and says whether its scale overflows: `quantize`
+  // A format also has: template <bool kWeighted> bool quantize(x, importance, scope), which writes a block and returns
+  // whether its scale overflows.
 };
 
 // ---- bytes of blocks -----------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ ISQ_DEVICE void store_u32(uint8_t* to, uint32_t value) {
     store_u16(to + 2, value >> 16);
   }
 }
-// Four codes of eight bits, whatever is above those.
+// Four codes of eight bits; higher bits are ignored.
 ISQ_DEVICE uint32_t four_bytes(LaneInts a, LaneInts b, LaneInts c, LaneInts d) {
   return permute(permute(a.v, b.v, 0x0040), permute(c.v, d.v, 0x0040), 0x5410);
 }
@@ -115,14 +116,14 @@ ISQ_DEVICE float element_of(const uint4& piece, Dtype dtype, int i) {
   return dtype == Dtype::kF16 ? f16_to_f32(half) : bf16_to_f32(half);
 }
 
-// A thread's weights start at a bank of their own.
+// The place of an element in shared memory. The weights of different threads start at different banks.
 template <int kOwn>
 ISQ_DEVICE int staged_at(int element) {
   return element / kOwn * (kOwn + 1) + element % kOwn;
 }
 
-// `count` elements of the array `from` to shared memory, and zeros up to the end of the tile. place(e): which one is
-// the tile's element e; it keeps runs of 16 bytes together.
+// Copies `count` elements of the array `from` to shared memory, and zeros up to the end of the tile. place(e) is the
+// index of the tile's element e; it must keep runs of 16 bytes together.
 template <int kOwn, Dtype dtype, class Place>
 ISQ_DEVICE void stage(const void* from, int count, float* staged, const Place& place) {
   constexpr int kEach = dtype == Dtype::kF32 ? 4 : 8, kPieces = kOwn / kEach;
@@ -160,7 +161,7 @@ ISQ_DEVICE void stage_weights(const QuantizeJob& job, int64_t first, int count, 
   }
 }
 
-// The importance of their columns.
+// The importance of the columns of these weights.
 template <int kOwn>
 ISQ_DEVICE void stage_importance(const QuantizeJob& job, int64_t first, int count, float* staged) {
   const uint32_t k = (uint32_t)job.k, column = (uint32_t)(first % job.k);
@@ -180,7 +181,7 @@ ISQ_DEVICE void lower_to(int64_t* target, int64_t value) {
   atomicMin(reinterpret_cast<long long*>(target), (long long)value);
 }
 
-// The largest magnitude as bits, which order magnitudes like numbers and put NaN last; reports the first weight that is
+// The largest magnitude as bits, which are ordered like the numbers, with NaN last. Reports the first weight that is
 // not finite.
 template <int kOwn>
 ISQ_DEVICE uint32_t largest_bits(const LaneFloats (&x)[kOwn], int64_t first, int64_t* bad_weight) {
@@ -197,7 +198,7 @@ ISQ_DEVICE uint32_t largest_bits(const LaneFloats (&x)[kOwn], int64_t first, int
   return largest;
 }
 
-// A tile's bytes, which lie in shared memory as far from a multiple of sixteen as in global memory.
+// Writes a tile's bytes, which have the same offset from a multiple of sixteen in shared as in global memory.
 ISQ_DEVICE void write_tile(const uint8_t* packed, uint8_t* out, int bytes) {
   const int shift = (int)(reinterpret_cast<uintptr_t>(out) % 16), end = shift + bytes;
   for (int at = 16 * (int)threadIdx.x; at < end; at += 16 * kQuantizeThreads) {
@@ -213,15 +214,16 @@ ISQ_DEVICE void write_tile(const uint8_t* packed, uint8_t* out, int bytes) {
 
 // ---- the frame -----------------------------------------------------------------------------------------------------
 
-// Shared memory of a tile: first for weights as floats, then for packed bytes and codes.
+// The shared memory of a tile. It first holds weights as floats, then packed bytes and codes.
 template <int kOwn>
 struct TileMemory {
   static constexpr int kTile = kQuantizeThreads * kOwn, kCodesAt = kTile * 5 / 4 + 16;
   static constexpr int kFloats = kQuantizeThreads * (kOwn + 1);
-  static_assert(kCodesAt + kTile <= 4 * kFloats && kCodesAt % 16 == 0);  // no block has more than 1.25 bytes a weight
+  static_assert(kCodesAt + kTile <= 4 * kFloats && kCodesAt % 16 == 0);  // no block has more than 1.25 bytes per weight
 };
 
-// Four blocks of threads at a time are enough, and leave each thread 128 registers: more make some formats spill.
+// Four blocks of threads per multiprocessor are enough and leave each thread 128 registers. With more blocks, some
+// formats would spill.
 template <class Q, bool kWeighted>
 __global__ void __launch_bounds__(kQuantizeThreads, 4)
     quantize_kernel(QuantizeJob job, Shape shape, const float* row_mean_square) {

@@ -1,41 +1,24 @@
-// Rule::kSearch of the affine and HQQ families: the line through a group's levels that costs least.
+// Rule::kSearch of AFQ and HQQ: the line through the levels of a group that has the least error.
 //
-// A group's weights are approximated by scale * level + offset, both of 16 bits. The default rules take them from the
-// extremes of the group. Here sixteen ranges are tried, the group's own and ones cut off by up to 3/4 of a step at
-// either end; for the levels of each, the weighted least-squares line is rounded as it will be stored and judged by its
-// error with the levels that belong to it. The best one is refined twice in the same way. The default rule's line is a
-// candidate too, so no group gets worse.
+// A group's weights are approximated by scale * level + offset, both stored in 16 bits. The default rules take scale
+// and offset from the extremes of the group. This search tries sixteen ranges: that of the group, and smaller ones with
+// up to 3/4 of a step cut off at either end. A range gives levels; the weighted least-squares line through these is
+// rounded as it will be stored, and its error is computed with the levels nearest to it. The best line is refined twice
+// in the same way. The line of the default rule competes too, so no group gets worse.
 //
-// As many groups at a time as a vector has lanes (line_fit.h), or one lane's that several threads of a GPU share
+// On a CPU a vector has one group per lane (cpu/quantize/line_fit.h). On a GPU several threads share one group
 // (cuda/kernels/quantize/line_fit.cuh).
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
 
 // ---- lines ---------------------------------------------------------------------------------------------------------
 
-#if !defined(ISQ_ONE_LANE)
-// The nearest numbers of 16 bits, as floats. A NaN stays one if it is the CPU's own, all of whose low bits are 0.
-ISQ_INLINE LaneFloats rounded_to_bf16(LaneFloats f) {
-  const LaneInts bits = as_int(f);
-  return as_float((bits + 0x7fff + (bits >> 16 & 1)) & (int32_t)0xffff0000);  // the carry may reach infinity, rightly
-}
-ISQ_INLINE LaneFloats rounded_to_f16(LaneFloats f) {
-  const LaneFloats size = abs(f);
-  const LaneInts bits = as_int(size);
-  const LaneFloats normal = as_float((bits + 0xfff + (bits >> 13 & 1)) & (int32_t)0xffffe000);
-  const LaneFloats subnormal = (size + 0.5f) - 0.5f;  // 0.5 has the ulp 2^-24
-  const LaneFloats finite = select(size < 0x1p-14f, subnormal, normal);
-  const LaneFloats rounded = select(finite > 65504.0f, __builtin_inff(), finite);
-  return as_float(as_int(rounded) | (as_int(f) & (int32_t)0x80000000));
-}
-#endif
-
-// A Line has two numbers, `scale` and `second`, rounded as they are stored, and
+// A Line has two numbers, `scale` and `second`, rounded as they are stored, and these functions:
 //   static Line rounded(LaneFloats scale, LaneFloats low, bool f16)   the nearest to scale * level + low
-//   Position position()    -> a function of x: where it lies between the levels
+//   Position position()    -> a function of x: its position between the levels
 //   LaneFloats value(LaneFloats level)                                with the roundings of the format's decoder
 
 // scale * level + bias
@@ -68,12 +51,12 @@ struct HqqLine {
 
 // ---- the search ----------------------------------------------------------------------------------------------------
 
-// What the squared error of an element counts, its importance aside; `power` is the mean square of its group.
+// The weight of an element's squared error, without its importance; `power` is the mean square of its group.
 ISQ_INLINE LaneFloats error_weight(LaneFloats x, LaneFloats power) { return sqrt(power + x * x); }
 
-// The best line so far, and what it takes to judge another.
+// The best line so far, and the sums needed to compare it with another.
 //
-// group.each(f) calls f(x, w) for every element of the group in order, w what its squared error counts.
+// group.each(f) calls f(x, w) for every element of the group in order; w is the weight of its squared error.
 template <class Line, class Group>
 struct LineFit {
   static constexpr int kCuts = 4;  // at either end
@@ -83,7 +66,7 @@ struct LineFit {
   bool f16;    // how the line's numbers are stored
   Line line;
   LaneFloats cost;           // of its errors
-  LaneInts improved;         // whether it was found here
+  LaneInts improved;         // whether this search found the line
   LaneFloats sum_w, sum_wx;  // over the group
 
   ISQ_GPU_INLINE LineFit(const Group& group, int nmax, bool f16, const Line& line, LaneFloats cost)
@@ -101,7 +84,7 @@ struct LineFit {
     });
   }
 
-  // A range of levels that starts `below` cuts above the least x, and all that may end below the largest one.
+  // Tries ranges that start `below` cuts above the least x and end 0 .. kCuts - 1 cuts below the largest x.
   ISQ_GPU_INLINE void try_ranges(LaneFloats low, LaneFloats high, int below) {
     constexpr float kCut = 0.25f;  // of a step
     const LaneFloats span = high - low, step = span / nmax, start = low + step * (kCut * (float)below);
@@ -113,7 +96,7 @@ struct LineFit {
 
   ISQ_GPU_INLINE void refine() { ISQ_GPU_ROLLED for (int i = 0; i < 2; ++i) attempt(line.position()); }
 
-  // The codes that belong to the line; those given where it is the given one.
+  // Computes the codes for the line, unless it is still the given one, whose codes are kept.
   template <int kCount>
   ISQ_GPU_INLINE void choose(const LaneFloats* x, LaneInts* codes) const {
     const auto place = line.position();
@@ -125,7 +108,7 @@ struct LineFit {
  private:
   ISQ_INLINE LaneFloats level(LaneFloats position) const { return nearest_small(clamp(position, 0.0f, nmax)); }
 
-  // The line for the levels that `position` gives.
+  // Tries the line through the levels that `position` gives.
   template <class Position>
   ISQ_GPU_INLINE void attempt(const Position& position) {
     LaneFloats sum_l = splat<LaneFloats>(0.0f), sum_l2 = sum_l, sum_xl = sum_l, error = sum_l;

@@ -1,14 +1,10 @@
-// Two vectors that take every step together, as if they were one of twice the lanes.
+// Two vectors that take every step together, like one vector with twice the lanes.
 //
-// A search adds up its sums one element after the other, and every addition waits for the one before. Two sub-blocks
-// searched side by side keep the machine busy meanwhile. The searches are written once, for a vector or a twin.
+// A search adds the elements of a sum one after the other, and every addition waits for the one before. Searching two
+// sub-blocks side by side fills the waiting time. The searches are written once, for a vector or a twin.
 #pragma once
 
-#if defined(ISQ_ONE_LANE)
-#include "cuda/kernels/quantize/lanes.cuh"
-#else
-#include "cpu/lanes.h"
-#endif
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -91,7 +87,7 @@ ISQ_INLINE bool any(Twin<M> mask) {
   return any(mask.a | mask.b);
 }
 
-// Element i of a sub-block of kCount, or of as many as T has, one after the other.
+// Element i of a sub-block of kCount elements, or of as many sub-blocks as T holds, which follow one another.
 template <class T, int kCount>
 ISQ_INLINE T get(const LaneFloats* x, int i) {
   if constexpr (sizeof(T) == sizeof(LaneFloats)) {

@@ -1,22 +1,23 @@
-// ggml's coordinate descent, q3k's way to a scale without importance: change one integer at a time while the error
-// falls. (ggml-quants.c, commit d99724f2: make_q3_quants.) descend.h does it for many blocks.
+// ggml's coordinate descent, by which q3k finds a scale without importance: change one integer at a time as long as the
+// error falls (ggml-quants.c, commit d99724f2: make_q3_quants). On a CPU, cpu/quantize/descend.h runs it for many
+// blocks.
 #pragma once
 
-#include "cpu/quantize/search.h"
+#include "searches/search.h"
 
 namespace isqtorch::ISQ_ISA {
 
-// The descent of one vector or twin of blocks, symmetric integers -nmax .. nmax - 1.
+// The descent of one vector or twin of blocks, with symmetric integers -nmax .. nmax - 1.
 template <class T, int kCount>
 struct Descent {
   const LaneFloats* x;
-  LaneFloats* levels;  // -nmax .. nmax - 1 while the descent lasts
+  LaneFloats* levels;  // -nmax .. nmax - 1 during the descent
   float nmax;
   T part_lx[kCount], part_l2[kCount];  // what each element adds to the sums
   T sum_lx, sum_l2;
   IntOf<T> zero;
 
-  // Where the descent starts.
+  // The starting point.
   ISQ_INLINE Descent(const LaneFloats* x_, int nmax_, LaneFloats* levels_)
       : x(x_), levels(levels_), nmax((float)nmax_) {
     const T extreme = first_extreme<T, kCount>(x), inverse = -nmax / extreme;
@@ -31,7 +32,7 @@ struct Descent {
     }
   }
 
-  // What the others, with their levels as they are, make of level i.
+  // The best level i while all other levels stay as they are.
   struct Step {
     T at, level, rest_lx, rest_l2, candidate;
     IntOf<T> allowed;
@@ -47,7 +48,7 @@ struct Descent {
     return s;
   }
 
-  // The blocks of which some level may change. The others are where they started.
+  // The blocks in which some level may change. The others remain at the starting point.
   ISQ_INLINE IntOf<T> restless() const {
     IntOf<T> found = splat<IntOf<T>>(0);
     ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) found |= step(i).allowed;

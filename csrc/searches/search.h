@@ -1,12 +1,12 @@
-// ggml's searches for scales: try several, keep the one of least weighted squared error. As many blocks at a time as T
-// has lanes: a vector's or a twin's (twin.h).
+// ggml's searches for scales: try several and keep the one with the least weighted squared error. They work on as many
+// blocks at a time as T has lanes: a vector, or a twin of vectors (twin.h).
 //
 // The formulas and their order of evaluation are those of ggml-quants.c (commit d99724f2); each function names its
-// model there. `w` are the weights of the errors, `levels` the chosen integers (kept as floats), x[i], w[i] and
-// levels[i] element i of every lane's block. Where T is a twin, its second sub-blocks follow the first ones.
+// original there. `w` are the weights of the errors and `levels` the chosen integers, kept as floats. x[i], w[i] and
+// levels[i] are element i of every lane's block. If T is a twin, its second sub-blocks follow the first ones.
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/twin.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -24,8 +24,8 @@ ISQ_INLINE T first_extreme(const LaneFloats* x) {
   return value;
 }
 
-// Symmetric, integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants,
-// rmse_type 1: w null means that a weight's error counts x^2.)
+// Symmetric: integers -nmax .. nmax - 1, stored as level = integer + nmax. Returns the scale. (make_qx_quants with
+// rmse_type 1. If w is null, the weight of an error is x^2.)
 template <class T, int kCount>
 ISQ_GPU_INLINE T search_symmetric(const LaneFloats* x, const LaneFloats* w, int nmax, LaneFloats* levels) {
   const T extreme = first_extreme<T, kCount>(x);
@@ -38,8 +38,9 @@ ISQ_GPU_INLINE T search_symmetric(const LaneFloats* x, const LaneFloats* w, int 
     weighted[i] = weights[i] * at;
   }
 
-  // No element is larger than the extreme, so inverse * x stays far within what nearest_small can do, and within the
-  // integers, too, where the guess maps the extreme that far inside: `low` and `high` say which end needs a clamp.
+  // No element is larger than the extreme, so inverse * x is small enough for nearest_small. It also stays within the
+  // range of integers at an end where the guess maps the extreme far enough inside: `low` and `high` say which end
+  // needs a clamp.
   const auto integer = [&](T inverse, T at, bool low, bool high) {
     T l = nearest_small(inverse * at);
     if (high) l = min(splat<T>((float)nmax - 1.0f), l);
@@ -47,9 +48,9 @@ ISQ_GPU_INLINE T search_symmetric(const LaneFloats* x, const LaneFloats* w, int 
     return l;
   };
   T best_inverse, scale, best, sum_lx, sum_l2;
-  // Maps the extreme to nmax + excess, and sums up how well that does.
+  // Maps the extreme to nmax + excess and computes the sums that measure the error.
   const auto attempt = [&](float excess) {
-    constexpr float kMargin = 0.01f;  // of inverse * x to its exact value
+    constexpr float kMargin = 0.01f;  // more than the rounding error of inverse * x
     const bool low = excess > 0.5f - kMargin, high = excess > -0.5f - kMargin;
     const T inverse = -((float)nmax + excess) / extreme;
     sum_lx = sum_l2 = splat<T>(0.0f);
@@ -79,14 +80,14 @@ ISQ_GPU_INLINE T search_symmetric(const LaneFloats* x, const LaneFloats* w, int 
   return select(zero, 0.0f, scale);
 }
 
-// How the asymmetric search tries scales: the i-th guess maps the range onto first + i * step + nmax integers.
+// The scales that the asymmetric search tries: guess i maps the range onto first + i * step + nmax integers.
 struct Guesses {
   float first, step;
   int count;
   bool absolute_error;  // sum w |e| instead of sum w e^2
 };
 
-// Asymmetric, integers 0 .. nmax: x ~ scale * level - offset with offset >= 0. Returns the scale. (make_qkx2_quants and
+// Asymmetric: integers 0 .. nmax, x ~ scale * level - offset with offset >= 0. Returns the scale. (make_qkx2_quants and
 // make_qkx3_quants, which differ only in their guesses.)
 template <class T, int kCount>
 ISQ_GPU_INLINE T search_affine(const LaneFloats* x, const LaneFloats* w, int nmax, const Guesses& guesses,
@@ -102,14 +103,14 @@ ISQ_GPU_INLINE T search_affine(const LaneFloats* x, const LaneFloats* w, int nma
   low = select(low > 0.0f, 0.0f, low);
   const IntOf<T> flat = high <= low;
 
-  // `small`: no lane comes near the numbers at which nearest_int wraps around.
+  // `small`: in no lane is the number so large that nearest_int would wrap around.
   const auto level = [&](T inverse, T minimum, T at, bool small) {
     const T exact = inverse * (at - minimum);
     return clamp(small ? nearest_small(exact) : nearest_float(exact), 0.0f, (float)nmax);
   };
   const auto cost = [&](T weight, T e) { return weight * (guesses.absolute_error ? abs(e) : e * e); };
 
-  // The levels of the best guess are not kept but computed again at the end, from its inverse scale and offset.
+  // The levels of the best guess are not kept. They are computed again at the end, from its inverse scale and offset.
   T minimum = low;
   T best_inverse = (float)nmax / (high - minimum), best_minimum = minimum;
   T scale = 1.0f / best_inverse, best = splat<T>(0.0f);
@@ -118,10 +119,10 @@ ISQ_GPU_INLINE T search_affine(const LaneFloats* x, const LaneFloats* w, int nma
     best += cost(get<T, kCount>(w, i), scale * level(best_inverse, minimum, at, false) + minimum - at);
   }
   ISQ_GPU_ROLLED for (int guess = 0; guess <= guesses.count; ++guess) {
-    // From the minimum found so far, not from the block's: that is how the model does it.
+    // From the best minimum so far and not from the block's, as ggml does it.
     const T inverse = (guesses.first + guesses.step * (float)guess + (float)nmax) / (high - minimum);
-    // The largest element is mapped near nmax. The smallest is far off only where a fit has put the minimum next to
-    // the largest.
+    // The largest element is mapped near nmax. The smallest can be far off only where a fit has put the minimum next to
+    // the largest element.
     const bool small = !any(~flat & ~(abs(inverse * (low - minimum)) < 0x1p21f));
     T sum_l = splat<T>(0.0f), sum_l2 = splat<T>(0.0f), sum_xl = splat<T>(0.0f);
     ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -187,7 +188,7 @@ ISQ_GPU_INLINE LaneFloats search_positive(const LaneFloats* x, const LaneFloats*
 
   LaneFloats sum_lx = splat<LaneFloats>(0.0f), sum_l2 = splat<LaneFloats>(0.0f);
   ISQ_GPU_UNROLL for (int i = 0; i < kCount; ++i) {
-    levels[i] = upto_nmax(nearest_int(inverse * x[i])) & 255;  // the model keeps them in bytes
+    levels[i] = upto_nmax(nearest_int(inverse * x[i])) & 255;  // ggml stores them in bytes
     const LaneFloats l = to_float(levels[i]);
     sum_lx += w[i] * x[i] * l;
     sum_l2 += w[i] * l * l;

@@ -1,3 +1,6 @@
+// AFQ and HQQ: what quantizes a BitStream, by its header and the rule.
+#pragma once
+
 #include "cuda/formats/stream.cuh"
 #include "cuda/kernels/quantize/affine.cuh"
 #include "cuda/kernels/quantize/hqq.cuh"
@@ -5,7 +8,7 @@
 
 namespace isqtorch::cuda {
 
-// AFQ, by its rule.
+// AFQ: the kernel depends on the rule.
 template <int kBits>
 struct AffineByRule {
   static int64_t workspace(const QuantizeJob&, const Shape&) { return 0; }
@@ -15,7 +18,7 @@ struct AffineByRule {
   }
 };
 
-// Both families, by what the header says.
+// The number of bits that both families have: the header says which family it is.
 template <int kBits>
 struct AffineOrHqq {
   using Affine = AffineByRule<kBits>;
@@ -30,11 +33,8 @@ struct AffineOrHqq {
   }
 };
 
-ISQ_QUANTIZER(BitStream<2>, AffineByRule<2>)
-ISQ_QUANTIZER(BitStream<3>, AffineByRule<3>)
-ISQ_QUANTIZER(BitStream<4>, AffineOrHqq<4>)
-ISQ_QUANTIZER(BitStream<5>, AffineByRule<5>)
-ISQ_QUANTIZER(BitStream<6>, AffineByRule<6>)
-ISQ_QUANTIZER(BitStream<8>, AffineOrHqq<8>)
+template <int kBits>
+struct QuantizerOf<BitStream<kBits>>
+    : std::conditional_t<BitStream<kBits>::kMayBeHqq, AffineOrHqq<kBits>, AffineByRule<kBits>> {};
 
 }  // namespace isqtorch::cuda

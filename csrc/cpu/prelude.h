@@ -1,5 +1,5 @@
-// Every foreign header that code inside an ISA region uses. Included before the region opens, so that nothing in them
-// is compiled for instructions the machine may lack.
+// Every foreign header that the code of an instruction-set level uses. It is included before the target region opens,
+// so that nothing in these headers is compiled for instructions that the machine may lack.
 #pragma once
 
 #include <atomic>

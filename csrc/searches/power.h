@@ -1,25 +1,14 @@
-// x to the power p, with the same bits on every machine: a C library's own powf is one thing here and another there,
-// and on a GPU a third. Additions, multiplications and a division in double, which IEEE 754 defines to the last bit;
-// the result is the nearest float but for one in ten thousand.
+// x to the power p, with the same bits on every machine; powf differs between C libraries and GPUs. It consists of
+// additions, multiplications and one division in double, which IEEE 754 defines exactly. The result is the nearest
+// float in all but one of ten thousand cases.
 #pragma once
 
-#include "cpu/quantize/twin.h"
+#include "searches/contract.h"
 
 namespace isqtorch::ISQ_ISA {
 
-#if !defined(ISQ_ONE_LANE)
-typedef double LaneDoubles __attribute__((vector_size(8 * kWidth)));
-
-template <class V>
-ISQ_INLINE LaneDoubles to_double(V v) {
-  return __builtin_convertvector(v, LaneDoubles);
-}
-ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return __builtin_convertvector(d, LaneFloats); }
-ISQ_INLINE LaneInts truncate(LaneDoubles d) { return __builtin_convertvector(d, LaneInts); }
-#endif
-
-// For normal x > 0 and results in the normal range. 2^(p log2 x), with log from the series of artanh and exp from its
-// own; both are added up in pairs of pairs, for not every step to wait for the one before.
+// For normal x > 0 and results in the normal range. Computes 2^(p log2 x), with the artanh series for the logarithm and
+// the exponential series. Both are added in pairs of pairs, so that not every addition waits for the one before.
 ISQ_INLINE LaneFloats power(LaneFloats x, float p) {
   const LaneInts bits = as_int(x), exponent = (bits - 0x3f3504f3) >> 23;   // x = m 2^exponent,
   const LaneDoubles m = to_double(as_float(bits - exponent * (1 << 23)));  // m from sqrt(1/2) to sqrt(2)

@@ -1,9 +1,0 @@
-#include "cuda/formats/list.cuh"
-#include "cuda/kernels/decode.cuh"
-
-namespace isqtorch::cuda {
-
-#define ISQ_INSTANTIATE(F) template void launch_decode<F>(const DecodeJob&, const Shape&, Stream);
-ISQ_STREAM_STRUCTS(ISQ_INSTANTIATE)
-
-}  // namespace isqtorch::cuda
