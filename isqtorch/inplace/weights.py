@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import float_shape, is_turned, owner_of, parameter_name, weight_matrix
+from isqtorch.modules.convert import float_shape, owner_of, parameter_name, weight_matrix
 from isqtorch.ops.native import NATIVE_DEVICES
 
 from .host import open_source
@@ -95,7 +95,7 @@ class Weights:
         weight = self._read(self.source, names, module, leaf).to(module.dtype)
         if own.device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
             weight = weight.to(own.device)
-        return weight.transpose(-2, -1) if is_turned(module) else weight
+        return weight.transpose(-2, -1) if module.is_turned() else weight
 
     def _read(self, source: Source, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
         names = [parameter_name(self.model, layer) for layer in layers]  # it may be stored under any of them

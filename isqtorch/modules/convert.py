@@ -120,18 +120,11 @@ def upright(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if kind == "conv1d" else weight
 
 
-def is_turned(module: PackedModule) -> bool:
-    """Return whether the layer that `module` replaced stores its weights as `[..., K, N]`."""
-    if isinstance(module, QuantExperts):
-        return module.transposed
-    return module.origin not in (nn.Linear, nn.Embedding)
-
-
 def float_shape(module: PackedModule, leaf: str = "weight") -> tuple[int, ...]:
     """Return the shape that a packed weight had in the layer that `module` replaced."""
     *rows, row_bytes = cast(Tensor, module._parameters[leaf]).shape
     columns = get_format(module.packed[leaf]).in_features(row_bytes)
-    return (*rows[:-1], columns, rows[-1]) if is_turned(module) else (*rows, columns)
+    return (*rows[:-1], columns, rows[-1]) if module.is_turned() else (*rows, columns)
 
 
 def to_packed(
@@ -214,7 +207,7 @@ def float_weight(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None
     """Make a float parameter with the decoded weights, in the layout of the layer that `module` replaced."""
     with ordinary_tensors():
         weight = decoded(module.weight, module.format, dtype or module.dtype)
-        if is_turned(module):
+        if module.is_turned():
             weight = weight.t().contiguous()
     return nn.Parameter(weight, requires_grad=module.origin_requires_grad)
 

@@ -74,7 +74,7 @@ class QuantExperts(PackedModule):
     def _is_transposed(cls, experts: nn.Module) -> bool:
         return bool(getattr(experts, "is_transposed", False))
 
-    def _is_turned(self) -> bool:
+    def is_turned(self) -> bool:
         return self.transposed
 
     @property

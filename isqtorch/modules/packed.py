@@ -76,9 +76,13 @@ class PackedModule(nn.Module):
     def as_before(self, name: str) -> Tensor:
         """A packed weight decoded, as the layer that this one replaced stored it: of a Conv1D `[K, N]`."""
         weight = self.dequantize(name)
-        return weight.transpose(-2, -1) if self._is_turned() else weight
+        return weight.transpose(-2, -1) if self.is_turned() else weight
 
-    def _is_turned(self) -> bool:
+    def decoded_rows(self, packed: Tensor) -> Tensor:
+        """Rows of the weight, uint8 `[n, row_bytes]`, decoded: `[n, K]`."""
+        return decoded(packed, next(iter(self.packed.values())), self.dtype)
+
+    def is_turned(self) -> bool:
         """Whether the layer that this one replaced stores its weight as `[K, N]`."""
         return self.origin not in (nn.Linear, nn.Embedding)
 

@@ -103,6 +103,19 @@ class PackedParameter(nn.Parameter):
             f"isqtorch: {self.path or 'a packed weight'} cannot be decoded: its layer is gone. Keep the layer."
         )
 
+    def rows(self, index: Any) -> Any:
+        """`floats()[index]`; only the rows that are needed are decoded, if the first index names rows."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        layer = next(filter(None, (reference() for reference, _ in self.owners)), None)
+        if layer is None or layer.is_turned() or not isinstance(first, (int, slice, Tensor)) or isinstance(first, bool):
+            return DecodedView.of(self.floats()[index], self.path)
+        packed = self.plain[first]  # [..., row_bytes]
+        weight = layer.decoded_rows(packed.reshape(-1, packed.shape[-1]))
+        weight = weight.view(*packed.shape[:-1], weight.shape[-1])
+        if rest:
+            weight = weight[(*[slice(None)] * (packed.dim() - 1), *rest)]
+        return DecodedView.of(weight, self.path)
+
     def belongs_to(self, layer: nn.Module, leaf: str) -> None:
         """Note a layer that holds this weight under the name `leaf`."""
         alive = [(reference, name) for reference, name in self.owners if reference() not in (None, layer)]
@@ -113,7 +126,8 @@ class PackedParameter(nn.Parameter):
         cls, func: _Function, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, _name_of(func)
-        first = args[0] if args and isinstance(args[0], PackedParameter) else None
+        head = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes everything by name
+        first = head if isinstance(head, PackedParameter) else None
         if _writes(name) and first is not None and (name not in _BYTES or _has_floats((*args[1:], *kwargs.values()))):
             raise _refusal(name, first.path)
         if name in ("requires_grad_", "set requires_grad") and first is not None and _wants_gradients(args, kwargs):
@@ -129,6 +143,8 @@ class PackedParameter(nn.Parameter):
         if _is_ours(func) or _means_bytes(name, args, kwargs):
             result = func(*_mapped(args, _plain), **{key: _mapped(value, _plain) for key, value in kwargs.items()})
             return first if first is not None and result is first.plain else result
+        if name == "__getitem__" and first is not None and first.dim() == 2:
+            return first.rows(args[1])
         result = func(*_mapped(args, _floats), **{key: _mapped(value, _floats) for key, value in kwargs.items()})
         return DecodedView.of(result, first.path) if name in _VIEWS and first is not None else result
 

@@ -1,30 +1,29 @@
-"""Find layers that a model uses without calling them: its code reads `self.proj.weight` directly.
+"""Find layers that a model computes with without calling them: its code reads `self.proj.weight` itself.
 
-    out = F.linear(x, self.out_proj.weight)                  packed bytes would be multiplied as if they were weights
-    x = x.to(self.lm_head.weight.dtype)                      activations would be cast to uint8
+    out = F.linear(x, self.out_proj.weight)                  the whole weight is needed as floats, in every forward
+    x = x.to(self.lm_head.weight.dtype)                      only its type
+    row = self.embed_tokens.weight[pad_id]                   only a row
 
-Such layers must keep their float weight. They are found by searching the source code of the modules' classes. Examples
-are the fast path of nn.TransformerEncoderLayer, the fused scans of Mamba models and T5's `wo`. Classes without source
-code are not searched.
+The first kind would work on a packed layer, too, because `PackedParameter` gives floats to code that computes. But it would
+decode the whole weight in every forward, so such layers keep their float weight. They are found in the source code of the
+modules' classes: in the methods that `forward` can reach by name. This is a hint for speed, not what keeps results right.
+Examples are the fast path of nn.TransformerEncoderLayer and the fused scans of Mamba models.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
+import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
 from types import FunctionType
 
 from torch import nn
 
-# self.a.b[0].weight, unless the code assigns to it or reads only its device or size
-_READ = re.compile(
-    r"\bself((?:\.\w+|\[\d+\])+)\.weight\b(?!\s*=[^=]|\.(?:device|shape|size|ndim|dim|numel|requires_grad|is_meta)\b)"
-)
-# methods that only set up a model and compute nothing
-_SETUP = re.compile(
-    r"__\w+__|_?init_weights|reset_parameters|_?tie_\w+|_?(?:re)?set_\w+|_?resize_\w+|get_(?:in|out)put_embeddings"
+# attributes of a weight that are answered without decoding it
+_CHEAP = frozenset(
+    "device dtype shape size ndim dim numel nelement requires_grad is_meta is_cuda is_floating_point".split()
 )
 # these reads happen only with pretraining_tp > 1, a slow emulation of tensor parallelism that is not used in practice
 _HARMLESS = {("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h")}
@@ -44,30 +43,87 @@ def layers_read_directly(model: nn.Module) -> dict[int, str]:
 
 @lru_cache(maxsize=4096)
 def _reads_of_class(cls: type[nn.Module]) -> frozenset[str]:
-    """Paths, relative to an instance, of the modules whose weight the methods of a class read."""
+    """Paths, relative to an instance, of the modules whose weight the forward of a class computes with."""
     paths = set()
-    for function in _methods(cls):
-        try:
-            source = inspect.getsource(function)
-        except (OSError, TypeError):
+    for function in _reached(cls):
+        if "weight" not in function.__code__.co_names:
             continue
-        for match in _READ.finditer(re.sub(r"#.*", "", source)):
-            path = re.sub(r"\[(\d+)\]", r".\1", match[1]).lstrip(".")
-            if (cls.__name__, path) not in _HARMLESS:
-                paths.add(path)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # no source, or a lambda out of its context
+        paths |= {path for path in _reads(tree) if (cls.__name__, path) not in _HARMLESS}
     return frozenset(paths)
 
 
-def _methods(cls: type[nn.Module]) -> Iterator[FunctionType]:
-    """The methods and properties of a class that mention a weight, without overridden ones and those of nn.Module."""
-    seen: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            return
+def _reached(cls: type[nn.Module]) -> list[FunctionType]:
+    """The methods and properties of a class that `forward` calls, directly or through others, by their names."""
+    methods: dict[str, FunctionType] = {}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, member in vars(base).items():
-            if name in seen or _SETUP.fullmatch(name):
-                continue
-            seen.add(name)
             function = inspect.unwrap(member.fget if isinstance(member, property) and member.fget else member)
-            if isinstance(function, FunctionType) and "weight" in function.__code__.co_names:
-                yield function
+            if name not in methods and isinstance(function, FunctionType):
+                methods[name] = function
+    reached, waiting = {}, ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name in methods and name not in reached:
+            reached[name] = methods[name]
+            waiting += _names_in(methods[name])
+    return list(reached.values())
+
+
+def _names_in(function: FunctionType) -> list[str]:
+    """Names that a function mentions, also in functions inside it."""
+    names: list[str] = []
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names += code.co_names
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return names
+
+
+def _reads(tree: ast.AST) -> Iterator[str]:
+    """Paths of the modules whose whole weight code computes with: "out_proj" of `self.out_proj.weight`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and _only_without_ids(node.test):
+            node.body = []  # a way to call the model that generation does not use
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+            continue
+        path = _path(node.value)
+        if path and not _is_cheap(node, parents.get(node)):
+            yield path
+
+
+def _path(node: ast.AST) -> str:
+    """ "a.0.b" of `self.a[0].b`; "" for anything else."""
+    if isinstance(node, ast.Attribute):
+        if isinstance(node.value, ast.Name):
+            return node.attr if node.value.id == "self" else ""
+        above = _path(node.value)
+        return above and f"{above}.{node.attr}"
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int):
+        above = _path(node.value)
+        return above and f"{above}.{node.slice.value}"
+    return ""
+
+
+def _is_cheap(node: ast.AST, parent: ast.AST | None) -> bool:
+    """Whether a read needs no more than a fact about the weight, or some of its rows."""
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _CHEAP
+    if isinstance(parent, ast.Call):
+        return isinstance(parent.func, ast.Name) and parent.func.id in ("isinstance", "hasattr", "getattr", "type")
+    if isinstance(parent, ast.Subscript) and parent.value is node:
+        first = parent.slice.elts[0] if isinstance(parent.slice, ast.Tuple) and parent.slice.elts else parent.slice
+        whole = isinstance(first, ast.Slice) or (isinstance(first, ast.Constant) and first.value is None)
+        return not whole
+    return isinstance(parent, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+
+
+def _only_without_ids(test: ast.expr) -> bool:
+    """`input_ids is None`: the branch is for callers that give embeddings instead of token ids."""
+    return ast.unparse(test) == "input_ids is None"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
-from isqtorch.modules.convert import float_weight, is_turned, to_float
+from isqtorch.modules.convert import float_weight, to_float
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter, name_packed
 
@@ -48,7 +48,7 @@ def _wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take_rows(layer: QuantEmbedding | QuantLinear, new: Any) -> None:
     """Give a packed layer the rows that an ordinary one has more or less than it."""
-    weight = new.weight.t() if isinstance(layer, QuantLinear) and is_turned(layer) else new.weight
+    weight = new.weight.t() if isinstance(layer, QuantLinear) and layer.is_turned() else new.weight
     assert isinstance(layer, PackedModule)
     rows, kept = weight.shape[0], min(weight.shape[0], layer.weight.shape[0])
     with ordinary_tensors():
