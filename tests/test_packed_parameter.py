@@ -273,3 +273,14 @@ def test_decoded_views_read_like_tensors() -> None:
     view = Asking()()
     assert isinstance(view, DecodedView) and torch.equal(view, decoded)
     assert type(view * 2) is Tensor and type(view.sum()) is Tensor and torch.equal(view.clone().mul_(2), decoded * 2)
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_compiled_code_gets_floats_too(read: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = Reader(read).eval(), torch.rand(4, 256)
+    with torch.no_grad():
+        quantize_(model, "q8_0", progress=False)
+        want = model(x)
+        torch.compiler.reset()
+        got = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert got.dtype == want.dtype and relative_error(got, want) < 1e-6

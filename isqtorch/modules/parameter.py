@@ -244,7 +244,9 @@ def _means_bytes(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return False
     if name in _CASTS and any(isinstance(a, torch.dtype) and a.is_floating_point for a in (*args, *kwargs.values())):
         return False
-    return torch.compiler.is_compiling() or not _calls_from_a_model(name in _CUTS)
+    if torch.compiler.is_dynamo_compiling():
+        return False  # what Dynamo traces is a model's code; our layers use `plain`
+    return not _calls_from_a_model(name in _CUTS)
 
 
 def _calls_from_a_model(or_anywhere: bool) -> bool:
