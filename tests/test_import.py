@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +84,42 @@ def test_version_is_the_installed_one() -> None:
     except PackageNotFoundError:
         pytest.skip("isqtorch is not installed: these tests run from the source tree")
     assert installed == isqtorch.__version__
+
+
+# ---- installed, and started inside a checkout ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the compiled package; beside it, in "checkout", the same sources without the library."""
+    package = ROOT / "isqtorch"
+    shutil.copytree(package, tmp_path / "site" / "isqtorch", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package, tmp_path / "checkout" / "isqtorch", ignore=shutil.ignore_patterns("__pycache__", "_C*"))
+    return tmp_path / "site"
+
+
+def start(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    folder = installed.parent / "checkout"
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import isqtorch"), ("-m", "isqtorch", "formats")], ids=["import", "-m"])
+def test_sources_that_hide_the_installed_package_are_named(installed: Path, arguments: tuple[str, ...]) -> None:
+    done = start(installed, *arguments)
+    assert done.returncode == 1
+    assert f"checkout/isqtorch are not compiled, and they hide the installed package in {installed}" in done.stderr
+    assert "Start Python outside of the checkout" in done.stderr
+
+
+def test_bench_measures_the_package_that_runs(installed: Path) -> None:
+    """Its processes do not import what lies in the current directory."""
+    pytest.importorskip("transformers")
+    script = "import sys; from isqtorch.cli import main; sys.exit(main())"
+    sizes = ["--prompt-len", "4", "--gen-len", "2", "--repeat", "1"]
+    model = str(ROOT / "examples/demo_model/model")
+    done = start(installed, "-P", "-c", script, "bench", "-m", model, "--isq", "q8_0", "--no-baseline", *sizes)
+    assert done.returncode == 0 and "q8_0" in done.stdout, done.stderr

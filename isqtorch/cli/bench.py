@@ -15,10 +15,15 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from ._common import add_device, add_importance, add_json, add_model, add_policy, policy_options
 from .doctor import machine_facts
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_START = f"import sys; sys.path[0] = {str(_PACKAGE)!r}; from isqtorch.cli import main; sys.exit(main())"
+"""Runs this very package in another process. `python -m isqtorch` would take one in the current directory."""
 
 HELP = "speed and memory of a model in several formats"
 _HEADERS = ("format", "size", "load s", "peak memory", "prefill tok/s", "decode tok/s")
@@ -108,7 +113,7 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
 
 def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] | None:
     """`_measure` in a fresh process; None if it failed, with the reason on standard error."""
-    command = [sys.executable, "-m", "isqtorch", "bench", "--in-process", "--json", "-m", args.model]
+    command = [sys.executable, "-c", _START, "bench", "--in-process", "--json", "-m", args.model]
     given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
     given["--device"] = args.device
     if fmt is not None:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def _load() -> Path | None:
         )
         uncompiled.define()
         return None
+    hidden = [] if found else _compiled_copies(sys.path)
+    if hidden:
+        raise ImportError(
+            f"isqtorch: the sources in {PACKAGE} are not compiled, and they hide the installed package in {hidden[0]}: Python looks "
+            "into the current directory first. Start Python outside of the checkout, or compile the checkout with `make build`."
+        )
     if not found:
         raise ImportError(
             f"isqtorch is not compiled: there is no _C library in {PACKAGE}. Build it with `make build` in a checkout, or "
@@ -53,6 +60,12 @@ def _load() -> Path | None:
             f"Rebuild it with `make build`. ({error})"
         ) from error
     return found[0]
+
+
+def _compiled_copies(places: Sequence[str]) -> list[Path]:
+    """Other folders on Python's path with a compiled isqtorch."""
+    folders = [Path(place, PACKAGE.name).resolve() for place in places if place]
+    return [folder for folder in folders if folder != PACKAGE and next(folder.glob("_C*"), None)]
 
 
 def _load_cuda(cuda: str | None, folder: Path) -> tuple[Path | None, str]:
