@@ -99,7 +99,7 @@ def test_layers_of_other_devices() -> None:
 
 def test_a_shard_has_the_shape_of_its_bytes() -> None:
     layer = QuantLinear.from_float(nn.Linear(512, 8), "q4k")
-    layer.weight = nn.Parameter(layer.weight[:, :144].contiguous(), requires_grad=False)
+    layer.weight = nn.Parameter(layer.weight.data[:, :144].contiguous(), requires_grad=False)
     assert isqtorch.explain(layer).layers[0].shape == (8, 256)
 
 

@@ -39,14 +39,14 @@ def test_columns_split_on_block_borders_into_row_parallel_shards(fmt: QuantForma
     parts = left(x[:, : left.in_features]) + right(x[:, left.in_features :]) + whole.bias
     assert relative_error(parts, whole(x)) < 1e-6
     with pytest.raises(ValueError, match=f"positive multiple of {fmt.block_bytes} bytes, got {half + 1}"):
-        QuantLinear.from_packed(whole.weight[:, : half + 1], fmt)
+        QuantLinear.from_packed(whole.weight.data[:, : half + 1], fmt)
 
 
 def test_a_sharded_parameter_decides_k_not_in_features(fmt: QuantFormat) -> None:
     """Tensor parallelism replaces the parameter and leaves in_features alone."""
     whole = layer(fmt)
     whole.bias = None
-    whole.weight = nn.Parameter(whole.weight[:, : whole.weight.shape[1] // 2].clone(), requires_grad=False)
+    whole.weight = nn.Parameter(whole.weight.data[:, : whole.weight.shape[1] // 2].clone(), requires_grad=False)
     assert whole(torch.randn(2, whole.in_features // 2)).shape == (2, 10)
 
 
