@@ -145,6 +145,8 @@ def requantize_(
     for message in [*weights.alarms, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _new_layers(model, prepared, weights)
+    for message in prepared.alarms:
+        warnings.warn(message, stacklevel=2)
     permission = _permission(model, prepared, swaps, activations)
     report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *weights.alarms])
     _commit(model, swaps, permission, Origin.made(weights.files, weights.trouble, request), report, began)

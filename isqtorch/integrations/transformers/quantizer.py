@@ -212,6 +212,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
+        if load.meter is None:
+            for message in load.prepared.alarms:
+                warnings.warn(message, stacklevel=2)
         load.origin.attach(model)
         record(model, self)
         return model
