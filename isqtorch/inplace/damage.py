@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ _LIMIT = 2.5  # a multiple of the usual error that is damage
 _ALL = 0.9  # a relative error that is damage in every format: the weights may as well be zeros
 _LOST = 0.25  # a block with a larger relative error is lost, if it is damaged
 _SHARE = 1 / 32  # a share of lost blocks that is damage, though the errors are small beside the largest weights
-_LEAST, _MOST = 4096, 32768  # weights in the sample, which else is 1/32 of the weights
+_LEAST, _MOST = 4096, 32768  # weights in the sample, which else is 1/64 of the weights
+_TOGETHER = 1 << 21  # number of weights that wait to be looked at together
 _CHUNK = 1 << 17  # number of weights decoded at a time
 
 
@@ -44,13 +46,70 @@ class Damage:
     expert: int | None = None
 
 
+class _Packed(NamedTuple):
+    """A matrix that has just been packed."""
+
+    weight: Tensor  # float [N, K]
+    packed: Tensor  # uint8 [N, row_bytes]
+    fmt: QuantFormat
+    importance: Tensor | None  # f32 [K], if it was used
+    expert: int | None
+    damages: list[Damage]  # where to put what is found
+
+
+class Watch:
+    """Looks at the matrices that were packed. Small ones wait and are looked at together, which is much faster."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Packed] = []
+        self._size = 0
+
+    def add(
+        self,
+        weight: Tensor,
+        packed: Tensor,
+        fmt: QuantFormat,
+        damages: list[Damage],
+        importance: Tensor | None = None,
+        expert: int | None = None,
+    ) -> None:
+        """Look at a matrix, now or later.
+
+        Args:
+            weight: float `[N, K]`. It is held until it is looked at; a large one is not held.
+            packed: its packed form, uint8 `[N, row_bytes]`.
+            fmt: the format.
+            damages: a list to which its damage is appended, if there is any.
+            importance: see `damage`.
+            expert: see `damage`.
+        """
+        if not weight.numel():
+            return
+        self._waiting.append(_Packed(weight, packed, fmt, importance, expert, damages))
+        self._size += weight.numel()
+        if self._size >= _TOGETHER:
+            self.finish()
+
+    def finish(self) -> None:
+        """Look at all matrices that wait."""
+        waiting, self._waiting, self._size = self._waiting, [], 0
+        alike: dict[object, list[_Packed]] = {}
+        for entry in waiting:
+            alike.setdefault((entry.fmt.name, entry.weight.dtype, entry.weight.device), []).append(entry)
+        for group in alike.values():
+            for entry in _with_far_blocks(group):
+                found = damage(entry.weight, entry.packed, entry.fmt, entry.importance, entry.expert)
+                if found is not None:
+                    entry.damages.append(found)
+
+
 def damage(
     weight: Tensor, packed: Tensor, fmt: QuantFormat, importance: Tensor | None = None, expert: int | None = None
 ) -> Damage | None:
     """Whether packing lost much more of a matrix than it usually does.
 
     Args:
-        weight: float `[N, K]`.
+        weight: float `[N, K]`, not empty.
         packed: its packed form, uint8 `[N, row_bytes]`.
         fmt: the format.
         importance: f32 `[K]` if it was used. A matrix is then damaged only if its error is too large by both measures,
@@ -60,10 +119,8 @@ def damage(
     Returns:
         The exact error, or None if there is no damage, or none in the sample.
     """
-    if not weight.numel():
-        return None
     rows, blocks = _sample(weight, packed, fmt)
-    if not _suspicious(rows, blocks, fmt):
+    if not _measured(rows, blocks, fmt, torch.ones(fmt.block, dtype=torch.float64)).damaged(0.5):
         return None
     ones = torch.ones(weight.shape[1], dtype=torch.float64)
     measures = [ones] if importance is None else [ones, importance.detach().cpu().double().sqrt()]
@@ -119,14 +176,24 @@ def _measured(weight: Tensor, packed: Tensor, fmt: QuantFormat, measure: Tensor)
     return _Measured._make(map(float, sums))
 
 
-def _suspicious(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> bool:
-    """Whether a sample of blocks looks as if the weight were damaged. Every weight gets here, so few operations."""
-    exact = weight.cpu().double()
-    error = torch.linalg.vector_norm(_decoded(packed, fmt).sub_(exact), dim=1)
-    size = torch.linalg.vector_norm(exact, dim=1)
-    if not bool((error > size.mul_(min(_LIMIT * fmt.weight_error, _ALL))).any()):
-        return False
-    return _measured(weight, packed, fmt, torch.ones(fmt.block, dtype=torch.float64)).damaged(0.5)
+def _with_far_blocks(group: list[_Packed]) -> list[_Packed]:
+    """The matrices of one format, type and device that have a block in their sample which may be damaged.
+
+    Every matrix is looked at here, so this takes few operations, in f32. The largest weight of a block does not count
+    yet, and a block whose squares are zero in f32 may be damaged.
+    """
+    fmt = group[0].fmt
+    samples = [_sample(entry.weight, entry.packed, fmt) for entry in group]
+    exact = torch.cat([rows for rows, _ in samples]).float()
+    off = torch.ops.isqtorch.dequantize(torch.cat([blocks for _, blocks in samples]), fmt.name, torch.float32).sub_(
+        exact
+    )
+    limit = torch.linalg.vector_norm(exact, dim=1).mul_(min(_LIMIT * fmt.weight_error, _ALL))
+    far = ~(torch.linalg.vector_norm(off, dim=1) < limit)
+    if not bool(far.any()):
+        return []
+    parts = far.split([len(rows) for rows, _ in samples])
+    return [entry for entry, part in zip(group, parts, strict=True) if bool(part.any())]
 
 
 def damage_reason(damages: Sequence[Damage], fmt: QuantFormat) -> str:
@@ -170,22 +237,29 @@ def _percent(value: float) -> str:
 
 
 def _sample(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
-    """Every n-th block, as weights `[blocks, block]` and as bytes `[blocks, block_bytes]`.
-
-    n has no common divisor with the number of blocks in a row, nor with 30. So the sample runs through all columns, and
-    meets rows that differ in a regular way, such as every second one.
-    """
-    in_row = weight.shape[1] // fmt.block
-    most = min(max(_LEAST, weight.numel() // 32), _MOST)
-    every = max(1, weight.numel() // most)
-    while math.gcd(every, 30 * in_row) > 1:
-        every -= 1
-    blocks = packed.view(-1, fmt.block_bytes)[::every]
+    """Some blocks, as weights `[blocks, block]` and as bytes `[blocks, block_bytes]`."""
+    in_row, size = weight.shape[1] // fmt.block, fmt.block_bytes
+    every = _every(weight.numel(), in_row)
+    count = -(-weight.numel() // (fmt.block * every))
+    blocks = packed.contiguous().as_strided((count, size), (size * every, 1))
     if weight.is_contiguous():
-        return weight.view(-1, fmt.block)[::every], blocks
-    at = torch.arange(0, weight.numel() // fmt.block, every, device=weight.device)
+        return weight.as_strided((count, fmt.block), (fmt.block * every, 1)), blocks
+    at = torch.arange(0, count * every, every, device=weight.device)
     columns = torch.arange(fmt.block, device=weight.device) + (at % in_row * fmt.block)[:, None]
     return weight[(at // in_row)[:, None], columns], blocks
+
+
+@cache
+def _every(weights: int, in_row: int) -> int:
+    """The distance of the blocks of a sample, in blocks.
+
+    It has no common divisor with the number of blocks in a row, nor with 30. So the sample runs through all columns,
+    and meets rows that differ in a regular way, such as every second one.
+    """
+    every = max(1, weights // min(max(_LEAST, weights // 64), _MOST))
+    while math.gcd(every, 30 * in_row) > 1:
+        every -= 1
+    return every
 
 
 def _decoded(packed: Tensor, fmt: QuantFormat) -> Tensor:

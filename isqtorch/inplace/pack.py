@@ -10,7 +10,7 @@ from torch import Tensor
 from isqtorch.formats import QuantFormat
 from isqtorch.policy.options import Options
 
-from .damage import Damage, damage
+from .damage import Damage, Watch
 
 _ERROR_CHUNK = 1 << 17  # number of weights that relative_error decodes at a time
 
@@ -26,11 +26,12 @@ class Job:
     rule: str | None  # the requested rule, if the format has it
     device: torch.device | None  # None: stays on its device
     options: Options
-    damages: list[Damage] = field(default_factory=list, compare=False)  # `pack_weight` adds the matrices it damaged
+    watch: Watch = field(default_factory=Watch, compare=False)  # looks at what `pack_weight` has packed
+    damages: list[Damage] = field(default_factory=list, compare=False)  # what it found, when it is finished
 
 
 def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expert: int | None = None) -> Tensor:
-    """The packed form of a weight, on the weight's device. Matrices that packing damaged are noted in the job.
+    """The packed form of a weight, on the weight's device. The job's watch looks at it afterwards.
 
     Args:
         weight: float `[N, K]` or `[E, N, K]`, any strides.
@@ -62,9 +63,7 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expe
 
 def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None) -> Tensor:
     packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
-    found = damage(weight, packed, job.fmt, importance, expert)
-    if found is not None:
-        job.damages.append(found)
+    job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
     return packed
 
 

@@ -28,7 +28,7 @@ from isqtorch.report.choice import Choice
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
-from .damage import damage_alarms, damage_reason
+from .damage import Watch, damage_alarms, damage_reason
 from .pack import Job, pack_weight
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
@@ -59,7 +59,7 @@ class Prepared:
             notes: further notes for the report.
         """
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
-        damages = {name: job for job in self.jobs if job.damages for name in job.names}
+        damages = {name: job for job in self._damaged() for name in job.names}
         for layer in report.layers:
             layer.error = (errors or {}).get(layer.name)
             if layer.stored is not None and layer.name in damages:
@@ -77,9 +77,14 @@ class Prepared:
     @property
     def alarms(self) -> list[str]:
         """Warnings about layers that packing has damaged, after the jobs are done."""
-        damaged = [job for job in self.jobs if job.damages]
+        damaged = self._damaged()
         reasons = {f"{job.names[0]} ({job.fmt.name})": damage_reason(job.damages, job.fmt) for job in damaged}
         return damage_alarms(reasons, self.request.op)
+
+    def _damaged(self) -> list[Job]:
+        for job in self.jobs:
+            job.watch.finish()
+        return [job for job in self.jobs if job.damages]
 
 
 def settle(
@@ -175,7 +180,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if decision.format is not None and (again or decision.format.name != layer.packed_as):
             groups.setdefault(layer.holder, []).append((layer, decision.format, decision.device))
-    jobs = []
+    jobs, watch = [], Watch()
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
@@ -190,6 +195,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
                 rule,
                 device or request.device,
                 request.options,
+                watch,
             )
         )
     return jobs
@@ -295,7 +301,7 @@ def _check_weight(model: nn.Module, job: Job, op: str) -> None:
 def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
     """Pack a weight with very large values on trial: only the quantizer can tell whether a scale overflows."""
     try:
-        pack_weight(matrix, replace(job, damages=[]))
+        pack_weight(matrix, replace(job, watch=Watch(), damages=[]))
     except ValueError as error:
         raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 
