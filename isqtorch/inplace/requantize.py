@@ -234,6 +234,7 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
+        job.watch.finish()  # reads the weight, whose pages are dropped now
         del weight
         weights.release()
         return nn.Parameter(packed.to(device), requires_grad=False), error

@@ -121,6 +121,7 @@ def pack_matrices(
                 out[here, start : start + height] = pack_weight(matrix, job, vector, number)
             except ValueError as error:
                 raise ValueError(f"expert {number}: {error}") from None
+            job.watch.finish()  # reads the matrix, whose pages are dropped now
             done(matrix, number)
             here += 1
         if here != experts:

@@ -273,6 +273,7 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         if load.meter is not None:
             load.meter.add(job.names[0], source)
         packed = pack_weight(source, job, importance)
+        job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 
