@@ -262,6 +262,14 @@ def test_hqq_with_errors_that_shrink(fmt: QuantFormat, scale: float) -> None:
     check(weight(fmt, 33, 33) * scale, fmt)
 
 
+@pytest.mark.parametrize("fmt", HQQ, ids=lambda f: f.name)
+@pytest.mark.parametrize("rule", [None, "search"])
+def test_hqq_groups_finer_than_the_steps_of_the_solver(fmt: QuantFormat, rule: str | None) -> None:
+    sizes = torch.logspace(-9, -1, 17)[:, None] * torch.where(torch.arange(17) % 2 == 0, 1, -1)[:, None]
+    for w in (weight(fmt, 17, 3) * sizes, sizes + weight(fmt, 17, 3) * 1e-5):
+        check(w, fmt, None, rule)
+
+
 @pytest.mark.slow
 def test_hqq_with_more_parts_than_a_chunk() -> None:
     fmt = get_format("hqq4g32")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat
 from isqtorch.policy.options import Options
+
+from .damage import Damage, Watch
 
 _ERROR_CHUNK = 1 << 17  # number of weights that relative_error decodes at a time
 
@@ -24,15 +26,18 @@ class Job:
     rule: str | None  # the requested rule, if the format has it
     device: torch.device | None  # None: stays on its device
     options: Options
+    watch: Watch = field(default_factory=Watch, compare=False)  # looks at what `pack_weight` has packed
+    damages: list[Damage] = field(default_factory=list, compare=False)  # what it found, when it is finished
 
 
-def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None) -> Tensor:
-    """The packed form of a weight, on the weight's device.
+def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expert: int | None = None) -> Tensor:
+    """The packed form of a weight, on the weight's device. The job's watch looks at it afterwards.
 
     Args:
         weight: float `[N, K]` or `[E, N, K]`, any strides.
         job: format, rule and importance.
         importance: f32 `[K]` or `[E, K]`, used instead of the job's if `weight` is only a part of the job's weight.
+        expert: number of the matrix, if `weight` is one of the job's stack.
 
     Returns:
         uint8 `[N, row_bytes]` or `[E, N, row_bytes]`.
@@ -44,17 +49,22 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None) -> T
     if importance is not None:
         importance = importance.to(weight.device)
     if weight.dim() == 2:
-        packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
-        return packed
+        return _pack_matrix(weight, job, importance, expert)
     experts, rows, columns = weight.shape
     out = weight.new_empty((experts, rows, job.fmt.row_bytes(columns)), dtype=torch.uint8)
-    for expert in range(experts):  # matrix by matrix, so that only one matrix of a transposed stack is copied at a time
-        vector = importance[expert] if importance is not None and importance.dim() == 2 else importance
+    for number in range(experts):  # matrix by matrix, so that only one matrix of a transposed stack is copied at a time
+        vector = importance[number] if importance is not None and importance.dim() == 2 else importance
         try:
-            out[expert] = torch.ops.isqtorch.quantize(weight[expert], job.fmt.name, vector, job.rule)
+            out[number] = _pack_matrix(weight[number], job, vector, number)
         except ValueError as error:
-            raise ValueError(f"expert {expert}: {error}") from None
+            raise ValueError(f"expert {number}: {error}") from None
     return out
+
+
+def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None) -> Tensor:
+    packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+    job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
+    return packed
 
 
 def relative_error(weight: Tensor, packed: Tensor, fmt: QuantFormat) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -28,6 +28,7 @@ from isqtorch.report.choice import Choice
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
+from .damage import Watch, damage_alarms, damage_reason
 from .pack import Job, pack_weight
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
@@ -58,13 +59,32 @@ class Prepared:
             notes: further notes for the report.
         """
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
+        damages = {name: job for job in self._damaged() for name in job.names}
         for layer in report.layers:
             layer.error = (errors or {}).get(layer.name)
-        report.notes += [*self.notes, *notes]
+            if layer.stored is not None and layer.name in damages:
+                job = damages[layer.name]
+                layer.damaged = True
+                layer.reason = "; ".join(filter(None, [layer.reason, damage_reason(job.damages, job.fmt)]))
+                if layer.error is None:
+                    layer.error = max(matrix.error for matrix in job.damages)
+        report.notes += [*self.notes, *notes, *self.alarms]
         report.imatrix, report.rule = self.imatrix, self.request.options.rule
         if choice is not None:
             report.record(choice)
         return report
+
+    @property
+    def alarms(self) -> list[str]:
+        """Warnings about layers that packing has damaged, after the jobs are done."""
+        damaged = self._damaged()
+        reasons = {f"{job.names[0]} ({job.fmt.name})": damage_reason(job.damages, job.fmt) for job in damaged}
+        return damage_alarms(reasons, self.request.op)
+
+    def _damaged(self) -> list[Job]:
+        for job in self.jobs:
+            job.watch.finish()
+        return [job for job in self.jobs if job.damages]
 
 
 def settle(
@@ -160,7 +180,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if decision.format is not None and (again or decision.format.name != layer.packed_as):
             groups.setdefault(layer.holder, []).append((layer, decision.format, decision.device))
-    jobs = []
+    jobs, watch = [], Watch()
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
@@ -175,6 +195,7 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
                 rule,
                 device or request.device,
                 request.options,
+                watch,
             )
         )
     return jobs
@@ -280,7 +301,7 @@ def _check_weight(model: nn.Module, job: Job, op: str) -> None:
 def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
     """Pack a weight with very large values on trial: only the quantizer can tell whether a scale overflows."""
     try:
-        pack_weight(matrix, job)
+        pack_weight(matrix, replace(job, watch=Watch(), damages=[]))
     except ValueError as error:
         raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
 

@@ -156,6 +156,8 @@ def quantize_(
     report.seconds = time.perf_counter() - began
     origin.attach(model)
     announce(model, report)
+    for message in prepared.alarms:
+        warnings.warn(message, stacklevel=2)
     return report
 
 

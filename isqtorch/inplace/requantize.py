@@ -146,6 +146,8 @@ def requantize_(
     for message in [*weights.alarms, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _new_layers(model, prepared, weights)
+    for message in prepared.alarms:
+        warnings.warn(message, stacklevel=2)
     permission = _permission(model, prepared, swaps, activations)
     report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *weights.alarms])
     _commit(model, swaps, permission, Origin.made(weights.files, weights.trouble, request), report, began)
@@ -234,6 +236,7 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
+        job.watch.finish()  # reads the weight, whose pages are dropped now
         del weight
         weights.release()
         return PackedParameter(packed.to(device)), error

@@ -21,7 +21,7 @@ from isqtorch.formats.affine import AffineFormat
 
 from .blocks import Blocks
 from .line_fit import Line, error_weights, fit_lines
-from .rounding import divide
+from .rounding import divide, scale_to_16_bits
 
 _EPS = 1e-7  # MLX's smallest scale; f16 does not round it to zero
 
@@ -70,18 +70,6 @@ def _codes(w: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
     return q.clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
-def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a scale to 16 bits. A result that is a subnormal f16 number is rounded away from zero.
-
-    Subnormal numbers are coarse: a scale rounded towards zero would clip a large part of the group's range.
-    """
-    stored = scale.to(dtype)
-    if dtype == torch.float16:
-        short = (stored.float().abs() < scale.abs()) & (scale.abs() < 2.0**-14)
-        stored = torch.where(short, (stored.view(torch.int16) + 1).view(torch.float16), stored)
-    return stored
-
-
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
     """Return scale, bias and codes of n groups. Scale or bias is infinite if the weights are too large for its type."""
     assert isinstance(fmt, AffineFormat)
@@ -91,7 +79,7 @@ def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
         q = _codes(blocks.x, scale, bias, fmt.bits)
         stored_scale, stored_bias = scale.to(dtype), bias.to(dtype)
     else:
-        stored_scale, stored_bias = _stored_scale(scale, dtype), bias.to(dtype)
+        stored_scale, stored_bias = scale_to_16_bits(scale, dtype), bias.to(dtype)
         q = _codes(blocks.x, stored_scale.float(), stored_bias.float(), fmt.bits)
     if rule == "search":
         x, line = blocks.x.t().contiguous(), _AffineLine(stored_scale.float(), stored_bias.float())

@@ -4,6 +4,10 @@ The solver searches for the zero point that minimizes the p-norm of the error (p
 outliers). It stops when the mean error of the whole matrix no longer falls. Therefore a matrix must be solved in one
 piece; solving it in parts gives other bytes. `rule="search"` starts from this solution and searches for scales and zero
 points with a smaller error (`line_fit.py`).
+
+The package allows no step below 5e-5, so it turns groups of small weights into a few levels or a constant. Such groups
+take part in the solver as in the package, so that the other groups of the matrix get the package's bytes. What is
+stored for them is the line from their smallest to their largest weight.
 """
 
 from __future__ import annotations
@@ -18,14 +22,16 @@ from isqtorch.formats import Fields, QuantFormat
 from .blocks import Blocks
 from .denormals import blocks_per_chunk
 from .line_fit import Line, error_weights, fit_lines
-from .rounding import divide
+from .rounding import divide, f32, scale_to_16_bits
 
 _ITERATIONS = 20
 _BETA = 10.0
 _P = 0.7
 _LARGEST_INVERSE = 2e4  # the solver's steps are at least 5e-5
+_SMALLEST_STEP = f32(5e-5)  # 1 / _LARGEST_INVERSE
 _FLAT = 1e-4  # groups with a smaller range get scale 1 and become a constant
 _FAR = 65504.0  # the largest f16
+_SMALLEST_F16 = 2.0**-24
 _EXACT = 2000.0  # integers up to 2048 are exact in f16
 
 
@@ -103,13 +109,23 @@ def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
     The zero point of a narrow group far from 0 may exceed the f16 range. Such a group gets a coarser scale, which puts
     the zero point at +-2000. Its values then keep the precision of f16 itself: |error| <= |w| / 4000. The scale is
     infinite if the range of a group is too large for f16.
+
+    A group of small weights gets a finer scale than the solver's steps of 5e-5, if its zero point stays within +-2000.
     """
+    nmax = (1 << bits) - 1
     offset = solution.zero * solution.scale
     far = solution.zero.abs() > _FAR
     scale = torch.where(far, divide(offset.abs(), _EXACT), solution.scale).half()
     step = scale.float()
     zero = torch.where(far, (offset / step).round(), solution.zero).half()
-    q = (groups / step[:, None] + zero.float()[:, None]).round().clamp(0, (1 << bits) - 1)
+    low, high = groups.amin(dim=1), groups.amax(dim=1)
+    fine = torch.maximum(divide(high - low, nmax), divide(low.abs(), _EXACT)).clamp(min=_SMALLEST_F16)
+    fine = scale_to_16_bits(fine, torch.float16)
+    small = (low < high) & (fine.float() < _SMALLEST_STEP)
+    scale = torch.where(small, fine, scale)
+    step = scale.float()
+    zero = torch.where(small, ((-low / step).round() + 0.0).half(), zero)  # + 0.0: no negative zero
+    q = (groups / step[:, None] + zero.float()[:, None]).round().clamp(0, nmax)
     return {"scale": scale, "zero": zero, "q": q.to(torch.uint8)}
 
 

@@ -56,6 +56,18 @@ def f32(value: float) -> float:
     return float(np.float32(value))
 
 
+def scale_to_16_bits(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a scale to f16 or bf16. A result that is a subnormal f16 number is rounded away from zero.
+
+    Subnormal numbers are coarse: a scale rounded towards zero would clip a large part of the group's range.
+    """
+    stored = scale.to(dtype)
+    if dtype == torch.float16:
+        short = (stored.float().abs() < scale.abs()) & (scale.abs() < 2.0**-14)
+        stored = torch.where(short, (stored.view(torch.int16) + 1).view(torch.float16), stored)
+    return stored
+
+
 def ordered_sum(terms: Tensor, start: float | None = 0.0) -> Tensor:
     """Sum over the first dimension, from index 0 up: f32 `[n, ...]` -> `[...]`.
 

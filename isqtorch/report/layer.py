@@ -26,12 +26,15 @@ class LayerReport:
         dtype: type of the weight before: bf16, f16, ..., or the name of a format.
         requested: the format asked for, or None.
         stored: the format it has now; None: not quantized.
-        reason: why `stored` is not `requested`.
+        reason: why `stored` is not `requested`, and what was lost if the layer is damaged.
         bytes_before, bytes_after: size of the weight; 0 for a layer that shares the weight of another.
         promoted: whether the layer got a larger format because it is an embedding or output head.
         fell_back: whether the requested format does not fit, because its block size does not divide K.
         tied_to: the layer whose weight this one shares, or None.
-        error: RMS error relative to the RMS of the original weights, or None if it was not measured.
+        error: RMS error relative to the RMS of the original weights, or None if it was not measured. It is always
+            measured for damaged layers; for experts it is then the error of the worst one.
+        damaged: whether packing lost much more than `QuantFormat.weight_error` leads to expect, in a sample of blocks
+            that is taken of every weight. Weights too small for the scales of the format are the common cause.
 
     Example:
         layer = isqtorch.quantize_(model, 4, measure_error=True)["model.embed_tokens"]
@@ -52,6 +55,7 @@ class LayerReport:
     fell_back: bool = False
     tied_to: str | None = None
     error: float | None = None
+    damaged: bool = False
 
     @property
     def numel(self) -> int:

@@ -153,7 +153,7 @@ class QuantReport:
 
     @property
     def weights(self) -> list[LayerReport]:
-        """The layers without those that share the weight of another; so are the four lists below."""
+        """The layers without those that share the weight of another; so are the five lists below."""
         return [layer for layer in self.layers if layer.tied_to is None]
 
     @property
@@ -175,6 +175,11 @@ class QuantReport:
     def fallbacks(self) -> list[LayerReport]:
         """The weights whose shape does not fit the requested format, so that they got another one."""
         return [layer for layer in self.quantized if layer.fell_back]
+
+    @property
+    def damaged(self) -> list[LayerReport]:
+        """The weights that lost much more than usual, each with its error; see `LayerReport.damaged`."""
+        return [layer for layer in self.quantized if layer.damaged]
 
     # ---- output ------------------------------------------------------------------------------------------------------
 

@@ -134,3 +134,17 @@ def test_expert_parallel(family: str, tmp_path: Path) -> None:
     again = load(tmp_path / "two", None)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_an_expert_of_small_weights_is_said_while_loading(qwen: Path) -> None:
+    names: list[str] = []
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        names.extend(name for name in tensors if "experts.1.up_proj" in name)
+        tensors[names[0]] *= 1e-5
+
+    rewrite(qwen, shrink)
+    with pytest.warns(UserWarning, match="1 layer lost much more than usual: .*experts"):
+        model = load(qwen, IsqConfig("q8_0"))
+    [layer] = model.isq_report.damaged
+    assert "in expert 1: error" in layer.reason

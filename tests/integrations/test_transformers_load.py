@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import FORMATS
 from hf import MODELS, load, logits
-from models import state_bytes
+from models import state_bytes, tiny_llama
 
 import isqtorch
 from isqtorch import IsqConfig
@@ -239,3 +239,13 @@ def test_nothing_quantized_is_a_warning(llama: Path) -> None:
         warnings.simplefilter("always")
         load(llama, quantization_config=IsqConfig("q4k", include="no_such_layer"))
     assert any("IsqConfig quantized nothing" in str(warning.message) for warning in caught)
+
+
+def test_layers_of_small_weights_are_said_while_loading(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-4)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="1 layer lost much more than usual: model.layers.0.mlp.up_proj"):
+        loaded = type(model).from_pretrained(tmp_path, quantization_config=IsqConfig("q6k"))
+    assert [layer.name for layer in loaded.isq_report.damaged] == ["model.layers.0.mlp.up_proj"]

@@ -194,3 +194,11 @@ def test_other_layers_are_none_of_its_business() -> None:
 def test_bad_configurations(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(content)
+
+
+def test_layers_of_small_weights_are_said() -> None:
+    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj", rank=0, ranks=1)
+    for part, tensor in enumerate(weights()):
+        layer.weight.weight_loader(layer.weight, tensor * 1e-6, part)
+    with pytest.warns(UserWarning, match=r"isq in vLLM: 1 layer lost much more than usual: .*qkv_proj \(q6k\)"):
+        layer.quant_method.process_weights_after_loading(layer)

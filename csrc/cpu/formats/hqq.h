@@ -4,8 +4,12 @@
 // = 0.7, so that outliers count less). The steps end when the mean error of the whole matrix no longer falls, so all
 // groups take each step together (mobiusml/hqq, core/optimize.py: optimize_weights_proximal_legacy). Afterwards
 // Rule::kSearch looks for a better scale and zero point in each group.
+//
+// The package allows no step below 5e-5. A group of small weights takes part in the steps as in the package, so that
+// the other groups get the package's bytes. What is stored for it is the line from its smallest to its largest weight.
 #pragma once
 
+#include "cpu/formats/affine.h"
 #include "cpu/formats/bitstream.h"
 #include "cpu/formats/list.h"
 #include "cpu/quantize/line_fit.h"
@@ -44,9 +48,9 @@ struct Hqq {
  private:
   static constexpr int kSteps = 20;
   static constexpr float kBeta = 10.0f, kPower = 0.7f - 1.0f;
-  static constexpr float kLargestInverse = 2e4f;
+  static constexpr float kLargestInverse = 2e4f, kSmallestStep = 5e-5f;
   static constexpr float kFlat = 1e-4f;  // a group of smaller range counts as constant
-  static constexpr float kLargestF16 = 65504.0f;
+  static constexpr float kLargestF16 = 65504.0f, kSmallestF16 = 0x1p-24f;
   static constexpr float kExact = 2000.0f;     // integers up to 2048 are exact in f16
   static constexpr float kShrinkFrom = 0.17f;  // for |e| < 0.1^(1/1.3) = 0.1701 the result is 0
 
@@ -137,7 +141,8 @@ struct Hqq {
     }
 
     // Rounds scale and zero to f16 and computes the codes with the rounded ones. A zero beyond f16 (a narrow group far
-    // from 0) is never stored as infinity: such a group gets a coarser scale that puts the zero at +-2000.
+    // from 0) is never stored as infinity: such a group gets a coarser scale that puts the zero at +-2000. A group of
+    // small weights gets a finer scale than the solver's steps, if its zero stays within +-2000.
     void store() {
       const bool search = job.rule == Rule::kSearch;
       for_units(
@@ -145,8 +150,14 @@ struct Hqq {
             const LaneFloats exact_scale = 1.0f / inverse[unit];
             const LaneFloats offset = zero[unit] * exact_scale;
             const LaneInts far = abs(zero[unit]) > kLargestF16;
-            Halves scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
-            Halves zero_point = to_f16(select(far, round_even(offset / scale.value), zero[unit]));
+            LaneFloats low, high;
+            first_min_max(in.x, kGroup, &low, &high);
+            const LaneFloats least = max(abs(low) / kExact, splat<LaneFloats>(kSmallestF16));
+            const LaneFloats fine = scale_to_f16(max((high - low) / (float)kMax, least)).value;
+            const LaneInts small = (low < high) & (fine < kSmallestStep);
+            Halves scale = to_f16(select(small, fine, select(far, abs(offset) / kExact, exact_scale)));
+            const LaneFloats solved = select(far, round_even(offset / scale.value), zero[unit]);
+            Halves zero_point = to_f16(select(small, round_even(-low / scale.value), solved));
             LaneInts codes[kGroup];
             for (int i = 0; i < kGroup; ++i) {
               codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));

@@ -118,9 +118,10 @@ def pack_matrices(
                 out = torch.empty(shape, dtype=torch.uint8, device=matrix.device)
             vector = importance[number] if importance is not None and importance.dim() == 2 else importance
             try:
-                out[here, start : start + height] = pack_weight(matrix, job, vector)
+                out[here, start : start + height] = pack_weight(matrix, job, vector, number)
             except ValueError as error:
                 raise ValueError(f"expert {number}: {error}") from None
+            job.watch.finish()  # reads the matrix, whose pages are dropped now
             done(matrix, number)
             here += 1
         if here != experts:

@@ -214,6 +214,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
+        if load.meter is None:
+            for message in load.prepared.alarms:
+                warnings.warn(message, stacklevel=2)
         load.origin.attach(model)
         record(model, self)
         return model
@@ -272,6 +275,7 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         if load.meter is not None:
             load.meter.add(job.names[0], source)
         packed = pack_weight(source, job, importance)
+        job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 

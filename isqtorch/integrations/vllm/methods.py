@@ -6,6 +6,7 @@ be cut and joined like float rows, and a row may be cut between blocks. So vLLM'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
 from isqtorch.formats import QuantFormat
+from isqtorch.inplace.damage import damage, damage_alarms, damage_reason
 
 _DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
@@ -108,4 +110,9 @@ class IsqOnlineMethod(_Method):
             packed = torch.ops.isqtorch.quantize(layer.weight.data, self.format.name)
         except ValueError as error:
             raise ValueError(f"isq in vLLM: {self.prefix}: {error}") from None
+        found = damage(layer.weight.data, packed, self.format)
+        if found is not None:
+            reasons = {f"{self.prefix} ({self.format.name})": damage_reason([found], self.format)}
+            for message in damage_alarms(reasons, "isq in vLLM"):
+                warnings.warn(message, stacklevel=2)
         layer.weight = nn.Parameter(packed, requires_grad=False)

@@ -1,7 +1,8 @@
 // HQQ: the zero points move in steps until the mean error of the whole matrix no longer falls. The steps are those of
 // cpu/formats/hqq.h. A step is two kernels. One moves the zero point of every group and adds up the errors, sixteen
 // groups at a time as the CPU does. The other adds these sums in order and decides whether this was the last step.
-// Later steps see this decision and do nothing, so the host never waits.
+// Later steps see this decision and do nothing, so the host never waits. Groups of small weights are stored as in
+// cpu/formats/hqq.h.
 #pragma once
 
 #include "cuda/kernels/quantize/affine.cuh"
@@ -169,18 +170,21 @@ struct StoreHqq : TileFormat {
   template <bool kWeighted>
   static ISQ_DEVICE bool quantize(const LaneFloats (&x)[32], LaneFloats (&importance)[32], const BlockScope& scope) {
     constexpr float kLargestF16 = 65504.0f, kExact = 2000.0f;  // integers up to 2048 are exact in f16
+    constexpr float kSmallestStep = 5e-5f;                     // of the solver
+    constexpr float kSmallestF16 = 0x1p-24f;
     StagedGroup group;
     LaneFloats low, high;
-    if constexpr (kSearch) {
-      group = share_group<kWeighted>(x, importance, scope);
-      range_of(x, scope.team, &low, &high);
-    }
+    if constexpr (kSearch) group = share_group<kWeighted>(x, importance, scope);
+    range_of(x, scope.team, &low, &high);
     HqqGroup solved = {1.0f, 0.0f};
     if (scope.exists) solved = HqqSpace::groups_in(scope.workspace)[scope.index];
     const LaneFloats z = solved.zero, exact_scale = 1.0f / solved.inverse, offset = z * exact_scale;
     const LaneInts far = abs(z) > kLargestF16;
-    Half scale = to_f16(select(far, abs(offset) / kExact, exact_scale));
-    Half zero = to_f16(select(far, round_even(offset / scale.value), z));
+    const LaneFloats least = max(abs(low) / kExact, kSmallestF16);
+    const LaneFloats fine = scale_to_f16(max((high - low) / (float)kMax, least)).value;
+    const LaneInts small = (low < high) & (fine < kSmallestStep);
+    Half scale = to_f16(select(small, fine, select(far, abs(offset) / kExact, exact_scale)));
+    Half zero = to_f16(select(small, round_even(-low / scale.value), select(far, round_even(offset / scale.value), z)));
     LaneInts codes[32];
     for_quotients(x, scope.largest, 0.0f, scale.value,
                   [&](int i, LaneFloats q) { codes[i] = nearest_code(q + zero.value, (float)kMax); });
