@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,12 @@ from isqtorch.modules import QuantLinear
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", "0.21")
 
-from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
-from peft.utils.other import ModulesToSaveWrapper  # noqa: E402
+from adapters import IDS, WRAPPED, logits, quantized, relative, shake, with_lora  # noqa: E402
 
 from isqtorch.integrations import peft as isq_peft  # noqa: E402
 from isqtorch.integrations.peft.layers import OnPacked  # noqa: E402
 
-IDS = torch.arange(24).view(2, 12) % 60
-WRAPPED = {
-    BaseTuner: ("inject_adapter", "merge_adapter", "merge_and_unload", "unload"),
-    ModulesToSaveWrapper: ("update", "unload_and_optionally_merge_module"),
-}
 every_format = pytest.mark.parametrize("fmt", formats())
-
-
-@pytest.fixture
-def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for owner, names in WRAPPED.items():
-        for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
-    isq_peft.enable()
-    yield
-
-
-def quantized(fmt: str = "q4k", *, layers: int = 1) -> Any:
-    model = tiny_llama(layers=layers, dtype=torch.float32)
-    quantize_(model, fmt)
-    return model
-
-
-def with_lora(model: nn.Module, **options: Any) -> Any:
-    torch.manual_seed(1)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options})
-    return peft.get_peft_model(model, config)
 
 
 def train(model: Any, steps: int, lr: float = 0.02) -> list[float]:
@@ -67,23 +39,6 @@ def train(model: Any, steps: int, lr: float = 0.02) -> list[float]:
         loss.backward()
         optimizer.step()
     return [*losses, model(IDS, labels=IDS).loss.item()]
-
-
-def shake(model: Any, size: float = 0.05) -> None:
-    """Adapters that do something: B starts as zeros."""
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:
-            nn.init.normal_(parameter, std=size)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from .record import detach, unmerged
 ENOUGH = 0.9
 """The share of an adapter's change that a merge must keep, or it warns."""
 _SAMPLE = 8  # least number of rows by which a layer is compared with the checkpoint
-_CLOSE = 1.5  # the error of packed rows over that of freshly packed ones, if they were packed from the same floats
+_CLOSE = 1.25  # the error of packed rows over that of freshly packed ones, if they were packed from the same floats
 _CHUNK = 1 << 22  # number of weights that are decoded at a time to measure what is kept
 
 
@@ -101,6 +101,7 @@ class Session:
     _last: PackedModule | None = None  # the layer that was made last
     _weights: Weights | None = None
     _names: dict[int, list[str]] = field(default_factory=dict)  # id of a layer -> its names without PEFT's parts
+    _sharing: dict[int, list[str]] = field(default_factory=dict)  # id of a weight -> names of the layers that have it
     _why: str = "where they came from is not known here"  # reason for decoding
     _unlike: list[str] = field(default_factory=list)  # layers that were packed in another way
     _shared: dict[int, tuple[Tensor, list[nn.Parameter]]] = field(default_factory=dict)
@@ -118,6 +119,8 @@ class Session:
         for name, module in plain.named_modules(remove_duplicate=False):
             if isinstance(module, PackedModule):
                 self._names.setdefault(id(module), []).append(name)
+                for leaf in module.packed:  # a tied weight may be stored under any of its names
+                    self._sharing.setdefault(id(module._parameters[leaf]), []).append(name)
         self._weights = self._find(plain)
 
     def _find(self, plain: nn.Module) -> Weights | None:
@@ -180,7 +183,7 @@ class Session:
 
     def _read(self, weights: Weights, layer: PackedModule, packed: Tensor) -> Floats | None:
         """The weight of the checkpoint, or None if it is not that of the layer."""
-        names = self._names[id(layer)]
+        names = self._sharing[id(packed)]
         try:
             weight = weights.of(names).to(packed.device, copy=True, memory_format=torch.contiguous_format)
         except (ValueError, OSError) as error:

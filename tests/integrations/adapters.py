@@ -1,0 +1,50 @@
+"""Adapters of PEFT on small models, for the tests of isqtorch.integrations.peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from models import tiny_llama
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from isqtorch.inplace.quantize import quantize_
+
+IDS = torch.arange(24).view(2, 12) % 60
+WRAPPED = {
+    BaseTuner: ("inject_adapter", "merge_adapter", "merge_and_unload", "unload"),
+    ModulesToSaveWrapper: ("update", "unload_and_optionally_merge_module"),
+}
+"""What `enable` replaces."""
+
+
+def quantized(fmt: str = "q4k", *, layers: int = 1) -> Any:
+    model = tiny_llama(layers=layers, dtype=torch.float32)
+    quantize_(model, fmt)
+    return model
+
+
+def with_lora(model: nn.Module, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **options})
+    return peft.get_peft_model(model, config)
+
+
+def shake(model: Any, size: float = 0.05) -> None:
+    """Adapters that do something: B starts as zeros."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=size)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

@@ -1,0 +1,504 @@
+"""Merging adapters into packed layers: from the checkpoint where it is known, else with a warning about what is lost."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf import load
+from models import state_bytes, tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from isqtorch import IsqConfig
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.inplace.requantize import requantize_
+
+peft = pytest.importorskip("peft", "0.21")
+
+from adapters import IDS, logits, quantized, relative, shake, with_lora  # noqa: E402
+
+from isqtorch.integrations.peft import merging  # noqa: E402
+from isqtorch.integrations.peft.record import record_of  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("enabled")
+TARGETS = ["q_proj", "up_proj"]
+
+
+def silent(action: Callable[[], Any]) -> Any:
+    """The result; a warning about the merge fails the test."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="merge:")
+        return action()
+
+
+def warned(action: Callable[[], Any]) -> tuple[Any, str]:
+    """The result, and the one warning about the merge."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = action()
+    messages = [str(w.message) for w in caught if str(w.message).startswith("merge:")]
+    assert len(messages) == 1, messages
+    return result, messages[0]
+
+
+def tuned(model: Any, config: Any, size: float = 0.02) -> Any:
+    """A model with an adapter that does something, the same for the same configuration."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, copy.deepcopy(config))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * size)
+    return model
+
+
+# ---- from the checkpoint -------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "lora": peft.LoraConfig(r=4, target_modules="all-linear"),
+    "rslora": peft.LoraConfig(r=4, use_rslora=True, target_modules=TARGETS),
+    "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "head": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "ia3": peft.IA3Config(target_modules=TARGETS, feedforward_modules=["up_proj"]),
+    "oft": peft.OFTConfig(oft_block_size=8, target_modules=TARGETS),
+    "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "road": peft.RoadConfig(target_modules=TARGETS),
+}
+
+
+def moved(source: Any, target: Any) -> Any:
+    """`target` with the adapters of `source`. PEFT rounds new ones to the type of a float layer, so they would differ."""
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, own in [*target.named_parameters(), *target.named_buffers()]:
+        if own.is_floating_point():
+            own.data.copy_(values[name].data)
+            values[name].data = values[name].data.to(own.dtype)
+    return target
+
+
+def both(llama: Path, made: Callable[[Any], Any], fmt: str = "q4k") -> tuple[Any, Any]:
+    """A float model and a packed one, which was loaded from the same checkpoint, with the same adapters."""
+    reference = made(load(llama))
+    return reference, moved(reference, made(load(llama, quantization_config=IsqConfig(fmt))))
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["", "safe"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_the_merged_float_model_quantized(kind: str, safe: bool, llama: Path) -> None:
+    """Bit for bit, in bfloat16, with the bytes that `quantize_` makes of the float model with the adapter."""
+    reference, packed = both(llama, lambda model: tuned(model, CONFIGS[kind]))
+    merged = silent(lambda: packed.merge_and_unload(safe_merge=safe))
+    reference = reference.merge_and_unload(safe_merge=safe)
+    quantize_(reference, "q4k")
+    assert state_bytes(merged) == state_bytes(reference)
+
+
+@pytest.mark.parametrize("fmt", ["q2k", "q3k", "q8_0", "afq4", "hqq4", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+def test_in_every_family(fmt: str, name: str, checkpoints: Callable[[str], Path]) -> None:
+    config = peft.LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=name == "gpt2")
+    reference = tuned(load(checkpoints(name)), config)
+    model = load(checkpoints(name))
+    quantize_(model, fmt)
+    merged = silent(moved(reference, tuned(model, config)).merge_and_unload)
+    reference = reference.merge_and_unload()
+    quantize_(reference, fmt)
+    assert state_bytes(merged) == state_bytes(reference)
+
+
+@pytest.mark.parametrize(("fmt", "rule"), [("afq4", "search"), ("afq4", "mlx"), ("hqq4", "search")])
+def test_the_rule_is_that_of_the_layer(fmt: str, rule: Any, llama: Path) -> None:
+    """No record of it exists: a few packed rows tell."""
+    reference, model = tuned(load(llama), CONFIGS["lora"]), load(llama)
+    quantize_(model, fmt, rule=rule)
+    merged = silent(moved(reference, tuned(model, CONFIGS["lora"])).merge_and_unload)
+    reference = reference.merge_and_unload()
+    quantize_(reference, fmt, rule=rule)
+    assert state_bytes(merged) == state_bytes(reference)
+
+
+def test_several_adapters_and_selected_ones(llama: Path) -> None:
+    def made(model: Any) -> Any:
+        model = tuned(model, CONFIGS["lora"])
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["up_proj"]))
+        model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        shake(model, 0.02)
+        return model
+
+    for names in (["default", "second"], ["second"], ["second", "third", "default"]):
+        reference, model = both(llama, made)
+        reference = reference.merge_and_unload(adapter_names=names)
+        quantize_(reference, "q4k")
+        first = state_bytes(model)
+        model.merge_adapter(names[:1])
+        model.merge_adapter(names[1:])
+        model.unmerge_adapter()
+        assert state_bytes(model) == first
+        merged = silent(lambda model=model, names=names: model.merge_and_unload(adapter_names=names))
+        assert state_bytes(merged) == state_bytes(reference)
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_weighted_adapters(combination: str, llama: Path) -> None:
+    def made(model: Any) -> Any:
+        model = tuned(model, peft.LoraConfig(r=4, target_modules=TARGETS))
+        model.add_adapter("second", peft.LoraConfig(r=4, target_modules=TARGETS))
+        shake(model, 0.02)
+        return model
+
+    merged = []
+    for model in both(llama, made):
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.5], "both", combination_type=combination)
+        model.set_adapter("both")
+        merged.append(model)
+    moved(*merged)
+    merged = [silent(model.merge_and_unload) for model in merged]
+    quantize_(merged[0], "q4k")
+    assert state_bytes(merged[0]) == state_bytes(merged[1])
+
+
+@pytest.mark.parametrize("order", ["lora first", "oft first"])
+def test_adapters_around_adapters(order: str, llama: Path) -> None:
+    """A mixed model: PEFT merges the inner layer, takes it out, and merges the outer one."""
+    configs = [peft.LoraConfig(r=4, target_modules=TARGETS), peft.OFTConfig(oft_block_size=8, target_modules=TARGETS)]
+    configs = configs if order == "lora first" else configs[::-1]
+
+    def made(model: Any) -> Any:
+        model = peft.get_peft_model(model, copy.deepcopy(configs[0]), mixed=True)
+        model.add_adapter("second", copy.deepcopy(configs[1]))
+        model.set_adapter(["default", "second"])
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape) * 0.02)
+        return model
+
+    reference, model = both(llama, made)
+    before = state_bytes(model)
+    model.base_model.merge_adapter()
+    assert state_bytes(model) != before
+    model.base_model.unmerge_adapter()
+    assert state_bytes(model) == before
+    merged, reference = silent(model.merge_and_unload), reference.merge_and_unload()
+    quantize_(reference, "q4k")
+    assert state_bytes(merged) == state_bytes(reference)
+
+
+def test_a_plain_module_with_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 32, bias=False))
+    save_file(model.state_dict(), tmp_path / "floats.safetensors")
+    reference = tuned(copy.deepcopy(model), peft.LoraConfig(target_modules=["0"], lora_bias=True)).merge_and_unload()
+    quantize_(model, "q4_0")
+    model = tuned(model, peft.LoraConfig(target_modules=["0"], lora_bias=True))
+    with merging(source=tmp_path / "floats.safetensors"):
+        merged = silent(model.merge_and_unload)
+    quantize_(reference, "q4_0")
+    assert state_bytes(merged) == state_bytes(reference)
+
+
+def test_the_file_that_is_named_must_have_the_weights(tmp_path: Path) -> None:
+    model = quantized("q4k")
+    save_file({"something": torch.zeros(1)}, tmp_path / "other.safetensors")
+    model = tuned(model, CONFIGS["lora"])
+    before = state_bytes(model)
+    with (
+        merging(source=tmp_path / "other.safetensors"),
+        pytest.raises(ValueError, match="merge: .* has no model.layers"),
+    ):
+        model.merge_adapter()
+    assert state_bytes(model) == before
+
+
+def test_importance_is_not_recorded_and_that_is_said(llama: Path) -> None:
+    torch.manual_seed(0)
+    model = load(llama)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    widths = {name: model.get_submodule(name).in_features for name in names}
+    quantize_(model, "q4k", imatrix={name: torch.rand(width) * 10 for name, width in widths.items()})
+    reference = tuned(load(llama), CONFIGS["lora"])
+    merged, message = warned(moved(reference, tuned(model, CONFIGS["lora"])).merge_and_unload)
+    assert "14 of 14 layers" in message and "importance" in message and "imatrix=" in message
+    reference = reference.merge_and_unload()
+    quantize_(reference, "q4k")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert state_bytes(merged)[name] == state_bytes(reference)[name]
+
+
+# ---- where the checkpoint does not stand for the weights -----------------------------------------------------------------
+
+
+def weight_in(folder: Path, layer: str) -> Tensor:
+    return load_file(folder / "model.safetensors")[f"{layer}.weight"].float()
+
+
+def test_a_second_adapter_is_added_to_the_first(llama: Path) -> None:
+    """The checkpoint does not hold the first adapter: nothing may start from it again."""
+    config = peft.LoraConfig(r=4, target_modules=TARGETS)
+    once = silent(tuned(load(llama, quantization_config=IsqConfig("q4k")), config).merge_and_unload)
+    with pytest.raises(ValueError, match="adapters were merged into the model's layers"):
+        requantize_(once, "q8_0")
+    first = once.model.layers[0].mlp.up_proj.dequantize().float()
+    model = tuned(once, config, 0.002)
+    delta = model.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default").float()
+    merged, message = warned(model.merge_and_unload)
+    assert "adapters were merged" in message
+    after = merged.model.layers[0].mlp.up_proj.dequantize().float()
+    assert relative(after, first + delta) < 0.03 < relative(first, weight_in(llama, "model.layers.0.mlp.up_proj")) - 0.1
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "layer by layer"])
+def test_unload_keeps_what_is_merged_and_says_so_to_requantize(merge: str, llama: Path) -> None:
+    model = tuned(load(llama, quantization_config=IsqConfig("q8_0")), CONFIGS["lora"])
+    if merge == "merge_adapter":
+        model.merge_adapter()
+    else:
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight"):
+                module.merge()
+    merged = state_bytes(model.base_model.model.model.layers[0].mlp.up_proj.base_layer)
+    plain = model.unload()
+    assert state_bytes(plain.model.layers[0].mlp.up_proj) == merged
+    with pytest.raises(ValueError, match="adapters were merged"):
+        requantize_(plain, "q4k")
+
+
+def test_unload_without_a_merge_changes_nothing(llama: Path) -> None:
+    model = load(llama, quantization_config=IsqConfig("q8_0"))
+    before = state_bytes(model)
+    plain = tuned(model, CONFIGS["lora"]).unload()
+    assert state_bytes(plain) == before
+    requantize_(plain, "q4k")  # from the checkpoint, still
+
+
+@pytest.mark.parametrize("change", ["trained before", "file is gone", "other weights"])
+def test_otherwise_the_decoded_weights_are_used(change: str, llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in llama.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    if change == "trained before":
+        model = load(folder)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(2)
+        quantize_(model, "q4k")
+    else:
+        model = load(folder, quantization_config=IsqConfig("q4k"))
+    file = folder / "model.safetensors"
+    if change == "file is gone":
+        file.unlink()
+    elif change == "other weights":
+        state = {name: weight if weight.dim() == 1 else weight.flip(0) for name, weight in load_file(file).items()}
+        state["model.embed_tokens.weight"] = load_file(file)["model.embed_tokens.weight"]
+        save_file(state, file, metadata={"format": "pt"})
+    up = model.model.layers[0].mlp.up_proj
+    model = tuned(model, peft.LoraConfig(r=4, target_modules=["up_proj"]), 0.002)
+    delta = model.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default").float()
+    want = up.dequantize().float() + delta
+    merged, message = warned(model.merge_and_unload)
+    assert relative(merged.model.layers[0].mlp.up_proj.dequantize().float(), want) < 0.15
+    reason = {"trained before": "was not what", "file is gone": "no such file", "other weights": "was not packed from"}
+    assert reason[change] in message
+
+
+# ---- from the decoded weights --------------------------------------------------------------------------------------------
+
+
+def small(fmt: str, size: float = 0.02) -> tuple[Any, Tensor, Tensor]:
+    """A packed model with an adapter of a given size relative to the weight, the decoded weight, and the change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 128))
+    quantize_(model, fmt, include=["0"])
+    before = model[0].dequantize()
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["0", "1"]))
+    layer = tuned.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        layer.lora_B["default"].weight *= size * before.norm() / layer.get_delta_weight("default").norm()
+    return tuned, before, layer.get_delta_weight("default").detach()
+
+
+def kept(after: Any, before: Tensor, delta: Tensor) -> float:
+    return float(((after.dequantize() - before) * delta).sum() / (delta * delta).sum())
+
+
+@pytest.mark.parametrize("fmt", ["q2k", "q4k", "q4_0", "afq3", "afq4", "hqq4"])
+def test_a_loss_is_said_once_with_its_size(fmt: str) -> None:
+    model, before, delta = small(fmt)
+    merged, message = warned(model.merge_and_unload)
+    share = kept(merged[0], before, delta)
+    assert share < 0.9 and "1 of 1 packed layers" in message and f" {100 * share:.0f} %" in message
+    for way in ("source=", "merge_format=", "unmerged", "dequantize_"):
+        assert way in message
+
+
+@pytest.mark.parametrize("fmt", ["q8_0", "afq8", "hqq8", "q8k"])
+def test_a_merge_that_keeps_the_adapter_says_nothing(fmt: str) -> None:
+    model, before, delta = small(fmt)
+    merged = silent(model.merge_and_unload)
+    assert kept(merged[0], before, delta) > 0.9
+
+
+@pytest.mark.parametrize("wide", [8, "q8_0", "fp8", "afq8", "8"])
+@pytest.mark.parametrize("fmt", ["q2k", "q4k", "afq4"])
+def test_more_bits_keep_it(fmt: str, wide: Any) -> None:
+    model, before, delta = small(fmt, 0.1 if wide == "fp8" else 0.02)
+    bytes_before, output = state_bytes(model), model(torch.ones(1, 256))
+    with merging(merge_format=wide):
+        silent(model.merge_adapter)
+    assert model.base_model.model[0].get_base_layer().format == {8: "q8_0", "8": "q8_0"}.get(wide, wide)
+    assert kept(model.base_model.model[0].get_base_layer(), before, delta) > 0.9
+    model.unmerge_adapter()
+    assert state_bytes(model) == bytes_before and torch.equal(model(torch.ones(1, 256)), output)
+    with merging(merge_format=wide):
+        merged = silent(model.merge_and_unload)
+    assert kept(merged[0], before, delta) > 0.9
+
+
+def test_rows_without_a_change_keep_their_bytes() -> None:
+    model, _, _ = small("q2k", 0.5)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight[:100] = 0
+    before = layer.base_layer.weight.clone()
+    merged = model.merge_and_unload()
+    assert torch.equal(merged[0].weight[:100], before[:100]) and not torch.equal(merged[0].weight[100:], before[100:])
+
+
+def test_a_layer_that_merges_by_itself_says_what_is_lost() -> None:
+    model, before, delta = small("q4k")
+    layer = model.base_model.model[0]
+    _, message = warned(layer.merge)
+    assert "a layer that merges by itself" in message and kept(layer.base_layer, before, delta) < 0.9
+    with merging(source="."), pytest.raises(ValueError, match="needs the names of the layers"):
+        layer.unmerge() or layer.merge()
+
+
+def test_the_wishes_are_checked() -> None:
+    with pytest.raises(ValueError, match="unknown format 'q9'"), merging(merge_format="q9"):
+        pass
+    with pytest.raises(FileNotFoundError, match="no folder or file 'nowhere'"), merging(source="nowhere"):
+        pass
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64))
+    quantize_(model, "q4_0")
+    model = tuned(model, peft.LoraConfig(target_modules=["0"]))
+    before = state_bytes(model)
+    with merging(merge_format="q6k"), pytest.raises(ValueError, match="0 has rows of 96 weights, and merge_format q6k"):
+        model.merge_adapter()
+    assert state_bytes(model) == before and not model.base_model.model[0].merged
+
+
+# ---- the model around it -------------------------------------------------------------------------------------------------
+
+
+def test_config_tells_the_new_formats(llama: Path, tmp_path: Path) -> None:
+    model = tuned(load(llama, quantization_config=IsqConfig("q4k")), peft.LoraConfig(r=4, target_modules=TARGETS))
+    with merging(merge_format="q8_0"):
+        merged = model.merge_and_unload()
+    assert merged.isq_report["model.layers.0.mlp.up_proj"].stored == "q8_0"
+    assert merged.isq_report["model.layers.0.mlp.down_proj"].stored == "q4k"
+    merged.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert state_bytes(again) == state_bytes(merged) and torch.equal(logits(again), logits(merged))
+
+
+def test_a_tied_table_is_not_changed_with_the_head(checkpoints: Callable[[str], Path]) -> None:
+    """As computed unmerged. PEFT adds to the shared float weight, and so to the table as well."""
+    model = load(checkpoints("tied"), quantization_config=IsqConfig("q8_0"))
+    table = model.model.embed_tokens.weight.clone()
+    model = tuned(model, peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    want = logits(model)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged.model.embed_tokens.weight, table) and relative(logits(merged), want) < 0.03
+
+
+def test_tied_layers_with_tied_adapters_stay_tied() -> None:
+    model = tiny_llama(tied=True, dtype=torch.float32)
+    quantize_(model, "q8_0")
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model = tuned(model, config)
+    want = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and relative(logits(merged), want) < 0.03
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle", "torch.save"])
+def test_copies_merge_by_themselves(how: str) -> None:
+    model = with_lora(quantized("q8_0"))
+    shake(model)
+    before = state_bytes(model)
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        if how == "copy":
+            other = copy.deepcopy(model)
+        elif how == "pickle":
+            other = pickle.loads(pickle.dumps(model))
+        else:
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            other = torch.load(file, weights_only=False)
+        assert state_bytes(other) == state_bytes(model)
+        if merged:
+            other.unmerge_adapter()
+            assert state_bytes(other) == before != state_bytes(model)
+        other.merge_adapter()
+        assert (state_bytes(model) == before) is not merged
+        model.unmerge_adapter() if merged else None
+
+
+def test_nothing_of_the_merge_stays_after_it() -> None:
+    model = with_lora(quantized("q8_0"))
+    shake(model)
+    model.merge_adapter()
+    merged = model.merge_and_unload()
+    assert all(record_of(module) is None for module in merged.modules())
+
+
+def test_casts_and_modes_while_merged_are_kept() -> None:
+    model = with_lora(quantized("q8_0"))
+    shake(model)
+    packed = state_bytes(model.base_model.model.model.layers[0].mlp.up_proj.base_layer)
+    model.merge_adapter()
+    model.train().to(torch.bfloat16)
+    model.unmerge_adapter()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert layer.dtype == torch.bfloat16 and layer.training and state_bytes(layer) == packed
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_dequantized_after_the_adapter_was_added() -> None:
+    from isqtorch.inplace.dequantize import dequantize_
+
+    model = with_lora(quantized("q8_0"))
+    shake(model, 0.02)
+    dequantize_(model)
+    want = logits(model)
+    assert relative(logits(model.merge_and_unload()), want) < 1e-4
+
+
+def test_a_hook_moves_with_the_layer() -> None:
+    model = tiny_llama(layers=1, dtype=torch.float32)
+    quantize_(model, "q8_0")
+    calls: list[int] = []
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    model = with_lora(model)
+    model.merge_adapter()
+    logits(model)
+    assert len(calls) == 1
+    handle.remove()
+    logits(model)
+    assert len(calls) == 1
