@@ -370,9 +370,10 @@ def test_rows_without_a_change_keep_their_bytes() -> None:
     layer = model.base_model.model[0]
     with torch.no_grad():
         layer.lora_B["default"].weight[:100] = 0
-    before = layer.base_layer.weight.clone()
-    merged = model.merge_and_unload()
-    assert torch.equal(merged[0].weight[:100], before[:100]) and not torch.equal(merged[0].weight[100:], before[100:])
+    before = state_bytes(layer.base_layer)["weight"]
+    after = state_bytes(model.merge_and_unload())["0.weight"]
+    cut = len(before) // 128 * 100
+    assert after[:cut] == before[:cut] and after[cut:] != before[cut:]
 
 
 def test_a_layer_that_merges_by_itself_says_what_is_lost() -> None:

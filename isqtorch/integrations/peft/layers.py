@@ -215,6 +215,9 @@ def _replay(record: Record, stand_in: nn.Module, safe_merge: bool) -> None:
         _put(layer, base, stand_in)
         try:
             _stock_merge(layer, safe_merge, list(adapters))
+        except NotImplementedError as error:
+            kind = type(layer).__mro__[2].__qualname__
+            raise NotImplementedError(f"merge: PEFT cannot merge {kind}. Keep the adapter unmerged. {error}") from error
         finally:
             _put(layer, _base(layer), base)
             vars(layer).clear()
