@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -48,3 +51,32 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def silent(action: Callable[[], Any]) -> Any:
+    """The result; a warning about the merge fails the test."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="merge:")
+        return action()
+
+
+def warned(action: Callable[[], Any]) -> tuple[Any, str]:
+    """The result, and the one warning about the merge."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = action()
+    messages = [str(w.message) for w in caught if str(w.message).startswith("merge:")]
+    assert len(messages) == 1, messages
+    return result, messages[0]
+
+
+def tuned(model: Any, config: Any, size: float = 0.02) -> Any:
+    """A model with an adapter that does something, the same for the same configuration."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, copy.deepcopy(config))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * size)
+    return model

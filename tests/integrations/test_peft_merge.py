@@ -1,11 +1,12 @@
-"""Merging adapters into packed layers: from the checkpoint where it is known, else with a warning about what is lost."""
+"""Merging adapters into packed layers from the checkpoint, and the model around the merged layers."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
-import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,45 +21,18 @@ from torch import Tensor, nn
 from isqtorch import IsqConfig
 from isqtorch.inplace.quantize import quantize_
 from isqtorch.inplace.requantize import requantize_
+from isqtorch.modules import QuantLinear
 
 peft = pytest.importorskip("peft", "0.21")
 
-from adapters import IDS, logits, quantized, relative, shake, with_lora  # noqa: E402
+from adapters import IDS, logits, quantized, relative, shake, silent, tuned, warned, with_lora  # noqa: E402
 
 from isqtorch.integrations.peft import merging  # noqa: E402
 from isqtorch.integrations.peft.record import record_of  # noqa: E402
+from isqtorch.integrations.peft.session import Session  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("enabled")
 TARGETS = ["q_proj", "up_proj"]
-
-
-def silent(action: Callable[[], Any]) -> Any:
-    """The result; a warning about the merge fails the test."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="merge:")
-        return action()
-
-
-def warned(action: Callable[[], Any]) -> tuple[Any, str]:
-    """The result, and the one warning about the merge."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = action()
-    messages = [str(w.message) for w in caught if str(w.message).startswith("merge:")]
-    assert len(messages) == 1, messages
-    return result, messages[0]
-
-
-def tuned(model: Any, config: Any, size: float = 0.02) -> Any:
-    """A model with an adapter that does something, the same for the same configuration."""
-    torch.manual_seed(1)
-    model = peft.get_peft_model(model, copy.deepcopy(config))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape) * size)
-    return model
 
 
 # ---- from the checkpoint -------------------------------------------------------------------------------------------------
@@ -276,7 +250,7 @@ def test_unload_keeps_what_is_merged_and_says_so_to_requantize(merge: str, llama
 def test_unload_without_a_merge_changes_nothing(llama: Path) -> None:
     model = load(llama, quantization_config=IsqConfig("q8_0"))
     before = state_bytes(model)
-    plain = tuned(model, CONFIGS["lora"]).unload()
+    plain = silent(tuned(model, CONFIGS["lora"]).unload)
     assert state_bytes(plain) == before
     requantize_(plain, "q4k")  # from the checkpoint, still
 
@@ -309,95 +283,6 @@ def test_otherwise_the_decoded_weights_are_used(change: str, llama: Path, tmp_pa
     assert relative(merged.model.layers[0].mlp.up_proj.dequantize().float(), want) < 0.15
     reason = {"trained before": "was not what", "file is gone": "no such file", "other weights": "was not packed from"}
     assert reason[change] in message
-
-
-# ---- from the decoded weights --------------------------------------------------------------------------------------------
-
-
-def small(fmt: str, size: float = 0.02) -> tuple[Any, Tensor, Tensor]:
-    """A packed model with an adapter of a given size relative to the weight, the decoded weight, and the change."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 128))
-    quantize_(model, fmt, include=["0"])
-    before = model[0].dequantize()
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["0", "1"]))
-    layer = tuned.base_model.model[0]
-    with torch.no_grad():
-        layer.lora_B["default"].weight.normal_()
-        layer.lora_B["default"].weight *= size * before.norm() / layer.get_delta_weight("default").norm()
-    return tuned, before, layer.get_delta_weight("default").detach()
-
-
-def kept(after: Any, before: Tensor, delta: Tensor) -> float:
-    return float(((after.dequantize() - before) * delta).sum() / (delta * delta).sum())
-
-
-@pytest.mark.parametrize("fmt", ["q2k", "q4k", "q4_0", "afq3", "afq4", "hqq4"])
-def test_a_loss_is_said_once_with_its_size(fmt: str) -> None:
-    model, before, delta = small(fmt)
-    merged, message = warned(model.merge_and_unload)
-    share = kept(merged[0], before, delta)
-    assert share < 0.9 and "1 of 1 packed layers" in message and f" {100 * share:.0f} %" in message
-    for way in ("source=", "merge_format=", "unmerged", "dequantize_"):
-        assert way in message
-
-
-@pytest.mark.parametrize("fmt", ["q8_0", "afq8", "hqq8", "q8k"])
-def test_a_merge_that_keeps_the_adapter_says_nothing(fmt: str) -> None:
-    model, before, delta = small(fmt)
-    merged = silent(model.merge_and_unload)
-    assert kept(merged[0], before, delta) > 0.9
-
-
-@pytest.mark.parametrize("wide", [8, "q8_0", "fp8", "afq8", "8"])
-@pytest.mark.parametrize("fmt", ["q2k", "q4k", "afq4"])
-def test_more_bits_keep_it(fmt: str, wide: Any) -> None:
-    model, before, delta = small(fmt, 0.1 if wide == "fp8" else 0.02)
-    bytes_before, output = state_bytes(model), model(torch.ones(1, 256))
-    with merging(merge_format=wide):
-        silent(model.merge_adapter)
-    assert model.base_model.model[0].get_base_layer().format == {8: "q8_0", "8": "q8_0"}.get(wide, wide)
-    assert kept(model.base_model.model[0].get_base_layer(), before, delta) > 0.9
-    model.unmerge_adapter()
-    assert state_bytes(model) == bytes_before and torch.equal(model(torch.ones(1, 256)), output)
-    with merging(merge_format=wide):
-        merged = silent(model.merge_and_unload)
-    assert kept(merged[0], before, delta) > 0.9
-
-
-def test_rows_without_a_change_keep_their_bytes() -> None:
-    model, _, _ = small("q2k", 0.5)
-    layer = model.base_model.model[0]
-    with torch.no_grad():
-        layer.lora_B["default"].weight[:100] = 0
-    before = state_bytes(layer.base_layer)["weight"]
-    after = state_bytes(model.merge_and_unload())["0.weight"]
-    cut = len(before) // 128 * 100
-    assert after[:cut] == before[:cut] and after[cut:] != before[cut:]
-
-
-def test_a_layer_that_merges_by_itself_says_what_is_lost() -> None:
-    model, before, delta = small("q4k")
-    layer = model.base_model.model[0]
-    _, message = warned(layer.merge)
-    assert "a layer that merges by itself" in message and kept(layer.base_layer, before, delta) < 0.9
-    with merging(source="."), pytest.raises(ValueError, match="needs the names of the layers"):
-        layer.unmerge() or layer.merge()
-
-
-def test_the_wishes_are_checked() -> None:
-    with pytest.raises(ValueError, match="unknown format 'q9'"), merging(merge_format="q9"):
-        pass
-    with pytest.raises(FileNotFoundError, match="no folder or file 'nowhere'"), merging(source="nowhere"):
-        pass
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(96, 64))
-    quantize_(model, "q4_0")
-    model = tuned(model, peft.LoraConfig(target_modules=["0"]))
-    before = state_bytes(model)
-    with merging(merge_format="q6k"), pytest.raises(ValueError, match="0 has rows of 96 weights, and merge_format q6k"):
-        model.merge_adapter()
-    assert state_bytes(model) == before and not model.base_model.model[0].merged
 
 
 # ---- the model around it -------------------------------------------------------------------------------------------------
@@ -503,3 +388,42 @@ def test_a_hook_moves_with_the_layer() -> None:
     handle.remove()
     logits(model)
     assert len(calls) == 1
+
+
+def test_layers_are_freed_one_by_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that keeps nothing to unmerge does not hold two packed models at a time."""
+    model = tuned(load(llama, quantization_config=IsqConfig("q4k")), CONFIGS["lora"])
+    old = [weakref.ref(m) for m in model.modules() if isinstance(m, QuantLinear)]
+    alive: list[int] = []
+    merged = Session.merged
+
+    def count(self: Session, *layers: Any) -> None:
+        merged(self, *layers)
+        gc.collect()
+        alive.append(sum(layer() is not None for layer in old))
+
+    monkeypatch.setattr(Session, "merged", count)
+    model.merge_and_unload()
+    assert len(old) == 15 and alive == list(range(15, 1, -1))  # all but the head are merged
+
+
+def test_layers_that_were_packed_after_the_adapter_was_made() -> None:
+    model = with_lora(tiny_llama(layers=1, dtype=torch.float32))
+    shake(model, 0.02)
+    want = logits(model)
+    quantize_(model, "q8_0", exclude=["lora_"])
+    assert isinstance(model.base_model.model.model.layers[0].mlp.up_proj.base_layer, QuantLinear)
+    assert relative(logits(model), want) < 0.03
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert relative(logits(model.merge_and_unload()), want) < 0.03
+
+
+def test_in_inference_mode() -> None:
+    model = with_lora(quantized("q8_0"))
+    shake(model)
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    again = with_lora(merged)
+    again(IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None for p in again.parameters())

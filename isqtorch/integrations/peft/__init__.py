@@ -11,8 +11,8 @@ it, and gradients pass through it. Merging needs `enable`, because nothing can b
     model = model.merge_and_unload()
 
 A merge runs PEFT's own code on a float layer, and packs the result once (`layers.py`). The float weight is that of the
-checkpoint where it is known, else the decoded one (`session.py`). `inject.py` prepares the layers of adapters when they
-are made.
+checkpoint where it is known, else the decoded one (`floats.py`). `session.py` says what was lost. `inject.py` prepares
+the layers of adapters when they are made, and `saved.py` those that are trained in full.
 """
 
 from .inject import enable

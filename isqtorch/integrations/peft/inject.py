@@ -41,9 +41,9 @@ _WAYS_OUT = (
 
 
 def enable() -> None:
-    """Let adapters that are created from now on, by `get_peft_model` for example, merge into packed layers.
+    """Let adapters merge into packed layers, and let `modules_to_save` name packed layers.
 
-    This wraps methods of two classes of PEFT for the whole process: how BaseTuner creates, merges and removes layers,
+    Call it before `get_peft_model`: then errors name the packed layer, too. This wraps methods of two classes of PEFT for the whole process: how BaseTuner creates, merges and removes layers,
     and how ModulesToSaveWrapper copies and returns a module. A second call changes nothing. It breaks if PEFT renames
     them; test_enable_is_idempotent_and_leaves_other_layers_alone notices.
     """
@@ -165,12 +165,14 @@ def _kind(config: Any) -> str:
 
 def _merge(theirs: Any, tuner: Any, *args: Any, **kwargs: Any) -> Any:
     """`BaseTuner.merge_adapter`: one warning for all layers."""
+    adopt(tuner.model)  # the layers may have been packed after the adapters were made
     with session(tuner.model, stacklevel=6):
         return theirs(tuner, *args, **kwargs)
 
 
 def _unload(theirs: Any, tuner: Any, *args: Any, **kwargs: Any) -> Any:
     """`BaseTuner.merge_and_unload` and `unload`: the model is an ordinary quantized one afterwards."""
+    adopt(tuner.model)
     formats = _formats(tuner.model)
     with session(tuner.model, unloads=True, stacklevel=6) as running:
         model = theirs(tuner, *args, **kwargs)

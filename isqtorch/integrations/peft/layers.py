@@ -24,8 +24,9 @@ from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
 from isqtorch.modules.convert import to_packed
 from isqtorch.modules.packed import ordinary_tensors
 
+from .floats import Floats
 from .record import Record, attach, record_of
-from .session import Floats, Session, session
+from .session import Session, session
 
 
 class OnPacked:
@@ -168,7 +169,7 @@ def _merged(record: Record, safe_merge: bool, running: Session) -> PackedModule:
     fmt = running.format_of(original)
     names = [name for _, adapters in record.merged for name in adapters]
     with ordinary_tensors():
-        floats = running.floats(original)
+        floats = running.weights.of(original)
         before = floats.weight if floats.original else floats.weight.clone()
         stand_in = _float_layer(original, floats)
         _replay(record, stand_in, safe_merge)
@@ -177,7 +178,7 @@ def _merged(record: Record, safe_merge: bool, running: Session) -> PackedModule:
             packed = torch.ops.isqtorch.quantize(after, fmt.name, None, floats.rule)
         except ValueError as error:
             raise ValueError(
-                f"merge: adapters {', '.join(names)} give {running.name_of(original)} a weight that cannot be packed: {error}"
+                f"merge: adapters {', '.join(names)} give {running.weights.name_of(original)} a weight that cannot be packed: {error}"
             ) from None
         if not floats.original:
             packed = _only_changed(original, packed, fmt, before, after)
