@@ -320,6 +320,20 @@ def test_tied_layers_with_tied_adapters_stay_tied() -> None:
     assert merged.lm_head.weight is merged.model.embed_tokens.weight and relative(logits(merged), want) < 0.03
 
 
+def test_tied_layers_are_both_merged_from_the_checkpoint(checkpoints: Callable[[str], Path]) -> None:
+    """The checkpoint has the shared weight under one of its names, and both adapters add to it."""
+    model = load(checkpoints("tied"), quantization_config=IsqConfig("q2k"))
+    model = tuned(model, peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "up_proj"]), 0.002)
+    layers = [model.base_model.model.model.embed_tokens, model.base_model.model.lm_head]
+    floats = weight_in(checkpoints("tied"), "model.embed_tokens").bfloat16()
+    want = [floats + layer.get_delta_weight("default") for layer in layers]
+    formats = [layer.get_base_layer().format for layer in layers]
+    merged = silent(model.merge_and_unload)
+    for layer, weight, fmt in zip([merged.model.embed_tokens, merged.lm_head], want, formats, strict=True):
+        packed = torch.ops.isqtorch.quantize(weight.detach().bfloat16(), fmt)
+        assert state_bytes(layer)["weight"] == packed.numpy().tobytes()
+
+
 @pytest.mark.parametrize("how", ["copy", "pickle", "torch.save"])
 def test_copies_merge_by_themselves(how: str) -> None:
     model = with_lora(quantized("q8_0"))

@@ -99,9 +99,10 @@ class FloatWeights:
         return len(self._sharing.get(id(weight), ())) > 1
 
     def free(self, layer: PackedModule) -> None:
-        """Keep no reference to a layer whose weights are not needed any more."""
+        """Keep no reference to a layer whose weight is not needed any more. A tied weight is, for its other layers."""
+        if self._plain is None or any(self.is_tied(cast(Tensor, layer._parameters[leaf])) for leaf in layer.packed):
+            return
         for name in self._names.get(id(layer), ()):
-            assert self._plain is not None
             path, _, leaf = name.rpartition(".")
             self._plain.get_submodule(path)._modules[leaf] = None
 

@@ -43,9 +43,10 @@ _WAYS_OUT = (
 def enable() -> None:
     """Let adapters merge into packed layers, and let `modules_to_save` name packed layers.
 
-    Call it before `get_peft_model`: then errors name the packed layer, too. This wraps methods of two classes of PEFT for the whole process: how BaseTuner creates, merges and removes layers,
-    and how ModulesToSaveWrapper copies and returns a module. A second call changes nothing. It breaks if PEFT renames
-    them; test_enable_is_idempotent_and_leaves_other_layers_alone notices.
+    Call it before `get_peft_model`: then errors name the packed layer, too. This wraps methods of two classes of PEFT
+    for the whole process: how BaseTuner creates, merges and removes layers, and how ModulesToSaveWrapper copies and
+    returns a module. A second call changes nothing. It breaks if PEFT renames them;
+    test_enable_is_idempotent_and_leaves_other_layers_alone notices.
     """
     _wrap(BaseTuner, "inject_adapter", _inject)
     _wrap(BaseTuner, "merge_adapter", _merge)
