@@ -322,15 +322,17 @@ def test_tied_layers_with_tied_adapters_stay_tied() -> None:
 
 def test_tied_layers_are_both_merged_from_the_checkpoint(checkpoints: Callable[[str], Path]) -> None:
     """The checkpoint has the shared weight under one of its names, and both adapters add to it."""
-    model = load(checkpoints("tied"), quantization_config=IsqConfig("q2k"))
-    model = tuned(model, peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "up_proj"]), 0.002)
-    layers = [model.base_model.model.model.embed_tokens, model.base_model.model.lm_head]
-    floats = weight_in(checkpoints("tied"), "model.embed_tokens").bfloat16()
-    want = [floats + layer.get_delta_weight("default") for layer in layers]
-    formats = [layer.get_base_layer().format for layer in layers]
-    merged = silent(model.merge_and_unload)
-    for layer, weight, fmt in zip([merged.model.embed_tokens, merged.lm_head], want, formats, strict=True):
-        packed = torch.ops.isqtorch.quantize(weight.detach().bfloat16(), fmt)
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "up_proj"])
+    reference = load(checkpoints("tied"))
+    reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())
+    reference = tuned(reference, config, 0.002)
+    model = moved(reference, tuned(load(checkpoints("tied"), quantization_config=IsqConfig("q2k")), config))
+    merged, reference = silent(model.merge_and_unload), reference.merge_and_unload()
+    for layer, floats in (
+        (merged.model.embed_tokens, reference.model.embed_tokens),
+        (merged.lm_head, reference.lm_head),
+    ):
+        packed = torch.ops.isqtorch.quantize(floats.weight.detach(), layer.format)
         assert state_bytes(layer)["weight"] == packed.numpy().tobytes()
 
 
