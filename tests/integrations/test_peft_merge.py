@@ -443,3 +443,42 @@ def test_in_inference_mode() -> None:
     again = with_lora(merged)
     again(IDS, labels=IDS).loss.backward()
     assert any(p.grad is not None for p in again.parameters())
+
+
+def test_a_hook_of_accelerate_moves_with_the_layer() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = with_lora(quantized("q8_0"))
+    shake(model)
+    adapted = model.base_model.model.model.layers[0].mlp.up_proj
+    original = adapted.base_layer
+    hooks.add_hook_to_module(original, hooks.AlignDevicesHook(execution_device="cpu"))
+    model.merge_adapter()
+    assert adapted.base_layer is not original and adapted.base_layer._hf_hook is not original._hf_hook
+    assert adapted.base_layer.forward is not original.forward and logits(model).isfinite().all()
+    model.unmerge_adapter()
+    assert adapted.base_layer is original
+
+
+@pytest.mark.parametrize("where", ["meta", "sharded"])
+def test_a_layer_that_cannot_be_replaced_is_named(where: str) -> None:
+    model = with_lora(quantized("q8_0"))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    if where == "meta":
+        layer.to("meta")
+        message = "model.layers.0.self_attn.q_proj is on the meta device"
+        with pytest.raises(ValueError, match=message):
+            model.merge_adapter()
+        return
+    tensor, mesh = pytest.importorskip("torch.distributed.tensor"), pytest.importorskip("torch.distributed.device_mesh")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        devices = mesh.init_device_mesh("cpu", (1,))
+        packed = torch.frombuffer(bytearray(state_bytes(layer)["weight"]), dtype=torch.uint8).view(
+            layer.out_features, -1
+        )
+        sharded = tensor.DTensor.from_local(packed, devices, [tensor.Shard(0)])
+        layer._parameters["weight"] = nn.Parameter(sharded, requires_grad=False)
+        with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj is sharded \(DTensor\)"):
+            model.merge_adapter()
+    finally:
+        torch.distributed.destroy_process_group()

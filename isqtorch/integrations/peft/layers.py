@@ -53,7 +53,6 @@ class OnPacked:
         names = [name for name in names if name in available or not available]
         if not names:
             return
-        _check(packed)
         before = record_of(packed)
         if before is None and self.merged_adapters:
             raise ValueError(_changed(self.merged_adapters))
@@ -64,6 +63,7 @@ class OnPacked:
         else:
             merged.append((self, names))
         with session() as running:
+            _check(packed, running.weights.name_of(packed if before is None else before.original))
             record = Record(packed if before is None else before.original, merged)
             new = _merged(record, safe_merge, running)
             running.merged(record.original, new)
@@ -131,16 +131,16 @@ def _put(layer: Any, old: nn.Module, new: nn.Module) -> None:
     layer.base_layer = new
 
 
-def _check(packed: PackedModule) -> None:
+def _check(packed: PackedModule, name: str) -> None:
     """ValueError unless the layer can be replaced."""
     weight = cast(Tensor, packed._parameters["weight"])
     if type(weight.data) is not Tensor:
         raise ValueError(
-            f"merge: the layer is sharded ({type(weight.data).__name__}), and its blocks cannot be packed one by one. Merge on one "
+            f"merge: {name} is sharded ({type(weight.data).__name__}), and its blocks cannot be packed one by one. Merge on one "
             "process, before the model is distributed."
         )
     if weight.device.type == "meta":
-        raise ValueError("merge: the layer is on the meta device: it is offloaded. Load the model without offloading.")
+        raise ValueError(f"merge: {name} is on the meta device: it is offloaded. Load the model without offloading.")
 
 
 def _changed(names: Sequence[str]) -> str:
