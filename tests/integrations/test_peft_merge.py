@@ -285,6 +285,20 @@ def test_otherwise_the_decoded_weights_are_used(change: str, llama: Path, tmp_pa
     assert reason[change] in message
 
 
+def test_a_model_loaded_from_packed_weights(llama: Path, tmp_path: Path) -> None:
+    """Their floats are not known. They may be named, and then the result is as ever."""
+    load(llama, quantization_config=IsqConfig("q4k")).save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS)
+    reference = tuned(load(llama), config, 0.002)
+    _, message = warned(moved(reference, tuned(load(tmp_path), config)).merge_and_unload)
+    assert "where they came from is not known here" in message
+    with merging(source=llama):
+        merged = silent(moved(reference, tuned(load(tmp_path), config)).merge_and_unload)
+    reference = reference.merge_and_unload()
+    quantize_(reference, "q4k")
+    assert state_bytes(merged) == state_bytes(reference)
+
+
 # ---- the model around it -------------------------------------------------------------------------------------------------
 
 
