@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +13,8 @@ import torch
 from models import tiny_llama
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from isqtorch.inplace.quantize import quantize_
 
@@ -80,3 +82,17 @@ def tuned(model: Any, config: Any, size: float = 0.02) -> Any:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * size)
     return model
+
+
+def moved(source: Any, target: Any) -> Any:
+    """`target` with the adapters of `source`. PEFT rounds new ones to the type of a float layer, so they would differ."""
+    values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, own in [*target.named_parameters(), *target.named_buffers()]:
+        if own.is_floating_point():
+            own.data.copy_(values[name].data)
+            values[name].data = values[name].data.to(own.dtype)
+    return target
+
+
+def weight_in(folder: Path, layer: str) -> Tensor:
+    return load_file(folder / "model.safetensors")[f"{layer}.weight"].float()
