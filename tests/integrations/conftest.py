@@ -46,3 +46,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture
 def llama(checkpoints: Callable[[str], Path]) -> Path:
     return checkpoints("llama")
+
+
+@pytest.fixture
+def enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's adapters merge into packed layers, until the test ends."""
+    from adapters import WRAPPED
+
+    from isqtorch.integrations import peft
+
+    for owner, names in WRAPPED.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
+    peft.enable()
