@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if not reach.local:
             who = "with the key" if reach.has_key else "without a key"
             print(f"isqtorch: every machine that reaches this one can use the server, {who}", file=sys.stderr)
-        serve(app, sock, args.log_level, ending=served.close, stop=served.stop)
+        serve(app, sock, args.log_level, ending=served.close)
     return 0
 
 

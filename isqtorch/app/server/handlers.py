@@ -69,7 +69,8 @@ class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
         served = self.model_manager
         own = inspect.signature(served.loaded.tokenizer.apply_chat_template).parameters
         for name in body.get("chat_template_kwargs", {}):
-            if name in own:  # an argument of the method itself: a template given by the client could run forever
+            # an argument of the method itself (a template given by the client could run forever), or what it passes on
+            if name in own or name in ("messages", "conversations"):
                 raise ApiError(400, f"chat_template_kwargs must not hold {name!r}")
         vocabulary = served.loaded.model.config.get_text_config().vocab_size
         outside = [token for token in body.get("logit_bias", {}) if int(token) >= vocabulary]

@@ -78,6 +78,9 @@ class Reach:
         origin = _single(headers, b"origin")
         if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
             raise Refusal(403, f"requests of web pages from elsewhere ({origin[:100]}) are not served")
+        site = _single(headers, b"sec-fetch-site")  # browsers say it where they send no Origin, too
+        if site not in (None, "none", "same-origin"):
+            raise Refusal(403, "requests of web pages from elsewhere are not served")
         if self._key is not None:
             scheme, _, key = (_single(headers, b"authorization") or "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):

@@ -124,17 +124,13 @@ class Served:
         """End all replies at their next token; those that wait do not begin."""
         self.closing = True
 
-    def stop(self, seconds: float = 0.5) -> bool:
-        """End the threads; False if one is still busy after some seconds."""
-        return all([self.reader.stop(seconds / 2), self.generations.worker.stop(seconds / 2)])
-
 
 class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not typed
     """The queue of replies, as transformers' handlers use it."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self._thread = self.worker = Worker("isqtorch-generate")  # `_thread` is what transformers submits calls to
+        self._thread = Worker("isqtorch-generate")  # `_thread` is what transformers submits calls to
 
     def generate_streaming(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -90,16 +91,14 @@ def serve(
     log_level: str = "warning",
     *,
     ending: Callable[[], Any] = lambda: None,
-    stop: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM.
+    """Answer requests until SIGINT or SIGTERM. The signal ends the process, after the answers.
 
     Args:
         app: the application.
         sock: the bound socket.
         log_level: of uvicorn.
         ending: called when the signal comes; replies should end.
-        stop: called after the last answer; False if a thread is still busy.
     """
     config = uvicorn.Config(
         app,
@@ -117,8 +116,7 @@ def serve(
     try:
         _Server(config, ending).run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises it at its end
-        if not stop():
-            # Python must not clean up while a thread is inside torch: that can end in an abort. The signal ends it all.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        raise
+        # Python would clean up a large model for seconds, and abort if a thread is inside torch at that time.
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)

@@ -18,10 +18,8 @@ class Worker:
     """The thread. It is a daemon: a call that never returns does not keep the process alive."""
 
     def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, call: Callable[..., Any], *args: Any, **named: Any) -> Future[Any]:
         """Queue a call."""
@@ -33,19 +31,10 @@ class Worker:
         """Queue a call; for the event loop. A call that is cancelled before its turn does not run."""
         return asyncio.wrap_future(self.submit(call, *args, **named))
 
-    def stop(self, seconds: float) -> bool:
-        """Drop the calls that wait and end the thread; False if it is still busy after some seconds."""
-        self._stopping = True
-        self._calls.put(None)
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
     def _run(self) -> None:
-        while (queued := self._calls.get()) is not None:
-            future, call = queued
-            if self._stopping:
-                future.cancel()
-            elif future.set_running_or_notify_cancel():
+        while True:
+            future, call = self._calls.get()
+            if future.set_running_or_notify_cancel():
                 try:
                     result = call()
                 except BaseException as error:  # belongs to whoever waits for the call
@@ -53,4 +42,4 @@ class Worker:
                 else:
                     future.set_result(result)
                     del result
-            del queued, future, call  # they hold tensors, which must not live until the next call
+            del future, call  # they hold tensors, which must not live until the next call
