@@ -123,7 +123,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-    except (OSError, ValueError) as error:  # ValueError: no name of a host at all, for example with a NUL in it
+    except (OSError, ValueError, TypeError) as error:  # the last two: no name of a host, too long or with a NUL in it
         sock.close()
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot listen on {host} port {port}: {reason}. Choose another --host or --port.") from error

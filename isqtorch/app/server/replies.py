@@ -86,7 +86,7 @@ class Streamer:
         tokenizer: the tokenizer.
         stops: the stop strings.
         parser: transformers' parser of the model's way to write tool calls and thoughts, or None.
-        emit: called with each part: `str`, `ReasoningText`, `ToolCall`, and None at the end.
+        emit: called with each part: `str`, `ReasoningText` or `ToolCall`.
         cancel: called by transformers when a stream is closed.
     """
 
@@ -127,7 +127,6 @@ class Streamer:
                 self._emit_events(self._parser.finalize()[1])
             except (ValueError, RuntimeError):
                 pass  # the reply ended inside a tool call, which is left out, as transformers does
-        self._emit(None)
 
     def _pass_on(self, text: str) -> None:
         if not text:

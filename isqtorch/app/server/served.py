@@ -154,6 +154,7 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
         def run() -> None:
             try:
                 turn.generate(inputs, gen_config)
+                emit(None)  # the end of a whole reply
             except Exception as error:
                 emit(_StreamError(str(error)))
 
@@ -172,7 +173,7 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
         prompt, new = inputs["input_ids"].shape[-1], streamer.total_tokens
         usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
         ended = streamer.stopped or new < gen_config.max_new_tokens
-        return [part for part in parts if part is not None], usage, "stop" if ended else "length"
+        return parts, usage, "stop" if ended else "length"
 
 
 class _Turn:
