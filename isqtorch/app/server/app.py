@@ -24,8 +24,11 @@ from . import requests
 from .body import Body, parse
 from .connection import App, Connection, error_body
 from .handlers import Chat, Completions
+from .memory import release_memory
 from .reach import Reach
 from .served import ApiError, GenerationError, Served
+
+_LARGE = 1 << 20  # bytes of a body after which memory is given back to the system
 
 
 class Api:
@@ -91,8 +94,18 @@ class Api:
 
     async def _checked(self, request: Request, check: Callable[[Body], Any]) -> Any:
         """What `check` returns for the body. Both can take long for a large body, so the reading thread does them."""
-        raw = b"".join([part async for part in request.stream()])  # `request.body()` would keep it until the answer
-        return await self.served.reader.async_submit(lambda: check(parse(raw)))
+        raw = [part async for part in request.stream()]  # `request.body()` would keep it until the answer
+
+        def read() -> Any:
+            large = sum(map(len, raw)) > _LARGE
+            try:
+                return check(parse(b"".join(raw)))
+            finally:
+                raw.clear()
+                if large:
+                    release_memory()
+
+        return await self.served.reader.async_submit(read)
 
 
 async def _ended(parts: Any) -> AsyncIterator[str]:

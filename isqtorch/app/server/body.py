@@ -13,6 +13,7 @@ Body = dict[str, Any]
 MAX_MARKS = 100_000  # commas, colons and brackets outside of strings; a value takes up to 100 times its length
 MAX_DEPTH = 64
 
+_CHUNK = 1 << 16  # bytes looked at together
 _QUOTE = ord('"')
 _MARK = np.isin(np.arange(256), list(b"{}[],:"))
 _STEP = np.zeros(256, dtype=np.int8)  # what a character adds to the depth
@@ -81,14 +82,20 @@ def shown(value: Any) -> str:
 def _check_outline(raw: bytes) -> None:
     """ValueError for JSON with too many values or too much nesting."""
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote begins or ends a string
-    characters = np.frombuffer(plain, dtype=np.uint8)
-    outside = np.cumsum(characters == _QUOTE, dtype=np.uint8) % 2 == 0
-    marks = characters[outside & _MARK[characters]]
-    if len(marks) > MAX_MARKS:
-        raise ValueError(f"it has {len(marks)} commas, colons and brackets; up to {MAX_MARKS} are read")
-    depth = int(np.cumsum(_STEP[marks], dtype=np.int64).max(initial=0))
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested {depth} levels deep; up to {MAX_DEPTH} are read")
+    inside, marks, depth = 0, 0, 0
+    for start in range(0, len(plain), _CHUNK):  # the arrays of a whole body would be several times its size
+        characters = np.frombuffer(plain, dtype=np.uint8, offset=start, count=min(_CHUNK, len(plain) - start))
+        quotes = np.cumsum(characters == _QUOTE, dtype=np.int32) + inside
+        found = characters[(quotes % 2 == 0) & _MARK[characters]]
+        depths = np.cumsum(_STEP[found], dtype=np.int32) + depth
+        marks += len(found)
+        deepest = int(depths.max(initial=0))
+        if marks > MAX_MARKS:
+            raise ValueError(f"it has more than {MAX_MARKS} commas, colons and brackets outside of strings")
+        if deepest > MAX_DEPTH:
+            raise ValueError(f"it is nested {deepest} levels deep; up to {MAX_DEPTH} are read")
+        inside = int(quotes[-1]) % 2
+        depth = int(depths[-1]) if len(depths) else depth
 
 
 def _no_constant(name: str) -> Any:

@@ -100,7 +100,7 @@ class Connection:
         too_large = Refusal(413, f"the body is larger than {self.max_body} bytes, the limit of this server")
         if announced > self.max_body and b"expect" in named:
             raise too_large  # the client waits for permission to send
-        parts: list[bytes] = []
+        body = bytearray()
         size = 0
         refusal = too_large if announced > self.max_body else None
         deadline = time.monotonic() + BODY_SECONDS
@@ -115,16 +115,16 @@ class Connection:
             elif refusal is None and self._held + len(part) > MAX_HELD_BYTES:
                 refusal = Refusal(503, "the requests under way have used up the memory for bodies; try again later")
             if refusal is None:
-                parts.append(part)
+                body += part
                 self._held += len(part)
                 held[0] += len(part)
             else:
-                parts.clear()
+                body.clear()
             if not message.get("more_body"):
                 break
         if refusal is not None:
             raise refusal
-        return b"".join(parts)
+        return bytes(body)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         ticket = Ticket()

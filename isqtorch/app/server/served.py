@@ -19,10 +19,12 @@ from isqtorch.app.model import LoadedModel
 from isqtorch.report.report import QuantReport
 
 from .connection import TICKET
+from .memory import release_memory
 from .replies import Streamer
 from .worker import Worker
 
 _NO_CONTEXT = 32_768  # tokens of prompt and reply for a model that names no limit
+_LONG = 512  # tokens of a prompt after which memory is given back to the system
 _PIECE = 32_768  # characters of a long prompt that are read at a time, to find out whether it can fit
 _CUT = 16  # tokens that cutting a text into pieces adds at most, per piece
 
@@ -219,6 +221,9 @@ class _Turn:
                 self._streamer.end()
         except Exception as error:
             raise GenerationError(error) from error
+        finally:
+            if inputs["input_ids"].shape[-1] > _LONG:
+                release_memory()
         self._check_open()
 
     def _ended(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
