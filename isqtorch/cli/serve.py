@@ -2,7 +2,11 @@
 
     isqtorch serve --port 1234 --isq 4 -m examples/demo_model/model
     isqtorch serve -m ./my-model-q4k --port 8080
-    isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       also for other machines, without a password
+    ISQTORCH_API_KEY=... isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       also for other machines
+
+The server answers requests whose Host header names an address it listens on, localhost, or a name that was given
+(--host, --allow-host). For other machines it wants an API key, which clients send as "Authorization: Bearer KEY".
+Give it in the environment: everyone on this machine can read the arguments of a command in the list of processes.
 
 Then, from another shell:
 
@@ -34,6 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_auto(parser)
     add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer requests that use this name for the server, for example behind a proxy; can be repeated",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="clients must send this key; better: the environment variable ISQTORCH_API_KEY, which others cannot see",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="serve other machines without a key: whoever reaches the port"
+    )
     parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")
     parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder its last part")
     parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
@@ -42,20 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from isqtorch.app.model import LoadedModel, check_request
-    from isqtorch.app.server import Served, bind, build_app, serve
+    from isqtorch.app.server import Reach, Served, api_key, bind, build_app, check_exposure, serve
 
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
     options = policy_options(args)
     check_request(args.model, args.isq, args.device, options)
     with bind(args.host, args.port) as sock:
+        reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
+        check_exposure(reach, args.insecure)
         loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
         served = Served(loaded, args.name or (path.resolve().name if path.is_dir() else args.model))
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        app = build_app(served, args.host)
+        app = build_app(served, reach)
         sock.listen()  # now clients can connect
         if args.json:
             report = None if loaded.report is None else loaded.report.to_dict()
@@ -64,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
             if loaded.report is not None:
                 print("\n".join(loaded.report.summary()))
             print(f"{served.name} at {url}/v1, loaded in {loaded.load_seconds:.1f} s; Ctrl-C ends", flush=True)
-        if args.host in ("0.0.0.0", "::"):
-            print("isqtorch: every machine that reaches this one can use the server", file=sys.stderr)
-        serve(app, sock, args.log_level)
+        if not reach.local:
+            who = "with the key" if reach.has_key else "without a key"
+            print(f"isqtorch: every machine that reaches this one can use the server, {who}", file=sys.stderr)
+        serve(app, sock, args.log_level, ending=served.close)
     return 0
 
 

@@ -5,103 +5,35 @@ Deterministic (greedy) answers tell which model gave them: the one the server st
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import CONTEXT, MODEL, PROMPT, ROOT, Server, chat_model, start
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "examples/demo_model/model"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-PROMPT = "The function returns"
-CONTEXT = 1024  # of the demo model
-
-
-class Server:
-    """A running server: its URL, what it printed when it was ready, and one request at a time."""
-
-    def __init__(self, process: subprocess.Popen[str], ready: dict[str, Any]) -> None:
-        self.process, self.ready, self.url = process, ready, ready["url"]
-        self.address = self.url.removeprefix("http://")
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.address, timeout=300)
-
-    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
-        """Status and JSON of an answer; `body` is sent as it is if it is bytes, and as JSON otherwise."""
-        connection = self.connect()
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("GET" if body is None else "POST", path, data, headers or {})
-        answer = connection.getresponse()
-        status, text = answer.status, answer.read()
-        connection.close()
-        return status, json.loads(text)
-
-    def text(self, prompt: str, tokens: int = 12) -> str:
-        status, answer = self.ask("/v1/completions", {"prompt": prompt, "max_tokens": tokens})
-        assert status == 200, answer
-        return answer["choices"][0]["text"]
-
-    def begin(self, prompt: str, tokens: int) -> Callable[[], None]:
-        """Ask for a stream and wait until it begins; the result hangs up."""
-        connection = self.connect()
-        body = {"prompt": prompt, "max_tokens": tokens, "stream": True}
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        answer = connection.getresponse()
-        assert answer.status == 200 and answer.readline().startswith(b"data: ")
-
-        def hang_up() -> None:
-            answer.close()
-            connection.close()
-
-        return hang_up
-
-    def re_isq(self, isq: str) -> dict[str, Any]:
-        status, report = self.ask("/re_isq", {"isq": isq})
-        assert status == 200, report
-        return report
-
-
-def start(tmp_path: Path, *options: str) -> Server:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "isqtorch", "serve", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    assert line, process.stderr.read()
-    return Server(process, json.loads(line))
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    model = folder / "demo-chat"
-    shutil.copytree(MODEL, model)
-    (model / "chat_template.jinja").write_text(TEMPLATE)
+    model = chat_model(folder)
     guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
     command = re.search(r"^isqtorch serve (.*)$", guide, re.M)  # as the guide says, but for the model and the port
     assert command is not None
     running = start(folder, *command[1].split(), "-m", str(model), "--port", "0")
     yield running
-    running.process.terminate()
-    _, errors = running.process.communicate(timeout=120)
+    errors = running.end()
     assert "Traceback" not in errors, errors
 
 

@@ -13,7 +13,9 @@ with needs_transformers():
 if not is_serve_available():
     raise ImportError("the server needs fastapi, uvicorn and openai: pip install 'isqtorch[serve]'")
 
-from .app import bind, build_app, serve
-from .handlers import Served
+from .app import build_app
+from .reach import Reach, api_key, bind, check_exposure
+from .served import Served
+from .transport import serve
 
-__all__ = ["Served", "bind", "build_app", "serve"]
+__all__ = ["Reach", "Served", "api_key", "bind", "build_app", "check_exposure", "serve"]

@@ -1,4 +1,4 @@
-"""The application: routes, error handlers, and running it.
+"""The application: routes and error handlers.
 
 GET  /health  /v1/models  /v1/models/{id}
 POST /v1/chat/completions  /v1/completions      OpenAI's API, including streaming
@@ -8,13 +8,11 @@ POST /re_isq {"isq": "q8_0"}                    change the format of the running
 
 from __future__ import annotations
 
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import uvicorn
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,11 +21,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from . import requests
+from .body import Body, parse
 from .connection import App, Connection, error_body
-from .handlers import ApiError, Chat, Completions, GenerationError, Served
+from .handlers import Chat, Completions
+from .memory import release_memory
+from .reach import Reach
+from .served import ApiError, GenerationError, Served
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_GRACE = 5  # seconds that running replies may take to finish when the server stops
+_LARGE = 1 << 20  # bytes of a body after which memory is given back to the system
 
 
 class Api:
@@ -67,26 +68,44 @@ class Api:
             "created": self.created,
             "owned_by": "isqtorch",
             "isq": loaded.isq,
-            "context_length": loaded.context,
+            "context_length": self.served.context,
         }
 
     async def re_isq(self, request: Request) -> Response:
-        isq, source = requests.check_re_isq(requests.parse(await request.body()))
+        isq, source = await self._checked(request, requests.check_re_isq)
         report = await self.served.requantize(isq, source)
         return JSONResponse(report.to_dict())
 
-    def post(self, handler: Any, check: Callable[[requests.Body], None]) -> Callable[[Request], Any]:
+    def post(self, handler: Any, check: Callable[[Body], None]) -> Callable[[Request], Any]:
         """An endpoint that checks the body and calls one of transformers' handlers."""
 
-        async def endpoint(request: Request) -> Response:
-            body = requests.parse(await request.body())
+        def checked(body: Body) -> Body:
             check(body)
+            return body
+
+        async def endpoint(request: Request) -> Response:
+            body = await self._checked(request, checked)
             response: Response = await handler.handle_request(body, f"isqtorch-{uuid.uuid4().hex}")
             if isinstance(response, StreamingResponse):
                 response.body_iterator = _ended(response.body_iterator)
             return response
 
         return endpoint
+
+    async def _checked(self, request: Request, check: Callable[[Body], Any]) -> Any:
+        """What `check` returns for the body. Both can take long for a large body, so the reading thread does them."""
+        raw = [part async for part in request.stream()]  # `request.body()` would keep it until the answer
+
+        def read() -> Any:
+            large = sum(map(len, raw)) > _LARGE
+            try:
+                return check(parse(b"".join(raw)))
+            finally:
+                raw.clear()
+                if large:
+                    release_memory()
+
+        return await self.served.reader.async_submit(read)
 
 
 async def _ended(parts: Any) -> AsyncIterator[str]:
@@ -118,13 +137,8 @@ def internal_error(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(500, message), status_code=500)
 
 
-def build_app(served: Served, host: str = "127.0.0.1") -> App:
-    """The ASGI application that serves a model.
-
-    Args:
-        served: the model.
-        host: the address to listen on. On a loopback address only requests with a loopback name as Host are answered.
-    """
+def build_app(served: Served, reach: Reach) -> App:
+    """The ASGI application that serves a model to those whom `reach` allows."""
     wrong: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, TemplateError)
     app = Starlette(
         routes=Api(served).routes(),
@@ -136,31 +150,4 @@ def build_app(served: Served, host: str = "127.0.0.1") -> App:
             Exception: internal_error,
         },
     )
-    return Connection(app, _LOOPBACK if host in _LOOPBACK else None)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket before the model is loaded, so that a port in use is known at once. Port 0 takes a free port.
-
-    Raises:
-        OSError: the address cannot be bound.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise OSError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port."
-        ) from error
-    return sock
-
-
-def serve(app: App, sock: socket.socket, log_level: str = "warning") -> None:
-    """Answer requests until SIGINT or SIGTERM."""
-    config = uvicorn.Config(
-        app, log_level=log_level, access_log=log_level == "info", lifespan="off", timeout_graceful_shutdown=_GRACE
-    )
-    uvicorn.Server(config).run(sockets=[sock])
+    return Connection(app, reach)

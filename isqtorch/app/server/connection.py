@@ -1,18 +1,20 @@
-"""An ASGI wrapper around the application: limits bodies, refuses foreign web pages, and notices closed connections.
+"""An ASGI wrapper around the application: refuses foreign requests, limits bodies, and notices closed connections.
 
-It first reads the whole body, up to a limit. Then, while the handler works, it waits for the client to close the
-connection. The handler finds out through `TICKET`.
+It first reads the whole body, within limits of size and time. Then, while the handler works, it waits for the client to
+close the connection. The handler finds out through `TICKET`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+
+from .reach import Reach, Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,6 +23,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES = 8 << 20  # a prompt of a million tokens is about 4 MB
+MAX_HELD_BYTES = 64 << 20  # of all bodies together
+MAX_REQUESTS = 100  # at once, those that wait for their turn included
+PAUSE_SECONDS = 10  # that a client may take to send the next part of a body
+BODY_SECONDS = 60  # that a client may take to send a whole body
+MAX_MESSAGE = 1000  # characters of an error; errors repeat what the client sent
 _DRAINED = 8  # a body up to this many times the limit is read to its end, so that the client can see the error
 
 
@@ -30,6 +37,7 @@ class Ticket:
 
     gone: bool = False  # the client closed the connection or has its answer
     seed: int | None = None
+    stops: tuple[str, ...] = ()  # the reply ends before any of these
 
 
 TICKET: ContextVar[Ticket] = ContextVar("isqtorch_ticket")
@@ -40,69 +48,90 @@ class Connection:
 
     Args:
         app: the application.
-        hosts: names allowed in the Host header, without port; None: any. On the loopback interface this keeps out web
-            pages that rebind their own name to it (DNS rebinding).
+        reach: who may use the server.
         max_body: largest body in bytes; larger ones get status 413.
     """
 
-    def __init__(self, app: App, hosts: frozenset[str] | None, max_body: int = MAX_BODY_BYTES) -> None:
-        self.app, self.hosts, self.max_body = app, hosts, max_body
+    def __init__(self, app: App, reach: Reach, max_body: int = MAX_BODY_BYTES) -> None:
+        self.app, self.reach, self.max_body = app, reach, max_body
+        self._requests = 0  # at present, without GET
+        self._held = 0  # bytes of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # lifespan
+        if scope["type"] != "http":  # lifespan; uvicorn is told to offer no WebSocket
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(headers)
-        if refusal is not None:
-            await _answer(send, 403, refusal)
-            return
-        body = await self._body(headers, receive)
-        if body is None:
-            await _answer(send, 413, f"the body is larger than {self.max_body} bytes, the limit of this server")
-            return
-        await self._run(scope, body, receive, send)
+        begun = False
 
-    def _refusal(self, headers: dict[str, str]) -> str | None:
-        """Reason to refuse a request, or None. Any web page can make a browser send requests to a local server."""
-        host = headers.get("host", "")
-        if self.hosts is not None and urlsplit(f"//{host}").hostname not in self.hosts:
-            return f"the Host header names {host!r}; this server answers to {', '.join(sorted(self.hosts))}"
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return f"requests of web pages from elsewhere ({origin}) are not served"
-        return None
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The whole body; None if it is too large.
+        counted = int(scope["method"] not in ("GET", "HEAD"))
+        held = [0]  # bytes that this request holds
+        self._requests += counted
+        try:
+            try:
+                self.reach.check(scope["headers"])
+                if counted and self._requests > MAX_REQUESTS:
+                    raise Refusal(503, f"{MAX_REQUESTS} requests are waiting already; try again later")
+                body = await self._body(scope["headers"], receive, held)
+            except Refusal as refusal:
+                await _answer(send, refusal)
+                return
+            await self._run(scope, body, receive, answer)
+        except asyncio.CancelledError:  # by uvicorn, which would log a traceback
+            if not begun:
+                await _answer(send, Refusal(503, "the server is shutting down"))
+        finally:
+            self._requests -= counted
+            self._held -= held[0]
+
+    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive, held: list[int]) -> bytes:
+        """The whole body.
 
         Most clients read the answer only after they have sent the whole body. So a body that is too large is read too,
         up to a second limit, and dropped.
         """
-        length = headers.get("content-length", "0")
-        announced = int(length) if length.isdecimal() else 0
-        if announced > self.max_body and "expect" in headers:
-            return None  # the client waits for permission to send
-        parts: list[bytes] = []
+        named = {name.lower(): value for name, value in headers}
+        length = named.get(b"content-length", b"0")
+        announced = int(length) if length.isdigit() and len(length) < 20 else 0
+        too_large = Refusal(413, f"the body is larger than {self.max_body} bytes, the limit of this server")
+        if announced > self.max_body and b"expect" in named:
+            raise too_large  # the client waits for permission to send
+        body = bytearray()
         size = 0
+        refusal = too_large if announced > self.max_body else None
+        deadline = time.monotonic() + BODY_SECONDS
         while size <= _DRAINED * self.max_body:
-            message = await receive()
+            message = await _within(receive, min(PAUSE_SECONDS, deadline - time.monotonic()))
             if message["type"] == "http.disconnect":
                 return b""  # the client is gone; the answer will be dropped
-            size += len(message.get("body", b""))
-            if size > self.max_body or announced > self.max_body:
-                parts.clear()
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self.max_body:
+                refusal = too_large
+            elif refusal is None and self._held + len(part) > MAX_HELD_BYTES:
+                refusal = Refusal(503, "the requests under way have used up the memory for bodies; try again later")
+            if refusal is None:
+                body += part
+                self._held += len(part)
+                held[0] += len(part)
             else:
-                parts.append(message.get("body", b""))
+                body.clear()
             if not message.get("more_body"):
                 break
-        return b"".join(parts) if size <= self.max_body else None
+        if refusal is not None:
+            raise refusal
+        return bytes(body)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         ticket = Ticket()
         TICKET.set(ticket)  # each request runs in its own task, so it has its own context
         hung_up = asyncio.Event()
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        del body  # the application decides how long it lives
 
         async def replay() -> Message:
             if unread:
@@ -124,11 +153,23 @@ class Connection:
             watcher.cancel()
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
+async def _within(receive: Receive, seconds: float) -> Message:
+    try:
+        return await asyncio.wait_for(receive(), max(seconds, 0))
+    except asyncio.TimeoutError:
+        raise Refusal(408, "the request was not sent in time") from None
+
+
+async def _answer(send: Send, refusal: Refusal) -> None:
     """Send an error of this layer in the common form of the server's errors."""
-    body = json.dumps(error_body(status, message)).encode()
+    status = refusal.status
+    body = json.dumps(error_body(status, str(refusal))).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 413:
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
+    if status in (408, 413):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -137,4 +178,6 @@ async def _answer(send: Send, status: int, message: str) -> None:
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The body of an error in the form of OpenAI's API, which its clients show."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}..."
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

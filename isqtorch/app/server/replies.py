@@ -1,0 +1,141 @@
+"""The text of a reply while its tokens are generated: decoding, stop strings, and the parts of a chat message.
+
+transformers can stop at strings too. It prepares a table of the vocabulary for that, which takes hundreds of megabytes
+for a long string, and leaves the string in the text. Searching the text needs no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cli.serving.utils import response_events_to_chunks
+
+_HALF = "\ufffd"  # what a tokenizer returns for a character whose last bytes are not there yet
+_PATIENCE = 8  # tokens to wait for these bytes; a character has at most four
+
+
+class Decoder:
+    """Tokens to text, one at a time. A token can be a part of a character, and its text can depend on the one before."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._before: list[int] = []  # tokens whose text is out, as far as it matters for the next
+        self._pending: list[int] = []
+
+    def step(self, token: int) -> str:
+        """The text that this token completes."""
+        self._pending.append(token)
+        return self._release(final=len(self._pending) > _PATIENCE)
+
+    def rest(self) -> str:
+        """The text of the tokens that are still incomplete."""
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        if not self._pending:
+            return ""
+        known = self._decode(self._before)
+        text = self._decode([*self._before, *self._pending])
+        if not final and (text.endswith(_HALF) or len(text) <= len(known)):
+            return ""
+        self._before, self._pending = self._pending, []
+        return text[len(known) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+        return text
+
+
+class StopText:
+    """Passes text on up to the first stop string. Text that may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """The text that can be passed on."""
+        if self.found:
+            return ""
+        text = self._held + text
+        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def rest(self) -> str:
+        """The text held back; at the end of a reply it is not a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+
+class Streamer:
+    """A streamer for `generate`: turns tokens into parts of a reply.
+
+    Args:
+        tokenizer: the tokenizer.
+        stops: the stop strings.
+        parser: transformers' parser of the model's way to write tool calls and thoughts, or None.
+        emit: called with each part: `str`, `ReasoningText` or `ToolCall`.
+        cancel: called by transformers when a stream is closed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        parser: Any,
+        emit: Callable[[Any], None],
+        cancel: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._decoder = Decoder(tokenizer, skip_special_tokens=parser is None)  # the parser looks for these tokens
+        self._stop, self._parser, self._emit, self.cancel = StopText(stops), parser, emit, cancel
+        self._prompt_is_next = True
+        self.total_tokens = 0
+        if parser is not None:
+            self._emit_events(parser.initial_events)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stop.found
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        for token in value.flatten().tolist():
+            self.total_tokens += 1
+            self._pass_on(self._stop.feed(self._decoder.step(token)))
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+        self._pass_on(self._stop.feed(self._decoder.rest()) + self._stop.rest())
+        if self._parser is not None:
+            try:
+                self._emit_events(self._parser.finalize()[1])
+            except (ValueError, RuntimeError):
+                pass  # the reply ended inside a tool call, which is left out, as transformers does
+
+    def _pass_on(self, text: str) -> None:
+        if not text:
+            return
+        if self._parser is None:
+            self._emit(text)
+        else:
+            self._emit_events(self._parser.feed(text))
+
+    def _emit_events(self, events: Any) -> None:
+        for part in response_events_to_chunks(events):
+            self._emit(part)
