@@ -329,7 +329,7 @@ def _check_scales(name: str, fmt: QuantFormat, stored: Any, path: Path) -> None:
                 block = int(bad[0])
                 raise ValueError(
                     f"{path}: {name}: {'expert' if len(rest) > 1 else 'row'} {first + block // blocks_of_one} has a {part.name} "
-                    f"that is {values[block].tolist()} ({fmt.name}). The file is damaged, or the weight was not finite when it was "
+                    f"that is {values[block].tolist()[0]} ({fmt.name}). The file is damaged, or the weight was not finite when it was "
                     "packed. check_scales=False loads it all the same."
                 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,46 @@ def test_a_model_that_was_trained_since(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"1\.bias \(by up to .*\) is not what .* stay as they are"):
         requantize_(model, "q4k", source=tmp_path / "other")
     assert model[1].format == "q4k"
+
+
+class Whole(nn.Module):
+    """A model of which a norm, a buffer, a table and a conv stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(256, 256, bias=False)
+        self.norm = nn.BatchNorm1d(256)
+        self.table = nn.Embedding(400, 256)  # larger than what is compared whole
+        self.stack = nn.Parameter(torch.randn(3, 200, 200))
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("norm.weight", 7), ("norm.running_var", 255), ("table.weight", 399), ("stack", 119999), ("gain", 0)],
+)
+def test_what_stayed_whole_is_compared(tmp_path: Path, name: str, place: int) -> None:
+    model = Whole().eval()
+    stored(model, tmp_path)
+    quantized(model, "q8_0", exclude="table")
+    requantize_(model, "q8_0", source=tmp_path)
+    with torch.no_grad():
+        model.state_dict()[name].reshape(-1)[-1 if name == "table.weight" else place] += 0.5
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} \(by up to 0\.5\) is not what"):
+        requantize_(model, "q8_0")
+
+
+def test_a_left_index_is_not_read(tmp_path: Path) -> None:
+    model = mlp()
+    stored(model, tmp_path)
+    other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save_file(other, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = state_bytes(quantized(copy.deepcopy(model), "q8_0"))
+    quantized(model, "q4k")
+    requantize_(model, "q8_0", source=tmp_path)
+    assert state_bytes(model) == want
 
 
 def test_layers_without_values_here(tmp_path: Path) -> None:

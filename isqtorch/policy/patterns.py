@@ -79,8 +79,8 @@ class PathRegex:
         if len(self.text) > MAX_REGEX:
             raise ValueError(f"{self.what} has {len(self.text)} characters, the limit is {MAX_REGEX}")
         try:
-            tree = parser.parse(self.text)
-            ways = _search_ways(tree)
+            # Without any of these characters there is one way from each start, and nothing to analyse.
+            ways = _search_ways(parser.parse(self.text)) if set("(|*+?{") & set(self.text) else _Ways(1, 1)
             compiled = re.compile(self.text)
         except _TooManyWaysError as error:
             raise ValueError(f"{self.what}: this regex could take too long: {error}") from None

@@ -73,6 +73,8 @@ class Request:
                 )
         if options.activations not in (None, *get_args(Activations)):
             raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r}')
+        if options.rule is not None and not isinstance(options.rule, str):
+            raise ValueError(f"{op}: rule must be None or the name of a rule; got {options.rule!r:.80}")
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()

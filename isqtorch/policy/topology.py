@@ -29,6 +29,7 @@ from .yaml_subset import read_yaml
 MAX_ENTRIES = 4096  # each is tried on every layer; a file with a format for every expert of a large model has fewer
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.|$)")
+_LONGEST_KEY = 1000  # characters; YAML takes up to 1024 without "? " before the key
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _EXAMPLES = "a layer number (12), a range with an exclusive end (0-8) or a regex between slashes (/lm_head/)"
 
@@ -140,7 +141,10 @@ class Topology:
         Raises:
             OSError: the file cannot be written.
         """
-        lines = [f"{_yaml(key)}: {_yaml(value)}\n" for key, value in self.to_dict().items()]
+        lines = []
+        for key, value in self.to_dict().items():
+            text = _yaml(key)
+            lines.append(f"? {text}\n: {_yaml(value)}\n" if len(text) > _LONGEST_KEY else f"{text}: {_yaml(value)}\n")
         write_atomically(path, ["".join(lines).encode()])
 
     def find(self, name: str) -> Entry | None:
