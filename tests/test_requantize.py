@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,24 @@ def test_what_stayed_whole_is_compared(tmp_path: Path, name: str, place: int) ->
         model.state_dict()[name].reshape(-1)[-1 if name == "table.weight" else place] += 0.5
     with pytest.raises(ValueError, match=rf"{re.escape(name)} \(by up to 0\.5\) is not what"):
         requantize_(model, "q8_0")
+
+
+def test_the_checkpoint_of_another_model_is_noticed_when_all_is_packed(tmp_path: Path) -> None:
+    def bare(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(256, 300, bias=False), nn.Embedding(20, 256))
+
+    for fmt in ("q2k", "afq2", "hqq4", "fp8"):
+        model = quantized(bare(1), fmt)
+        for seed, noticed in ((1, False), (2, True)):
+            folder = tmp_path / f"{fmt}{seed}"
+            folder.mkdir()
+            stored(bare(seed), folder)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                requantize_(copy.deepcopy(model), "q8_0", source=folder)
+            found = [str(warning.message) for warning in caught if "is not what" in str(warning.message)]
+            assert bool(found) == noticed and all("correlation of" in text for text in found)
 
 
 def test_a_left_index_is_not_read(tmp_path: Path) -> None:

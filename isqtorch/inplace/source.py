@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from isqtorch.files.binary import regular
 from isqtorch.files.checkpoints import checkpoint_files, complete, read_json
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import float_shape, is_turned
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
+_ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
 
 
@@ -139,7 +142,8 @@ def difference(model: nn.Module, source: Source) -> str | None:
 
     It was trained, merged or replaced since, or the checkpoint is another model's. All parameters and saved buffers
     that are not packed are compared, if the checkpoint has them in the same shape: norms, biases and small matrices
-    whole, large matrices by rows spread over them. This takes seconds for any model.
+    whole, large matrices by rows spread over them. Packed weights are only required to resemble the checkpoint's, which
+    those of another model do not. This takes seconds for any model.
     """
     shared: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -155,6 +159,11 @@ def difference(model: nn.Module, source: Source) -> str | None:
             found = [_distance(own, rows) for rows in stored if rows is not None]
             if found and all(found):
                 return f"{names[0]} (by up to {min(filter(None, found)):.3g})"
+        for path, module in model.named_modules():
+            for leaf, fmt in module.packed.items() if isinstance(module, PackedModule) else ():
+                alike = _likeness(module, leaf, fmt, f"{path}.{leaf}".lstrip("."), source)
+                if alike is not None and alike < _ALIKE:
+                    return f"{path} (its packed rows have a correlation of {alike:.2f} with the rows there)"
     finally:
         source.release()
     return None
@@ -167,7 +176,28 @@ def sampled(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
     rows = math.prod(shape[:-1])
     steps = min(rows, _ROWS) - 1
     chosen = sorted({round(i * (rows - 1) / max(steps, 1)) for i in range(steps + 1)})
-    return [tuple(slice(int(i), int(i) + 1) for i in np.unravel_index(row, shape[:-1])) for row in chosen]
+    places = (np.unravel_index(row, shape[:-1]) for row in chosen)
+    return [(*(slice(int(i), int(i) + 1) for i in place), slice(None)) for place in places]
+
+
+def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Source) -> float | None:
+    """The correlation of packed rows, decoded, with the rows of the checkpoint; None if they cannot be compared."""
+    weight = module._parameters[leaf]
+    if type(weight) is not nn.Parameter or weight.device.type == "meta" or is_turned(module):
+        return None
+    shape = float_shape(module, leaf)
+    stored = source.sample(name, shape)
+    if stored is None:
+        return None
+    products = torch.zeros(3, dtype=torch.float64)
+    for part, other in zip(sampled(shape), stored, strict=True):
+        rows = weight.detach()[part[:-1]].to("cpu").reshape(-1, weight.shape[-1])
+        mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
+        theirs = other.to("cpu", torch.float64).reshape(-1)
+        products += torch.stack([mine @ theirs, mine @ mine, theirs @ theirs])
+    product, mine_squared, theirs_squared = products.tolist()
+    scale = math.sqrt(mine_squared * theirs_squared)
+    return product / scale if 0 < scale < math.inf else None  # all zeros are like anything
 
 
 def _distance(own: Tensor, stored: list[Tensor]) -> float:
