@@ -26,6 +26,7 @@ from isqtorch.modules.convert import float_shape, is_turned
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
+_PACKED = 8  # packed layers that are compared, spread over the model
 _ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
 
@@ -142,8 +143,8 @@ def difference(model: nn.Module, source: Source) -> str | None:
 
     It was trained, merged or replaced since, or the checkpoint is another model's. All parameters and saved buffers
     that are not packed are compared, if the checkpoint has them in the same shape: norms, biases and small matrices
-    whole, large matrices by rows spread over them. Packed weights are only required to resemble the checkpoint's, which
-    those of another model do not. This takes seconds for any model.
+    whole, large matrices by rows spread over them. Some packed weights are only required to resemble the checkpoint's,
+    which those of another model do not. This takes seconds for any model.
     """
     shared: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -159,9 +160,13 @@ def difference(model: nn.Module, source: Source) -> str | None:
             found = [_distance(own, rows) for rows in stored if rows is not None]
             if found and all(found):
                 return f"{names[0]} (by up to {min(filter(None, found)):.3g})"
-        for path, module in model.named_modules():
-            for leaf, fmt in module.packed.items() if isinstance(module, PackedModule) else ():
+            if tensors[names[0]].numel() > _WHOLE:
+                source.release()  # the system may map megabytes around each row
+        packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
+        for path, module in packed[:: -(-len(packed) // _PACKED)] if packed else ():
+            for leaf, fmt in module.packed.items():
                 alike = _likeness(module, leaf, fmt, f"{path}.{leaf}".lstrip("."), source)
+                source.release()
                 if alike is not None and alike < _ALIKE:
                     return f"{path} (its packed rows have a correlation of {alike:.2f} with the rows there)"
     finally:
