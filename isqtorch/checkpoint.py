@@ -13,6 +13,7 @@ their formats, and the names that share a tensor:
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isqtorch.files.binary import replacing
 from isqtorch.files.checkpoints import opened
+from isqtorch.files.writing import replacing
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import forget
@@ -36,6 +37,7 @@ from isqtorch.policy.inventory import storage_key
 from isqtorch.text import first_names
 
 FORMAT_VERSION = 1
+_PIECE = 1 << 26  # bytes of a packed weight that are checked at once
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _ACTIVATIONS = [("fp8", "fp8", kind) for kind in ("linear", "conv1d")]  # allowed (activations, format, kind) of a layer
 
@@ -119,7 +121,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise OSError(f"save: cannot write {path}: {error}") from error
 
 
-def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_(model: nn.Module, path: str | os.PathLike[str], *, check_scales: bool = True) -> None:
     """Load a file of `save` into a model, in place.
 
     Packed layers replace the ordinary ones; other tensors are assigned.
@@ -127,6 +129,8 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: a model of the same architecture, with any weights, also on the meta device; quantized or not.
         path: the file, or a folder with a model.safetensors.
+        check_scales: look for scales that are not finite before anything is loaded. This reads the packed weights once
+            more.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -145,6 +149,11 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> None:
         stored = {name: file.get_slice(name) for name in file.keys()}
         shapes = {name: (tuple(piece.get_shape()), str(piece.get_dtype())) for name, piece in stored.items()}
         _check_fit(model, header, shapes, path)
+        if check_scales:
+            for name, entry in header.layers.items():
+                key = parameter_name(model, name)
+                if key not in header.shared:  # else it is checked under its other name
+                    _check_scales(name, get_format(entry.format), file.get_slice(key), path)
         parameters: dict[str, nn.Parameter] = {}  # stored name -> the one parameter made of it
         done: dict[tuple[int, str], nn.Module] = {}
         for name, entry in header.layers.items():
@@ -232,7 +241,8 @@ def _parse_entry(name: str, entry: object, path: Path) -> LayerEntry:
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{where}: unknown dtype {dtype!r}")
     columns, rows, experts = entry.get("in_features"), entry.get("out_features"), entry.get("experts")
-    if (kind == "experts") != (type(experts) is int) or not 0 < (experts or 1) < 1 << 32:
+    counted = type(experts) is int and 0 < experts < 1 << 32
+    if (experts is not None and not counted) or (kind == "experts") != counted:
         raise ValueError(f"{where}: experts is {experts!r}, must be a positive number for experts and nothing else")
     if type(columns) is not int or type(rows) is not int or not (0 < columns < 1 << 48 and 0 < rows < 1 << 48):
         raise ValueError(
@@ -302,6 +312,27 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
                 f"load_: the buffer {name} is on the meta device and not part of the state dict, so no file has it. Build the model "
                 "so that buffers are real (accelerate.init_empty_weights does), or on the CPU."
             )
+
+
+def _check_scales(name: str, fmt: QuantFormat, stored: Any, path: Path) -> None:
+    """ValueError if a scale or offset of a packed weight is NaN or infinite: products with it would be, too."""
+    rows, *rest = stored.get_shape()
+    blocks_of_one = math.prod(rest) // fmt.block_bytes  # of a row, or of an expert
+    step = max(1, _PIECE // math.prod(rest))
+    for first in range(0, rows, step):
+        blocks: Tensor = stored[first : first + step].reshape(-1, fmt.block_bytes)
+        for part in fmt.parts:
+            if not part.dtype.is_floating_point:
+                continue
+            values = blocks[:, part.offset : part.offset + part.nbytes].contiguous().view(part.dtype)
+            bad = (~values.isfinite()).any(dim=1).nonzero()
+            if len(bad):
+                block = int(bad[0])
+                raise ValueError(
+                    f"{path}: {name}: {'expert' if len(rest) > 1 else 'row'} {first + block // blocks_of_one} has a {part.name} "
+                    f"that is {values[block].tolist()[0]} ({fmt.name}). The file is damaged, or the weight was not finite when it was "
+                    "packed. check_scales=False loads it all the same."
+                )
 
 
 def _size(module: nn.Module, leaf: str) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MoEModel, mlp, state_bytes, tiny_bert, tiny_gpt2, tiny_llama
+from models import FusedMoE, MoEModel, mlp, state_bytes, tiny_bert, tiny_gpt2, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from isqtorch.checkpoint import FORMAT_VERSION, load_, save
-from isqtorch.formats import formats
+from isqtorch.formats import formats, get_format
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.quantize import quantize_
 from isqtorch.modules import QuantEmbedding, QuantLinear
@@ -212,6 +212,9 @@ DAMAGE = {
         lambda h, t: t.update({"0.bias": torch.zeros(5)}),
         r"0\.bias is F32 \[5\], must be torch.float32 \[256\]",
     ),
+    "experts text": (lambda h, t: _set(h, "0", experts="x"), "experts is 'x', must be a positive number for experts"),
+    "experts list": (lambda h, t: _set(h, "0", experts=[1]), r"experts is \[1\], must be"),
+    "experts true": (lambda h, t: _set(h, "0", kind="experts", experts=True), "experts is True, must be"),
     "bias type": (lambda h, t: t.update({"0.bias": torch.zeros(256, dtype=torch.int32)}), r"0\.bias is I32"),
 }
 
@@ -271,3 +274,41 @@ def test_buffers_that_no_file_has(tmp_path: Path) -> None:
         empty = WithTable()
     with pytest.raises(ValueError, match="the buffer table is on the meta device and not part of the state dict"):
         load_(empty, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("fmt", formats())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_scales_that_are_not_finite(tmp_path: Path, fmt: str, value: float) -> None:
+    path = tmp_path / "x.safetensors"
+    model, target = mlp(depth=2), mlp(depth=2)
+    quantize_(model, fmt)
+    layout = model[1].packed["weight"]
+    part = [part for part in get_format(layout).parts if part.dtype.is_floating_point][-1]
+    place = 3 * model[1].weight.shape[1] + part.offset  # the first block of row 3
+    bad = torch.full((part.count,), value, dtype=part.dtype).view(torch.uint8)
+    model[1].weight.data.view(-1)[place : place + part.nbytes] = bad
+    save(model, path)
+    before = state_bytes(target)
+    with pytest.raises(ValueError, match=rf"1: row 3 has a {part.name} that is .*check_scales=False"):
+        load_(target, path)
+    assert state_bytes(target) == before
+    load_(target, path, check_scales=False)
+    assert state_bytes(target) == state_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "dim", "where"), [(FusedMoE, 3, "expert 1"), (lambda: tiny_llama(tied=True), 2, "row 1")]
+)
+def test_scales_of_experts_and_shared_weights(tmp_path: Path, build, dim: int, where: str) -> None:
+    path = tmp_path / "x.safetensors"
+    model = build()
+    quantize_(model, "q8_0")
+    save(model, path)
+    load_(build(), path)
+    packed = next(p for p in model.parameters() if p.dtype == torch.uint8 and p.dim() == dim)
+    packed.data[1].view(-1)[:2] = torch.tensor([float("nan")], dtype=torch.float16).view(
+        torch.uint8
+    )  # q8_0 begins with d
+    save(model, path)
+    with pytest.raises(ValueError, match=f"{where} has a d that is nan"):
+        load_(build(), path)

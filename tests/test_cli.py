@@ -91,7 +91,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "-m", MODEL, "--in-process", "--prompt-len", "1024"], "context of 1024"),
         (["run", "-m", "./none", "--prompt", "x"], "./none"),
         (["quantize", "-m", MODEL, "--isq", "q4z", "-o", "out"], "q4z"),
-        (["quantize", "-m", MODEL, "--isq", "q4k", "-o", MODEL], "not an empty folder"),
+        (["quantize", "-m", MODEL, "--isq", "q4k", "-o", MODEL], "is the model itself"),
         (["quantize", "-m", str(ROOT / "tests"), "--isq", "q4k", "-o", "out"], "config.json"),
         (["perplexity", "./none", "--text", TEXT], "./none"),
         (["perplexity", MODEL, "--text", "none.txt"], "none.txt"),

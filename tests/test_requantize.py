@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,14 +214,74 @@ def test_a_model_that_was_trained_since(tmp_path: Path) -> None:
     with torch.no_grad():
         model[1].bias[17] += 1e-6
     before = everything(model)
-    with pytest.raises(ValueError, match=r"1\.bias is not what .* has: the model was changed since"):
+    with pytest.raises(
+        ValueError, match=r"1\.bias \(by up to 9\.\d+e-07\) is not what .* has: the model was changed since"
+    ):
         requantize_(model, "q4k")
     assert everything(model) == before
     (tmp_path / "other").mkdir()
     stored(mlp(), tmp_path / "other")
-    with pytest.warns(UserWarning, match=r"1\.bias is not what .* stay as they are"):
+    with pytest.warns(UserWarning, match=r"1\.bias \(by up to .*\) is not what .* stay as they are"):
         requantize_(model, "q4k", source=tmp_path / "other")
     assert model[1].format == "q4k"
+
+
+class Whole(nn.Module):
+    """A model of which a norm, a buffer, a table and a conv stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(256, 256, bias=False)
+        self.norm = nn.BatchNorm1d(256)
+        self.table = nn.Embedding(400, 256)  # larger than what is compared whole
+        self.stack = nn.Parameter(torch.randn(3, 200, 200))
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("norm.weight", 7), ("norm.running_var", 255), ("table.weight", 399), ("stack", 119999), ("gain", 0)],
+)
+def test_what_stayed_whole_is_compared(tmp_path: Path, name: str, place: int) -> None:
+    model = Whole().eval()
+    stored(model, tmp_path)
+    quantized(model, "q8_0", exclude="table")
+    requantize_(model, "q8_0", source=tmp_path)
+    with torch.no_grad():
+        model.state_dict()[name].reshape(-1)[-1 if name == "table.weight" else place] += 0.5
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} \(by up to 0\.5\) is not what"):
+        requantize_(model, "q8_0")
+
+
+def test_the_checkpoint_of_another_model_is_noticed_when_all_is_packed(tmp_path: Path) -> None:
+    def bare(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(256, 300, bias=False), nn.Embedding(20, 256))
+
+    for fmt in ("q2k", "afq2", "hqq4", "fp8"):
+        model = quantized(bare(1), fmt)
+        for seed, noticed in ((1, False), (2, True)):
+            folder = tmp_path / f"{fmt}{seed}"
+            folder.mkdir()
+            stored(bare(seed), folder)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                requantize_(copy.deepcopy(model), "q8_0", source=folder)
+            found = [str(warning.message) for warning in caught if "is not what" in str(warning.message)]
+            assert bool(found) == noticed and all("correlation of" in text for text in found)
+
+
+def test_a_left_index_is_not_read(tmp_path: Path) -> None:
+    model = mlp()
+    stored(model, tmp_path)
+    other = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save_file(other, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = state_bytes(quantized(copy.deepcopy(model), "q8_0"))
+    quantized(model, "q4k")
+    requantize_(model, "q8_0", source=tmp_path)
+    assert state_bytes(model) == want
 
 
 def test_layers_without_values_here(tmp_path: Path) -> None:
@@ -240,6 +302,7 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     before = everything(model)
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         requantize_(model, "q8_0", source=tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # else it would be taken, as transformers does
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"0.weight": "../x.safetensors"}}))
     with pytest.raises(ValueError, match="is not a plain file name"):
         requantize_(model, "q8_0", source=tmp_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from isqtorch.policy.topology import MAX_FILE_BYTES, Topology
+from isqtorch.inplace.quantize import quantize_
+from isqtorch.policy.topology import MAX_ENTRIES, Topology
+from isqtorch.policy.yaml_subset import MAX_FILE_BYTES
 
 
 def winner(source, name: str) -> str | None:
@@ -109,7 +113,7 @@ def test_bad_entries(topology, message: str) -> None:
         ("- q4k\n", r"must be a dict or the path of a YAML file, got list"),
         ("", r"got NoneType"),
         ("1: !!python/object/apply:os.system ['true']\n", r"not valid YAML"),
-        ("[" * 5000, r"nested too deeply|not valid YAML"),
+        ("[" * 5000, r"nested too deeply|not valid YAML|got list"),
         ("? [a, b]\n: q4k\n", r"topology: (key|.*not valid YAML)"),
         ("a: " + "x" * MAX_FILE_BYTES, r"larger than"),
     ],
@@ -128,3 +132,91 @@ def test_not_text_and_not_there(tmp_path: Path) -> None:
         Topology.load(path)
     with pytest.raises(FileNotFoundError):
         Topology.load(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!timestamp 'x': 1\n",
+        "0: !!bool 'abc'\n",
+        "0: !!int 'x'\n",
+        "!!set {0, 1}\n",
+        "0: !!binary 'x'\n",
+        "0: &a q4k\n1: *a\n",
+        "a: &a [x, *a]\n",
+        "&a 0: q4k\n",
+        "0: {isq: [q4k]}\n",
+        "0: {isq: {isq: q4k}}\n",
+        "<<: {0: q4k}\n",
+        "2001-01-01: q4k\n",
+        "0: 2001-01-01\n",
+        "0: q4k\n---\n1: q4k\n",
+        "0x10: q4k\n",
+        "~: q4k\n",
+    ],
+)
+def test_yaml_that_is_no_topology(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="topology: "):
+        Topology.load(path)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("0", "00"), ("0", "'0'"), ("1-3", "01-3"), ("1", "1-2"), ("7", "'007'"), ("1-3", "1-03")]
+)
+def test_two_entries_for_the_same_layers(tmp_path: Path, one: str, two: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(f"{one}: q4k\n{two}: q6k\n")
+    with pytest.raises(ValueError, match=r"are for the same layers|is there twice"):
+        Topology.load(path)
+
+
+def test_two_keys_of_a_dict_for_the_same_layers() -> None:
+    for topology in ({0: "q4k", "0": "q6k"}, {"1-3": "q4k", "01-3": "q6k"}, {1: "q4k", "1-2": None}):
+        with pytest.raises(ValueError, match=r"entries '.*' and '.*' are for the same layers"):
+            Topology.load(topology)
+
+
+def test_layer_numbers_are_decimal(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text("010: q4k\n")  # YAML would read 8
+    assert Topology.load(path).find("layers.10.x") is not None and Topology.load(path).find("layers.8.x") is None
+
+
+@pytest.mark.parametrize("place", ["pipe", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path: Path, place: str) -> None:
+    path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "folder": tmp_path}[place]
+    if place == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        Topology.load(path)
+
+
+def test_too_many_entries(tmp_path: Path) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text("".join(f"'/nothing{i}/': q8_0\n" for i in range(40000)))
+    with pytest.raises(ValueError, match=f"more than {MAX_ENTRIES} entries. Join entries"):
+        Topology.load(path)
+    with pytest.raises(ValueError, match=f"the limit is {MAX_ENTRIES}"):
+        Topology.load(dict.fromkeys(range(MAX_ENTRIES + 1), "q8_0"))
+
+
+def test_a_saved_topology_with_a_long_regex_can_be_read(tmp_path: Path) -> None:
+    formats = {f"layers.0.experts.{i}.up": "q4k" if i % 2 else "q6k" for i in range(1000)}
+    topology = Topology.exact(formats)
+    topology.save(tmp_path / "t.yaml")
+    again = Topology.load(tmp_path / "t.yaml")
+    assert again.entries == topology.entries
+    assert all(again.find(path).spec == fmt for path, fmt in formats.items())
+
+
+def test_entries_that_match_nothing_are_counted() -> None:
+    def notes(count: int) -> list[str]:
+        topology = {f"/nothing{i}/": "q8_0" for i in range(count)}
+        with pytest.warns(UserWarning, match="match"):
+            report = quantize_(nn.Sequential(nn.Linear(64, 64)), "q8_0", topology=topology, progress=False)
+        return [note for note in report.notes if "no layer" in note]
+
+    assert notes(2) == ["topology entry '/nothing0/' matches no layer", "topology entry '/nothing1/' matches no layer"]
+    assert len(notes(300)) == 11 and notes(300)[-1] == "290 more topology entries and patterns match no layer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from isqtorch import checkpoint
 from isqtorch.auto import AUTO_OPTIONS, Budget
+from isqtorch.files.binary import regular
 from isqtorch.files.checkpoints import opened
 from isqtorch.formats import AUTO, mix_name, resolve_format
 from isqtorch.importance.calibration import collect_imatrix
@@ -28,6 +30,8 @@ from isqtorch.policy.options import Options
 from isqtorch.policy.request import checked_device
 from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
+
+from .classes import causal_class, described, not_causal, other_class
 
 
 class LoadedModel:
@@ -174,14 +178,38 @@ def load_causal_lm(
             from isqtorch.integrations.transformers import IsqConfig
 
             settings["quantization_config"] = IsqConfig(isq, **options)
+        if causal_class(config) is None:
+            raise not_causal(source, config)
+        other = other_class(config)
         if not _has_own_header(source):
-            return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings).eval()
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", output_loading_info=True, **settings
+            )
+            if found["missing_keys"]:
+                raise not_causal(source, config, sorted(found["missing_keys"]))
+            if other is not None:
+                warnings.warn(f"{described(source, config)}; it runs as {other}, without its other parts", stacklevel=2)
+            return model.eval()
+        if other is not None:
+            raise not_causal(source, config)
         from accelerate import init_empty_weights
 
         with init_empty_weights():  # buffers get real values, because no file has them
             model = AutoModelForCausalLM.from_config(config)
         checkpoint.load_(model, Path(source))
         return model.eval() if device is None else model.eval().to(device)
+
+
+def require_causal_lm(source: str) -> None:
+    """ValueError unless the model would be loaded, and saved, as the class that its config.json names."""
+    with needs_transformers():
+        from transformers import AutoConfig
+
+    check_folder(source)
+    with _from_hub(source):
+        config = AutoConfig.from_pretrained(source)
+    if causal_class(config) is None or other_class(config) is not None:
+        raise not_causal(source, config)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -212,8 +240,10 @@ def check_request(
     if device is not None:
         checked_device(device, "device")
     text = (options or {}).get("calibration_file")
-    if text is not None and not Path(text).is_file():
-        raise FileNotFoundError(f"no calibration text {text}")
+    if text is not None:
+        if not os.path.exists(text):
+            raise FileNotFoundError(f"no calibration text {text}")
+        regular(text)
     method = packed_by(source)
     if isq is not None:
         check_spec(isq, device)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from isqtorch.files import binary
+
 _AUTO = {"target_bpw": "target_bpw", "max_size": "max_size", "choose_from": "formats", "probe": "probe"}
 
 
@@ -117,10 +119,7 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 def read_text(path: str) -> str:
     """The contents of a UTF-8 text file; ValueError if it is not UTF-8 or has no text."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    text = binary.read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

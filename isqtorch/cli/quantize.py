@@ -3,22 +3,29 @@
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
     isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
-    isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force        replaces an existing folder
+    isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
 
 Each weight is packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
-does `from_pretrained` if isqtorch is imported.
+does `from_pretrained` if isqtorch is imported. --force replaces the model in a folder that this command wrote, and
+keeps files of other kinds there. It refuses a folder with another model, and one that holds MODEL or lies in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from isqtorch.files.checkpoints import read_json
+from isqtorch.files.writing import recover, replacing_folder
+from isqtorch.integrations.record import METHOD
+from isqtorch.text import first_names
 
 from ._common import (
     add_auto,
@@ -34,12 +41,19 @@ from ._common import (
 
 HELP = "quantize a model and write it as a checkpoint"
 
+_WEIGHTS = re.compile(
+    r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+)  # as save_pretrained names them
+_TEMPLATES = "additional_chat_templates"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_isq(parser, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--force", action="store_true", help="replace a model folder that is there already")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a folder that this command wrote; other files in it stay"
+    )
     add_policy(parser)
     add_importance(parser)
     add_auto(parser)
@@ -55,14 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from isqtorch.app.model import LoadedModel, check_request
+    from isqtorch.app.model import LoadedModel, check_request, require_causal_lm
 
     options = policy_options(args)
     check_request(args.model, args.isq, args.device, options)
+    recover(args.output)
     check_output(args.output, args.model, force=args.force)
     check_files(args.save_topology, args.plot)
+    require_causal_lm(args.model)
     loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
-    with new_folder(args.output) as folder:
+    check_output(args.output, args.model, force=args.force)  # again: quantizing may have taken an hour
+    with one_line(args.output), replacing_folder(args.output, is_kept) as folder:
         loaded.model.save_pretrained(folder)  # with the generation settings
         loaded.tokenizer.save_pretrained(folder)
     assert loaded.report is not None
@@ -84,47 +101,57 @@ def check_files(*files: Path | None) -> None:
 
 
 def check_output(output: Path, model: str, *, force: bool) -> None:
-    """OSError if writing would destroy files that the user did not allow to replace."""
+    """OSError if writing would destroy anything that an earlier `isqtorch quantize` did not write."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise FileExistsError(f"{output} exists and is not a folder; give a new one")
+    place, here = output.resolve(), Path.cwd()
+    if place == here or place in here.parents:
+        raise FileExistsError(f"{output} is the current folder or holds it; give a new folder, such as {output}/packed")
+    if os.path.isdir(model):
+        source = Path(model).resolve()
+        if place == source:
+            raise FileExistsError(f"{output} is the model itself; give another folder")
+        if place in source.parents or source in place.parents:
+            relation = "holds the model" if place in source.parents else "lies in the folder of the model"
+            raise FileExistsError(f"{output} {relation} {model}; give a folder beside it")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not force:
         raise FileExistsError(f"{output} exists and is not an empty folder; give a new one, or --force to replace it")
     if not (output / "config.json").is_file():
         raise FileExistsError(f"{output} is not a model folder (it has no config.json), so --force does not replace it")
-    if Path(model).is_dir() and Path(model).resolve() == output.resolve():
-        raise FileExistsError(f"{output} is the model itself; give another folder")
+    quantization = read_json(output / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise FileExistsError(
+            f"{output} holds a model that isqtorch did not write, so --force does not replace it; give a new folder"
+        )
+    odd = [path.name for path in output.iterdir() if not is_replaceable(path)]
+    if odd:
+        raise FileExistsError(
+            f"{output} holds {first_names(sorted(odd))}, which isqtorch did not write; move this elsewhere, or give a new folder"
+        )
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether an entry of the old folder can be replaced or kept: any file, and the one folder that a tokenizer has."""
+    if path.is_symlink():
+        return False
+    return path.is_file() or (path.name == _TEMPLATES and path.is_dir() and all(map(is_replaceable, path.iterdir())))
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a file of the old folder stays if the new model has none of that name: old weights would mislead readers."""
+    return path.is_file() and not _WEIGHTS.fullmatch(path.name)
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder next to `output`. On success it is renamed to `output`, otherwise it is removed."""
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
-    old = temporary / "old"
+def one_line(output: Path) -> Iterator[None]:
+    """Turn errors of the libraries that write files into an OSError: both report a full disk as types of their own."""
     try:
-        new = temporary / "new"
-        new.mkdir()  # with the permissions that the user's umask gives
-        yield new
-        _finish(new)
-        if output.exists():
-            os.rename(output, old)
-        try:
-            os.rename(new, output)
-        except OSError:
-            if old.exists():
-                os.rename(old, output)
+        yield
+    except Exception as error:
+        if (
+            not isinstance(error, SafetensorError) and type(error) is not Exception
+        ):  # the latter is what tokenizers raises
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _finish(folder: Path) -> None:
-    """Flush all files to disk, and give them the permissions of the folder: safetensors makes them private."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.iterdir():
-        path.chmod(mode)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        raise OSError(f"cannot write {output}: {error}") from error

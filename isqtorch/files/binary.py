@@ -1,7 +1,7 @@
-"""Bounded reading of untrusted binary files, and atomic writing.
+"""Bounded reading of untrusted files.
 
-Every length in a file is checked against the remaining bytes before it is used. A written file appears under its name
-only when it is complete.
+Every length in a file is checked against the remaining bytes before it is used. Only regular files are read: a pipe
+or a device has no size, and may never end.
 
 Files are read and not mapped: if another process truncates a mapped file, SIGBUS kills this process. A read only
 returns fewer bytes.
@@ -12,15 +12,15 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_NAME_BYTES = 1024
+MAX_TEXT_BYTES = 1 << 30  # texts for calibration and evaluation
 
 _SCALARS = {
     "u8": struct.Struct("<B"),
@@ -132,46 +132,61 @@ class BinaryReader:
         return values
 
 
-@contextmanager
-def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
-    """Open a regular file for bounded reading.
+def regular(path: str | os.PathLike[str]) -> str:
+    """Return the path as a string, after a check that it is a regular file. Opening a pipe would wait for its writer.
 
     Raises:
-        FileNotFoundError, PermissionError, ...: as `open` does.
-        ValueError: the path is a directory, pipe or device, which has no size to bound the reads.
+        FileNotFoundError, PermissionError, ...: as `os.stat` does.
+        ValueError: the path is a directory, pipe, socket or device.
     """
     name = os.fspath(path)
-    if not stat.S_ISREG(os.stat(name).st_mode):  # before open(), which blocks on a pipe
+    if not stat.S_ISREG(os.stat(name).st_mode):
         raise ValueError(f"{name}: not a regular file")
-    with open(name, "rb") as file:
-        yield BinaryReader(name, file, os.fstat(file.fileno()).st_size)
+    return name
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. At the end its file replaces `path`; after an error `path` is unchanged.
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
+    """Open a regular file for reading. Raise as `regular` and `open` do."""
+    name = regular(path)
+    # O_NONBLOCK: the file may become a pipe after the check. It has no effect on regular files.
+    descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{name}: not a regular file")
+        yield file
 
-    The temporary path holds an empty file. The caller may write into it or replace it: the final file always has the
-    permissions that the user's umask gives.
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """Read a whole regular file of at most `most` bytes.
 
     Raises:
-        OSError: as `open` and writing do.
+        OSError: as `open` does.
+        ValueError: the path is not a regular file, or the file is larger.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{os.fspath(path)} is larger than {most} bytes, the limit for a file of this kind")
+    return data
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a regular file of UTF-8 text. Line ends become newlines, as in text mode.
+
+    Raises:
+        OSError: as `open` does.
+        ValueError: the path is not a regular file, or the file is not UTF-8 or larger than `MAX_TEXT_BYTES`.
+    """
     try:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        yield temporary
-        os.chmod(temporary, mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not UTF-8 text (byte {error.start})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
-    """Write a file through `replacing`. Raise OSError as `replacing` does."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(pieces)
+@contextmanager
+def open_binary(path: str | os.PathLike[str]) -> Iterator[BinaryReader]:
+    """Open a regular file for bounded reading. Raise as `open_regular` does."""
+    with open_regular(path) as file:
+        yield BinaryReader(os.fspath(path), file, os.fstat(file.fileno()).st_size)

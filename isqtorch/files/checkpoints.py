@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from .binary import read_bytes, regular
+
 Headers = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (safetensors dtype, shape)."""
 
 
 MAX_JSON_BYTES = 1 << 26  # the index of the largest models is a few MB
+_INDEX_END = ".safetensors.index.json"
 
 
 class Checkpoint(NamedTuple):
@@ -39,8 +42,8 @@ def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
     path = Path(source).expanduser()
     if path.is_dir():
         config_path = path / "config.json"
-        return _folder_headers(path)._replace(config=read_json(config_path) if config_path.is_file() else {})
-    if path.is_file():
+        return _folder_headers(path)._replace(config=read_json(config_path) if config_path.exists() else {})
+    if path.exists():
         return _file_headers(path)
     text = os.fspath(source)
     if (
@@ -54,7 +57,12 @@ def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def checkpoint_files(folder: Path, op: str) -> list[Path]:
-    """List the files of a checkpoint: those in its index, else model.safetensors, else all .safetensors files.
+    """List the files of a checkpoint: those that transformers loads from the folder, else all .safetensors files.
+
+    transformers takes the first of these that is there: the file or index that `transformers_weights` in config.json
+    names, model.safetensors, and the files in model.safetensors.index.json. `save_pretrained` in one file over an older
+    save in shards leaves the old index, so the single file is the newer one. Files of a variant, such as
+    model.fp16.safetensors, are used only if there is nothing else.
 
     Args:
         folder: the folder of the checkpoint.
@@ -64,22 +72,40 @@ def checkpoint_files(folder: Path, op: str) -> list[Path]:
         ValueError: the index is malformed, or names a file in another folder.
         FileNotFoundError: the folder has no .safetensors file.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index}: 'weight_map' must map tensor names to file names")
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{index}: {outside[0]!r} is not a plain file name")
-        files = [folder / name for name in names]
-    else:
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.exists() else None
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", _INDEX_END)):
+            raise ValueError(
+                f"{config}: 'transformers_weights' is {named!r:.80}, must be the name of a .safetensors file or index here"
+            )
+        chosen = folder / named
+        return _indexed(chosen) if named.endswith(_INDEX_END) else [chosen]
+    single, index = folder / "model.safetensors", folder / f"model{_INDEX_END}"
+    if single.exists():
+        return [single]
+    if index.exists():
+        return _indexed(index)
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{op}: {folder} holds no .safetensors file")
     return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    """List the files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ValueError(f"{index}: 'weight_map' must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index}: {outside[0]!r:.200} is not a plain file name")
+    return [index.parent / name for name in names]
 
 
 def _folder_headers(folder: Path) -> Checkpoint:
@@ -116,8 +142,9 @@ def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged. This may show only when a tensor is read inside the block.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    regular(path)
     with complete(path), safe_open(path, framework=framework) as file:
         yield file
 
@@ -151,11 +178,15 @@ def _hub_headers(repo: str) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most `MAX_JSON_BYTES`. Raise ValueError if the file holds no such object."""
-    with open(path, "rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
+    """Read a JSON object of at most `MAX_JSON_BYTES`.
+
+    Raises:
+        ValueError: the path is not a regular file, or the file holds no such object.
+        OSError: the file cannot be read.
+    """
+    text = read_bytes(path, MAX_JSON_BYTES)
     try:
-        content = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
+        content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isqtorch.files.binary import read_text
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.packed import ordinary_tensors
@@ -272,16 +273,13 @@ def collect_imatrix(
 def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
     """Return the text or ids (a file is read), and a name for them."""
     if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
-        try:
-            return Path(text).read_text(encoding="utf-8"), os.fspath(text)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{os.fspath(text)} is not UTF-8 text (byte {error.start})") from None
+        return read_text(text), os.fspath(text)
     return text, "text" if isinstance(text, str) else "token ids"
 
 
 def _is_file(text: str) -> bool:
     try:
-        return os.path.isfile(text)
+        return os.path.exists(text) and not os.path.isdir(text)  # a pipe or a device is refused, and is no text
     except ValueError:  # a NUL character
         return False
 

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from isqtorch.files.binary import MAX_NAME_BYTES, open_binary, write_atomically
+from isqtorch.files.binary import MAX_NAME_BYTES, open_binary
 from isqtorch.files.gguf_names import gguf_names, names_to_write
+from isqtorch.files.writing import write_atomically
 from isqtorch.policy.inventory import inspect_model
 from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import ImatrixLike

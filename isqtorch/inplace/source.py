@@ -6,19 +6,28 @@ tensors has its own subclass of Source (see `host.py`), which does the same to t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from isqtorch.files.binary import regular
 from isqtorch.files.checkpoints import checkpoint_files, complete, read_json
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import float_shape, is_turned
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
+_ROWS = 16  # compared of larger ones
+_PACKED = 8  # packed layers that are compared, spread over the model
+_ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
 
 
@@ -73,23 +82,28 @@ class Source:
         """
         return self.tensor(name) if name in self.tensors else None
 
-    def first_row(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The first row of a matrix, or a whole vector; None if its shape differs or a conversion makes it."""
+    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+        """Some rows of a tensor, see `sampled`; None if its shape differs or a conversion makes it."""
         key = self._plain(name)
-        return self.tensor(key, row=True) if key is not None and self.tensors[key].shape == shape else None
+        if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in _FLOATS:
+            return None
+        stored = self.tensors[key]
+        with complete(stored.file):
+            piece = self._file(stored.file).get_slice(key)
+            return [piece[part or ...] for part in sampled(shape)]
 
     def _plain(self, name: str) -> str | None:
         """Name of the tensor that is loaded as this parameter without any conversion, or None."""
         return name if name in self.tensors else None
 
-    def tensor(self, key: str, row: bool = False) -> Tensor:
-        """A tensor, or its first row, by its name in the files."""
+    def tensor(self, key: str) -> Tensor:
+        """A tensor by its name in the files."""
         stored = self.tensors[key]
         if stored.dtype not in _FLOATS:
             raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
         with complete(stored.file):
             piece = self._file(stored.file).get_slice(key)
-            tensor: Tensor = piece[:1] if row and len(stored.shape) > 1 else piece[...]
+            tensor: Tensor = piece[...]
         return tensor
 
     def release(self) -> None:
@@ -98,8 +112,9 @@ class Source:
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
-            if not path.is_file():
+            if not path.exists():
                 raise FileNotFoundError(f"{path}: no such file. {_ELSE}.")
+            regular(path)
             state = path.stat()
             mark = state.st_ino, state.st_size, state.st_mtime_ns
             if self._seen.setdefault(path, mark) != mark:
@@ -124,36 +139,85 @@ def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def difference(model: nn.Module, source: Source) -> str | None:
-    """Name of the first float parameter that differs from the checkpoint (trained, merged or replaced since), or None.
+    """Say which float tensor of the model differs from the checkpoint, and by how much; None if none does.
 
-    Vectors are compared whole, matrices by their first row, if the checkpoint has them in the same shape. This takes
-    seconds for any model, and it is enough to find training and merged adapters, because they change values everywhere.
+    It was trained, merged or replaced since, or the checkpoint is another model's. All parameters and saved buffers
+    that are not packed are compared, if the checkpoint has them in the same shape: norms, biases and small matrices
+    whole, large matrices by rows spread over them. Some packed weights are only required to resemble the checkpoint's,
+    which those of another model do not. This takes seconds for any model.
     """
     shared: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        if parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter) is nn.Parameter:
-            shared.setdefault(id(parameter), []).append(name)
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    saved = set(model.state_dict())
+    tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and type(tensor) in (nn.Parameter, Tensor):
+            shared.setdefault(id(tensor), []).append(name)
     try:
         for names in shared.values():
-            own = parameters[names[0]].detach()
-            rows = (source.first_row(name, tuple(own.shape)) for name in names)
-            found = [_same(own[:1] if own.dim() > 1 else own, row) for row in rows if row is not None]
-            if found and not any(found):
-                return names[0]
+            own = tensors[names[0]].detach()
+            stored = (source.sample(name, tuple(own.shape)) for name in names)
+            found = [_distance(own, rows) for rows in stored if rows is not None]
+            if found and all(found):
+                return f"{names[0]} (by up to {min(filter(None, found)):.3g})"
+            if tensors[names[0]].numel() > _WHOLE:
+                source.release()  # the system may map megabytes around each row
+        packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
+        for path, module in packed[:: -(-len(packed) // _PACKED)] if packed else ():
+            for leaf, fmt in module.packed.items():
+                alike = _likeness(module, leaf, fmt, f"{path}.{leaf}".lstrip("."), source)
+                source.release()
+                if alike is not None and alike < _ALIKE:
+                    return f"{path} (its packed rows have a correlation of {alike:.2f} with the rows there)"
     finally:
         source.release()
     return None
 
 
-def _same(own: Tensor, other: Tensor) -> bool:
-    """Whether the values of the checkpoint, cast to the type of the model, equal those of the model bit for bit."""
-    bits = [tensor.to("cpu", own.dtype).reshape(-1).contiguous().view(torch.uint8) for tensor in (own, other)]
-    return bool(torch.equal(*bits))
+def sampled(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """The parts of a tensor that `difference` compares: all of it, or 16 rows, from the first to the last."""
+    if math.prod(shape) <= _WHOLE or len(shape) < 2:
+        return [tuple(slice(None) for _ in shape)]
+    rows = math.prod(shape[:-1])
+    steps = min(rows, _ROWS) - 1
+    chosen = sorted({round(i * (rows - 1) / max(steps, 1)) for i in range(steps + 1)})
+    places = (np.unravel_index(row, shape[:-1]) for row in chosen)
+    return [(*(slice(int(i), int(i) + 1) for i in place), slice(None)) for place in places]
+
+
+def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Source) -> float | None:
+    """The correlation of packed rows, decoded, with the rows of the checkpoint; None if they cannot be compared."""
+    weight = module._parameters[leaf]
+    if type(weight) is not nn.Parameter or weight.device.type == "meta" or is_turned(module):
+        return None
+    shape = float_shape(module, leaf)
+    stored = source.sample(name, shape)
+    if stored is None:
+        return None
+    products = torch.zeros(3, dtype=torch.float64)
+    for part, other in zip(sampled(shape), stored, strict=True):
+        rows = weight.detach()[part[:-1]].to("cpu").reshape(-1, weight.shape[-1])
+        mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
+        theirs = other.to("cpu", torch.float64).reshape(-1)
+        products += torch.stack([mine @ theirs, mine @ mine, theirs @ theirs])
+    product, mine_squared, theirs_squared = products.tolist()
+    scale = math.sqrt(mine_squared * theirs_squared)
+    return product / scale if 0 < scale < math.inf else None  # all zeros are like anything
+
+
+def _distance(own: Tensor, stored: list[Tensor]) -> float:
+    """The largest absolute difference of the rows; 0 if they agree bit for bit in the type of the model."""
+    most = 0.0
+    for part, other in zip(sampled(tuple(own.shape)), stored, strict=True):
+        mine, theirs = (each.to("cpu", own.dtype).reshape(-1).contiguous() for each in (own[part], other))
+        if not torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)):
+            apart = (mine.double() - theirs.double()).abs().max().item()
+            most = max(most, math.inf if math.isnan(apart) else apart or math.ulp(0.0))  # 0 and -0 are different bits
+    return most
 
 
 def _quantized_by(folder: Path) -> str | None:
     """Quantization method of the checkpoint in a folder according to its config.json, or None."""
     config = folder / "config.json"
-    entry = read_json(config).get("quantization_config") if config.is_file() else None
+    entry = read_json(config).get("quantization_config") if config.exists() else None
     return str(entry.get("quant_method")) if isinstance(entry, dict) else None

@@ -32,6 +32,7 @@ from .topology import Entry
 _POSITIONS = re.compile(
     r"(?:^|_)(?:pos|positions?|positional|token_type|segment)(?:_|$)|^(?:wpe|wtte)$|^relative_attention_bias$|^distance_embedding$"
 )
+_UNMATCHED_NOTES = 10
 _ROUTER_LAST = ("gate", "wg", "router", "shared_expert_gate")
 
 
@@ -278,14 +279,13 @@ def _agree_on_ties(layers: Sequence[LayerInfo], decisions: list[Decision], op: s
 def _unmatched(layers: Sequence[LayerInfo], request: Request) -> list[str]:
     """Notes about topology entries and patterns that match no layer; usually they are typos."""
     names = [layer.name for layer in layers]
-    notes = [
-        f"topology entry {entry.key!r} matches no layer"
-        for entry in request.topology.entries
-        if not any(entry.matches(name) for name in names)
-    ]
-    notes += [
-        f"{pattern.label} matches no layer"
+    unmatched = [f"topology entry {entry.key!r:.200}" for entry in request.topology.unmatched(names)]
+    unmatched += [
+        pattern.label
         for pattern in (*(request.included or []), *request.excluded)
         if not any(pattern.regex.search(name) for name in names)
     ]
+    notes = [f"{what} matches no layer" for what in unmatched[:_UNMATCHED_NOTES]]
+    if len(unmatched) > len(notes):
+        notes.append(f"{len(unmatched) - len(notes)} more topology entries and patterns match no layer")
     return notes

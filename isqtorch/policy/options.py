@@ -7,7 +7,7 @@ new option needs a field here, the code that uses it, and an argument in each fu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ Fallback = Literal["up", "skip", "error"]
 Activations = Literal["fp8"]
 Probe = Literal["kl", "output"]
 Names = Sequence[str] | str
+MAX_NAMES = 1 << 15  # of one option; each is tried on every layer
 ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
 """An importance matrix: an `Imatrix` or dict from layer names to vectors f32 [K], or the path of a file."""
 
@@ -76,6 +77,28 @@ LASTING = ("topology", "organization", "include", "exclude", "modules_to_not_con
 """The options that select layers and formats, and not how the weights are packed."""
 
 
+def checked_names(op: str, option: str, names: Names | None) -> list[str]:
+    """Names as a list; a single string is one name. ValueError unless all are strings, and few enough to be tried."""
+    try:
+        found = listed(names)
+    except ValueError as error:
+        raise ValueError(f"{op}: {option}: {error}") from None
+    if len(found) > MAX_NAMES:
+        raise ValueError(
+            f"{op}: {option} has {len(found)} entries, the limit is {MAX_NAMES}. Join entries: one regex matches many layers."
+        )
+    return found
+
+
 def listed(names: Names | None) -> list[str]:
-    """Names as a list; a single string is one name."""
-    return [] if names is None else [names] if isinstance(names, str) else list(names)
+    """Names as a list; a single string is one name. ValueError for anything else: config.json may hold any type."""
+    if names is None:
+        return []
+    found = [names] if isinstance(names, str) else names
+    if not isinstance(found, Iterable) or isinstance(found, (bytes, Mapping)):
+        raise ValueError(f"must be a string or a list of strings, got {names!r:.200}")
+    found = list(found)
+    wrong = next((name for name in found if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise ValueError(f"must be a string or a list of strings, got {wrong!r:.200} in the list")
+    return found

@@ -11,7 +11,8 @@ import torch
 
 from isqtorch.formats import Spec, mix_name, resolve_format
 
-from .options import Activations, Fallback, Names, Options, Organization, listed
+from .options import Activations, Fallback, Names, Options, Organization, checked_names
+from .patterns import PathRegex, Patience
 from .topology import Topology
 
 
@@ -20,7 +21,7 @@ class Pattern(NamedTuple):
 
     label: str  # its name in messages: "exclude pattern 'lm_head'"
     reason: str  # reason in the report for a layer that it excludes
-    regex: re.Pattern[str]
+    regex: PathRegex
 
 
 class Assigned(NamedTuple):
@@ -72,12 +73,19 @@ class Request:
                 )
         if options.activations not in (None, *get_args(Activations)):
             raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r}')
+        if options.rule is not None and not isinstance(options.rule, str):
+            raise ValueError(f"{op}: rule must be None or the name of a rule; got {options.rule!r:.80}")
         topology = Topology.load({} if options.topology is None else options.topology)
+        patience = topology.patience
+        patience.renew()
         parsed: dict[str, Any] = {
             "topology": topology,
             "device": None if options.device is None else parsed_device(options.device, f"{op}: device"),
-            "included": None if options.include is None else _patterns(op, "include", options.include),
-            "excluded": [*_patterns(op, "exclude", options.exclude), *_exact(options.modules_to_not_convert)],
+            "included": None if options.include is None else _patterns(op, "include", options.include, patience),
+            "excluded": [
+                *_patterns(op, "exclude", options.exclude, patience),
+                *_exact(op, options.modules_to_not_convert, patience),
+            ],
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)  # allowed: a frozen record may be filled while it is constructed
@@ -108,24 +116,26 @@ def checked_device(device: torch.device | str, what: str) -> torch.device:
     return checked
 
 
-def _patterns(op: str, option: str, names: Names | None) -> list[Pattern]:
+def _patterns(op: str, option: str, names: Names | None, patience: Patience) -> list[Pattern]:
     """Compiled regexes, searched in the full module path."""
-    compiled = []
-    for pattern in listed(names):
-        try:
-            compiled.append(Pattern(f"{option} pattern {pattern!r}", f"excluded by {pattern!r}", re.compile(pattern)))
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{op}: {option} pattern {pattern!r} is not a regex: {error}") from None
-    return compiled
-
-
-def _exact(names: Names | None) -> list[Pattern]:
-    """Regexes that match these names as whole components of a path: "lm_head" does not match "lm_head2"."""
     return [
         Pattern(
-            f"modules_to_not_convert entry {name!r}",
-            f"excluded by modules_to_not_convert ({name!r})",
-            re.compile(rf"(?:^|\.){re.escape(name)}(?:\.|$)"),
+            f"{option} pattern {pattern!r:.200}",
+            f"excluded by {pattern!r:.200}",
+            PathRegex(pattern, f"{op}: {option} pattern {pattern!r:.200}", patience),
         )
-        for name in listed(names)
+        for pattern in checked_names(op, option, names)
+    ]
+
+
+def _exact(op: str, names: Names | None, patience: Patience) -> list[Pattern]:
+    """Regexes that match these names as whole components of a path: "lm_head" does not match "lm_head2"."""
+    option = "modules_to_not_convert"
+    return [
+        Pattern(
+            f"{option} entry {name!r:.200}",
+            f"excluded by {option} ({name!r:.200})",
+            PathRegex(rf"(?:^|\.){re.escape(name)}(?:\.|$)", f"{op}: {option} entry {name!r:.200}", patience),
+        )
+        for name in checked_names(op, option, names)
     ]

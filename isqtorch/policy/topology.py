@@ -6,26 +6,30 @@
     '/lm_head/': null               # leave it as it is
 
 If several entries match a layer, a regex wins over a range, and of two regexes or two ranges the later wins. Only the
-winning entry applies; entries are not merged.
+winning entry applies; entries are not merged. Two entries for the same layers, such as 3 and '03', are an error.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from isqtorch.files.binary import write_atomically
+from isqtorch.files.writing import write_atomically
 from isqtorch.formats import QuantFormat, Spec, resolve_format
 
-MAX_FILE_BYTES = 1 << 20
+from .patterns import PathRegex, Patience
+from .yaml_subset import read_yaml
+
+MAX_ENTRIES = 4096  # each is tried on every layer; a file with a format for every expert of a large model has fewer
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.|$)")
+_LONGEST_KEY = 1000  # characters; YAML takes up to 1024 without "? " before the key
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _EXAMPLES = "a layer number (12), a range with an exclusive end (0-8) or a regex between slashes (/lm_head/)"
 
@@ -37,16 +41,16 @@ class Entry:
     key: str
     start: int = 0  # layers start <= i < stop; a regex leaves both 0
     stop: int = 0
-    regex: re.Pattern[str] | None = None
+    regex: PathRegex | None = None
     spec: Spec | None = None  # None: no format of its own
     leave: bool = False  # leave the layer as it is
     device: torch.device | None = None
 
-    def matches(self, name: str) -> bool:
+    def matches(self, name: str, index: int | None) -> bool:
+        """Whether the entry applies to the module path `name`, which has this layer number."""
         if self.regex is not None:
-            return self.regex.search(name) is not None
-        index = _LAYER_INDEX.search(name)
-        return index is not None and self.start <= int(index[1]) < self.stop
+            return self.regex.search(name)
+        return index is not None and self.start <= index < self.stop
 
 
 class Topology:
@@ -65,8 +69,11 @@ class Topology:
         report = isqtorch.quantize_(model, 4, topology=topology)
     """
 
-    def __init__(self, entries: tuple[Entry, ...]) -> None:
+    def __init__(self, entries: tuple[Entry, ...], patience: Patience | None = None) -> None:
         self.entries = entries
+        self.patience = patience or Patience()  # shared by all regexes
+        latest_first = entries[::-1]
+        self._by_rank = sorted(latest_first, key=lambda entry: entry.regex is None)  # the first that matches wins
 
     @classmethod
     def load(cls, source: TopologyLike) -> Topology:
@@ -76,16 +83,31 @@ class Topology:
             source: a dict, a path, or a Topology, which is returned as it is.
 
         Raises:
-            ValueError: an entry does not parse (the message names it), or the file is larger than 1 MiB or not YAML.
+            ValueError: an entry does not parse (the message names it), two entries are for the same layers, there are
+                more than 4096 entries, or the file is larger than 1 MiB or not YAML of this kind.
             OSError: the file cannot be read.
         """
         if isinstance(source, Topology):
             return source
         if isinstance(source, (str, os.PathLike)):
-            source = _read_yaml(Path(source))
+            source = read_yaml(Path(source), MAX_ENTRIES)
         if not isinstance(source, Mapping):
             raise ValueError(f"topology: must be a dict or the path of a YAML file, got {type(source).__name__}")
-        return cls(tuple(_entry(key, value) for key, value in source.items()))
+        if len(source) > MAX_ENTRIES:
+            raise ValueError(
+                f"topology: there are {len(source)} entries, the limit is {MAX_ENTRIES}. Join entries: one regex matches many layers."
+            )
+        patience = Patience()
+        entries = tuple(_entry(key, value, patience) for key, value in source.items())
+        seen: dict[object, str] = {}
+        for entry in entries:
+            place = entry.regex or (entry.start, entry.stop)
+            if place in seen:
+                raise ValueError(
+                    f"topology: entries {seen[place]!r} and {entry.key!r} are for the same layers; leave one of both out"
+                )
+            seen[place] = entry.key
+        return cls(entries, patience)
 
     @classmethod
     def exact(cls, formats: Mapping[str, str | None]) -> Topology:
@@ -119,15 +141,24 @@ class Topology:
         Raises:
             OSError: the file cannot be written.
         """
-        lines = [f"{_yaml(key)}: {_yaml(value)}\n" for key, value in self.to_dict().items()]
+        lines = []
+        for key, value in self.to_dict().items():
+            text = _yaml(key)
+            lines.append(f"? {text}\n: {_yaml(value)}\n" if len(text) > _LONGEST_KEY else f"{text}: {_yaml(value)}\n")
         write_atomically(path, ["".join(lines).encode()])
 
     def find(self, name: str) -> Entry | None:
         """The entry that applies to the module path `name`, or None."""
-        found = [entry for entry in self.entries if entry.matches(name)]
-        regexes = [entry for entry in found if entry.regex is not None]
-        winners = regexes or found
-        return winners[-1] if winners else None
+        index = _layer_index(name)
+        return next((entry for entry in self._by_rank if entry.matches(name, index)), None)
+
+    def unmatched(self, names: Iterable[str]) -> list[Entry]:
+        """The entries that match none of these module paths."""
+        left = list(self.entries)
+        for name in names:
+            index = _layer_index(name)
+            left = [entry for entry in left if not entry.matches(name, index)]
+        return left
 
 
 TopologyLike = Topology | Mapping[Any, Any] | str | os.PathLike[str]
@@ -164,25 +195,28 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _entry(key: object, value: object) -> Entry:
-    start, stop, regex = _place(key)
+def _layer_index(name: str) -> int | None:
+    """The number of the layer that a module path belongs to, or None."""
+    index = _LAYER_INDEX.search(name)
+    return None if index is None else int(index[1])
+
+
+def _entry(key: object, value: object, patience: Patience) -> Entry:
+    start, stop, regex = _place(key, patience)
     spec, leave, device = _wish(str(key), value)
     return Entry(str(key), start, stop, regex, spec, leave, device)
 
 
-def _place(key: object) -> tuple[int, int, re.Pattern[str] | None]:
+def _place(key: object, patience: Patience) -> tuple[int, int, PathRegex | None]:
     """(start, stop, regex) of a key."""
     if isinstance(key, bool) or not isinstance(key, (int, str)):
-        raise ValueError(f"topology: key {key!r} is not {_EXAMPLES}")
-    text = str(key)
+        raise ValueError(f"topology: key {key!r:.200} is not {_EXAMPLES}")
+    text = key if isinstance(key, str) else f"{key:#x}" if abs(key) > 10**9 else str(key)  # no end of digits
     if len(text) > 2 and text.startswith("/") and text.endswith("/"):
-        try:
-            return 0, 0, re.compile(text[1:-1])
-        except re.error as error:
-            raise ValueError(f"topology: entry {text!r}: bad regex: {error}") from None
+        return 0, 0, PathRegex(text[1:-1], f"topology: entry {text!r:.200}", patience)
     match = _RANGE.fullmatch(text)
     if match is None:
-        raise ValueError(f"topology: unknown key {text!r}. A key is {_EXAMPLES}.")
+        raise ValueError(f"topology: unknown key {text!r:.200}. A key is {_EXAMPLES}.")
     start = int(match[1])
     stop = start + 1 if match[2] is None else int(match[2])
     if stop <= start:
@@ -194,10 +228,12 @@ def _wish(key: str, value: object) -> tuple[Spec | None, bool, torch.device | No
     """(format, leave, device) of a value."""
     if not isinstance(value, Mapping):
         return _spec(key, value), value is None, None
-    unknown = sorted(str(name) for name in value if name not in ("isq", "device"))
+    unknown = sorted(f"{name!s:.80}" for name in value if name not in ("isq", "device"))
     if unknown or not value:
         what = f"unknown subkey {unknown[0]!r}" if unknown else "an empty mapping says nothing"
-        raise ValueError(f"topology: entry {key!r}: {what}. Use isq (a format, or null to leave the layer) and device.")
+        raise ValueError(
+            f"topology: entry {key!r:.200}: {what}. Use isq (a format, or null to leave the layer) and device."
+        )
     device = _device(key, value["device"]) if "device" in value else None
     leave = "isq" in value and value["isq"] is None
     return _spec(key, value.get("isq")), leave, device
@@ -209,46 +245,14 @@ def _spec(key: str, value: object) -> Spec | None:
     try:
         resolve_format(cast(Spec, value))  # it checks the type itself
     except ValueError as error:
-        raise ValueError(f"topology: entry {key!r}: {error}") from None
+        raise ValueError(f"topology: entry {key!r:.200}: {error}") from None
     return cast(Spec, value)
 
 
 def _device(key: str, value: object) -> torch.device:
     try:
         return torch.device(cast(str, value))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise ValueError(
-            f"topology: entry {key!r}: device {value!r} is not a torch device such as cpu or cuda:1"
+            f"topology: entry {key!r:.200}: device {value!r:.80} is not a torch device such as cpu or cuda:1"
         ) from None
-
-
-def _read_yaml(path: Path) -> Any:
-    """The contents of a small YAML file. A repeated key is an error; YAML itself would silently use the last value."""
-    try:
-        import yaml
-    except ImportError:
-        raise ValueError(
-            f"topology: reading {path} needs PyYAML (pip install pyyaml); a dict works without it"
-        ) from None
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key, _ in node.value:
-                if (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)) in seen:
-                    raise ValueError(
-                        f"topology: {path}: line {key.start_mark.line + 1}: key {key.value!r} is there twice"
-                    )
-                seen.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)))
-            return super().construct_mapping(node, deep)
-
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE_BYTES + 1)
-    if len(text) > MAX_FILE_BYTES:
-        raise ValueError(f"topology: {path} is larger than {MAX_FILE_BYTES} bytes; that is not a topology")
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"topology: {path} is not valid YAML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"topology: {path} is nested too deeply") from None

@@ -274,13 +274,15 @@ def test_quantize_replaces_only_what_it_may(tmp_path: Path, capsys: pytest.Captu
     assert main(command) == 1 and "--force" in capsys.readouterr().err
     (out / "mine.txt").write_text("x")
     assert main([*command[:-3], "q8_0", "-o", str(out), "--force"]) == 0
-    assert (out / "model.safetensors").stat().st_size > 2 * len(old) and not (out / "mine.txt").exists()
+    assert (out / "model.safetensors").stat().st_size > 2 * len(old) and (out / "mine.txt").read_text() == "x"
 
     other.mkdir()
     (other / "thesis.txt").write_text("x")
     assert main([*command[:-1], str(other), "--force"]) == 1
     assert "is not a model folder" in capsys.readouterr().err
     shutil.copytree(MODEL, source)
+    assert main([*command[:-1], str(source), "--force"]) == 1
+    assert "isqtorch did not write" in capsys.readouterr().err
     assert main(["quantize", "-m", str(source), "--isq", "4", "-o", str(source), "--force"]) == 1
     assert "is the model itself" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other", "source"}

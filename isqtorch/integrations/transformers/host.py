@@ -87,10 +87,12 @@ class TransformersHost:
 
 def _cached(name: str, revision: str | None) -> list[str] | None:
     """The files of a model in the local cache of the Hub, without network access; None if they are not complete."""
+    single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
+    if isinstance(single, str):  # before the index, as transformers does
+        return [single]
     index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
     if not isinstance(index, str):
-        single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
-        return [single] if isinstance(single, str) else None
+        return None
     mapping = read_json(Path(index)).get("weight_map")
     names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
     found = [try_to_load_from_cache(name, file, revision=revision) for file in names]

@@ -1,0 +1,129 @@
+"""What `isqtorch quantize` refuses before the work, and that it destroys nothing: outputs, full disks, other models."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+from isqtorch.cli import main  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = str(ROOT / "examples/demo_model/model")
+TEXT = str(ROOT / "examples/demo_model/heldout.txt")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("models", "holds the model"),
+        ("models/original/packed", "lies in the folder of the model"),
+        ("models/original", "is the model itself"),
+        ("models/original/../original", "is the model itself"),
+        ("link", "is not a folder; give a new one"),
+        ("dangling", "is not a folder; give a new one"),
+        ("here", "is the current folder"),
+        (".", "is the current folder"),
+        ("..", "is the current folder or holds it"),
+        ("folders", "holds notes, which isqtorch did not write"),
+    ],
+)
+def test_outputs_that_are_refused_before_the_work(
+    output: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("isqtorch.app.model.LoadedModel", work)
+    source = tmp_path / "models/original"
+    shutil.copytree(MODEL, source)
+    ours = {"quantization_config": {"quant_method": "isq"}}
+    for folder in ("models", "here", "folders", "target"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(ours))
+    (tmp_path / "folders/notes").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "dangling").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    place = output if output.startswith(".") else str(tmp_path / output)
+    assert main(["quantize", "-m", str(source), "--isq", "q2k", "-o", place, "--force"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("bytes_left", [100, 1 << 16, 2 << 20])
+def test_a_full_disk_is_one_line(tmp_path: Path, bytes_left: int) -> None:
+    """A limit of the size of files stands for the disk; with the first two, the small files do not fit either."""
+    run = subprocess.run(
+        [sys.executable, "-m", "isqtorch", "quantize", "-m", MODEL, "--isq", "q8_0", "-o", str(tmp_path / "packed")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left)),
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("isqtorch: ")
+    assert not list(tmp_path.iterdir())
+
+
+def classifier(folder: Path, architectures: list[str] | None) -> str:
+    """A tiny classifier in a folder, whose config.json names these classes."""
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    for file in Path(MODEL).glob("token*"):
+        shutil.copy(file, folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["architectures"] = architectures
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "architectures", [["LlamaForSequenceClassification"], ["LlamaModel"], ["LlamaForCausalLM"], None, []]
+)
+def test_a_model_without_the_head_of_a_language_model_is_refused(
+    architectures: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = classifier(tmp_path / "source", architectures)
+    for command in (
+        ["quantize", "-m", source, "--isq", "q8_0", "-o", str(tmp_path / "out")],
+        ["run", "-m", source, "--prompt", "x"],
+        ["perplexity", source, "--text", TEXT, "--tokens", "64", "--context", "32"],
+        ["imatrix", source, TEXT, "-o", str(tmp_path / "x.gguf")],
+    ):
+        assert main(command) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("isqtorch: ") and "LlamaForCausalLM" in error and "isqtorch.quantize_" in error
+        assert (architectures or ["model of type llama"])[0] in error and len(error) < 400
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_model_whose_type_has_no_language_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "source")
+    assert main(["quantize", "-m", str(tmp_path / "source"), "--isq", "4", "-o", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is a ViTForImageClassification, but" in error and "no causal language model of its type" in error
+    assert len(error) < 400
