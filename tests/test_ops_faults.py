@@ -333,6 +333,9 @@ EMPTY = {
     "more experts than can be counted, of no rows": lambda o: o.experts_linear(
         X, torch.empty(1 << 50, 0, 144, dtype=torch.uint8), "q4k", IDS
     ),
+    "the same, with narrow ids": lambda o: o.experts_linear(
+        X, torch.empty(1 << 50, 0, 144, dtype=torch.uint8), "q4k", IDS.int() + 1
+    ),
     "no slots": lambda o: o.experts_linear(X, stack_q4k, "q4k", IDS[:, :0]),
     "no slots, backward": lambda o: o.experts_linear_dx(torch.ones(2, 0, 6), stack_q4k, "q4k", IDS[:, :0]),
     "no ids": lambda o: o.embedding(IDS[:0], packed_q4k[:0], "q4k", torch.float16),

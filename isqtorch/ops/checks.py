@@ -284,7 +284,8 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
         IndexError: an id is out of range.
     """
     check_ids_type(ids, weight)
-    first = _first((ids < 0) | (ids >= weight.shape[0]))
+    wide = ids.long()  # the number of rows may not fit into int32
+    first = _first((wide < 0) | (wide >= weight.shape[0]))
     if first is not None:
         raise IndexError(
             f"embedding: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, "
@@ -338,7 +339,8 @@ def check_expert_ids(op: str, ids: Tensor, experts: int) -> None:
     Raises:
         IndexError: an id is out of range.
     """
-    first = _first((ids < 0) | (ids > experts))
+    wide = ids.long()  # the number of experts may not fit into int32
+    first = _first((wide < 0) | (wide > experts))
     if first is not None:
         raise IndexError(
             f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
