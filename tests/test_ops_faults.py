@@ -54,6 +54,11 @@ FAULTS = {
         "importance must be a float tensor, got int64",
         lambda o: o.quantize(torch.ones(2, 32), "q4_0", torch.ones(32, dtype=torch.int64)),
     ),
+    "importance in float8": (
+        ValueError,
+        "importance must be a float tensor, got",
+        lambda o: o.quantize(torch.ones(2, 64), "afq4", torch.ones(64).to(torch.float8_e4m3fn)),
+    ),
     "importance negative": (
         ValueError,
         r"importance\[3\] is -0.5.*not negative",
@@ -279,7 +284,9 @@ def test_faults_in_all_implementations(name: str) -> None:
     for o in (ops.reference, Native(), *[Traced()] * (not name.startswith(VALUES))):
         with pytest.raises(kind, match=pattern) as caught:
             call(o)
-        messages.append(str(caught.value).replace("no CPU kernels", "no kernels"))
+        messages.append(
+            str(caught.value).replace("no CPU kernels", "no kernels").replace("float8_e4m3fn", "another type")
+        )
     if not name.startswith("K "):  # those name a way out that only the registry knows
         assert len(set(messages)) == 1
 

@@ -165,7 +165,7 @@ def check_importance_shape(importance: Tensor, w: Tensor) -> None:
             f"quantize: importance must have shape [{columns}], one value per column of the weight{own}; "
             f"got {list(importance.shape)}. Is this the entry of another layer?"
         )
-    if not importance.dtype.is_floating_point:
+    if importance.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"quantize: importance must be a float tensor, got {_spelled(importance.dtype)}.")
     if importance.device.type != "cpu":
         check_devices("quantize", w, importance=importance)

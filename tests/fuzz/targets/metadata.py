@@ -38,7 +38,7 @@ def run(source: tuple[str, Any]) -> None:
         except ValueError:
             pass
     for entry in read_header({"isqtorch": text}, Path("file")).layers.values():
-        assert all(size > 0 for size in entry.packed_shape)
+        assert all(size >= 0 for size in entry.packed_shape)
 
 
 TARGET = Target(make, run)
