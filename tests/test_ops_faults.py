@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+import isqtorch
 from isqtorch import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -366,3 +367,12 @@ def test_sizes_of_zero(name: str) -> None:
 def test_unknown_format_lists_what_exists() -> None:
     with pytest.raises(ValueError, match="q9k.*q4_0.*afq4"):
         ops.quantize(torch.ones(2, 256), "q9k")
+
+
+@pytest.mark.parametrize("value", [2e12, 1e25, 3e38])
+def test_huge_importance_leaves_the_model_as_it_was(value: float) -> None:
+    model = nn.Sequential(nn.Linear(256, 4), nn.Linear(4, 256), nn.Linear(256, 4))
+    importance = {"0": torch.ones(256), "2": one_large(value)}
+    with pytest.raises(ValueError, match=r"layer '2' has importance .*more than 2\*\*40"):
+        isqtorch.quantize_(model, "q6k", imatrix=importance, fallback="skip", progress=False)
+    assert all(type(layer) is nn.Linear for layer in model)

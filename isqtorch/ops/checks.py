@@ -20,7 +20,7 @@ WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
 _IDS = (torch.int64, torch.int32)
 _MOST_COLUMNS = 1 << 40  # of a row; larger sizes make no sense, and their bytes could overflow in the kernels
 _MOST_ELEMENTS = 1 << 60  # of a result
-_MOST_IMPORTANCE = 2.0**40  # the sums of the searches hold its square; larger ones leave the range of f32
+MOST_IMPORTANCE = 2.0**40  # the sums of the searches hold its square; larger ones leave the range of f32
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -181,7 +181,7 @@ def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
         return None
     check_importance_shape(importance, w)
     vector = importance.detach().to(w.device, torch.float32)
-    first = _first(~((vector >= 0) & (vector <= _MOST_IMPORTANCE)))
+    first = _first(~((vector >= 0) & (vector <= MOST_IMPORTANCE)))
     if first is not None:
         raise ValueError(
             f"quantize: importance[{_position(first, importance.shape)}] is {float(vector.reshape(-1)[first]):.6g}; "
