@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from .mutate import FOLDER, new_folder
 from .worker import PLACE, STARTING
 
 HANG = 1.0  # seconds of processor time for one input; milliseconds are usual
@@ -96,7 +97,13 @@ def _one_process(result: Result, name: str, base: int, first: int, end: int, sec
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     paths = [str(REPOSITORY / "tests"), *sys.path, str(REPOSITORY)]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    with tempfile.NamedTemporaryFile() as place, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with (
+        new_folder() as folder,
+        tempfile.NamedTemporaryFile() as place,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
+        environment[FOLDER] = folder
         place.write(PLACE.pack(STARTING, 0, 0, False))
         place.flush()
         command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", name, str(base), str(first), str(end),

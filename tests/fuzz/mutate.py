@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -82,15 +83,22 @@ def _tree_once(rng: random.Random, value: Any, leaves: tuple[Any, ...]) -> Any:
     return copy.deepcopy(rng.choice(leaves))
 
 
+FOLDER = "FUZZ_FOLDER"
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def folder() -> Path:
     """A folder of this process, in memory where that is possible, for inputs that must be files."""
+    if FOLDER in os.environ:  # the driver's, who removes it even if this process crashes
+        return Path(os.environ[FOLDER])
     if not _FOLDERS:
-        in_memory = Path("/dev/shm")
-        _FOLDERS.append(tempfile.TemporaryDirectory(prefix="fuzz", dir=in_memory if in_memory.is_dir() else None))
+        _FOLDERS.append(new_folder())
     return Path(_FOLDERS[0].name)
+
+
+def new_folder() -> tempfile.TemporaryDirectory[str]:
+    in_memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="fuzz", dir=in_memory if in_memory.is_dir() else None)
 
 
 def written(data: bytes | str, name: str = "file") -> Path:
