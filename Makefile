@@ -22,7 +22,7 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon test-emulator cuda-check gpu-check mutants sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon test-emulator cuda-check gpu-check fuzz mutants sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_
 gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-sanitizer if installed, speed against the targets; 9 minutes
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.cuda.gpu_check $(if $(QUICK),--quick)
+
+fuzz: build  ## a million damaged inputs for every reader and operator; FUZZ=5000 for fewer, SECONDS=120 for a limit of time
+	PYTHONPATH=.:tests $(PYTHON) -m fuzz $(if $(FUZZ),--inputs $(FUZZ)) $(if $(SECONDS),--seconds $(SECONDS))
 
 mutants: build  ## every barrier and address space of the Metal shaders is needed; SAMPLE=20 for some of them (needs clang-19)
 	PYTHONPATH=.:tests $(PYTHON) -m emulator.metal.mutants $(if $(SAMPLE),--sample $(SAMPLE))

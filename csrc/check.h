@@ -20,4 +20,12 @@ void check(bool rule_kept, const Parts&... message) {
   if (!rule_kept) throw std::invalid_argument(text(message...));
 }
 
+// A string from outside, for a message: short, and without characters that do not print.
+inline std::string shortened(const std::string& s) {
+  constexpr size_t kMost = 60;
+  std::string shown;
+  for (const char c : s.substr(0, kMost)) shown += c < ' ' || c > '~' ? '?' : c;
+  return s.size() > kMost ? shown + "..." : shown;
+}
+
 }  // namespace isqtorch

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,6 +16,13 @@
 #include "rule.h"
 
 namespace isqtorch {
+
+// Weights in a row. Larger sizes make no sense, and their bytes could overflow.
+constexpr int64_t kMostColumns = int64_t{1} << 40;
+
+// Importance above this is no mean of squares that a layer can meet. Only the ratios of importance count, and the sums
+// of the searches, which contain the square of importance, stay within f32.
+constexpr float kMostImportance = 0x1p40f;
 
 // A flat index as text: 5 in a 2 x 3 tensor is "1, 2".
 inline std::string position_text(int64_t index, const std::vector<int64_t>& shape) {
@@ -57,6 +65,9 @@ struct PackedShape {
     if (row_bytes <= 0 || row_bytes % block_bytes) {
       check(false, format, ": a packed row must be a positive multiple of ", block_bytes, " bytes, got ", row_bytes,
             ". The weight was packed in another format, or cut inside a block.");
+    }
+    if (row_bytes / block_bytes > kMostColumns / block) {
+      check(false, format, ": a packed row must not have more than 2**40 weights, got ", row_bytes, " bytes.");
     }
     k = row_bytes / block_bytes * block;
     rows = weight.numel() / row_bytes;
@@ -123,6 +134,21 @@ inline bool checked_ids(const Tensor& ids) {
   return type == ScalarType::Long;
 }
 
+// ---- square_sums ---------------------------------------------------------------------------------------------------
+
+inline void check_square_sums(const Tensor& x, const std::optional<Tensor>& groups, int64_t count) {
+  const std::vector<int64_t> shape = shape_of(x);
+  check(!shape.empty() && shape.back() > 0, "square_sums: x must have columns, got shape ", shape_text(shape), ".");
+  check(count > 0, "square_sums: count must be positive, got ", count, ".");
+  if (!groups) return;
+  const ScalarType type = groups->scalar_type();
+  check(type == ScalarType::Long || type == ScalarType::Int, "square_sums: groups must be int64 or int32, got ",
+        name_of(type), ".");
+  const int64_t rows = x.numel() / shape.back();
+  check(groups->dim() == 2 && groups->size(0) == rows, "square_sums: groups must have shape [", rows, ", slots], got ",
+        shape_text(shape_of(*groups)), ".");
+}
+
 // ---- quantize -----------------------------------------------------------------------------------------------------
 
 // Returns the shape of the packed weight.
@@ -136,6 +162,7 @@ inline std::vector<int64_t> checked_source(const Tensor& w, const char* format, 
   const int64_t k = shape.back();
   check(k > 0 && k % block == 0, format, ": in_features must be a positive multiple of ", block, ", got ", k,
         ". Use a format with a smaller block, or leave this weight as it is.");
+  check(k <= kMostColumns, format, ": in_features must not be more than 2**40, got ", k, ".");
   shape.back() = k / block * block_bytes;
   return shape;
 }
@@ -150,18 +177,17 @@ inline Rule checked_rule(const char* format, uint8_t rules, const std::optional<
     if (*rule == name) return number;
     known += text(" or '", name, "'");
   }
-  check(false, "quantize: ", format, " has no rule '", *rule, "'. Use rule=None", known, ".");
+  check(false, "quantize: ", format, " has no rule '", shortened(*rule), "'. Use rule=None", known, ".");
   return Rule::kDefault;
 }
 
-// f32 importance [matrices, K] from a tensor on the CPU; empty if there is none.
+// f32 importance [matrices, K] from a tensor on the CPU; empty if there is none. Of a weight without elements, nothing
+// will be read, and the importance is only checked.
 inline std::vector<float> checked_importance(const std::optional<Tensor>& importance,
                                              const std::vector<int64_t>& weight_shape) {
   if (!importance) return {};
   const int64_t k = weight_shape.back();
   std::vector<int64_t> own(weight_shape.begin(), weight_shape.end() - 2);  // one vector per matrix
-  int64_t matrices = 1;
-  for (const int64_t size : own) matrices *= size;
   own.push_back(k);
   const std::vector<int64_t> shape = shape_of(*importance);
   const bool shared = shape == std::vector<int64_t>{k};
@@ -171,17 +197,20 @@ inline std::vector<float> checked_importance(const std::optional<Tensor>& import
   check(float_dtype(importance->scalar_type()) || importance->scalar_type() == ScalarType::Double,
         "quantize: importance must be a float tensor, got ", name_of(importance->scalar_type()), ".");
   const Tensor values = dense(torch::stable::to(*importance, ScalarType::Float));
-  std::vector<float> columns(matrices * k);
-  const int64_t count = shared ? k : matrices * k;
-  std::copy_n(static_cast<const float*>(values.const_data_ptr()), std::min<int64_t>(count, columns.size()),
-              columns.begin());
-  const auto last = columns.begin() + (matrices ? count : 0);
-  const auto bad = std::find_if_not(columns.begin(), last, [](float v) { return std::isfinite(v) && v >= 0; });
-  if (bad != last) {
+  const float* const first = static_cast<const float*>(values.const_data_ptr());
+  std::vector<float> columns(first, first + values.numel());
+  const auto bad =
+      std::find_if_not(columns.begin(), columns.end(), [](float v) { return v >= 0 && v <= kMostImportance; });
+  if (bad != columns.end()) {
     check(false, "quantize: importance[", position_text(bad - columns.begin(), shape), "] is ", number_text(*bad),
-          "; importance must be finite and not negative.");
+          "; importance must be finite, not negative and at most 2**40. Only its ratios count: divide it by its "
+          "maximum.");
   }
-  for (int64_t e = 1; shared && e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
+  if (!shared || std::find(weight_shape.begin(), weight_shape.end(), 0) != weight_shape.end()) return columns;
+  int64_t matrices = 1;
+  for (size_t i = 0; i + 2 < weight_shape.size(); ++i) matrices *= weight_shape[i];
+  columns.resize(matrices * k);
+  for (int64_t e = 1; e < matrices; ++e) std::copy_n(columns.begin(), k, columns.begin() + e * k);
   return columns;
 }
 

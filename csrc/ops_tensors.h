@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -20,6 +23,11 @@
 // first.
 #define ISQTORCH_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
 #define ISQTORCH_LIBRARY_IMPL(name, device, m) STABLE_TORCH_LIBRARY_IMPL(name, device, m)
+
+#if defined(__linux__)
+// What the last failed call to torch said. Older versions of torch, which a binary of ours may meet, lack it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#endif
 
 namespace isqtorch {
 
@@ -86,17 +94,51 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
   return s + "]";
 }
 
-// A new contiguous tensor on a device.
+// More elements than this are in no tensor, and sizes in bytes still fit into int64.
+constexpr int64_t kMostElements = int64_t{1} << 60;
+
+// MemoryError. Errors of torch cross its stable ABI without class and words.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string what) : what_(std::move(what)) {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
+// For a failed call to torch that makes a tensor: on the CPU, only memory can be missing. On other devices, an earlier
+// kernel may be the reason.
+[[noreturn]] inline void refuse_allocation(const std::vector<int64_t>& shape, bool on_cpu) {
+  std::string words;
+#if defined(__linux__)
+  if (torch_exception_get_what_without_backtrace) words = torch_exception_get_what_without_backtrace();
+#endif
+  words = words.substr(0, words.find('\n'));
+  const std::string what =
+      text("isqtorch: no memory for a tensor of shape ", shape_text(shape), words.empty() ? "" : ": ", words);
+  if (on_cpu || words.find("out of memory") != std::string::npos) throw OutOfMemory(what);
+  throw std::runtime_error(what);
+}
+
+// A new contiguous tensor on a device. Sizes that overflow are refused, also beside a size of zero.
 inline Tensor empty_on(int32_t device_type, int32_t device, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(shape[i], 1);
+    const int64_t size = std::max<int64_t>(shape[i], 1);
+    if (size > kMostElements / stride) {
+      check(false, "isqtorch: a result of shape ", shape_text(shape),
+            " is larger than any memory. Split the arguments.");
+    }
+    stride *= size;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
-                                                  static_cast<int32_t>(dtype), device_type, device, &handle));
+  if (aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), static_cast<int32_t>(dtype), device_type,
+                               device, &handle) != 0) {
+    refuse_allocation(shape, device_type == aoti_torch_device_type_cpu());
+  }
   return Tensor(handle);
 }
 
@@ -105,6 +147,13 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return empty_on(aoti_torch_device_type_cpu(), 0, shape, dtype);
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::runtime_error&) {
+    refuse_allocation(shape_of(t), t.is_cpu());
+  }
+}
 
 }  // namespace isqtorch

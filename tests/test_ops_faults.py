@@ -1,19 +1,26 @@
-"""Misuse of the operators: both implementations refuse the same, in the same words."""
+"""Misuse of the operators: native kernels, reference and shapes for tracing refuse the same, in the same words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from helpers import (
-    implementation,
-)
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+import isqtorch
 from isqtorch import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 packed_q4k = torch.zeros(6, 144, dtype=torch.uint8)
+stack_q4k = torch.zeros(2, 6, 144, dtype=torch.uint8)
+huge = torch.empty(0, 84 << 56, dtype=torch.uint8)  # as many weights as 2**64: zero, if one forgets to look
+VALUES = ("nan", "inf", "-inf", "f16 overflow", "importance negative", "importance huge", "id ")
+"""Beginnings of the names of faults that are in the values, of which tracing knows nothing."""
 
 
 FAULTS = {
@@ -47,6 +54,11 @@ FAULTS = {
         ValueError,
         "importance must be a float tensor, got int64",
         lambda o: o.quantize(torch.ones(2, 32), "q4_0", torch.ones(32, dtype=torch.int64)),
+    ),
+    "importance in float8": (
+        ValueError,
+        "importance must be a float tensor, got",
+        lambda o: o.quantize(torch.ones(2, 64), "afq4", torch.ones(64).to(torch.float8_e4m3fn)),
     ),
     "importance negative": (
         ValueError,
@@ -115,6 +127,114 @@ FAULTS = {
         r"ids\[0\] is -1",
         lambda o: o.embedding(torch.tensor([-1]), packed_q4k, "q4k", torch.float32),
     ),
+    "bias of another type": (
+        ValueError,
+        "bias must be one of.*got float64",
+        lambda o: o.linear(torch.ones(3, 256), packed_q4k, "q4k", torch.ones(6).double()),
+    ),
+    "format with a NUL": (
+        ValueError,
+        r'linear: no kernels for the format "q4k\?x"|linear: no CPU kernels for the format "q4k\?x"',
+        lambda o: o.linear(torch.ones(3, 256), packed_q4k, "q4k\0x"),
+    ),
+    "alias of a format": (
+        ValueError,
+        'kernels for the format "Q4_K"',
+        lambda o: o.dequantize(packed_q4k, "Q4_K", torch.float32),
+    ),
+    "importance huge": (
+        ValueError,
+        r"importance\[7\] is 3e\+38; importance must be finite, not negative and at most 2\*\*40",
+        lambda o: o.quantize(torch.ones(2, 256), "q6k", one_large(3e38)),
+    ),
+    "importance huge, of no use to the rule": (
+        ValueError,
+        r"importance\[7\] is inf;",
+        lambda o: o.quantize(torch.ones(2, 256), "afq4", one_large(1e300)),
+    ),
+    "rows too long": (
+        ValueError,
+        r"q2k: a packed row must not have more than 2\*\*40 weights",
+        lambda o: o.linear(torch.zeros(2, 0), huge, "q2k"),
+    ),
+    "rows of a table too long": (
+        ValueError,
+        r"q2k: a packed row must not have more than 2\*\*40 weights",
+        lambda o: o.embedding(torch.zeros(0, dtype=torch.int64), huge, "q2k", torch.float32),
+    ),
+    "in_features too large": (
+        ValueError,
+        r"q8_1: in_features must not be more than 2\*\*40",
+        lambda o: o.quantize(torch.empty(0, 1 << 62), "q8_1"),
+    ),
+    "rows that overflow with the columns": (
+        ValueError,
+        "is larger than any memory",
+        lambda o: o.quantize(torch.empty(0, 1, 256).expand(0, 1 << 56, 256), "q8_0"),
+    ),
+    "result that overflows": (
+        ValueError,
+        "is larger than any memory",
+        lambda o: o.embedding(torch.empty(0, 1 << 60, dtype=torch.int64), packed_q4k, "q4k", torch.float32),
+    ),
+    "packed row of no bytes": (
+        ValueError,
+        "multiple of 144 bytes, got 0",
+        lambda o: o.dequantize(packed_q4k[:, :0], "q4k", torch.float32),
+    ),
+    "id of an expert": (
+        IndexError,
+        r"experts_linear: ids\[1, 0\] is 3, but there are 2 experts",
+        lambda o: o.experts_linear(torch.ones(2, 256), stack_q4k, "q4k", torch.tensor([[2], [3]])),
+    ),
+    "id of an expert, without rows": (
+        IndexError,
+        r"experts_linear: ids\[0, 0\] is -1",
+        lambda o: o.experts_linear(torch.ones(1, 256), stack_q4k[:, :0], "q4k", torch.tensor([[-1]])),
+    ),
+    "ids of experts in int16": (
+        ValueError,
+        r"ids must be int64 or int32 \[T, S\], got int16",
+        lambda o: o.experts_linear(torch.ones(1, 256), stack_q4k, "q4k", torch.zeros(1, 1, dtype=torch.int16)),
+    ),
+    "x of experts": (
+        ValueError,
+        r"x must be \[1, 256\].*got shape \[2, 256\]",
+        lambda o: o.experts_linear(torch.ones(2, 256), stack_q4k, "q4k", torch.zeros(1, 1, dtype=torch.int64)),
+    ),
+    "id of an expert, backward": (
+        IndexError,
+        r"experts_linear_dx: ids\[0, 1\] is 9, but there are 2 experts",
+        lambda o: o.experts_linear_dx(torch.ones(1, 2, 6), stack_q4k, "q4k", torch.tensor([[0, 9]])),
+    ),
+    "dy of experts": (
+        ValueError,
+        r"experts_linear_dx: dy must be \[1, 2, 6\]",
+        lambda o: o.experts_linear_dx(torch.ones(1, 2, 5), stack_q4k, "q4k", torch.tensor([[0, 1]])),
+    ),
+    "dy of bytes": (
+        ValueError,
+        "experts_linear_dx: dy must be one of",
+        lambda o: o.experts_linear_dx(torch.ones(1, 2, 6).byte(), stack_q4k, "q4k", torch.tensor([[0, 1]])),
+    ),
+    "squares of nothing": (ValueError, "x must have columns, got shape", lambda o: o.square_sums(torch.ones(3, 0))),
+    "no groups": (ValueError, "count must be positive, got 0", lambda o: o.square_sums(torch.ones(3, 2), None, 0)),
+    "count that overflows": (
+        ValueError,
+        "is larger than any memory",
+        lambda o: o.square_sums(torch.ones(3, 4), None, 2**63 - 1),
+    ),
+    "groups of another length": (
+        ValueError,
+        r"groups must have shape \[3, slots\], got \[2, 1\]",
+        lambda o: o.square_sums(torch.ones(3, 2), torch.zeros(2, 1, dtype=torch.int64), 1),
+    ),
+    "groups of floats": (
+        ValueError,
+        "groups must be int64 or int32, got float32",
+        lambda o: o.square_sums(torch.ones(3, 2), torch.zeros(3, 1), 1),
+    ),
+    "squares of doubles": (ValueError, "x must be one of", lambda o: o.square_sums(torch.ones(3, 2).double())),
     "ids float": (
         ValueError,
         "ids must be int64 or int32, got float32",
@@ -135,18 +255,124 @@ def negative_at_3() -> torch.Tensor:
     return v
 
 
+def one_large(value: float) -> Tensor:
+    v = torch.ones(256, dtype=torch.float64)
+    v[7] = value
+    return v
+
+
+class Native:
+    """All operators, also those that the package `ops` does not name."""
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        return getattr(torch.ops.isqtorch, op)
+
+
+class Traced:
+    """The operators on meta tensors: their shapes without their values."""
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            return getattr(torch.ops.isqtorch, op)(*tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
+
+        return call
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_in_both_implementations(name: str) -> None:
+def test_faults_in_all_implementations(name: str) -> None:
     kind, pattern, call = FAULTS[name]
     messages = []
-    for implementation_name in ("reference", "native"):
+    for o in (ops.reference, Native(), *[Traced()] * (not name.startswith(VALUES))):
         with pytest.raises(kind, match=pattern) as caught:
-            call(implementation(implementation_name))
-        messages.append(str(caught.value))
+            call(o)
+        messages.append(
+            str(caught.value).replace("no CPU kernels", "no kernels").replace("float8_e4m3fn", "another type")
+        )
     if not name.startswith("K "):  # those name a way out that only the registry knows
-        assert messages[0] == messages[1]
+        assert len(set(messages)) == 1
+
+
+def test_a_long_name_of_a_format_makes_no_long_message() -> None:
+    for o in (ops.reference, Native(), Traced()):
+        with pytest.raises(ValueError) as caught:
+            o.linear(torch.ones(3, 256), packed_q4k, "q" * 1_000_000)
+        assert len(str(caught.value)) < 2000
+
+
+X = torch.ones(2, 256)
+IDS = torch.zeros(2, 1, dtype=torch.int64)
+CALLS: dict[str, tuple[Any, ...]] = {
+    "linear": (X, packed_q4k, "q4k", torch.ones(6)),
+    "linear_frozen": (X, packed_q4k, "q4k", torch.ones(6)),
+    "linear_w8a8": (X, torch.zeros(6, 264, dtype=torch.uint8), "fp8", torch.ones(6)),
+    "experts_linear": (X, stack_q4k, "q4k", IDS, torch.ones(2, 6)),
+    "experts_linear_dx": (torch.ones(2, 1, 6), stack_q4k, "q4k", IDS),
+    "embedding": (IDS, packed_q4k, "q4k", torch.float32),
+    "square_sums": (X, IDS, 2),
+}
+"""Calls that are right, of the operators with several tensors."""
+
+
+@pytest.mark.parametrize(
+    ("op", "at"),
+    [(op, i) for op, call in CALLS.items() for i, argument in enumerate(call) if isinstance(argument, Tensor)],
+)
+def test_one_tensor_on_the_meta_device(op: str, at: int) -> None:
+    """An answer would be memory that nobody wrote."""
+    call = getattr(torch.ops.isqtorch, op)
+    wanted = call(*CALLS[op])
+    arguments = list(CALLS[op])
+    arguments[at] = arguments[at].to("meta")
+    with pytest.raises(ValueError, match=r"(is|are) on (meta|cpu), .* on (meta|cpu)\. Move one of them"):
+        call(*arguments)
+    traced = getattr(Traced(), op)(*CALLS[op])
+    assert traced.device.type == "meta" and traced.shape == wanted.shape and traced.dtype == wanted.dtype
+
+
+def test_importance_on_the_meta_device() -> None:
+    with pytest.raises(ValueError, match="importance is on meta, the weight on cpu"):
+        ops.quantize(torch.ones(2, 256), "q4k", torch.ones(256, device="meta"))
+
+
+EMPTY = {
+    "no rows of x": lambda o: o.linear(torch.ones(0, 256), packed_q4k, "q4k"),
+    "no rows of the weight": lambda o: o.linear(torch.ones(3, 2, 256), packed_q4k[:0], "q4k", torch.ones(0)),
+    "no experts": lambda o: o.experts_linear(X, stack_q4k[:0], "q4k", IDS),
+    "more experts than can be counted, of no rows": lambda o: o.experts_linear(
+        X, torch.empty(1 << 50, 0, 144, dtype=torch.uint8), "q4k", IDS
+    ),
+    "the same, with narrow ids": lambda o: o.experts_linear(
+        X, torch.empty(1 << 50, 0, 144, dtype=torch.uint8), "q4k", IDS.int() + 1
+    ),
+    "no slots": lambda o: o.experts_linear(X, stack_q4k, "q4k", IDS[:, :0]),
+    "no slots, backward": lambda o: o.experts_linear_dx(torch.ones(2, 0, 6), stack_q4k, "q4k", IDS[:, :0]),
+    "no ids": lambda o: o.embedding(IDS[:0], packed_q4k[:0], "q4k", torch.float16),
+    "no matrices": lambda o: o.quantize(torch.ones(0, 5, 256), "q4k", torch.ones(256)),
+    "many matrices of no rows": lambda o: o.quantize(torch.empty(1 << 30, 0, 256), "q4k", torch.ones(256)),
+    "no matrices, hqq": lambda o: o.quantize(torch.ones(2, 0, 5, 256), "hqq4"),
+    "no bytes": lambda o: o.dequantize(stack_q4k[:, :0], "q4k", torch.bfloat16),
+    "no rows to square": lambda o: o.square_sums(torch.ones(0, 4), None, 3),
+    "no slots to square": lambda o: o.square_sums(torch.ones(2, 4), IDS[:, :0], 3),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_sizes_of_zero(name: str) -> None:
+    native, reference, traced = (EMPTY[name](o) for o in (Native(), ops.reference, Traced()))
+    assert native.shape == reference.shape == traced.shape
+    assert native.dtype == reference.dtype == traced.dtype
+    assert torch.equal(native, reference)
 
 
 def test_unknown_format_lists_what_exists() -> None:
     with pytest.raises(ValueError, match="q9k.*q4_0.*afq4"):
         ops.quantize(torch.ones(2, 256), "q9k")
+
+
+@pytest.mark.parametrize("value", [2e12, 1e25, 3e38])
+def test_huge_importance_leaves_the_model_as_it_was(value: float) -> None:
+    model = nn.Sequential(nn.Linear(256, 4), nn.Linear(4, 256), nn.Linear(256, 4))
+    importance = {"0": torch.ones(256), "2": one_large(value)}
+    with pytest.raises(ValueError, match=r"layer '2' has importance .*more than 2\*\*40"):
+        isqtorch.quantize_(model, "q6k", imatrix=importance, fallback="skip", progress=False)
+    assert all(type(layer) is nn.Linear for layer in model)

@@ -246,7 +246,7 @@ NEGATIVE[5] = -1.0
 
 
 QUANTIZE_FAULTS = [
-    ("unknown format", (W, "q4_x"), "unknown format 'q4_x'"),
+    ("unknown format", (W, "q4_x"), 'no kernels for the format "q4_x"'),
     ("integer weight", (W.int(), "q4k"), "weight must be one of float32, float16, bfloat16, float64, got int32"),
     ("vector", (W[0], "q4k"), r"at least 2 dimensions \[N, K\], got shape \[256\]"),
     ("no columns", (W[:, :0], "q4k"), "in_features must be a positive multiple of 256, got 0"),
@@ -261,7 +261,7 @@ QUANTIZE_FAULTS = [
         (W[None], "q4k", torch.ones(2, 256)),
         r"or \[1, 256\], one vector per matrix; got \[2, 256\]",
     ),
-    ("negative importance", (W, "q4k", NEGATIVE), r"importance\[5\] is -1.0"),
+    ("negative importance", (W, "q4k", NEGATIVE), r"importance\[5\] is -1"),
     ("infinite importance", (W, "q8_0", torch.full((256,), float("inf"))), r"importance\[0\] is inf"),
     (
         "integer importance",

@@ -196,7 +196,7 @@ int find_format(const char* op, const std::string& format) {
     std::string names;
     for (int i = 0; i < formats.count; ++i) names += text(i ? ", " : "", formats.formats[i].name);
     throw std::invalid_argument(
-        text(op, ": no CPU kernels for the format \"", format, "\". There are kernels for ", names, "."));
+        text(op, ": no CPU kernels for the format \"", shortened(format), "\". There are kernels for ", names, "."));
   }
   return found->second;
 }

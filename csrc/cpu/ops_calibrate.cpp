@@ -16,17 +16,14 @@ constexpr int64_t kSquaresPerWeight = 8;  // squares take the time of decoding o
 // The groups of each row, [rows, slots], as int64. Without such a tensor, every row is in group 0.
 struct Groups {
   Tensor keep_alive;
-  const int64_t* ids = nullptr;
+  bool given = false;
+  const int64_t* ids = nullptr;  // null also for a tensor without elements
   int64_t slots = 1;
 
-  Groups(const std::optional<Tensor>& groups, const Tensor& x, int64_t rows) : keep_alive(x) {
+  Groups(const std::optional<Tensor>& groups, const Tensor& x) : keep_alive(x) {
     if (!groups) return;
-    const ScalarType type = groups->scalar_type();
-    check(type == ScalarType::Long || type == ScalarType::Int, "square_sums: groups must be int64 or int32, got ",
-          name_of(type), ".");
-    check(groups->dim() == 2 && groups->size(0) == rows, "square_sums: groups must have shape [", rows,
-          ", slots], got ", shape_text(shape_of(*groups)), ".");
     keep_alive = dense(torch::stable::to(*groups, ScalarType::Long));
+    given = true;
     ids = static_cast<const int64_t*>(keep_alive.const_data_ptr());
     slots = groups->size(1);
   }
@@ -34,9 +31,9 @@ struct Groups {
 
 Tensor square_sums(const Tensor& x, std::optional<Tensor> groups, int64_t count) {
   const Dtype dtype = checked_dtype("square_sums", "x", x.scalar_type());
-  check(x.dim() >= 1 && x.size(x.dim() - 1) > 0 && count > 0, "square_sums: x must have columns and count be positive");
+  check_square_sums(x, groups, count);
   const int64_t columns = x.size(x.dim() - 1), rows = x.numel() / columns;
-  const Groups group_of(groups, x, rows);
+  const Groups group_of(groups, x);
   const Tensor source = dense(x);
   const uint8_t* from = static_cast<const uint8_t*>(source.const_data_ptr());
   Tensor out = empty({count, columns}, ScalarType::Float);
@@ -52,7 +49,7 @@ Tensor square_sums(const Tensor& x, std::optional<Tensor> groups, int64_t count)
   parallel_tiles((columns + width - 1) / width, work, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * width; first < std::min(end * width, columns); first += width) {
       const int64_t n = std::min(width, columns - first);
-      if (!group_of.ids) {
+      if (!group_of.given) {
         add_squares(from + first * item, dtype, stride, rows, n, sums + first);
         continue;
       }

@@ -27,7 +27,7 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   const std::vector<float> columns = checked_importance(importance, shape);
   const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
   const Dtype dtype = *float_dtype(source.scalar_type());
-  const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
+  const int64_t matrices = w.numel() ? w.numel() / (rows * k) : 0;
 
   Tensor out = empty(packed_shape, ScalarType::Byte);
   const int64_t matrix_bytes = rows * packed_shape.back(), matrix_weights = rows * k;

@@ -32,19 +32,24 @@ struct ExpertsCall {
   std::vector<Product> products;  // [E]
 };
 
-// Sorts the pairs by expert, in the order of the tokens. IndexError for an id that names no expert.
+// Raises IndexError for an id that names no expert.
 template <class Id>
-void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, bool own_rows, ExpertsCall& call) {
-  call.begins.assign(experts + 2, 0);
-  const int64_t count = tokens * slots;
-  for (int64_t i = 0; i < count; ++i) {
+void check_expert_ids(const Id* ids, int64_t tokens, int64_t slots, int64_t experts) {
+  for (int64_t i = 0; i < tokens * slots; ++i) {
     const int64_t id = ids[i];
     if (id < 0 || id > experts) {
       out_of_range("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but there are ", experts,
                    " experts; ", experts, " itself is allowed and stands for one that is not here.");
     }
-    ++call.begins[id + 1];
   }
+}
+
+// Sorts the pairs by expert, in the order of the tokens.
+template <class Id>
+void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, bool own_rows, ExpertsCall& call) {
+  call.begins.assign(experts + 2, 0);
+  const int64_t count = tokens * slots;
+  for (int64_t i = 0; i < count; ++i) ++call.begins[ids[i] + 1];
   for (int64_t e = 0; e <= experts; ++e) call.begins[e + 1] += call.begins[e];
   std::vector<int64_t> at(call.begins.begin(), call.begins.end() - 1);
   call.pairs.resize(count);
@@ -225,16 +230,16 @@ Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_
   ExpertsCall call;
   call.bias = loaded_bias("experts_linear", packed, bias, {experts, n});
 
-  const Tensor dense_ids = dense(ids), dense_x = dense(x);
-  if (sizes.wide_ids) {
-    sort_pairs(static_cast<const int64_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, sizes.rows_per_slot,
-               call);
-  } else {
-    sort_pairs(static_cast<const int32_t*>(dense_ids.const_data_ptr()), tokens, slots, experts, sizes.rows_per_slot,
-               call);
-  }
+  const Tensor dense_ids = dense(ids);
+  const auto with_ids = [&](const auto& use) {
+    const void* const data = dense_ids.const_data_ptr();
+    sizes.wide_ids ? use(static_cast<const int64_t*>(data)) : use(static_cast<const int32_t*>(data));
+  };
+  with_ids([&](const auto* values) { check_expert_ids(values, tokens, slots, experts); });
   Tensor y = empty({tokens, slots, n}, x.scalar_type());
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return y;  // with n = 0, a stack may have more experts than there is memory to count them
+  with_ids([&](const auto* values) { sort_pairs(values, tokens, slots, experts, sizes.rows_per_slot, call); });
+  const Tensor dense_x = dense(x);
   Product product(packed, dtype);
   product.n = n;
   product.x = static_cast<const uint8_t*>(dense_x.const_data_ptr());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "dtype.h"
 #include "rule.h"
@@ -86,7 +87,7 @@ struct FormatKernels {
 };
 
 // By canonical name; null if there is none.
-const FormatKernels* find_format(const char* name);
+const FormatKernels* find_format(const std::string& name);
 int format_count();
 const FormatKernels& format_at(int index);
 

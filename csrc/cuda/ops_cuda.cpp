@@ -92,8 +92,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
   const std::vector<int64_t> shape = checked_linear(x, packed, format_name);
   check_device("linear", "x is", x, weight);
   const int64_t n = packed.rows, k = packed.k, m = x.numel() / k;
-  const Place place(weight);
   const std::optional<Tensor> b = loaded_bias("linear", bias, weight, {n}, x.scalar_type());
+  const Place place(weight);
   const Tensor y = place.empty(shape, x.scalar_type());
   if (m == 0 || n == 0) return y;
   const Tensor rows = aligned(x, kActivationAlignment);
@@ -156,8 +156,8 @@ Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_
   const ExpertsShape sizes(x, weight, packed, format_name, ids);
   check_device(op, "x is", x, weight);
   check_device(op, "ids are", ids, weight);
-  const Place place(weight);
   const std::optional<Tensor> b = loaded_bias(op, bias, weight, {sizes.experts, sizes.n}, x.scalar_type());
+  const Place place(weight);
   const Tensor y = place.empty({sizes.tokens, sizes.slots, sizes.n}, x.scalar_type());
   if (y.numel() == 0) return y;
   const Tensor rows = aligned(x, kActivationAlignment), dense_ids = dense(ids);

@@ -87,11 +87,11 @@ inline Tensor aligned(const Tensor& t, uintptr_t alignment) {
 }
 
 inline const FormatKernels& known_format(const char* op, const std::string& name) {
-  if (const FormatKernels* format = find_format(name.c_str())) return *format;
+  if (const FormatKernels* format = find_format(name)) return *format;
   std::string names;
   for (int i = 0; i < format_count(); ++i) names += text(i ? ", " : "", format_at(i).name);
   throw std::invalid_argument(
-      text(op, ": no CUDA kernels for the format \"", name, "\". There are kernels for ", names, "."));
+      text(op, ": no CUDA kernels for the format \"", shortened(name), "\". There are kernels for ", names, "."));
 }
 
 }  // namespace isqtorch::cuda

@@ -90,7 +90,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 Tensor linear_w8a8(const Tensor& x, const Tensor& weight, std::string format, std::optional<Tensor> bias) {
   if (format != kFormat) {
-    check(false, "linear_w8a8: activations are rounded to FP8 for weights in fp8 alone, got \"", format,
+    check(false, "linear_w8a8: activations are rounded to FP8 for weights in fp8 alone, got \"", shortened(format),
           "\". Use linear.");
   }
   const FormatKernels& fp8 = *find_format(kFormat);
@@ -99,15 +99,15 @@ Tensor linear_w8a8(const Tensor& x, const Tensor& weight, std::string format, st
   const std::vector<int64_t> shape = checked_linear(x, packed, kFormat);
   check_device("linear", "x is", x, weight);
   const int64_t n = packed.rows, k = packed.k, m = x.numel() / k;
+  if (bias) {
+    check_bias("linear", *bias, {n});
+    check_device("linear", "bias is", *bias, weight);
+  }
   if (!pays(fp8, m, n, k, weight.get_device_index())) return linear(x, weight, bias);
 
   const Place place(weight);
   std::optional<Tensor> b;
-  if (bias) {
-    check_bias("linear", *bias, {n});
-    check_device("linear", "bias is", *bias, weight);
-    b = aligned(torch::stable::to(*bias, x.scalar_type()), kAlignment);
-  }
+  if (bias) b = aligned(torch::stable::to(*bias, x.scalar_type()), kAlignment);
   const Tensor rows_of_x = aligned(x, kAlignment), bytes = aligned(weight, fp8.align);
   const int64_t padded = round_up(m, kMultiple);
   const Parts activations(place, padded, k);

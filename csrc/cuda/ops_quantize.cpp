@@ -35,13 +35,14 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
   const std::vector<int64_t> shape = shape_of(w);
   const int64_t k = shape.back(), rows = shape[shape.size() - 2];
   const Rule checked = checked_rule(format.name, format.rules, rule);
+  if (importance && !importance->is_cpu()) check_device("quantize", "importance is", *importance, w);
   const Place place(w);
   const std::optional<Tensor> columns = loaded_importance(place, importance, shape);
   const Tensor source =
       aligned(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w, kSourceAlignment);
   const Dtype dtype = *float_dtype(source.scalar_type());
   const Tensor out = place.empty(packed_shape, ScalarType::Byte);
-  const int64_t matrices = rows ? w.numel() / (rows * k) : 0;
+  const int64_t matrices = w.numel() ? w.numel() / (rows * k) : 0;
   if (matrices == 0) return out;
 
   // Every matrix writes its faults into a row of two numbers. All rows are read back at once.

@@ -1,5 +1,5 @@
 // The table of formats: names and kernels.
-#include <cstring>
+#include <string>
 
 #include "cuda/formats/list.cuh"
 #include "cuda/launchers.cuh"
@@ -39,9 +39,9 @@ int format_count() { return sizeof kTable / sizeof *kTable; }
 
 const FormatKernels& format_at(int index) { return kTable[index]; }
 
-const FormatKernels* find_format(const char* name) {
+const FormatKernels* find_format(const std::string& name) {
   for (const FormatKernels& format : kTable) {
-    if (!std::strcmp(format.name, name)) return &format;
+    if (name == format.name) return &format;
   }
   return nullptr;
 }

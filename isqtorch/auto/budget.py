@@ -18,6 +18,7 @@ AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
 """Options of `quantize_` that only the format "auto" takes."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_MOST_BYTES = 1 << 62
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 
 
@@ -48,7 +49,7 @@ class Budget:
         bpw, size, probe = options.target_bpw, options.max_size, options.probe
         if (bpw is None) == (size is None):
             raise ValueError(f"{op}: 'auto' needs one of target_bpw=4.5 (bits per weight) and max_size='6GB'")
-        if bpw is not None and (isinstance(bpw, bool) or not 0 < bpw < inf):
+        if bpw is not None and not _is_positive(bpw):
             raise ValueError(f"{op}: target_bpw must be a positive number, got {bpw!r}")
         if probe is not None and probe not in get_args(Probe):
             raise ValueError(f"{op}: probe must be one of {', '.join(get_args(Probe))}; got {probe!r}")
@@ -72,14 +73,18 @@ class Budget:
         return human_size(self.max_bytes)
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool) and 0 < value < inf
+
+
 def _bytes(op: str, size: int | str) -> int:
     """Bytes from a number or a string such as "6GB", "800 MB" or "5.5GiB"."""
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is not None:
         size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match[2].upper() in _UNITS else 0
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= _MOST_BYTES:
         raise ValueError(
-            f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r}"
+            f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r:.80}"
         )
     return size
 
@@ -87,7 +92,7 @@ def _bytes(op: str, size: int | str) -> int:
 def _allowed(op: str, allowed: Sequence[Spec] | None) -> tuple[Spec, ...]:
     if allowed is None:  # numbers of bits: each means the best format for a layer's device
         return tuple(sorted({get_format(name).bits for name in formats()}))
-    if isinstance(allowed, (str, int)) or not allowed:
+    if isinstance(allowed, (str, bytes)) or not isinstance(allowed, Sequence) or not allowed:
         raise ValueError(f"{op}: formats must be a list of formats to choose from, got {allowed!r}")
     try:
         for spec in allowed:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from isqtorch.files.binary import MAX_NAME_BYTES, open_binary
 from isqtorch.files.gguf_names import gguf_names, names_to_write
 from isqtorch.files.writing import write_atomically
+from isqtorch.ops.checks import MOST_IMPORTANCE
 from isqtorch.policy.inventory import inspect_model
 from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import ImatrixLike
@@ -355,11 +356,18 @@ def imatrix_name(imatrix: ImatrixLike | None) -> str:
 def importance_of(imatrix: Imatrix, layers: Sequence[LayerInfo], shape: tuple[int, ...]) -> Tensor | None:
     """Return the first vector found for layers that share a weight, or None.
 
-    A head comes before the embedding that it is tied to, because an embedding has no input activations.
+    A head comes before the embedding that it is tied to, because an embedding has no input activations. Raise ValueError
+    for importance that the operator `quantize` would refuse.
     """
     experts = shape[0] if len(shape) == 3 else None
     for layer in sorted(layers, key=lambda layer: layer.kind == "embedding"):
         vector = imatrix.vector(layer.name, shape[-1], experts)
         if vector is not None:
+            largest = vector.max().item()
+            if largest > MOST_IMPORTANCE:  # the operator would refuse it, when half of the model is packed
+                raise ValueError(
+                    f"{imatrix.source}: layer {layer.name!r} has importance {largest:.6g}, more than 2**40, which no activations have. "
+                    "Collect it again; of your own numbers only the ratios count: divide them by the largest."
+                )
             return vector
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +30,27 @@ class Job:
     options: Options
     watch: Watch = field(default_factory=Watch, compare=False)  # looks at what `pack_weight` has packed
     damages: list[Damage] = field(default_factory=list, compare=False)  # what it found, when it is finished
+
+
+@contextmanager
+def naming_memory(op: str, job: Job, state: str) -> Iterator[None]:
+    """Raise an error about memory that ran out again, of the same class, with the layer and the way out.
+
+    Args:
+        op: the public function, for the message.
+        job: the weight that is packed in the block.
+        state: sentences about what was done so far, and what the user can do.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        kind = next((kind for kind in (torch.OutOfMemoryError, MemoryError) if isinstance(error, kind)), RuntimeError)
+        if kind is RuntimeError and "can't allocate memory" not in str(error):  # torch has no class for it on the CPU
+            raise
+        told = str(error).partition("\n")[0]
+        raise kind(
+            f"{op}: {job.names[0]}: memory ran out while it was packed in {job.fmt.name}. {state}{f' ({told})' if told else ''}"
+        ) from error
 
 
 def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expert: int | None = None) -> Tensor:

@@ -31,7 +31,7 @@ from isqtorch.report.report import QuantReport
 
 from .host import announce
 from .origin import Origin
-from .pack import Job, pack_weight, relative_error
+from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, check_devices, check_weights, settle
 
 
@@ -112,6 +112,8 @@ def quantize_(
         ValueError: the request, the importance or a weight is not valid (NaN, infinity, meta device), or the model is
             already quantized. The model is unchanged.
         OSError: a topology, imatrix or calibration file cannot be read.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out while a layer was packed. The layers before it
+            are packed, and the others unchanged.
 
     Example:
         report = isqtorch.quantize_(model, 4, exclude="lm_head")
@@ -170,9 +172,14 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
     errors: dict[str, float] = {}
     placed: set[int] = set()
     with progress_bar(request.op, "layer", request.options.progress, total=len(prepared.jobs)) as bar:
-        for job in prepared.jobs:
+        for number, job in enumerate(prepared.jobs):
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            error = _replace(model, job, placed)
+            state = (
+                f"{number} of {len(prepared.jobs)} weights are packed, the others are as they were, and the model runs. To pack all, "
+                "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
+            )
+            with naming_memory(request.op, job, state):
+                error = _replace(model, job, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()

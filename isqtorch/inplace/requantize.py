@@ -32,7 +32,7 @@ from isqtorch.report.report import QuantReport
 from .exchange import Swap, check_outside, exchange
 from .host import announce
 from .origin import Origin, forget
-from .pack import Job, pack_weight, relative_error
+from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, check_weights, settle
 from .weights import Weights
 
@@ -102,6 +102,8 @@ def requantize_(
         OSError: a file cannot be read. The model is unchanged.
         RuntimeError: calls in other threads do not return within 10 minutes, or other code replaced a layer. The model
             is unchanged.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out while a layer was packed. The model is
+            unchanged.
 
     Example:
         isqtorch.quantize_(model, "q4k")
@@ -204,7 +206,8 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            parameter, error = _packed(model, job, weights)
+            with naming_memory(_OP, job, "Nothing was changed. Free memory, or exclude some of the layers."):
+                parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             for name in job.names:

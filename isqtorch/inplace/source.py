@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from isqtorch.files.binary import regular
 from isqtorch.files.checkpoints import checkpoint_files, complete, read_json
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import float_shape, is_turned
+from isqtorch.modules.convert import float_shape
+from isqtorch.modules.parameter import is_plain
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
@@ -188,7 +189,7 @@ def sampled(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
 def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Source) -> float | None:
     """The correlation of packed rows, decoded, with the rows of the checkpoint; None if they cannot be compared."""
     weight = module._parameters[leaf]
-    if type(weight) is not nn.Parameter or weight.device.type == "meta" or is_turned(module):
+    if weight is None or not is_plain(weight) or weight.device.type == "meta" or module.is_turned():
         return None
     shape = float_shape(module, leaf)
     stored = source.sample(name, shape)

@@ -6,15 +6,21 @@ Checks of values (finite weights, ids in range) wait for the device. All checks 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from isqtorch.formats import Fields, QuantFormat
+from isqtorch.formats import Fields, QuantFormat, formats, get_format
+from isqtorch.quantizers import check_rule
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
+_IDS = (torch.int64, torch.int32)
+_MOST_COLUMNS = 1 << 40  # of a row; larger sizes make no sense, and their bytes could overflow in the kernels
+_MOST_ELEMENTS = 1 << 60  # of a result
+MOST_IMPORTANCE = 2.0**40  # the sums of the searches hold its square; larger ones leave the range of f32
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -42,6 +48,34 @@ def _first(bad: Tensor) -> int | None:
     return int(flat.int().argmax())
 
 
+def format_named(op: str, name: str) -> QuantFormat:
+    """Return the format of this canonical name. The kernels know no other spelling."""
+    if name not in _NAMES:
+        shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in name[:60]) + "..." * (len(name) > 60)
+        raise ValueError(f'{op}: no kernels for the format "{shown}". There are kernels for {", ".join(_NAMES)}.')
+    return get_format(name)
+
+
+_NAMES = formats(variants=True)
+
+
+def check_devices(op: str, weight: Tensor, **others: Tensor | None) -> None:
+    """Check that all tensors are on the weight's device. The argument `ids` is a plural."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != weight.device:
+            verb = "are" if name == "ids" else "is"
+            raise ValueError(
+                f"{op}: {name} {verb} on {tensor.device}, the weight on {weight.device}. Move one of them."
+            )
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Check that the sizes of a result do not overflow. Symbolic sizes are those of tensors that exist, and pass."""
+    elements = math.prod(max(size, 1) for size in shape if isinstance(size, int))
+    if elements > _MOST_ELEMENTS:
+        raise ValueError(f"isqtorch: a result of shape {list(shape)} is larger than any memory. Split the arguments.")
+
+
 def check_weight(w: Tensor, fmt: QuantFormat) -> int:
     """Check that a weight is float, has at least two dimensions, and has rows of whole blocks.
 
@@ -55,7 +89,24 @@ def check_weight(w: Tensor, fmt: QuantFormat) -> int:
             f"quantize: weight must have at least 2 dimensions [N, K], got shape {list(w.shape)}. "
             "Vectors (biases, norms) are left as they are."
         )
-    return fmt.row_bytes(w.shape[-1])
+    row_bytes = fmt.row_bytes(w.shape[-1])
+    if w.shape[-1] > _MOST_COLUMNS:
+        raise ValueError(f"{fmt.name}: in_features must not be more than 2**40, got {w.shape[-1]}.")
+    return row_bytes
+
+
+def check_quantize(w: Tensor, fmt: QuantFormat, importance: Tensor | None, rule: str | None) -> int:
+    """Check everything about the arguments of `quantize` except their values.
+
+    Returns:
+        Bytes of a packed row.
+    """
+    row_bytes = check_weight(w, fmt)
+    check_rule(fmt, rule)
+    if importance is not None:
+        check_importance_shape(importance, w)
+    check_size((*w.shape[:-1], row_bytes))
+    return row_bytes
 
 
 def check_finite(w: Tensor, w32: Tensor, fmt: QuantFormat) -> None:
@@ -105,14 +156,8 @@ def refuse_scale(block: int, shape: torch.Size, fmt: QuantFormat) -> NoReturn:
     )
 
 
-def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
-    """Check that importance has one finite, non-negative value per column.
-
-    Returns:
-        f32 on the weight's device: `[1, K]` for all matrices, or `[matrices, K]`; None if `importance` is None.
-    """
-    if importance is None:
-        return None
+def check_importance_shape(importance: Tensor, w: Tensor) -> None:
+    """Check that importance is float, has one value per column, and is on the weight's device or on the CPU."""
     columns, matrices = w.shape[-1], w.shape[:-2]
     if importance.shape not in ((columns,), (*matrices, columns)):
         own = f", or {[*matrices, columns]}, one vector per matrix" if matrices else ""
@@ -120,16 +165,29 @@ def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
             f"quantize: importance must have shape [{columns}], one value per column of the weight{own}; "
             f"got {list(importance.shape)}. Is this the entry of another layer?"
         )
-    if not importance.dtype.is_floating_point:
+    if importance.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"quantize: importance must be a float tensor, got {_spelled(importance.dtype)}.")
+    if importance.device.type != "cpu":
+        check_devices("quantize", w, importance=importance)
+
+
+def check_importance(importance: Tensor | None, w: Tensor) -> Tensor | None:
+    """Check importance: see `check_importance_shape`; each value must be between 0 and 2**40.
+
+    Returns:
+        f32 on the weight's device: `[1, K]` for all matrices, or `[matrices, K]`; None if `importance` is None.
+    """
+    if importance is None:
+        return None
+    check_importance_shape(importance, w)
     vector = importance.detach().to(w.device, torch.float32)
-    first = _first(~(vector.isfinite() & (vector >= 0)))
+    first = _first(~((vector >= 0) & (vector <= MOST_IMPORTANCE)))
     if first is not None:
         raise ValueError(
-            f"quantize: importance[{_position(first, importance.shape)}] is {float(importance.reshape(-1)[first])}; "
-            "importance must be finite and not negative."
+            f"quantize: importance[{_position(first, importance.shape)}] is {float(vector.reshape(-1)[first]):.6g}; "
+            "importance must be finite, not negative and at most 2**40. Only its ratios count: divide it by its maximum."
         )
-    return vector.reshape(-1, columns)
+    return vector.reshape(-1, w.shape[-1])
 
 
 def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = False) -> int:
@@ -145,7 +203,12 @@ def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = Fa
     if weight.ndim < 2 or (matrix and weight.ndim != 2):
         wanted = "2 dimensions [N, row_bytes]" if matrix else "at least 2 dimensions [N, row_bytes]"
         raise ValueError(f"{op}: a packed weight must have {wanted}, got shape {list(weight.shape)}.")
-    return fmt.in_features(weight.shape[-1])
+    columns = fmt.in_features(weight.shape[-1])
+    if columns > _MOST_COLUMNS:
+        raise ValueError(
+            f"{fmt.name}: a packed row must not have more than 2**40 weights, got {weight.shape[-1]} bytes."
+        )
+    return columns
 
 
 def check_output_dtype(op: str, dtype: torch.dtype) -> None:
@@ -176,24 +239,41 @@ def check_linear(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | Non
             f"linear: the last dimension of x must be {columns}, the in_features of this {fmt.name} weight, "
             f"got shape {list(x.shape)}."
         )
-    if x.device != weight.device:
-        raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}. Move one of them.")
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"linear: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}.")
-        if not bias.dtype.is_floating_point:
-            raise ValueError(f"linear: bias must be a float tensor, got {_spelled(bias.dtype)}.")
-        if bias.device != weight.device:
-            raise ValueError(f"linear: bias is on {bias.device}, the weight on {weight.device}. Move one of them.")
+    check_devices("linear", weight, x=x)
+    check_bias("linear", bias, weight)
+    check_size((*x.shape[:-1], weight.shape[0]))
+    return columns
+
+
+def check_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
+    """Check that a bias has one value per row of the weight, a type of activations, and the weight's device."""
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:-1]:
+        raise ValueError(f"{op}: bias must have shape {list(weight.shape[:-1])}, got {list(bias.shape)}.")
+    if bias.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"{op}: bias must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(bias.dtype)}.")
+    check_devices(op, weight, bias=bias)
+
+
+def check_embedding(ids: Tensor, weight: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> int:
+    """Check everything about the arguments of `embedding` except the values of ids.
+
+    Returns:
+        K.
+    """
+    columns = check_packed("embedding", weight, fmt, matrix=True)
+    check_output_dtype("embedding", dtype)
+    check_ids_type(ids, weight)
+    check_size((*ids.shape, columns))
     return columns
 
 
 def check_ids_type(ids: Tensor, weight: Tensor) -> None:
     """Check that the ids of `embedding` are integers on the weight's device."""
-    if ids.dtype not in (torch.int64, torch.int32):
+    if ids.dtype not in _IDS:
         raise ValueError(f"embedding: ids must be int64 or int32, got {_spelled(ids.dtype)}.")
-    if ids.device != weight.device:
-        raise ValueError(f"embedding: ids are on {ids.device}, the weight on {weight.device}. Move one of them.")
+    check_devices("embedding", weight, ids=ids)
 
 
 def check_ids(ids: Tensor, weight: Tensor) -> None:
@@ -204,7 +284,8 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
         IndexError: an id is out of range.
     """
     check_ids_type(ids, weight)
-    first = _first((ids < 0) | (ids >= weight.shape[0]))
+    wide = ids.long()  # the number of rows may not fit into int32
+    first = _first((wide < 0) | (wide >= weight.shape[0]))
     if first is not None:
         raise IndexError(
             f"embedding: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, "
@@ -215,24 +296,56 @@ def check_ids(ids: Tensor, weight: Tensor) -> None:
 def check_experts_shapes(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
     """Check types, shapes and devices of the arguments of `experts_linear`, but not the values of ids."""
     op = "experts_linear"
+    columns = _check_stack(op, "x", x, weight, fmt, ids)
+    check_expert_rows(x, ids, columns, fmt.name)
+    check_devices(op, weight, x=x, ids=ids)
+    check_bias(op, bias, weight)
+    check_size((*ids.shape, weight.shape[1]))
+
+
+def _check_stack(op: str, name: str, rows: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor) -> int:
+    """Check the stack, the type of the rows that are multiplied (called `name`), and the type of ids. Returns K."""
     columns = check_packed(op, weight, fmt)
     if weight.ndim != 3:
         raise ValueError(f"{op}: the weight must have 3 dimensions [E, N, row_bytes], got shape {list(weight.shape)}.")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise ValueError(f"{op}: x must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(x.dtype)}.")
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
+    if rows.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"{op}: {name} must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(rows.dtype)}.")
+    if ids.dtype not in _IDS or ids.ndim != 2:
         raise ValueError(f"{op}: ids must be int64 or int32 [T, S], got {_spelled(ids.dtype)} {list(ids.shape)}.")
-    check_expert_rows(x, ids, columns, fmt.name)
-    for name, other in (("x is", x), ("ids are", ids)):
-        if other.device != weight.device:
-            raise ValueError(f"{op}: {name} on {other.device}, the weight on {weight.device}. Move one of them.")
-    if bias is not None:
-        if bias.shape != weight.shape[:2]:
-            raise ValueError(f"{op}: bias must have shape {list(weight.shape[:2])}, got {list(bias.shape)}.")
-        if bias.dtype not in ACTIVATION_DTYPES:
-            raise ValueError(f"{op}: bias must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(bias.dtype)}.")
-        if bias.device != weight.device:
-            raise ValueError(f"{op}: bias is on {bias.device}, the weight on {weight.device}. Move one of them.")
+    return columns
+
+
+def check_experts_dx(dy: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor) -> int:
+    """Check everything about the arguments of `experts_linear_dx` except the values of ids.
+
+    Returns:
+        K.
+    """
+    op = "experts_linear_dx"
+    columns = _check_stack(op, "dy", dy, weight, fmt, ids)
+    wanted = [*ids.shape, weight.shape[1]]
+    torch._check_value(
+        list(dy.shape) == wanted,
+        lambda: f"{op}: dy must be {wanted}, one row per slot, for these ids; got shape {list(dy.shape)}.",
+    )
+    check_devices(op, weight, dy=dy, ids=ids)
+    check_size((*ids.shape, columns))
+    return columns
+
+
+def check_expert_ids(op: str, ids: Tensor, experts: int) -> None:
+    """Check that ids are 0 .. E; E means an expert on another rank.
+
+    Raises:
+        IndexError: an id is out of range.
+    """
+    wide = ids.long()  # the number of experts may not fit into int32
+    first = _first((wide < 0) | (wide > experts))
+    if first is not None:
+        raise IndexError(
+            f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
+            f"{experts} itself is allowed and stands for one that is not here."
+        )
 
 
 def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias: Tensor | None) -> None:
@@ -243,13 +356,28 @@ def check_experts(x: Tensor, weight: Tensor, fmt: QuantFormat, ids: Tensor, bias
         IndexError: an id is out of range.
     """
     check_experts_shapes(x, weight, fmt, ids, bias)
-    experts = weight.shape[0]
-    first = _first((ids < 0) | (ids > experts))
-    if first is not None:
-        raise IndexError(
-            f"experts_linear: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
-            f"{experts} itself is allowed and stands for one that is not here."
-        )
+    check_expert_ids("experts_linear", ids, weight.shape[0])
+
+
+def check_square_sums(x: Tensor, groups: Tensor | None, count: int) -> None:
+    """Check the arguments of `square_sums`. Groups may be on another device; values out of range mean no group."""
+    op = "square_sums"
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"{op}: x must be one of {_names(ACTIVATION_DTYPES)}, got {_spelled(x.dtype)}.")
+    if x.ndim < 1 or x.shape[-1] <= 0:
+        raise ValueError(f"{op}: x must have columns, got shape {list(x.shape)}.")
+    if count <= 0:
+        raise ValueError(f"{op}: count must be positive, got {count}.")
+    check_size((count, x.shape[-1]))
+    if groups is None:
+        return
+    if groups.dtype not in _IDS:
+        raise ValueError(f"{op}: groups must be int64 or int32, got {_spelled(groups.dtype)}.")
+    rows = x.numel() // x.shape[-1]
+    if groups.ndim != 2 or groups.shape[0] != rows:
+        raise ValueError(f"{op}: groups must have shape [{rows}, slots], got {list(groups.shape)}.")
+    if (groups.device.type == "meta") != (x.device.type == "meta"):
+        raise ValueError(f"{op}: groups are on {groups.device}, x is on {x.device}. Move one of them.")
 
 
 def check_expert_rows(x: Tensor, ids: Tensor, columns: int, format: str) -> None:

@@ -7,20 +7,24 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from isqtorch.formats import get_format
-from isqtorch.quantizers import check_rule, needs_whole, solve
+from isqtorch.quantizers import needs_whole, solve
 from isqtorch.quantizers.denormals import blocks_per_chunk, denormals_kept
 
 from .checks import (
+    check_embedding,
+    check_expert_ids,
     check_experts,
+    check_experts_dx,
     check_finite,
     check_ids,
     check_importance,
     check_linear,
     check_output_dtype,
     check_packed,
+    check_quantize,
     check_scales,
-    check_weight,
+    check_square_sums,
+    format_named,
 )
 
 _SQUARED_AT_ONCE = 1 << 24  # number of values that square_sums copies to f32 at a time
@@ -42,9 +46,8 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
     Raises:
         ValueError: arguments do not fit the format or each other, or weights are not finite or too large.
     """
-    fmt = get_format(format)
-    row_bytes = check_weight(w, fmt)
-    check_rule(fmt, rule)
+    fmt = format_named("quantize", format)
+    row_bytes = check_quantize(w, fmt, importance, rule)
     vectors = check_importance(importance, w)  # [1 or E, K]
     w32 = w.detach().float()
     check_finite(w, w32, fmt)
@@ -68,7 +71,7 @@ def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 
     Weights are computed in f32 and then rounded to `dtype`.
     """
-    fmt = get_format(format)
+    fmt = format_named("dequantize", format)
     columns = check_packed("dequantize", weight, fmt)
     check_output_dtype("dequantize", dtype)
     blocks = weight.reshape(weight.numel() // fmt.block_bytes, fmt.block_bytes)
@@ -92,7 +95,7 @@ def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -
     Returns:
         `[..., N]`, same dtype as x.
     """
-    fmt = get_format(format)
+    fmt = format_named("linear", format)
     check_linear(x, weight, fmt, bias)
     y = x.float() @ dequantize(weight, format, torch.float32).t()
     if bias is not None:
@@ -107,9 +110,7 @@ def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> T
     Raises:
         IndexError: an id is out of range.
     """
-    fmt = get_format(format)
-    columns = check_packed("embedding", weight, fmt, matrix=True)
-    check_output_dtype("embedding", dtype)
+    columns = check_embedding(ids, weight, format_named("embedding", format), dtype)
     check_ids(ids, weight)
     rows = weight[ids.reshape(-1).long()]  # [M, row_bytes]
     return dequantize(rows, format, dtype).view(*ids.shape, columns)
@@ -132,27 +133,37 @@ def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Te
         ValueError: arguments do not fit each other.
         IndexError: an id is below 0 or above E.
     """
-    check_experts(x, weight, get_format(format), ids, bias)
+    check_experts(x, weight, format_named("experts_linear", format), ids, bias)
     rows = x if x.ndim == 3 else x[:, None, :].expand(*ids.shape, x.shape[-1])
     y = x.new_zeros(*ids.shape, weight.shape[1])
-    for expert in range(weight.shape[0]):
+    for expert in _used(ids, weight.shape[0]):
         chosen = ids == expert  # [T, S]
-        if bool(chosen.any()):
-            y[chosen] = linear(rows[chosen], weight[expert], format, None if bias is None else bias[expert])
+        y[chosen] = linear(rows[chosen], weight[expert], format, None if bias is None else bias[expert])
     return y
+
+
+def _used(ids: Tensor, experts: int) -> list[int]:
+    """List the experts of a stack of so many that ids name."""
+    return [expert for expert in ids.unique().tolist() if expert < experts]
 
 
 @torch.no_grad()
 def experts_linear_dx(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
     """Compute the gradient of x: `dx[t, s] = dy[t, s] @ dequantize(weight[ids[t, s]])`, `[T, S, N]` -> `[T, S, K]`.
 
-    The float weights of one expert at a time are in memory.
+    The float weights of one expert at a time are in memory. Finding the rows of an expert waits for the device, so that
+    ids can be checked on every device.
+
+    Raises:
+        ValueError: arguments do not fit each other.
+        IndexError: an id is below 0 or above E.
     """
-    dx = dy.new_zeros(*ids.shape, get_format(format).in_features(weight.shape[-1]))
-    for expert in range(weight.shape[0]):
+    columns = check_experts_dx(dy, weight, format_named("experts_linear_dx", format), ids)
+    check_expert_ids("experts_linear_dx", ids, weight.shape[0])
+    dx = dy.new_zeros(*ids.shape, columns)
+    for expert in _used(ids, weight.shape[0]):
         chosen = ids == expert
-        if bool(chosen.any()):
-            dx[chosen] = dy[chosen] @ torch.ops.isqtorch.dequantize(weight[expert], format, dy.dtype)
+        dx[chosen] = dy[chosen] @ torch.ops.isqtorch.dequantize(weight[expert], format, dy.dtype)
     return dx
 
 
@@ -168,7 +179,11 @@ def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tens
 
     Returns:
         f32 `[count, K]`.
+
+    Raises:
+        ValueError: wrong types or shapes, or `count` is not positive.
     """
+    check_square_sums(x, groups, count)
     rows = x.detach().reshape(-1, x.shape[-1])
     if groups is None:
         member = torch.ones(1, len(rows), device=x.device)

@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isqtorch.formats import get_format
-
 from . import native, reference
-from .checks import check_expert_rows, check_w8a8
+from .checks import (
+    check_embedding,
+    check_experts_dx,
+    check_experts_shapes,
+    check_linear,
+    check_output_dtype,
+    check_packed,
+    check_quantize,
+    check_size,
+    check_square_sums,
+    check_w8a8,
+    format_named,
+)
 from .metal import ops as metal
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -58,23 +68,20 @@ for _name in ("linear_w8a8", "linear_w8a8_frozen"):
 
 @torch.library.register_fake("isqtorch::quantize")
 def _(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
-    return w.new_empty((*w.shape[:-1], get_format(format).row_bytes(w.shape[-1])), dtype=torch.uint8)
+    row_bytes = check_quantize(w, format_named("quantize", format), importance, rule)
+    return w.new_empty((*w.shape[:-1], row_bytes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("isqtorch::dequantize")
 def _(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    return weight.new_empty((*weight.shape[:-1], get_format(format).in_features(weight.shape[-1])), dtype=dtype)
+    columns = check_packed("dequantize", weight, format_named("dequantize", format))
+    check_output_dtype("dequantize", dtype)
+    check_size((*weight.shape[:-1], columns))
+    return weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
 
 
 def _linear_shape(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
-    in_features = get_format(format).in_features(weight.shape[-1])
-    torch._check_value(
-        x.shape[-1] == in_features,
-        lambda: (
-            f"linear: the last dimension of x must be {in_features}, the in_features of this {format} weight, "
-            f"got shape {list(x.shape)}."
-        ),
-    )
+    check_linear(x, weight, format_named("linear", format), bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -91,22 +98,25 @@ for _name in ("linear_w8a8", "linear_w8a8_frozen"):
 
 @torch.library.register_fake("isqtorch::embedding")
 def _(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])), dtype=dtype)
+    columns = check_embedding(ids, weight, format_named("embedding", format), dtype)
+    return ids.new_empty((*ids.shape, columns), dtype=dtype)
 
 
 @torch.library.register_fake("isqtorch::experts_linear")
 def _(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_expert_rows(x, ids, get_format(format).in_features(weight.shape[-1]), format)
+    check_experts_shapes(x, weight, format_named("experts_linear", format), ids, bias)
     return x.new_empty((*ids.shape, weight.shape[1]))
 
 
 @torch.library.register_fake("isqtorch::experts_linear_dx")
 def _(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
-    return dy.new_empty((*ids.shape, get_format(format).in_features(weight.shape[-1])))
+    columns = check_experts_dx(dy, weight, format_named("experts_linear_dx", format), ids)
+    return dy.new_empty((*ids.shape, columns))
 
 
 @torch.library.register_fake("isqtorch::square_sums")
 def _(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
+    check_square_sums(x, groups, count)
     return x.new_empty((count, x.shape[-1]), dtype=torch.float32)
 
 

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.origin import Origin
-from isqtorch.inplace.pack import Job, pack_weight
+from isqtorch.inplace.pack import Job, naming_memory, pack_weight
 from isqtorch.inplace.prepare import Prepared
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantExperts
@@ -274,8 +274,10 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        packed = pack_weight(source, job, importance)
-        job.watch.finish()  # reads the weight, whose pages are dropped now
+        state = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
+        with naming_memory(METHOD, job, state):
+            packed = pack_weight(source, job, importance)
+            job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 

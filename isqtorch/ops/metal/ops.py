@@ -9,15 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isqtorch.formats import QuantFormat, get_format
+from isqtorch.formats import QuantFormat
 from isqtorch.ops.checks import (
+    check_embedding,
     check_experts_shapes,
     check_finite,
-    check_ids_type,
+    check_importance,
     check_linear,
     check_output_dtype,
     check_packed,
-    check_weight,
+    check_quantize,
+    format_named,
     refuse_scale,
 )
 from isqtorch.quantizers import uses_importance
@@ -37,8 +39,9 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
 
     The CPU does it for formats without a Metal quantizer, with an importance vector, and for rule "search".
     """
-    fmt = get_format(format)
-    row_bytes = check_weight(w, fmt)
+    fmt = format_named("quantize", format)
+    row_bytes = check_quantize(w, fmt, importance, rule)
+    check_importance(importance, w)
     importance = importance if uses_importance(fmt, rule) else None
     on_gpu = struct_of(fmt.name).quantizes and importance is None
     on_gpu = on_gpu and (rule is None or (fmt.solver == "affine" and rule == "mlx"))
@@ -63,7 +66,7 @@ def quantize(w: Tensor, format: str, importance: Tensor | None = None, rule: str
 @torch.no_grad()
 def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """Implement `reference.dequantize`, with the same bits."""
-    fmt = get_format(format)
+    fmt = format_named("dequantize", format)
     k = check_packed("dequantize", weight, fmt)
     check_output_dtype("dequantize", dtype)
     out = torch.empty((*weight.shape[:-1], k), dtype=dtype, device=weight.device)
@@ -76,10 +79,8 @@ def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """Implement `reference.embedding`, with the same bits. Ids out of range give NaN."""
-    fmt = get_format(format)
-    k = check_packed("embedding", weight, fmt, matrix=True)
-    check_output_dtype("embedding", dtype)
-    check_ids_type(ids, weight)
+    fmt = format_named("embedding", format)
+    k = check_embedding(ids, weight, fmt, dtype)
     out = torch.empty((*ids.shape, k), dtype=dtype, device=weight.device)
     if out.numel():
         function = kernel("dequantize", f"embedding_{IDS[ids.dtype]}", fmt.name, dtype)
@@ -89,7 +90,7 @@ def embedding(ids: Tensor, weight: Tensor, format: str, dtype: torch.dtype) -> T
 
 def linear(x: Tensor, weight: Tensor, format: str, bias: Tensor | None = None) -> Tensor:
     """Implement `reference.linear`, with sums in f32."""
-    fmt = get_format(format)
+    fmt = format_named("linear", format)
     k = check_linear(x, weight, fmt, bias)
     n = len(weight)
     rows = x.detach().reshape(-1, k).contiguous()
@@ -124,7 +125,7 @@ def _decoded(x: Tensor, weight: Tensor, fmt: QuantFormat, bias: Tensor | None, y
 
 def experts_linear(x: Tensor, weight: Tensor, format: str, ids: Tensor, bias: Tensor | None = None) -> Tensor:
     """Implement `reference.experts_linear`. Ids out of range give zeros."""
-    fmt = get_format(format)
+    fmt = format_named("experts_linear", format)
     check_experts_shapes(x, weight, fmt, ids, bias)
     experts, n = weight.shape[:2]
     k, slots, pairs = x.shape[-1], ids.shape[1], ids.numel()
