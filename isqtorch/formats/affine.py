@@ -36,6 +36,18 @@ class AffineFormat(QuantFormat):
     def pack(self, fields: Fields) -> Tensor:
         return self.join({"scale": fields["scale"], "bias": fields["bias"], "qs": pack_stream(fields["q"], self.bits)})
 
+    def fault(self, blocks: Tensor) -> str | None:
+        found = super().fault(blocks)
+        if found is not None or self.scale_dtype != torch.float16:
+            return found
+        # The quantizer takes the larger end of the range as bias, so it is about half of all codes or more away from
+        # zero. bf16 numbers read as f16 are all near 1, scales and biases alike.
+        fields = self.split(blocks)
+        scale, bias = fields["scale"].float().abs(), fields["bias"].float().abs()
+        if float(scale.median()) > 0.25 and float((bias / scale.clamp_min(1e-7)).median()) < 0.3 * (2**self.bits - 1):
+            return "scales and biases are all near 1, as those of bf16 are when they are read as f16"
+        return None
+
     def decode(self, fields: Fields) -> Tensor:
         # 16-bit scale (8 or 11 significant bits) times 8-bit code is exact in f32, so there is one rounding
         return fields["scale"].float()[:, None] * fields["q"].float() + fields["bias"].float()[:, None]
@@ -75,6 +87,7 @@ def _register(bits: int, group: int, scale: str) -> None:
             promoted=name(promoted, group) if promoted else None,
             aliases=tuple(s for s in spellings if s != name(bits, group)),
             weight_error=_WEIGHT_ERROR[bits][group],
+            offset="bias",
         ),
         variant=group != _GROUPS[0] or scale != "bf16",
     )

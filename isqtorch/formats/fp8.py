@@ -46,6 +46,11 @@ class Fp8Format(QuantFormat):
         codes = fields["q"]
         return e4m3_table().to(codes.device)[codes.int()] * fields["scale"][:, None]
 
+    def fault(self, blocks: Tensor) -> str | None:
+        codes = self.unpack(blocks)["q"]
+        bad = int((codes & 127 == 127).sum())
+        return f"{bad} of {codes.numel()} sampled codes are NaN" if bad else super().fault(blocks)
+
 
 register(
     Fp8Format(
@@ -60,5 +65,6 @@ register(
         fallback="q8_0",
         aliases=("fp8_e4m3", "fp8_e4m3fn"),
         weight_error=0.027,
+        never_negative=("scale",),
     )
 )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
 from isqtorch.formats import QuantFormat, get_format
 
+from .plausible import unknown_fault
+
 
 class PackedModule(nn.Module):
     """Base of the modules with a packed weight (QuantExperts has several, with other names).
@@ -105,7 +107,10 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as nn.Module does, but report an error for weights of another type or format; they are never cast."""
+        """Load as nn.Module does, but report an error for weights of another type or format; they are never cast.
+
+        If the state dict does not say the format, its bytes are judged instead; see `plausible.py`.
+        """
         faults = []
         stored = local_metadata.get("formats", {})
         for name, format in self.packed.items():
@@ -120,6 +125,9 @@ class PackedModule(nn.Module):
                 faults.append(
                     f"{key}: this layer is {format}, the state dict holds {stored[name]}. Quantize with that format first."
                 )
+            elif name not in stored:
+                fault = unknown_fault(key, incoming, get_format(format), error_msgs)
+                faults += [] if fault is None else [fault]
         if faults:
             error_msgs.extend(faults)
         else:

@@ -22,9 +22,11 @@ if _found < MINIMUM:
 from isqtorch.inplace.host import register_host  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
-from .host import TransformersHost  # noqa: E402
+from .host import TransformersHost, tied  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
+from .ties import follow_ties  # noqa: E402
 
 register_host(TransformersHost())
+follow_ties(tied)
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

@@ -19,6 +19,7 @@ from transformers.quantizers.base import _assign_is_quantized
 from isqtorch.files.checkpoints import checkpoint_files, read_json
 from isqtorch.inplace.source import Source
 from isqtorch.integrations.record import METHOD
+from isqtorch.policy.inventory import inspect_model
 from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
@@ -83,6 +84,13 @@ class TransformersHost:
         model.quantization_method = METHOD
         record(model, quantizer)
         _assign_is_quantized(model)
+
+
+def tied(model: PreTrainedModel) -> None:
+    """Update the record of a model after tying has changed the kind of some layers."""
+    TransformersHost().changed(model, None)
+    if packed_formats(model):
+        model.isq_report = QuantReport.of_packed(inspect_model(model))
 
 
 def _cached(name: str, revision: str | None) -> list[str] | None:
