@@ -182,13 +182,13 @@ class QuantFormat(ABC):
         proof: some formats differ only in the order of their codes.
 
         Args:
-            blocks: uint8 `[n, block_bytes]`, a sample of a weight.
+            blocks: uint8 `[n, block_bytes]`, a sample of a weight, on the CPU.
         """
-        parts = {}
-        for part in self.parts:
-            if part.dtype.is_floating_point:
-                piece = blocks[:, part.offset : part.offset + part.nbytes].clone(memory_format=torch.contiguous_format)
-                parts[part.name] = piece.view(part.dtype)[:, 0].float()
+        parts = {
+            part.name: plausible.as_f32(blocks, part.offset, part.dtype)
+            for part in self.parts
+            if part.dtype.is_floating_point
+        }
         return plausible.fault(parts, self.never_negative, self.offset, 1 << self.bits, self.offset_in_steps)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,9 @@ class Fp8Format(QuantFormat):
         return e4m3_table().to(codes.device)[codes.int()] * fields["scale"][:, None]
 
     def fault(self, blocks: Tensor) -> str | None:
-        codes = self.unpack(blocks)["q"]
-        bad = int((codes & 127 == 127).sum())
-        return f"{bad} of {codes.numel()} sampled codes are NaN" if bad else super().fault(blocks)
+        codes = blocks.numpy()[:, self.parts[1].offset :]
+        bad = int(np.count_nonzero(codes & 127 == 127))
+        return f"{bad} of {codes.size} sampled codes are NaN" if bad else super().fault(blocks)
 
 
 register(

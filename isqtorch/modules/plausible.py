@@ -2,7 +2,7 @@
 
 The name of the format travels beside the bytes: in the metadata of a state dict, or in config.json. It can be lost or
 wrong, and several formats have the same size. So a sample of each weight's blocks is shown to the format
-(`QuantFormat.fault`). Files may be mapped into memory, so only a few rows are read.
+(`QuantFormat.fault`). Files may be mapped into memory, so only a few pages are read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ from isqtorch.formats import QuantFormat
 SWITCH = "ISQTORCH_CHECK_WEIGHTS"
 """Environment variable; "0" skips the check."""
 
-_ROWS = 8  # at least, if the weight has so many
-_BLOCKS = 512  # in all
-_BLOCKS_OF_A_ROW = 64
+_RUNS = 8
+_BYTES_OF_A_RUN = 2304  # so that a run touches one page or two of a mapped file
+_BLOCKS_OF_A_RUN = 64  # at most
 
 _state = threading.local()
 
@@ -39,16 +40,21 @@ def weight_fault(packed: Tensor, fmt: QuantFormat) -> str | None:
         return None
     if packed.dim() < 2 or packed.numel() == 0 or packed.shape[-1] % fmt.block_bytes:
         return None
-    with torch.no_grad():
-        return fmt.fault(_sample(packed.detach(), fmt))
+    return fmt.fault(_sample(packed.detach(), fmt))
 
 
 def _sample(packed: Tensor, fmt: QuantFormat) -> Tensor:
-    """Blocks from rows that are spread over the weight: uint8 `[n, block_bytes]`, on the CPU."""
-    blocks = min(packed.shape[-1] // fmt.block_bytes, _BLOCKS_OF_A_ROW)
-    rows = packed.flatten(0, -2)[:, : blocks * fmt.block_bytes]
-    step = max(1, len(rows) // max(_ROWS, _BLOCKS // blocks))
-    return rows[::step].cpu().reshape(-1, fmt.block_bytes)
+    """Runs of blocks, spread evenly over the weight: uint8 `[n, block_bytes]`, on the CPU."""
+    if not packed.is_contiguous():
+        packed = packed[:: max(1, len(packed) // _RUNS)].contiguous()
+    blocks = packed.view(-1, fmt.block_bytes)
+    step, length = len(blocks) // _RUNS, min(_BYTES_OF_A_RUN // fmt.block_bytes, _BLOCKS_OF_A_RUN)
+    if step > length:
+        blocks = blocks[: step * _RUNS].view(_RUNS, step, fmt.block_bytes)[:, :length]
+    if blocks.device.type != "cpu":
+        return blocks.reshape(-1, fmt.block_bytes).cpu()
+    # numpy, for torch copies with all its threads, which takes longer
+    return torch.from_numpy(np.ascontiguousarray(blocks.numpy()).reshape(-1, fmt.block_bytes))
 
 
 def unknown_fault(key: str, incoming: Any, fmt: QuantFormat, call: list[str]) -> str | None:
