@@ -1,4 +1,4 @@
-"""Bytes that are read in a format that they are not in: formats notice them, and state dicts without metadata are judged."""
+"""Bytes that are read in another format: formats notice them, and state dicts without metadata are judged."""
 
 from __future__ import annotations
 

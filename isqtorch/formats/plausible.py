@@ -24,7 +24,7 @@ _CONSTANT = 1e-6  # blocks with a smaller scale hold one value many times, and t
 
 
 def as_f32(blocks: Tensor, offset: int, dtype: torch.dtype) -> NDArray[np.float32]:
-    """The numbers of type `dtype` at `offset` of each block, f32 `[n]`. numpy, for torch needs longer for few numbers."""
+    """The numbers of type `dtype` at `offset` of each block, f32 `[n]`. torch would need longer for so few numbers."""
     raw = np.ascontiguousarray(blocks.numpy()[:, offset : offset + dtype.itemsize])
     if dtype == torch.bfloat16:
         return (raw.view(np.uint16)[:, 0].astype(np.uint32) << 16).view(np.float32)

@@ -44,8 +44,8 @@ _PACKAGES = {
     "quark": "Quark",
 }
 _INTEGRATIONS = (
-    "aqlm|awq|bitnet|bitsandbytes|compressed_tensors|eetq|fbgemm_fp8|finegrained_fp8|fouroversix|fp_quant|gguf|higgs|hqq|"
-    "metal_quantization|mxfp4|nvfp4|quanto|sinq|spqr|torchao|vptq"
+    "aqlm|awq|bitnet|bitsandbytes|compressed_tensors|eetq|fbgemm_fp8|finegrained_fp8|fouroversix|fp_quant|gguf|higgs|"
+    "hqq|metal_quantization|mxfp4|nvfp4|quanto|sinq|spqr|torchao|vptq"
 )
 _OF_TRANSFORMERS = re.compile(rf"transformers\.integrations\.({_INTEGRATIONS})(?:\.|$)")
 
@@ -179,7 +179,7 @@ def _inner(tensor: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 def _is_unknown(module: nn.Module, homes: set[str]) -> bool:
-    """Whether a layer with a matrix comes neither from torch nor from the package that the model's own classes are in."""
+    """Whether a layer with a matrix comes neither from torch nor from the package of the model's own classes."""
     home = type(module).__module__.partition(".")[0]
     if home in homes | {"torch", "transformers", "peft", "accelerate"}:
         return False

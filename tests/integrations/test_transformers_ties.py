@@ -1,4 +1,4 @@
-"""Heads that are tied to the table of a packed model: the head is the table, packed, as when both were packed together."""
+"""Heads that are tied to the table of a packed model: the head is the packed table."""
 
 from __future__ import annotations
 

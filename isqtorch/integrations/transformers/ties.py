@@ -40,8 +40,8 @@ def follow_ties(changed: Callable[[Any], None]) -> None:
     """Make `tie_weights` of all transformers models convert the layers that it ties to packed ones, or to float ones.
 
     Args:
-        changed: called with a model whose layers have been converted, except in `from_pretrained`, which makes its record
-            of the model when all is loaded.
+        changed: called with a model whose layers have been converted. It is not called in `from_pretrained`, which makes
+            its record of the model when all is loaded.
     """
     original = getattr(PreTrainedModel, _TIE)
     if getattr(original, "_isqtorch", False):
