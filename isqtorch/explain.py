@@ -12,6 +12,7 @@ from torch import nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
 from isqtorch.modules.convert import name_of
+from isqtorch.modules.foreign import find_foreign
 from isqtorch.ops import CpuInfo, cpu_info, cuda_info
 from isqtorch.ops.metal.chips import limits
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels, no_fp8_products
@@ -149,11 +150,12 @@ def explain(module: nn.Module) -> Explanation:
     """
     info = cpu_info()
     found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, PackedModule)]
+    foreign = find_foreign(module)
     layers = [_explain_layer(name, layer, leaf, info) for name, layer in found for leaf in layer.packed]
     if not layers:
         note = f"{type(module).__name__} has no quantized layers: quantize it with isqtorch.quantize_ first."
-        return Explanation([], [note])
-    notes = []
+        return Explanation([], [note if foreign is None else f"{foreign}. isqtorch runs none of them."])
+    notes = [] if foreign is None else [f"{foreign}, which are not listed here: isqtorch does not run them"]
     if any(layer.device == "cpu" for layer in layers):
         notes.append(f"CPU kernels: {info.isa_selected}, {info.reason}; {info.threads} threads")
     uses = dict.fromkeys((use.kernel, use.level, use.why) for layer in layers for use in layer.kernels)

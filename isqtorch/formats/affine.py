@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import plausible
 from .base import Fields, QuantFormat, get_format, register
 from .bitstream import pack_stream, unpack_stream
 
@@ -35,6 +37,17 @@ class AffineFormat(QuantFormat):
 
     def pack(self, fields: Fields) -> Tensor:
         return self.join({"scale": fields["scale"], "bias": fields["bias"], "qs": pack_stream(fields["q"], self.bits)})
+
+    def fault(self, blocks: Tensor) -> str | None:
+        found = super().fault(blocks)
+        if found is not None or self.scale_dtype != torch.float16 or self.bits < 3:
+            return found
+        # The quantizer takes the larger end of the range as bias, so it is about half of all codes or more away from
+        # zero. bf16 numbers read as f16 are all near 1, scales and biases alike. Two bits are too few to tell.
+        scale, bias = (np.abs(plausible.as_f32(blocks, part.offset, part.dtype)) for part in self.parts[:2])
+        if np.median(scale) > 0.25 and np.median(bias / np.maximum(scale, 1e-7)) < 0.3 * (2**self.bits - 1):
+            return "scales and biases are all near 1, as those of bf16 are when they are read as f16"
+        return None
 
     def decode(self, fields: Fields) -> Tensor:
         # 16-bit scale (8 or 11 significant bits) times 8-bit code is exact in f32, so there is one rounding
@@ -75,6 +88,7 @@ def _register(bits: int, group: int, scale: str) -> None:
             promoted=name(promoted, group) if promoted else None,
             aliases=tuple(s for s in spellings if s != name(bits, group)),
             weight_error=_WEIGHT_ERROR[bits][group],
+            offset="bias",
         ),
         variant=group != _GROUPS[0] or scale != "bf16",
     )

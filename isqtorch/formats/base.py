@@ -20,6 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import plausible
+
 Fields = dict[str, Tensor]
 """The contents of n blocks, one tensor per field, first dimension n.
 
@@ -74,6 +76,8 @@ class QuantFormat(ABC):
         weight_error: upper bound of the relative RMS error of normally distributed weights.
         activations: "fp8" if `linear` may also round x to FP8 (only if the user allows it), else None.
         linear_error: upper bound of the relative RMS error of `linear` against the product with decoded weights.
+        never_negative: names of the parts of `layout` whose values are never negative, see `fault`.
+        offset: name of the part of `layout` that moves the codes (a minimum, bias or zero point); None if there is none.
 
     Example:
         fmt = isqtorch.get_format("q4k")
@@ -94,6 +98,8 @@ class QuantFormat(ABC):
     weight_error: float = 0.0
     activations: str | None = None
     linear_error: float = 0.012
+    never_negative: tuple[str, ...] = ()
+    offset: str | None = None
 
     # ---- facts -----------------------------------------------------------------------------------------------------
 
@@ -168,6 +174,27 @@ class QuantFormat(ABC):
             assert piece.dtype == part.dtype, f"{self.name}.{part.name}: {piece.dtype} is not {part.dtype}"
             columns.append(piece.clone(memory_format=torch.contiguous_format).view(torch.uint8))
         return torch.cat(columns, dim=1)
+
+    def fault(self, blocks: Tensor) -> str | None:
+        """Say why blocks cannot hold real weights in this format, or return None if they can.
+
+        Bytes of another format or of a damaged file are noticed by their scales and offsets; see `plausible`. None is no
+        proof: some formats differ only in the order of their codes.
+
+        Args:
+            blocks: uint8 `[n, block_bytes]`, a sample of a weight, on the CPU.
+        """
+        parts = {
+            part.name: plausible.as_f32(blocks, part.offset, part.dtype)
+            for part in self.parts
+            if part.dtype.is_floating_point
+        }
+        return plausible.fault(parts, self.never_negative, self.offset, 1 << self.bits, self.offset_in_steps)
+
+    @property
+    def offset_in_steps(self) -> bool:
+        """Whether the offset counts steps of the scale; else it has the unit of the weights."""
+        return False
 
     # ---- meaning -----------------------------------------------------------------------------------------------------
 

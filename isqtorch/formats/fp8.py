@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,11 @@ class Fp8Format(QuantFormat):
         codes = fields["q"]
         return e4m3_table().to(codes.device)[codes.int()] * fields["scale"][:, None]
 
+    def fault(self, blocks: Tensor) -> str | None:
+        codes = blocks.numpy()[:, self.parts[1].offset :]
+        bad = int(np.count_nonzero(codes & 127 == 127))
+        return f"{bad} of {codes.size} sampled codes are NaN" if bad else super().fault(blocks)
+
 
 register(
     Fp8Format(
@@ -60,5 +66,6 @@ register(
         fallback="q8_0",
         aliases=("fp8_e4m3", "fp8_e4m3fn"),
         weight_error=0.027,
+        never_negative=("scale",),
     )
 )

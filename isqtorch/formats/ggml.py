@@ -74,6 +74,8 @@ register(
         takes_importance=True,
         promoted="q6k",
         weight_error=0.082,
+        never_negative=("d",),
+        offset="m",
     )
 )
 register(
@@ -103,6 +105,8 @@ register(
         takes_importance=True,
         promoted="q8_0",
         weight_error=0.04,
+        never_negative=("d",),
+        offset="m",
     )
 )
 register(
@@ -115,6 +119,7 @@ register(
         source=_SOURCE,
         solver="absmax",
         weight_error=0.0056,
+        never_negative=("d",),
     )
 )
 register(
@@ -128,5 +133,6 @@ register(
         solver="absmax",
         promoted="q8_0",
         weight_error=0.0056,
+        never_negative=("d",),
     )
 )

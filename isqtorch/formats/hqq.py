@@ -25,6 +25,10 @@ class HqqFormat(QuantFormat):
     def pack(self, fields: Fields) -> Tensor:
         return self.join({"scale": fields["scale"], "zero": fields["zero"], "qs": pack_stream(fields["q"], self.bits)})
 
+    @property
+    def offset_in_steps(self) -> bool:
+        return True
+
     def decode(self, fields: Fields) -> Tensor:
         return (fields["q"].float() - fields["zero"].float()[:, None]) * fields["scale"].float()[:, None]
 
@@ -48,6 +52,8 @@ for _group in _GROUPS:
                 promoted=("hqq8" if _default else f"hqq8g{_group}") if _bits == 4 else None,
                 aliases=(f"hqq{_bits}g{_group}",) if _default else (),
                 weight_error=_WEIGHT_ERROR[_bits][_group],
+                never_negative=("scale",),
+                offset="zero",
             ),
             variant=not _default,
         )

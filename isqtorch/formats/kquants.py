@@ -188,6 +188,8 @@ register(
         promoted="q6k",
         aliases=("q2_k",),
         weight_error=0.32,
+        never_negative=("d", "dmin"),
+        offset="dmin",
     )
 )
 register(
@@ -220,6 +222,8 @@ register(
         promoted="q6k",
         aliases=("q4_k",),
         weight_error=0.075,
+        never_negative=("d", "dmin"),
+        offset="dmin",
     )
 )
 register(
@@ -236,6 +240,8 @@ register(
         promoted="q8_0",
         aliases=("q5_k",),
         weight_error=0.038,
+        never_negative=("d", "dmin"),
+        offset="dmin",
     )
 )
 register(

@@ -21,6 +21,7 @@ from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import locate, owner_of, put_module, to_packed, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
+from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
@@ -110,7 +111,7 @@ def quantize_(
     Raises:
         TypeError: `model` is not an nn.Module.
         ValueError: the request, the importance or a weight is not valid (NaN, infinity, meta device), or the model is
-            already quantized. The model is unchanged.
+            already quantized, by isqtorch or another quantizer. The model is unchanged.
         OSError: a topology, imatrix or calibration file cannot be read.
         MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out while a layer was packed. The layers before it
             are packed, and the others unchanged.
@@ -147,6 +148,7 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
+    check_foreign(model, request)
     check_devices(request)
     inventory = inspect_model(model).on(request.device)
     prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))

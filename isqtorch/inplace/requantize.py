@@ -21,6 +21,7 @@ from isqtorch.modules.convert import locate, owner_of, to_packed
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter, is_plain
 from isqtorch.policy.activations import activation_notes
+from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
 from isqtorch.policy.request import Request
@@ -129,8 +130,9 @@ def requantize_(
         progress=progress,
         measure_error=measure_error,
     )
-    _check(model, probe)
     request = Request(fmt, options, _OP)
+    check_foreign(model, request)
+    _check(model, probe)
     _check_no_device(request)
     weights = Weights.find(model, source, origin)
     if before is None:

@@ -13,6 +13,7 @@ import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
 from isqtorch.formats import QuantFormat, get_format
 
 from .parameter import PackedParameter
+from .plausible import unknown_fault
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute with
 _TWIN = "_isqtorch_packed"  # attribute of a plain parameter: the packed one that took its place
@@ -143,7 +144,10 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as nn.Module does, but report an error for weights of another type or format; they are never cast."""
+        """Load as nn.Module does, but report an error for weights of another type or format; they are never cast.
+
+        If the state dict does not say the format, its bytes are judged instead; see `plausible.py`.
+        """
         faults = []
         stored = local_metadata.get("formats", {})
         for name, format in self.packed.items():
@@ -158,6 +162,9 @@ class PackedModule(nn.Module):
                 faults.append(
                     f"{key}: this layer is {format}, the state dict holds {stored[name]}. Quantize with that format first."
                 )
+            elif name not in stored:
+                fault = unknown_fault(key, incoming, get_format(format), error_msgs)
+                faults += [] if fault is None else [fault]
         if faults:
             error_msgs.extend(faults)
         else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
+from isqtorch.modules.foreign import find_foreign
 from isqtorch.modules.parameter import PackedParameter
 
 from .layers import LayerInfo, Role, head_by_name
@@ -63,12 +64,18 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
     roles = _hugging_face_roles(model)
     kept = _kept_in_float(model)
     readers = layers_read_directly(model)
+    foreign = find_foreign(model)
+    held = set(foreign.layers) if foreign is not None else set()
     first: dict[object, int] = {}  # storage -> index into layers
     layers: list[LayerInfo] = []
     rest: dict[object, tuple[int, int]] = {}  # storage -> (bytes, elements)
     for name, module in owners:
         for leaf, weight in _tensors(module):
             key = storage_key(others.get(f"{name}.{leaf}", weight))
+            if name in held and weight.dim() > 1 and not isinstance(weight, nn.Parameter) and key not in first:
+                first[key] = len(layers)
+                layers.append(_describe_held(name, leaf, weight))
+                continue
             if weight.dim() < 2 or not isinstance(weight, nn.Parameter):
                 rest[key] = (weight.numel() * weight.element_size(), weight.numel())
                 continue
@@ -153,6 +160,13 @@ def _describe(
     return LayerInfo(
         name, kind, shape_2d, weight.dtype, _role(name, module, kind, roles), device_type=device, keep=keep
     )
+
+
+def _describe_held(name: str, leaf: str, weight: Tensor) -> LayerInfo:
+    """Describe a matrix that another quantizer keeps in a buffer."""
+    path = name_of(name, leaf).lstrip(".")
+    shape, device = tuple(weight.shape), weight.device.type
+    return LayerInfo(path, "other", shape, weight.dtype, device_type=device, keep="another quantizer holds it")
 
 
 def _describe_experts(

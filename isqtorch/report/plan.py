@@ -17,6 +17,7 @@ from isqtorch.files.checkpoints import read_headers
 from isqtorch.formats import Spec
 from isqtorch.policy.activations import check_activations
 from isqtorch.policy.decide import decide
+from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.headers import describe_headers
 from isqtorch.policy.inventory import Inventory, check_model, inspect_model
 from isqtorch.policy.options import Activations, Fallback, Names, Options, Organization
@@ -54,7 +55,8 @@ def plan(
         A report with `planned=True`; sizes in bytes.
 
     Raises:
-        ValueError: an option is bad, or the checkpoint is damaged or already quantized.
+        ValueError: an option is bad, the checkpoint is damaged or already quantized, or another quantizer holds layers of
+            the model.
         OSError: a file or folder does not exist, or the Hub cannot be reached or does not have the model.
 
     Example:
@@ -73,6 +75,7 @@ def plan(
     request = Request(fmt, options, "plan")
     if isinstance(model, nn.Module):
         check_model(model, "plan")
+        check_foreign(model, request)
         return planned(inspect_model(model), request)
     inventory, notes, _ = read_checkpoint(model)
     return planned(inventory, request, notes)

@@ -22,11 +22,13 @@ if _found < MINIMUM:
 from isqtorch.inplace.host import register_host  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
-from .host import TransformersHost  # noqa: E402
+from .host import TransformersHost, tied  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
 from .resize import install  # noqa: E402
+from .ties import follow_ties  # noqa: E402
 
 register_host(TransformersHost())
 install()
+follow_ties(tied)
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

@@ -19,6 +19,8 @@ from transformers.quantizers.base import _assign_is_quantized
 from isqtorch.files.checkpoints import checkpoint_files, read_json
 from isqtorch.inplace.source import Source
 from isqtorch.integrations.record import METHOD
+from isqtorch.modules.foreign import find_foreign
+from isqtorch.policy.inventory import inspect_model
 from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
@@ -57,12 +59,13 @@ class TransformersHost:
             return
         layers, quantizer = packed_formats(model), getattr(model, "hf_quantizer", None)
         if quantizer is not None and not isinstance(quantizer, IsqHfQuantizer):
-            if layers and report is not None:
-                report.notes.append(
-                    f"the model is quantized by {quantizer.quantization_config.quant_method} as well; save_pretrained records only that. "
-                    "Save it with isqtorch.checkpoint."
-                )
-            return
+            foreign = find_foreign(model)
+            if foreign is not None and report is not None:
+                report.notes.append(f"{foreign}, and save_pretrained records only that. Save with isqtorch.checkpoint.")
+            if foreign is not None or not layers:
+                return
+            quantizer.remove_quantization_config(model)  # it only read the file: all other layers are plain floats
+            quantizer = None
         if not layers:
             if quantizer is not None:
                 quantizer.remove_quantization_config(model)
@@ -83,6 +86,13 @@ class TransformersHost:
         model.quantization_method = METHOD
         record(model, quantizer)
         _assign_is_quantized(model)
+
+
+def tied(model: PreTrainedModel) -> None:
+    """Update the record of a model after tying has changed the kind of some layers."""
+    TransformersHost().changed(model, None)
+    if packed_formats(model):
+        model.isq_report = QuantReport.of_packed(inspect_model(model))
 
 
 def _cached(name: str, revision: str | None) -> list[str] | None:

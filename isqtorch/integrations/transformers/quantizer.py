@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from isqtorch.formats import get_format
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
@@ -28,6 +29,7 @@ from isqtorch.modules.activations import permit, recorded_activations
 from isqtorch.modules.convert import name_of, parameter_name
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import name_packed
+from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.inventory import inspect_model, storage_key
 from isqtorch.report.choice import Choice
@@ -101,7 +103,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self._unchecked = model
         if self.pre_quantized:
             assert config.layers is not None, "checked by validate_environment"
-            restore(model, config.layers)
+            restore(model, config.layers, checkpoint_files or [])
             restore_activations(model, config.activations)
             return
         inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
@@ -289,7 +291,7 @@ def local(parameter: Any) -> Tensor:
 
 
 def _check_loaded(model: Any) -> None:
-    """ValueError unless all packed layers got a weight, and layers that share one have the same format."""
+    """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same."""
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
@@ -301,6 +303,14 @@ def _check_loaded(model: Any) -> None:
                     f"{METHOD}: config.json says that {name} is packed as {format}, and the checkpoint has no weight of that shape. "
                     "It is damaged, or its files are of different models."
                 )
+            if id(weight) not in first:
+                why = weight_fault(weight, get_format(format))
+                if why is not None:
+                    raise ValueError(
+                        f"{METHOD}: config.json says that {name} is packed as {format}, and its bytes are not: read as {format}, {why}. "
+                        f"config.json was edited or is of another model, or the weights are damaged. {SWITCH}=0 in the environment skips "
+                        "this check."
+                    )
             other, fmt = first.setdefault(id(weight), (name, format))
             if fmt != format:
                 raise ValueError(

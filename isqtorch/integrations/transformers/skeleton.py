@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from isqtorch.files.checkpoints import opened
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.importance.imatrix import load_imatrix
 from isqtorch.inplace.prepare import Prepared, prepare
@@ -68,15 +70,22 @@ def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
     _replace_everywhere(model, old, new)
 
 
-def restore(model: Any, layers: Mapping[str, str]) -> None:
+def restore(model: Any, layers: Mapping[str, str], files: Sequence[str]) -> None:
     """Replace the layers that config.json lists by packed layers without values.
 
+    Args:
+        model: the model, on meta.
+        layers: {stored path: format}.
+        files: the files of the checkpoint, as far as known.
+
     Raises:
-        ValueError: the model does not have a layer, it cannot be packed, or the format does not fit it.
+        ValueError: neither the model nor the checkpoint has a layer, it cannot be packed, or the format does not fit it.
     """
+    unknown = []
     for stored, name in layers.items():
         path = _find(model, stored)
         if path is None:
+            unknown.append(stored)
             continue
         module, leaf = owner_of(model, path)
         fmt = get_format(name)
@@ -98,6 +107,7 @@ def restore(model: Any, layers: Mapping[str, str]) -> None:
                 f"{fmt.block}. The checkpoint was made from another model, or is damaged."
             )
         pack_on_meta(model, path, fmt)
+    _check_unknown(model, unknown, files)
     for name, module in model.named_modules():
         if isinstance(module, QuantExperts) and len(module.packed) < len(matrices(module)):
             raise ValueError(
@@ -116,12 +126,11 @@ def restore_activations(model: Any, activations: str | Sequence[str] | None) -> 
 
 
 def _find(model: Any, stored: str) -> str | None:
-    """The path of a stored layer in this model.
+    """The path of a stored layer in this model, or None if the model does not have it.
 
-    This model may be the base of the saved one, or have a head on top of it. None: the layer belongs to a head that
-    this model does not have.
+    This model may be the base of the saved one, or have a head on top of it.
     """
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    prefix = _prefix(model)
     candidates = [stored]
     if prefix:
         candidates += [stored[len(prefix) :]] if stored.startswith(prefix) else [prefix + stored]
@@ -132,12 +141,35 @@ def _find(model: Any, stored: str) -> str | None:
             continue
         if path and (leaf == "weight" or leaf in module._parameters):
             return path
-    if prefix and not stored.startswith(prefix):
-        return None
-    raise ValueError(
-        f"{METHOD}: config.json lists the packed layer {stored!r:.200}, which {type(model).__name__} does not have. The checkpoint "
-        "was made from another model, or is damaged."
-    )
+    return None
+
+
+def _prefix(model: Any) -> str:
+    """The path of the base model in a model with a head, with a dot; empty for a class without a name for it."""
+    return f"{model.base_model_prefix}." if model.base_model_prefix else ""
+
+
+def _check_unknown(model: Any, unknown: Sequence[str], files: Sequence[str]) -> None:
+    """ValueError for a stored layer that this model does not have, unless it is a part that its class does without.
+
+    Such parts are other heads, and layers of the base that only some heads use, such as a pooler. The checkpoint has
+    their weights, which are then left out.
+    """
+    prefix = _prefix(model)
+    inner = [stored for stored in unknown if not prefix or stored.startswith(prefix)]
+    if not inner:
+        return
+    tensors = set()
+    for file in files:
+        if file.endswith(".safetensors"):
+            with opened(Path(file), "np") as content:
+                tensors.update(content.keys())
+    for stored in inner:
+        if not tensors & {stored, f"{stored}.weight"}:
+            raise ValueError(
+                f"{METHOD}: config.json lists the packed layer {stored!r:.200}, which {type(model).__name__} does not have. The checkpoint "
+                "was made from another model, or is damaged."
+            )
 
 
 def packed_formats(model: nn.Module) -> dict[str, str]:
