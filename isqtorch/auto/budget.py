@@ -44,15 +44,15 @@ class Budget:
         if mix_name(fmt) != AUTO:
             extra = [name for name in AUTO_OPTIONS if getattr(options, name) is not None]
             if extra:
-                raise ValueError(f"{op}: {extra[0]} is for the format 'auto', and the format is {fmt!r}")
+                raise ValueError(f"{op}: {extra[0]} is for the format 'auto', and the format is {fmt!r:.200}")
             return None
         bpw, size, probe = options.target_bpw, options.max_size, options.probe
         if (bpw is None) == (size is None):
             raise ValueError(f"{op}: 'auto' needs one of target_bpw=4.5 (bits per weight) and max_size='6GB'")
         if bpw is not None and not _is_positive(bpw):
-            raise ValueError(f"{op}: target_bpw must be a positive number, got {bpw!r}")
+            raise ValueError(f"{op}: target_bpw must be a positive number, got {bpw!r:.200}")
         if probe is not None and probe not in get_args(Probe):
-            raise ValueError(f"{op}: probe must be one of {', '.join(get_args(Probe))}; got {probe!r}")
+            raise ValueError(f"{op}: probe must be one of {', '.join(get_args(Probe))}; got {probe!r:.200}")
         return cls(
             None if bpw is None else Fraction(bpw),
             None if size is None else _bytes(op, size),
@@ -93,7 +93,7 @@ def _allowed(op: str, allowed: Sequence[Spec] | None) -> tuple[Spec, ...]:
     if allowed is None:  # numbers of bits: each means the best format for a layer's device
         return tuple(sorted({get_format(name).bits for name in formats()}))
     if isinstance(allowed, (str, bytes)) or not isinstance(allowed, Sequence) or not allowed:
-        raise ValueError(f"{op}: formats must be a list of formats to choose from, got {allowed!r}")
+        raise ValueError(f"{op}: formats must be a list of formats to choose from, got {allowed!r:.200}")
     try:
         for spec in allowed:
             resolve_format(spec)

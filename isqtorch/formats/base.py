@@ -285,6 +285,6 @@ def get_format(name: str | QuantFormat) -> QuantFormat:
         )
     if canonical is None:
         raise ValueError(
-            f"unknown format {name!r}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
+            f"unknown format {name!r:.200}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
         )
     return _REGISTRY[canonical]

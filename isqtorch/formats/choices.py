@@ -32,7 +32,7 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
         print(isqtorch.resolve_format(4).name, isqtorch.resolve_format(4, "mps").name)  # q4k afq4
     """
     if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
-        raise ValueError(f"format must be a name or a number of bits, got {spec!r}")
+        raise ValueError(f"format must be a name or a number of bits, got {spec!r:.200}")
     if isinstance(spec, str) and spec.isdecimal():
         spec = int(spec)
     if isinstance(spec, int):

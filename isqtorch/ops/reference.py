@@ -190,6 +190,7 @@ def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tens
         member = torch.cat([member, member.new_zeros(count - 1, len(rows))])
     else:
         ids = torch.arange(count, device=x.device)
+        groups = groups if groups.numel() else groups.new_zeros(len(rows), 0)  # sizes beside a 0 may overflow products
         member = (groups.to(x.device)[..., None] == ids).sum(1).t().to(torch.float32)  # [count, rows]
     sums = torch.zeros(count, x.shape[-1], device=x.device)
     step = max(1, _SQUARED_AT_ONCE // x.shape[-1])

@@ -98,7 +98,7 @@ def listed(names: Names | None) -> list[str]:
     if not isinstance(found, Iterable) or isinstance(found, (bytes, Mapping)):
         raise ValueError(f"must be a string or a list of strings, got {names!r:.200}")
     found = list(found)
-    wrong = next((name for name in found if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise ValueError(f"must be a string or a list of strings, got {wrong!r:.200} in the list")
+    wrong = [name for name in found if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"must be a string or a list of strings, got {wrong[0]!r:.200} in the list")
     return found

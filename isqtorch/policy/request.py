@@ -69,10 +69,10 @@ class Request:
         for option, known in (("organization", Organization), ("fallback", Fallback)):
             if getattr(options, option) not in get_args(known):
                 raise ValueError(
-                    f"{op}: {option} must be one of {', '.join(get_args(known))}; got {getattr(options, option)!r}"
+                    f"{op}: {option} must be one of {', '.join(get_args(known))}; got {getattr(options, option)!r:.200}"
                 )
         if options.activations not in (None, *get_args(Activations)):
-            raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r}')
+            raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r:.200}')
         if options.rule is not None and not isinstance(options.rule, str):
             raise ValueError(f"{op}: rule must be None or the name of a rule; got {options.rule!r:.80}")
         topology = Topology.load({} if options.topology is None else options.topology)

@@ -11,6 +11,7 @@ winning entry applies; entries are not merged. Two entries for the same layers, 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -190,6 +191,8 @@ def _yaml(value: Any) -> str:
     """A key or value of a topology as YAML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)  # control characters need the escapes of a double-quoted string
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return "null" if value is None else str(value)
