@@ -34,15 +34,6 @@ def base() -> Any:
     return model
 
 
-def weights_decode_when_they_are_read() -> bool:
-    layer = base().model.layers[0].mlp.up_proj
-    return (layer.weight * 1.0).shape[-1] == layer.in_features
-
-
-READS = weights_decode_when_they_are_read()
-"""Kinds that compute with the weight themselves train only then."""
-
-
 def adapted(model: Any, kind: Kind) -> Any:
     torch.manual_seed(1)
     return peft.get_peft_model(model, kind.make())
@@ -76,15 +67,9 @@ class Decodes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def skip_if_it_reads(kind: Kind) -> None:
-    if not READS and (kind.trains == "decoding" or kind.reads):
-        pytest.skip("packed weights do not decode when they are read")
-
-
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.trains != "no"])
 def test_training_is_that_of_the_decoded_model(name: str) -> None:
     kind = KINDS[name]
-    skip_if_it_reads(kind)
     floats = base()
     dequantize_(floats)
     results = []
@@ -114,7 +99,6 @@ def test_training_is_that_of_the_decoded_model(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.trains != "no" and kind.merges == "yes"])
 def test_merging_keeps_what_was_learnt_and_unmerging_the_bytes(name: str) -> None:
     kind = KINDS[name]
-    skip_if_it_reads(kind)
     model = base()
     plain = logits(model)
     tuned = adapted(model, kind).eval()

@@ -144,15 +144,6 @@ def test_without_enable_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- tokens --------------------------------------------------------------------------------------------------------------
 
 
-def reads_decode() -> bool:
-    model = small()
-    return (model.lm_head.weight * 1.0).shape[-1] == 256
-
-
-needs_reads = pytest.mark.skipif(not reads_decode(), reason="packed weights do not decode when they are read")
-
-
-@needs_reads
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tokens", [[1, 2, 7], {"embed_tokens": [1, 2, 7]}, {"lm_head": [3]}])
 def test_trainable_tokens(tokens: Any, tied: bool) -> None:
@@ -166,7 +157,6 @@ def test_trainable_tokens(tokens: Any, tied: bool) -> None:
     assert relative(logits(merged), want) < 0.02
 
 
-@needs_reads
 def test_tokens_that_are_not_trained_keep_their_bytes() -> None:
     model = small("q4k")
     before = state_bytes(model)["model.embed_tokens.weight"]
@@ -178,7 +168,6 @@ def test_tokens_that_are_not_trained_keep_their_bytes() -> None:
     assert changed == [5]
 
 
-@needs_reads
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_tokens_with_the_checkpoint(name: str, checkpoints: Callable[[str], Path]) -> None:
     model = load(checkpoints(name), quantization_config=IsqConfig("q4k"))
