@@ -213,7 +213,7 @@ def test_offloading_to_disk(llama: Path, tmp_path: Path, options: dict[str, Any]
         ((4,), {"topology": {"0": {"device": "cpu"}}}, "topology entry '0' names a device; .* device_map"),
         ((4,), {"organization": "x"}, "organization must be one of"),
         ((4,), {"fallback": "x"}, "fallback must be one of"),
-        ((4,), {"exclude": "("}, "exclude pattern '\\(' is not a regex"),
+        ((4,), {"exclude": "("}, "exclude pattern '\\(': bad regex: missing"),
         ((4,), {"imatrix": 4}, "imatrix must be"),
         ((4,), {"imatrix": {"a": [-1.0]}}, "must be finite and not negative"),
     ],

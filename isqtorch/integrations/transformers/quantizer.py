@@ -28,7 +28,7 @@ from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.activations import permit, recorded_activations
 from isqtorch.modules.convert import name_of, parameter_name
 from isqtorch.modules.packed import ordinary_tensors
-from isqtorch.modules.parameter import name_packed
+from isqtorch.modules.parameter import name_packed, plain_bytes
 from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.inventory import inspect_model, storage_key
@@ -78,6 +78,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def __init__(self, quantization_config: IsqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._load: _Load | None = None
+        self._files = MappedFiles([])  # of the checkpoint that is loaded
         self._unchecked: nn.Module | None = None  # a model that may still be sharded over processes
 
     # ---- before the weights ------------------------------------------------------------------------------------------
@@ -101,6 +102,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         check_fully_sharded(model)
         config = self.quantization_config
         self._unchecked = model
+        files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        self._files = MappedFiles(files)
         if self.pre_quantized:
             assert config.layers is not None, "checked by validate_environment"
             restore(model, config.layers, checkpoint_files or [])
@@ -120,9 +123,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 pack_on_meta(model, name, job.fmt)
                 jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
-        files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, origin, MappedFiles(files), jobs, choice, config.measuring)
+        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         name_packed(model)
         mark_rows(model)
         if load is None:
-            _check_loaded(model)
+            _check_loaded(model, self._files)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -290,8 +292,11 @@ def local(parameter: Any) -> Tensor:
     return part
 
 
-def _check_loaded(model: Any) -> None:
-    """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same."""
+def _check_loaded(model: Any, files: MappedFiles) -> None:
+    """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same.
+
+    Pages of `files` that the check has read are dropped again, so that they do not count as memory of this process.
+    """
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
@@ -305,6 +310,7 @@ def _check_loaded(model: Any) -> None:
                 )
             if id(weight) not in first:
                 why = weight_fault(weight, get_format(format))
+                files.drop(plain_bytes(weight))
                 if why is not None:
                     raise ValueError(
                         f"{METHOD}: config.json says that {name} is packed as {format}, and its bytes are not: read as {format}, {why}. "
