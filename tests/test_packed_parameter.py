@@ -155,11 +155,13 @@ def test_rows_of_a_table_are_decoded_without_the_rest(monkeypatch: pytest.Monkey
         lambda w: w.__setitem__(0, 1.0),
         lambda w: w.copy_(torch.zeros(64, 256)),
         lambda w: w.fill_(0.5),
+        lambda w: w.fill_(1),
+        lambda w: w.copy_(torch.ones(64, 272, dtype=torch.int64)),
         lambda w: nn.init.normal_(w),
         lambda w: setattr(w, "data", torch.zeros(64, 256)),
         lambda w: torch.nn.init.xavier_uniform_(w),
     ],
-    ids=["div_", "imul", "setitem", "copy_", "fill_", "normal_", "set data", "xavier"],
+    ids=["div_", "imul", "setitem", "copy_", "fill_", "fill_ 1", "copy_ integers", "normal_", "set data", "xavier"],
 )
 def test_writing_is_refused_with_the_name_of_the_layer(write: Callable[[Any], object]) -> None:
     model = nn.Sequential(nn.Linear(256, 64))

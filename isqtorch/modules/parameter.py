@@ -128,7 +128,11 @@ class PackedParameter(nn.Parameter):
         kwargs, name = kwargs or {}, _name_of(func)
         head = args[0] if args else next(iter(kwargs.values()), None)  # nn.init passes everything by name
         first = head if isinstance(head, PackedParameter) else None
-        if _writes(name) and first is not None and (name not in _BYTES or _has_floats((*args[1:], *kwargs.values()))):
+        if (
+            _writes(name)
+            and first is not None
+            and (name not in _BYTES or _has_numbers(name, (*args[1:], *kwargs.values())))
+        ):
             raise _refusal(name, first.path)
         if name in ("requires_grad_", "set requires_grad") and first is not None and _wants_gradients(args, kwargs):
             raise RuntimeError(
@@ -275,10 +279,11 @@ def _wants_gradients(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
 
 
-def _has_floats(values: tuple[Any, ...]) -> bool:
-    return any(
-        isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point()) for value in values
-    )
+def _has_numbers(name: str, values: tuple[Any, ...]) -> bool:
+    """Whether what is written to bytes is none: a tensor of another type, or a number other than 0."""
+    filled = name == "fill_" and any(isinstance(value, int) and value != 0 for value in values)
+    others = any(isinstance(value, Tensor) and value.dtype != torch.uint8 for value in values)
+    return filled or others or any(isinstance(value, float) for value in values)
 
 
 def _refusal(name: str, path: str) -> RuntimeError:
