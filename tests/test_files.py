@@ -21,7 +21,7 @@ from isqtorch.files.checkpoints import checkpoint_files, opened, read_headers, r
 from isqtorch.files.writing import recover, replacing, replacing_folder
 from isqtorch.importance.calibration import read_calibration_text
 from isqtorch.importance.imatrix import read_imatrix
-from isqtorch.inplace.source import Source, files_in
+from isqtorch.inplace.source import TensorFiles, files_in
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,7 +89,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: opened(path).__enter__(),
     "headers": read_headers,
     "packed": lambda path: load_(mlp(), path),
-    "source": lambda path: Source(files_in(path)),
+    "source": lambda path: TensorFiles(files_in(path)),
 }
 
 

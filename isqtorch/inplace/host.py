@@ -15,7 +15,7 @@ from torch import nn
 from isqtorch.modules.parameter import name_packed
 from isqtorch.report.report import QuantReport
 
-from .source import Source
+from .source import Source, TensorFiles
 
 
 class Host(Protocol):
@@ -51,7 +51,7 @@ def files_of(model: nn.Module) -> tuple[str, ...]:
 def open_source(model: nn.Module, files: Sequence[str], remembered: bool = True) -> Source:
     """The checkpoint in `files`, converted as for `model` when it was loaded. Errors are those of Source."""
     opened = (host.open(model, files, remembered) for host in _hosts)
-    return next((source for source in opened if source is not None), None) or Source(files)
+    return next((source for source in opened if source is not None), None) or TensorFiles(files)
 
 
 def announce(model: nn.Module, report: QuantReport | None) -> None:

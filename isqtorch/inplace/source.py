@@ -1,13 +1,14 @@
 """The checkpoint of a model: reads its tensors one by one, by the names of the model's parameters.
 
 The checkpoint of a plain module has the names of the state dict. A library whose loader renames, joins or transposes
-tensors has its own subclass of Source (see `host.py`), which does the same to the tensors read here.
+tensors has its own Source (see `host.py`), which does the same to the tensors read here.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,35 @@ class Stored:
     shape: tuple[int, ...]
 
 
-class Source:
+class Source(ABC):
+    """A checkpoint that gives the float weights of a model, by the names of the model's parameters.
+
+    Attributes:
+        where: the folder or file, for messages.
+    """
+
+    where: str
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor | None:
+        """A parameter as it was loaded, in the type of the checkpoint, on the CPU; None if it is not there.
+
+        The result may be a view of a mapped file: do not write to it.
+
+        Raises:
+            ValueError: the tensor is not of a float type, or the file was changed after it was opened.
+        """
+
+    @abstractmethod
+    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+        """Some rows of a tensor, see `sampled`; None if its shape differs or reading them takes as long as all of it."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+
+
+class TensorFiles(Source):
     """The float tensors of some safetensors files.
 
     Attributes:
@@ -74,17 +103,9 @@ class Source:
         self.release()
 
     def read(self, name: str) -> Tensor | None:
-        """A parameter as it was loaded, in the type of the checkpoint, on the CPU; None if it is not there.
-
-        The result may be a view of the mapped file: do not write to it.
-
-        Raises:
-            ValueError: the tensor is not of a float type, or the file was changed after it was opened.
-        """
         return self.tensor(name) if name in self.tensors else None
 
     def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
-        """Some rows of a tensor, see `sampled`; None if its shape differs or a conversion makes it."""
         key = self._plain(name)
         if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in _FLOATS:
             return None

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from isqtorch.inplace.source import Source
+from isqtorch.inplace.source import TensorFiles
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 
@@ -35,7 +35,7 @@ class _Group:
     collected: list[tuple[str, str]] = field(default_factory=list)  # (pattern that matched, name in the files)
 
 
-class ConvertedSource(Source):
+class ConvertedSource(TensorFiles):
     """A checkpoint as transformers would load it into `model`."""
 
     def __init__(self, model: Any, files: Sequence[str], conversions: Sequence[Any]) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints that other programs write and read: GGUF files and MLX folders."""
