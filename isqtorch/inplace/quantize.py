@@ -84,7 +84,8 @@ def quantize_(
             instead of `imatrix`. "auto" takes both and then uses the text only for its measurements. The model must be
             a causal language model that can run on its device.
         tokenizer: the tokenizer of the model, for `calibration_file`.
-        include: regexes, searched in the module path; only layers that match one of them are quantized.
+        include: regexes, searched in the module path; only layers that match one of them are quantized. An empty list
+            selects none.
         exclude: regexes, searched in the module path; layers that match one of them are left as they are.
         fallback: what to do if K is not a multiple of the format's block size: "up" takes the next larger format that
             fits, "skip" leaves the layer as it is, "error" raises before anything is changed.

@@ -82,7 +82,7 @@ def requantize_(
             weights, whose errors then stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
             `quantize_` remember.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
-            `{}` drops a topology, `""` or `()` drops include or exclude.
+            `{}` drops a topology, `""` or `()` drops include or exclude: then all layers are selected.
         imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
             again. Calibration runs the model in its present formats.
         activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the

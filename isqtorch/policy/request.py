@@ -78,10 +78,11 @@ class Request:
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()
+        all_names = options.include is None or (isinstance(options.include, str) and not options.include)
         parsed: dict[str, Any] = {
             "topology": topology,
             "device": None if options.device is None else parsed_device(options.device, f"{op}: device"),
-            "included": None if options.include is None else _patterns(op, "include", options.include, patience),
+            "included": None if all_names else _patterns(op, "include", options.include, patience),
             "excluded": [
                 *_patterns(op, "exclude", options.exclude, patience),
                 *_exact(op, options.modules_to_not_convert, patience),
