@@ -111,6 +111,7 @@ MISUSES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("exclude a number", lambda d: quantize_(mlp(), 4, exclude=[3]), ValueError, r"exclude: must be a string or a list of strings, got 3 in the list"),
     ("missing device", lambda d: quantize_(mlp(), 4, device="cuda:99"), ValueError, r"device 'cuda:99' is not available"),
     ("meta device", lambda d: quantize_(mlp(), 4, device="meta"), ValueError, r"'meta' holds no weights"),
+    ("lazy layers", lambda d: quantize_(nn.Sequential(nn.LazyLinear(4)), "q4k"), ValueError, r"0\.weight has no shape yet"),
     ("rule of another family", lambda d: quantize_(mlp(), "q4k", rule="mlx"), ValueError, r"quantize_: .*rule"),
     # topology
     ("unknown topology key", lambda d: quantize_(mlp(), 4, topology={"lm_head": 4}), ValueError, r"topology: unknown key 'lm_head'"),

@@ -85,7 +85,10 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expe
 
 
 def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None) -> Tensor:
-    packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+    try:
+        packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+    except ValueError as error:  # the callers name the operation and the layer; the operator would name itself
+        raise ValueError(str(error).removeprefix("quantize: ")) from None
     job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
     return packed
 

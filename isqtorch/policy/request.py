@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from isqtorch.formats import Spec, mix_name, resolve_format
+from isqtorch.quantizers import Rule
 
 from .options import Activations, Fallback, Names, Options, Organization, checked_names
 from .patterns import PathRegex, Patience
@@ -73,8 +74,11 @@ class Request:
                 )
         if options.activations not in (None, *get_args(Activations)):
             raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r:.200}')
-        if options.rule is not None and not isinstance(options.rule, str):
-            raise ValueError(f"{op}: rule must be None or the name of a rule; got {options.rule!r:.80}")
+        if options.rule not in (None, *get_args(Rule)):
+            raise ValueError(
+                f"{op}: rule must be None, which is the default of each format, or one of {', '.join(get_args(Rule))}; "
+                f"got {options.rule!r:.80}"
+            )
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()
