@@ -33,12 +33,13 @@ class Job:
 
 
 @contextmanager
-def naming_memory(op: str, job: Job, state: str) -> Iterator[None]:
+def naming_memory(op: str, layer: str, doing: str, state: str) -> Iterator[None]:
     """Raise an error about memory that ran out again, of the same class, with the layer and the way out.
 
     Args:
         op: the public function, for the message.
-        job: the weight that is packed in the block.
+        layer: name of the layer that the block works on.
+        doing: what the block does with it: "packed in q4k".
         state: sentences about what was done so far, and what the user can do.
     """
     try:
@@ -49,7 +50,7 @@ def naming_memory(op: str, job: Job, state: str) -> Iterator[None]:
             raise
         told = str(error).partition("\n")[0]
         raise kind(
-            f"{op}: {job.names[0]}: memory ran out while it was packed in {job.fmt.name}. {state}{f' ({told})' if told else ''}"
+            f"{op}: {layer}: memory ran out while it was {doing}. {state}{f' ({told})' if told else ''}"
         ) from error
 
 

@@ -181,7 +181,7 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
                 f"{number} of {len(prepared.jobs)} weights are packed, the others are as they were, and the model runs. To pack all, "
                 "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
             )
-            with naming_memory(request.op, job, state):
+            with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
                 error = _replace(model, job, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))

@@ -208,7 +208,8 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            with naming_memory(_OP, job, "Nothing was changed. Free memory, or exclude some of the layers."):
+            state = "Nothing was changed. Free memory, or exclude some of the layers."
+            with naming_memory(_OP, job.names[0], f"packed in {job.fmt.name}", state):
                 parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
