@@ -70,7 +70,7 @@ def hub_class() -> type[nn.Module]:
 def of_timm() -> Any:
     """timm's function takes the model as an argument."""
     module = types.ModuleType("timm.models._hub")
-    exec("def save_for_hf(model, folder):\n    return model.state_dict()\n", vars(module))  # noqa: S102
+    exec("def save_for_hf(model, folder):\n    return model.state_dict()\n", vars(module))
     return module.save_for_hf
 
 
