@@ -148,7 +148,8 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     verdict = decide(inventory.layers, request)
     permissions = check_activations(inventory.layers, verdict, request)
     jobs = _jobs(inventory, verdict, request, imatrix, again)
-    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule), *permissions]
+    kernels = _kernel_notes(inventory, verdict)
+    notes = [*kernels, *_rule_notes(jobs, rule), *permissions]
     if imatrix is not None:
         notes += _importance_notes(jobs, imatrix, op)
     alarms = _dead_columns(jobs)
@@ -157,7 +158,9 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     _check_rule(jobs, verdict, rule, op)
     _check_kernels(jobs, op)
     source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
-    return Prepared(request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *alarms])
+    return Prepared(
+        request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *kernels, *alarms]
+    )
 
 
 def check_devices(request: Request) -> None:
@@ -210,7 +213,7 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
         if decision.format is not None
     }
     return [
-        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow"
+        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow; `isqtorch doctor` says more"
         for device in sorted(devices - {*NATIVE_DEVICES, "meta"})
     ]
 
