@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isqtorch.formats import QuantFormat
 from isqtorch.policy.options import Options
+from isqtorch.text import cause
 
 from .damage import Damage, Watch
 
@@ -89,7 +90,7 @@ def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: in
     try:
         packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
     except ValueError as error:  # the callers name the operation and the layer; the operator would name itself
-        raise ValueError(str(error).removeprefix("quantize: ")) from None
+        raise ValueError(cause(error)) from None
     job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
     return packed
 
