@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,6 +237,40 @@ def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 # ---- quantize, perplexity --------------------------------------------------------------------------------------------
+
+
+def test_perplexity_and_divergence_have_windows_with_bos(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isqtorch.app import model as app
+
+    class WithBos:
+        bos_token_id = 3
+
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [3, *self.tokenizer(text, **options)["input_ids"]]}
+
+    options = [MODEL, "--text", TEXT, "--isq", "q4k", "--kl", "--tokens", "100", "--context", "32"]
+    plain = run_json(capsys, "perplexity", *options)
+    real = app.load_tokenizer
+    monkeypatch.setattr(app, "load_tokenizer", lambda source: WithBos(real(source)))
+    seen: list[list[int]] = []
+    load = app.load_causal_lm
+
+    def watched(source: str) -> Any:
+        model = load(source)
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr(app, "load_causal_lm", watched)
+    with_bos = run_json(capsys, "perplexity", *options)
+    assert plain["tokens"] == 100 - 4 and with_bos["tokens"] == 99
+    assert len(seen) == 3 * 4 and all(first == [3] for first in seen)  # perplexity, model and reference: 4 windows each
 
 
 def test_quantize_and_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,33 @@ def test_the_first_request_holds_until_another_one_says_otherwise(tmp_path: Path
         requantize_(model, "q8_0", topology={0: {"device": "cpu"}})
 
 
+@pytest.mark.parametrize(
+    ("option", "before", "empty"),
+    [
+        *[("include", "^1$", empty) for empty in ((), [], "")],
+        *[("exclude", ["^0$", "2"], empty) for empty in ((), [], "")],
+        *[("topology", {"/^[02]$/": None}, empty) for empty in ({}, "")],
+    ],
+)
+def test_an_empty_value_drops_a_remembered_option(tmp_path: Path, option: str, before: Any, empty: Any) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q4k", **{option: before})
+    assert [layer.stored for layer in requantize_(model, "q3k", source=tmp_path).layers] == [None, "q3k", None]
+    report = requantize_(model, "q5k", **{option: empty})
+    assert [layer.stored for layer in report.layers] == ["q5k"] * 3
+    assert [layer.stored for layer in requantize_(model, "q4k").layers] == ["q4k"] * 3  # it stays dropped
+
+
+@pytest.mark.parametrize("option", ["organization", "fallback"])
+def test_an_option_that_is_never_none_cannot_be_empty(tmp_path: Path, option: str) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q4k")
+    before = everything(model)
+    with pytest.raises(ValueError, match=f"requantize_: {option} must be one of .*; got ''"):
+        requantize_(model, "q5k", **{option: ""})
+    assert everything(model) == before
+
+
 def test_ties_and_shared_modules(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,9 @@ from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
 
 from .classes import causal_class, described, not_causal, other_class
+
+_NO_CODE = {"trust_remote_code": False}  # unless it is False, transformers may ask at the terminal
+_OF_TOKENIZERS = re.compile(r"token|vocab|merges|piece|bpe|\.model$|tekken")  # names of files that a tokenizer reads
 
 
 class LoadedModel:
@@ -163,13 +167,13 @@ def load_causal_lm(
     model is built from its configuration, and then the packed weights are loaded.
     """
     with needs_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM, utils
+        from transformers import AutoModelForCausalLM, utils
 
     utils.logging.disable_progress_bar()
     check_folder(source)
     settings: dict[str, Any] = {} if device is None else {"device_map": device}
     with _from_hub(source):
-        config = AutoConfig.from_pretrained(source)
+        config = _config(source)
         if isq is not None:
             method = _quantized_by(config)
             if method is not None:
@@ -183,7 +187,7 @@ def load_causal_lm(
         other = other_class(config)
         if not _has_own_header(source):
             model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", output_loading_info=True, **settings
+                source, dtype="auto", output_loading_info=True, **settings, **_NO_CODE
             )
             if found["missing_keys"]:
                 raise not_causal(source, config, sorted(found["missing_keys"]))
@@ -202,24 +206,47 @@ def load_causal_lm(
 
 def require_causal_lm(source: str) -> None:
     """ValueError unless the model would be loaded, and saved, as the class that its config.json names."""
-    with needs_transformers():
-        from transformers import AutoConfig
-
     check_folder(source)
-    with _from_hub(source):
-        config = AutoConfig.from_pretrained(source)
+    config = _config(source)
     if causal_class(config) is None or other_class(config) is not None:
         raise not_causal(source, config)
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model."""
+    """The tokenizer of a model.
+
+    Raises:
+        OSError: there is no model, or it has no tokenizer.
+        ValueError: the files of its tokenizer are damaged.
+    """
     with needs_transformers():
         from transformers import AutoTokenizer
 
     check_folder(source)
-    with _from_hub(source):
-        return AutoTokenizer.from_pretrained(source)
+    try:
+        with _from_hub(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, **_NO_CODE)
+    except Exception as error:  # damaged files raise anything, and missing ones a list of all that was tried
+        if isinstance(error, ImportError) or not os.path.isdir(source) or "trust_remote_code" in str(error):
+            raise
+        if not any(_OF_TOKENIZERS.search(name) for name in os.listdir(source)):
+            raise _no_tokenizer(source) from error
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"the tokenizer in {source} cannot be loaded ({type(error).__name__}: {reason:.300}). Copy its files again from the "
+            "original model."
+        ) from error
+    known = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    if not known:  # without files, many classes of transformers make a tokenizer that knows no text
+        raise _no_tokenizer(source)
+    return tokenizer
+
+
+def _no_tokenizer(source: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{source} has no tokenizer, which this command needs beside the weights. Copy the tokenizer files of the original "
+        f"model there (tokenizer.json and tokenizer_config.json), or write them: tokenizer.save_pretrained({source!r})."
+    )
 
 
 def check_spec(isq: str, device: str | None = None) -> None:
@@ -274,10 +301,16 @@ def packed_by(source: str) -> str | None:
         return None
     if _has_own_header(source):
         return "isq"
+    return _quantized_by(_config(source))
+
+
+def _config(source: str) -> Any:
+    """The configuration of a model."""
     with needs_transformers():
         from transformers import AutoConfig
 
-    return _quantized_by(AutoConfig.from_pretrained(source))
+    with _from_hub(source):
+        return AutoConfig.from_pretrained(source, **_NO_CODE)
 
 
 def _quantized_by(config: Any) -> str | None:
@@ -327,9 +360,16 @@ def needs_transformers() -> Iterator[None]:
 
 @contextmanager
 def _from_hub(source: str) -> Iterator[None]:
-    """Turn errors of the Hub into one line with the reason; errors of folders are clear already."""
+    """Turn errors of the Hub, and about code of a model, into one line; other errors of folders are clear already."""
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} is a model with Python code of its own, which this command does not run. If you trust it: model = "
+            "transformers.AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True); isqtorch.quantize_(model, 4)"
+        ) from error
     except OSError as error:
         if os.path.isdir(source):
             raise

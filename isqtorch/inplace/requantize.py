@@ -82,7 +82,7 @@ def requantize_(
             weights, whose errors then stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
             `quantize_` remember.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
-            `{}` drops a topology, `""` or `()` drops include or exclude.
+            `{}` drops a topology, `""` or `()` drops include or exclude: then all layers are selected.
         imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
             again. Calibration runs the model in its present formats.
         activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the
@@ -208,7 +208,8 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            with naming_memory(_OP, job, "Nothing was changed. Free memory, or exclude some of the layers."):
+            state = "Nothing was changed. Free memory, or exclude some of the layers."
+            with naming_memory(_OP, job.names[0], f"packed in {job.fmt.name}", state):
                 parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))

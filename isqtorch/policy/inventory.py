@@ -276,7 +276,7 @@ def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def check_model(model: nn.Module, op: str) -> None:
-    """Raise unless `model` is a module around the layers: a layer itself cannot be replaced in place."""
+    """Raise unless `model` is a module around the layers, with shapes: a layer itself cannot be replaced in place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     if layer_kind(model) is not None or isinstance(model, PackedModule):
@@ -284,3 +284,6 @@ def check_model(model: nn.Module, op: str) -> None:
             f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "
             "isqtorch.quantize on its weight."
         )
+    lazy = next((name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{op}: {lazy} has no shape yet, because its layer is lazy. Run the model once before.")

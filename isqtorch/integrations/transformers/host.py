@@ -88,6 +88,11 @@ class TransformersHost:
         _assign_is_quantized(model)
 
 
+def records(model: object) -> bool:
+    """Whether `save_pretrained` of a model writes the formats of its packed layers into config.json."""
+    return isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), IsqHfQuantizer)
+
+
 def tied(model: PreTrainedModel) -> None:
     """Update the record of a model after tying has changed the kind of some layers."""
     TransformersHost().changed(model, None)

@@ -51,6 +51,7 @@ from .skeleton import (
     unpack_missing,
 )
 
+_NO_MEMORY = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
 
@@ -66,7 +67,7 @@ class _Load:
     meter: Meter | None  # set in the first reading of "auto"
     started: float = field(default_factory=time.perf_counter)
     misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
-    failure: ValueError | None = None  # the first error; the loader would only log it
+    failure: Exception | None = None  # the first error; the loader would only log it
 
 
 @register_quantizer(METHOD)
@@ -195,10 +196,14 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
+            job = load.jobs[name]
             try:
-                return pack(load)
+                with naming_memory("IsqConfig", job.names[0], f"packed in {job.fmt.name}", _NO_MEMORY):
+                    return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error}")
+            except Exception as error:
+                load.failure = error
         return torch.empty(0, dtype=torch.uint8)  # after a failure nothing is packed; it is raised after loading
 
     # ---- after the weights -------------------------------------------------------------------------------------------
@@ -278,10 +283,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        state = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
-        with naming_memory(METHOD, job, state):
-            packed = pack_weight(source, job, importance)
-            job.watch.finish()  # reads the weight, whose pages are dropped now
+        packed = pack_weight(source, job, importance)
+        job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 
