@@ -15,11 +15,12 @@ import pytest
 import torch
 from helpers import same_bits
 from models import EXPERTS, HIDDEN, FusedMoE, everything, mlp, quantized, state_bytes, stored
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isqtorch import checkpoint, dequantize_, quantize_, requantize_
-from isqtorch.inplace import requantize
+from isqtorch.inplace import requantize, source
 from isqtorch.report.report import QuantReport
 
 # ---- from the source -------------------------------------------------------------------------------------------------
@@ -278,6 +279,22 @@ def test_what_stayed_whole_is_compared(tmp_path: Path, name: str, place: int) ->
         model.state_dict()[name].reshape(-1)[-1 if name == "table.weight" else place] += 0.5
     with pytest.raises(ValueError, match=rf"{re.escape(name)} \(by up to 0\.5\) is not what"):
         requantize_(model, "q8_0")
+
+
+@pytest.mark.parametrize(("mapped", "times"), [(1 << 24, 1), (1, 12)], ids=["small", "large"])
+def test_files_are_opened_once_until_many_bytes_may_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: int, times: int
+) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 300, bias=False) for _ in range(12)))
+    opened: list[Path] = []
+    checkpoint = source.Source([stored(model, tmp_path)])
+    monkeypatch.setattr(source, "_MAPPED", mapped)
+    monkeypatch.setattr(source, "safe_open", lambda path, framework: opened.append(path) or safe_open(path, framework))
+    assert source.difference(model, checkpoint) is None
+    assert len(opened) == times
+    with torch.no_grad():
+        model[11].weight[299, 255] += 0.5
+    assert source.difference(model, checkpoint) == "11.weight (by up to 0.5)"
 
 
 def test_the_checkpoint_of_another_model_is_noticed_when_all_is_packed(tmp_path: Path) -> None:

@@ -149,9 +149,9 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    check_foreign(model, request)
-    check_devices(request)
     inventory = inspect_model(model).on(request.device)
+    check_foreign(inventory.foreign, request)
+    check_devices(request)
     prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
     origin = Origin.before(model, request)
     for message in prepared.warnings:

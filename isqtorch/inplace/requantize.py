@@ -131,7 +131,8 @@ def requantize_(
         measure_error=measure_error,
     )
     request = Request(fmt, options, _OP)
-    check_foreign(model, request)
+    inventory = inspect_model(model)
+    check_foreign(inventory.foreign, request)
     _check(model, probe)
     _check_no_device(request)
     weights = Weights.find(model, source, origin)
@@ -146,7 +147,7 @@ def requantize_(
             check_weights(model, prepared)
 
     again = weights.source is not None
-    prepared, choice = settle(model, inspect_model(model), request, check, weights.of, again)
+    prepared, choice = settle(model, inventory, request, check, weights.of, again)
     for message in [*weights.alarms, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _new_layers(model, prepared, weights)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
-from isqtorch.modules.foreign import find_foreign
+from isqtorch.modules.foreign import Foreign, find_foreign
 from isqtorch.modules.parameter import PackedParameter
 
 from .layers import LayerInfo, Role, head_by_name
@@ -36,6 +36,7 @@ class Inventory:
     layers: list[LayerInfo]
     rest_bytes: int  # vectors (norms, biases) and saved buffers
     rest_numel: int
+    foreign: Foreign | None = None  # the layers that another quantizer holds
 
     @property
     def numel(self) -> int:
@@ -86,7 +87,7 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
                 first[key] = len(layers)
             layers.append(info)
     layers = _spread_over_ties(layers)
-    return Inventory(layers, sum(size for size, _ in rest.values()), sum(count for _, count in rest.values()))
+    return Inventory(layers, sum(size for size, _ in rest.values()), sum(count for _, count in rest.values()), foreign)
 
 
 def storage_key(tensor: Tensor) -> object:

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -213,7 +214,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         name_packed(model)
         mark_rows(model)
         if load is None:
-            _check_loaded(model, self._files)
+            with closing(self._files) as files:
+                _check_loaded(model, files)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -298,13 +300,14 @@ def local(parameter: Any) -> Tensor:
 def _check_loaded(model: Any, files: MappedFiles) -> None:
     """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same.
 
-    Pages of `files` that the check has read are dropped again, so that they do not count as memory of this process.
+    Samples of weights that are views of `files` are read from there, so that no pages become memory of this process.
     """
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
             name, weight = name_of(path, leaf), module._parameters[leaf]
-            if weight.device.type == "meta":  # offloaded
+            data = plain_bytes(weight)
+            if data.device.type == "meta":  # offloaded
                 continue
             if not getattr(weight, "_is_hf_initialized", False):
                 raise ValueError(
@@ -312,8 +315,10 @@ def _check_loaded(model: Any, files: MappedFiles) -> None:
                     "It is damaged, or its files are of different models."
                 )
             if id(weight) not in first:
-                why = weight_fault(weight, get_format(format))
-                files.drop(plain_bytes(weight))
+                place = files.place(data)
+                why = weight_fault(data, get_format(format), place)
+                if place is None:
+                    files.drop(data)
                 if why is not None:
                     raise ValueError(
                         f"{METHOD}: config.json says that {name} is packed as {format}, and its bytes are not: read as {format}, {why}. "
