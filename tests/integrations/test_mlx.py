@@ -239,9 +239,11 @@ def test_parts_of_which_one_is_float_become_float(tmp_path: Path) -> None:
     source, four = tiny_moe(), {"bits": 4, "group_size": 32}
     path = "model.layers.0.mlp.switch_mlp.up_proj"
     tensors, meant = converted(source, lambda each: None if each == path else four, names=switched())
-    model, _ = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=four))
+    model, report = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=four))
     experts = model.model.layers[0].mlp.experts
-    assert not isinstance(experts, isqtorch.QuantExperts) or "gate_up_proj" not in experts.formats
+    assert not isinstance(experts, isqtorch.QuantExperts)
+    assert f"{path} is float" in report["model.layers.0.mlp.experts.gate_up_proj"].reason
+    assert "gate_up_proj of the same experts is float" in report["model.layers.0.mlp.experts.down_proj"].reason
     rows = [meant[f"model.layers.0.mlp.switch_mlp.{part}.weight"] for part in ("gate_proj", "up_proj")]
     assert torch.equal(experts.gate_up_proj, torch.cat(rows, 1))
     assert logits(model).isfinite().all()
