@@ -19,10 +19,25 @@ MAX_NAME_BYTES = 63  # of a tensor; llama.cpp refuses a file with a longer name
 _MAX_DIMS = 4
 _VERSION = 3
 _STRING, _ARRAY, _BOOL, _F32, _U32, _I32, _U64, _I64 = 8, 9, 7, 6, 4, 5, 10, 11
-_ELEMENTS = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": _U32, "i4": _I32, "f4": _F32, "u8": _U64, "i8": _I64, "f8": 12}
+_ELEMENTS = {
+    "b1": _BOOL,
+    "u1": 0,
+    "i1": 1,
+    "u2": 2,
+    "i2": 3,
+    "u4": _U32,
+    "i4": _I32,
+    "f4": _F32,
+    "u8": _U64,
+    "i8": _I64,
+    "f8": 12,
+}
 
-Value = str | bool | int | float | Sequence[str] | NDArray[np.generic]
-"""A metadata value: an int is stored in the first of u32, i32, u64 and i64 that holds it, a float as f32."""
+Value = (
+    str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float] | NDArray[np.generic]
+)
+"""A metadata value: an int is stored in the first of u32, i32, u64 and i64 that holds it (all of a list as i32), a float as
+f32."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +139,15 @@ def _value(value: Value) -> list[bytes]:
         raise ValueError(f"{value} does not fit into 64 bits")
     if isinstance(value, float):
         return [struct.pack("<If", _F32, value)]
+    if not isinstance(value, np.ndarray) and value and not isinstance(value[0], str):
+        value = np.array(value, {bool: np.bool_, int: np.int32, float: np.float32}[type(value[0])])
     if isinstance(value, np.ndarray):
         values = np.ascontiguousarray(value.astype(value.dtype.newbyteorder("<"), copy=False))
         code = f"{values.dtype.kind}{values.dtype.itemsize}"
         if values.ndim != 1 or code not in _ELEMENTS:
             raise ValueError(f"an array of {value.dtype} {list(value.shape)} is no GGUF value")
         return [struct.pack("<IIQ", _ARRAY, _ELEMENTS[code], len(values)), values.tobytes()]
-    return [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_string, value)]
+    return [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *(_string(str(text)) for text in value)]
 
 
 def _string(text: str) -> bytes:
