@@ -108,6 +108,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
     "minimax_m2": {**_LOCAL, "head_dim": 32, "rotary_dim": 16},
     "mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
+    "falcon_mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
 }
 
 

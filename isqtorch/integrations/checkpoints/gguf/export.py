@@ -18,7 +18,7 @@ from isqtorch.modules.foreign import find_foreign
 from isqtorch.modules.parameter import is_plain
 from isqtorch.text import first_names
 
-from .architectures import of_config
+from .architectures import ARCHITECTURES, of_config
 from .layout import Place
 from .outgoing import Source, entries, sources
 from .record import Architecture
@@ -77,9 +77,10 @@ def export_gguf(
             None: it is found by the tokenizer's own rule.
 
     Raises:
-        ValueError: the architecture is not one of those that can be written (the message lists them); a layer is packed in a
-            format that GGUF does not have; the model has adapters, layers of another quantizer or tensors without values;
-            the tokenizer does not fit the model, or cannot be written.
+        NotImplementedError: the architecture is not one of those that can be written. The message lists them.
+        ValueError: a layer is packed in a format that GGUF does not have; the model has adapters, layers of another
+            quantizer or tensors without values; the configuration says what a file cannot say; the tokenizer does not fit the
+            model, or is of a kind that cannot be written.
         OSError: the file cannot be written, or no tokenizer is found.
 
     Example:
@@ -88,8 +89,8 @@ def export_gguf(
     """
     config = _text_config(model)
     _check_layers(model)
+    architecture = _architecture(config)
     try:
-        architecture = of_config(config)
         keys = architecture.keys(config)
         extras = tensors_of(config, architecture.head) if architecture.head else {}
     except ValueError as error:
@@ -127,6 +128,15 @@ def _text_config(model: Any) -> Any:
             f"{OP}: the model is a {type(model).__name__}, must be a model of transformers: GGUF stores its configuration"
         )
     return config.get_text_config()
+
+
+def _architecture(config: Any) -> Architecture:
+    known = {kind for record in ARCHITECTURES if record.model is None for kind in record.model_types}  # no encoders
+    if config.model_type not in known:
+        raise NotImplementedError(
+            f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(known))}."
+        )
+    return of_config(config)
 
 
 def _check_layers(model: nn.Module) -> None:
