@@ -29,7 +29,8 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.generation import Optimization, optimize_  # imports transformers only when called
+from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next one
+from .integrations.generation import Optimization, optimize_
 
 __all__ = [
     "Calibration",
@@ -53,6 +54,7 @@ __all__ = [
     "collect_imatrix",
     "dequantize_",
     "explain",
+    "export_gguf",
     "formats",
     "get_format",
     "kl_divergence",
