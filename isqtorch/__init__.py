@@ -30,6 +30,7 @@ from .tensor import QuantizedTensor, quantize
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
 from .integrations.generation import Optimization, optimize_  # imports transformers only when called
+from .integrations.loading import Loaded, load  # the same
 
 __all__ = [
     "Calibration",
@@ -38,6 +39,7 @@ __all__ = [
     "IsqConfig",
     "KLResult",
     "LayerReport",
+    "Loaded",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -56,6 +58,7 @@ __all__ = [
     "formats",
     "get_format",
     "kl_divergence",
+    "load",
     "metal",
     "optimize_",
     "perplexity",
