@@ -29,8 +29,12 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next one
+
+# These import transformers only when they are called.
+from .integrations.checkpoints.gguf.export import export_gguf
+from .integrations.checkpoints.mlx.export import export_mlx
 from .integrations.generation import Optimization, optimize_
+from .integrations.loading import Loaded, load
 
 __all__ = [
     "Calibration",
@@ -39,6 +43,7 @@ __all__ = [
     "IsqConfig",
     "KLResult",
     "LayerReport",
+    "Loaded",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -55,9 +60,11 @@ __all__ = [
     "dequantize_",
     "explain",
     "export_gguf",
+    "export_mlx",
     "formats",
     "get_format",
     "kl_divergence",
+    "load",
     "metal",
     "optimize_",
     "perplexity",
