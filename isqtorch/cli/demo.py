@@ -27,7 +27,7 @@ from ._common import add_json, load_model, read_text
 from .doctor import machine_facts
 
 HELP = "compare formats on the demo model: size, quality, speed, text"
-FORMATS = ["8", "6", "5", "4", "3", "2", "q4_0", "q5_1", "afq4", "hqq4", "fp8"]
+FORMATS = ["8", "6", "5", "4", "3", "2", "q4_0", "q5_1", "afq4", "hqq4", "fp8", "iq4_xs", "mxfp4"]
 
 _EXAMPLE = Path("examples/demo_model")
 _CONTEXT = 512  # tokens per window of the quality measurements
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     names = _check(args)
-    model, tokenizer = load_model(args.model or _example("model"))
+    model, tokenizer = load_model(args.model or _example("model"), "continues", "demo")
     ids = tokenizer(read_text(args.text or _example("heldout.txt")), verbose=False)["input_ids"][: args.tokens]
     measure = Measure(model, tokenizer, ids)
     facts = [
