@@ -29,8 +29,9 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next one
+from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next ones
 from .integrations.generation import Optimization, optimize_
+from .integrations.loading import Loaded, load
 
 __all__ = [
     "Calibration",
@@ -39,6 +40,7 @@ __all__ = [
     "IsqConfig",
     "KLResult",
     "LayerReport",
+    "Loaded",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -58,6 +60,7 @@ __all__ = [
     "formats",
     "get_format",
     "kl_divergence",
+    "load",
     "metal",
     "optimize_",
     "perplexity",
