@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from isqtorch.files.gguf_writing import Entry, Value, write_gguf
+from isqtorch.inplace.host import files_of
+from isqtorch.inplace.origin import Origin
+from isqtorch.integrations.companions import Companions
 from isqtorch.modules.foreign import find_foreign
 from isqtorch.modules.parameter import is_plain
 from isqtorch.text import first_names
 
+from ..doors import open_checkpoint
 from .architectures import ARCHITECTURES, of_config
 from .layout import Place
 from .outgoing import Source, entries, sources
@@ -87,9 +91,10 @@ def export_gguf(
         isqtorch.quantize_(model, "q4k")
         isqtorch.export_gguf(model, "model-q4k.gguf", tokenizer)
     """
+    _check_path(path, model)
     config = _text_config(model)
+    architecture = check_config(config)
     _check_layers(model)
-    architecture = _architecture(config)
     try:
         keys = architecture.keys(config)
         extras = tensors_of(config, architecture.head) if architecture.head else {}
@@ -121,6 +126,16 @@ def export_gguf(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _check_path(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """OSError if the file would take the place of a folder, or of the file with the model's own weights."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{OP}: {os.fspath(path)} is a folder; give the name of a file")
+    origin = Origin.of(model)
+    files = (*files_of(model), *(origin.files if origin is not None else ()))
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in files):
+        raise FileExistsError(f"{OP}: the model was loaded from {os.fspath(path)}; give another file")
+
+
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
@@ -130,7 +145,12 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config()
 
 
-def _architecture(config: Any) -> Architecture:
+def check_config(config: Any) -> Architecture:
+    """The architecture with which a model of this text config is written.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
     known = {kind for record in ARCHITECTURES if record.model is None for kind in record.model_types}  # no encoders
     if config.model_type not in known:
         raise NotImplementedError(
@@ -211,7 +231,8 @@ def _extra(name: str, values: NDArray[np.float32]) -> Entry:
 
 
 def _name(model: Any) -> str:
-    return os.path.basename(os.path.normpath(str(model.config.name_or_path or ""))).strip(".") or type(model).__name__
+    source = os.path.basename(os.path.abspath(str(model.config.name_or_path))) if model.config.name_or_path else ""
+    return source.removesuffix(".gguf") or type(model).__name__
 
 
 def _file_type(model: Any, written: Iterable[Source]) -> int:
@@ -233,18 +254,22 @@ def _rows(tensors: Sequence[Entry]) -> int:
 
 
 def _tokenizer(model: Any) -> Any:
-    """The tokenizer of the folder that a model was loaded from, or of the local cache."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of what a model was loaded from. Never uses the network."""
     source = str(model.config.name_or_path or "")
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        checkpoint = open_checkpoint(source, local=True) if source else None
+        if checkpoint is not None:
+            return checkpoint.tokenizer()
+        found = Companions.load(source, local=True, trust_remote_code=False).tokenizer if source else None
+        reason = ""
+    except (OSError, ValueError, ImportError) as error:
+        found, reason = None, f" ({' '.join(str(error).split()):.200})"
+    if found is None:
         raise OSError(
-            f"{OP}: no tokenizer is found at {source or 'the folder of the model, which is not known'} ({reason}). Give it: "
+            f"{OP}: no tokenizer is found with the model, which was loaded from {source or 'no file'}{reason}. Give it: "
             "export_gguf(model, path, tokenizer). tokenizer=False writes the file without one."
-        ) from error
+        )
+    return found
 
 
 def _end_of_turn(model: Any, metadata: dict[str, Value]) -> dict[str, Value]:
