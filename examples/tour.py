@@ -100,6 +100,15 @@ def while_loading(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "demo-4-bit")
 
 
+def one_way_in(folder: Path) -> None:
+    """Any model with its tokenizer: a folder, a .gguf file, an MLX folder, or an id on the Hub."""
+    loaded: isqtorch.Loaded = isqtorch.load(MODEL, "q4k", exclude="lm_head", progress=False, dtype="float32")
+    loaded.model.save_pretrained(folder / "demo-q4k")
+    loaded.tokenizer.save_pretrained(folder / "demo-q4k")
+    model, tokenizer, report = isqtorch.load(folder / "demo-q4k")
+    print(report.bits_per_weight, tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"))[0]))
+
+
 def metal() -> None:
     """On a Mac: compile every kernel, and name what the compiler refuses."""
     if torch.backends.mps.is_available():
@@ -112,4 +121,5 @@ if __name__ == "__main__":
         whole_model(Path(scratch))
         quality(Path(scratch))
         while_loading(Path(scratch))
+        one_way_in(Path(scratch))
     metal()

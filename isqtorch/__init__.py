@@ -29,7 +29,9 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.generation import Optimization, optimize_  # imports transformers only when called
+from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next ones
+from .integrations.generation import Optimization, optimize_
+from .integrations.loading import Loaded, load
 
 __all__ = [
     "Calibration",
@@ -38,6 +40,7 @@ __all__ = [
     "IsqConfig",
     "KLResult",
     "LayerReport",
+    "Loaded",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -53,9 +56,11 @@ __all__ = [
     "collect_imatrix",
     "dequantize_",
     "explain",
+    "export_gguf",
     "formats",
     "get_format",
     "kl_divergence",
+    "load",
     "metal",
     "optimize_",
     "perplexity",

@@ -133,6 +133,14 @@ def test_routers_stay(name: str, rows: int, columns: int, others: tuple[str, ...
     assert stored(decision) is None and decision.reason.startswith("routers are")
 
 
+@pytest.mark.parametrize("name", ["score", "classifier", "classifier.out_proj", "qa_outputs"])
+def test_the_few_outputs_of_a_classifier_stay(name: str) -> None:
+    decision = one(info(name, 3, 256), 4, topology={"/./": "q8_0"})
+    assert stored(decision) is None and decision.reason.startswith("the outputs of classifiers are")
+    assert stored(one(info(name, 256, 256))) == "q4k"  # as large as any other layer
+    assert stored(one(info("model.score_proj", 3, 256))) == "q4k"
+
+
 def test_a_gate_that_is_no_router() -> None:
     for name in ("mlp.gate", "mlp.gate_proj", "attn.wg", "gate"):
         assert stored(one(info(name, 512, 512), 4, info("other.experts.0"))) == "q4k"

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     names = _check(args)
-    model, tokenizer = load_model(args.model or _example("model"))
+    model, tokenizer = load_model(args.model or _example("model"), "continues", "demo")
     ids = tokenizer(read_text(args.text or _example("heldout.txt")), verbose=False)["input_ids"][: args.tokens]
     measure = Measure(model, tokenizer, ids)
     facts = [

@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
     options = policy_options(args)
-    check_request(args.model, args.isq, args.device, options)
+    opened = check_request(args.model, args.isq, args.device, options)
+    opened.check("continues", "serve")
+    opened.check_tokenizer("serve")
     with bind(args.host, args.port) as sock:
         reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
         check_exposure(reach, args.insecure)
-        loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
         served = Served(loaded, args.name or (path.resolve().name if path.is_dir() else args.model))

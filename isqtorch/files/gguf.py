@@ -1,4 +1,4 @@
-"""The GGUF container: read and write its metadata and its directory of tensors. Every number of a file is checked.
+"""The GGUF container: read its metadata and its directory of tensors. Every number of a file is checked.
 
 "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
 metadata entry:   key string | type u32 | value                      string: length u64 | bytes
@@ -8,8 +8,7 @@ padding to `general.alignment`, then the tensors; offsets count from here
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -38,8 +37,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_ENTRIES = 1 << 17  # tensors, metadata entries: far above any real file, quick to loop over
 _MAX_STRINGS = 1 << 20  # of one array: the vocabulary of a model
 _MAX_ALIGNMENT = 1 << 20
-_ALIGNMENT = 32  # the default of the file format, and of files written here
-_U32 = 4
+_ALIGNMENT = 32  # the default of the file format
 
 Value = int | float | bool | str | list[str] | NDArray[Any]
 """A metadata value. Arrays of numbers and flags are numpy arrays."""
@@ -206,37 +204,3 @@ class GgufFile:
                 f"metadata 'general.alignment' is {value!r}, must be a power of two up to {_MAX_ALIGNMENT}"
             )
         return value
-
-
-def encode_header(metadata: Mapping[str, str | int | list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """Encode the header of a file: all bytes before the first tensor.
-
-    All tensors are f32. They must follow the header in the order of `shapes`, each padded to 32 bytes.
-
-    Args:
-        metadata: strings, lists of strings, and integers, which are stored as u32.
-        shapes: dims by name, the contiguous one first. Trailing dims of 1 are dropped, as ggml does.
-    """
-    out = [MAGIC, struct.pack("<IQQ", 3, len(shapes), len(metadata))]
-    for key, value in metadata.items():
-        out.append(_string(key))
-        if isinstance(value, str):
-            out += [struct.pack("<I", _STRING), _string(value)]
-        elif isinstance(value, int):
-            out.append(struct.pack("<II", _U32, value))
-        else:
-            out += [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_string, value)]
-    offset = 0
-    for name, shape in shapes.items():
-        dims = list(shape)
-        while len(dims) > 1 and dims[-1] == 1:
-            dims.pop()
-        out += [_string(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, F32, offset)]
-        offset += -(-4 * prod(dims) // _ALIGNMENT) * _ALIGNMENT
-    header = b"".join(out)
-    return header + bytes(-len(header) % _ALIGNMENT)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw

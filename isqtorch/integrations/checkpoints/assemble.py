@@ -27,7 +27,7 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
-from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.inventory import Inventory, LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
@@ -115,7 +115,28 @@ def _as_stored(inventory: Inventory, model: Any, incoming: Incoming) -> tuple[In
         held = stored[layer.holder].held if layer.holder in stored else None
         takes = held is not None and held.fmt is not None and layer.kind != "other" and layer.keep is None
         layers.append(replace(layer, packed_as=held.fmt.name) if takes and held and held.fmt else layer)
-    return replace(inventory, layers=layers), stored
+    return replace(inventory, layers=_experts_together(layers, stored)), stored
+
+
+def _experts_together(layers: Sequence[LayerInfo], stored: dict[str, _Stored]) -> list[LayerInfo]:
+    """Make all stacks of fused experts float if one of them is: a module of experts computes only when all are packed."""
+    floats = {
+        layer.block: layer.name
+        for layer in layers
+        if layer.kind == "experts"
+        and layer.packed_as is None
+        and (layer.name not in stored or stored[layer.name].held.instead is None)
+    }
+    together = []
+    for layer in layers:
+        other = floats.get(layer.block) if layer.kind == "experts" else None
+        if other is None or layer.name not in stored or stored[layer.name].held.is_float():
+            together.append(layer)
+            continue
+        held = Held(note=f"decoded, because {other} of the same experts is float in the file")
+        stored[layer.name] = replace(stored[layer.name], held=held)
+        together.append(replace(layer, packed_as=None))
+    return together
 
 
 def _prepare(inventory: Inventory, stored: dict[str, _Stored], request: Request | None) -> Prepared | None:

@@ -33,6 +33,9 @@ class Held:
     instead: QuantFormat | None = None
     note: str = ""
 
+    def is_float(self) -> bool:
+        return self.fmt is None and self.instead is None
+
 
 class Incoming(Source):
     """The weights of a checkpoint, by the names of a model's parameters and saved buffers.

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import _assign_is_quantized
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files
 from isqtorch.inplace.source import Source
+from isqtorch.integrations.hub import cached_weights
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules.foreign import find_foreign
 from isqtorch.policy.inventory import inspect_model
@@ -27,8 +27,6 @@ from .config import IsqConfig
 from .quantizer import IsqHfQuantizer, record
 from .skeleton import packed_formats
 from .source import ConvertedSource
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class TransformersHost:
@@ -42,7 +40,7 @@ class TransformersHost:
         try:
             if Path(name).is_dir():
                 return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
-            return _cached(name, getattr(model.config, "_commit_hash", None))
+            return cached_weights(name, getattr(model.config, "_commit_hash", None))
         except (OSError, ValueError):  # ValueError: also for names that are no valid repository ids
             return None
 
@@ -93,17 +91,3 @@ def tied(model: PreTrainedModel) -> None:
     TransformersHost().changed(model, None)
     if packed_formats(model):
         model.isq_report = QuantReport.of_packed(inspect_model(model))
-
-
-def _cached(name: str, revision: str | None) -> list[str] | None:
-    """The files of a model in the local cache of the Hub, without network access; None if they are not complete."""
-    single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
-    if isinstance(single, str):  # before the index, as transformers does
-        return [single]
-    index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
-    if not isinstance(index, str):
-        return None
-    mapping = read_json(Path(index)).get("weight_map")
-    names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-    found = [try_to_load_from_cache(name, file, revision=revision) for file in names]
-    return [str(file) for file in found] if found and all(isinstance(file, str) for file in found) else None

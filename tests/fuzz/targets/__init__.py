@@ -15,6 +15,7 @@ SHARES = {
     "safetensors": 10,
     "index": 4,
     "config": 15,
+    "mlx": 4,
     "metadata": 8,
     "report": 3,
     "sizes": 10,

@@ -292,9 +292,11 @@ RECORDS = (
         (*decoder(Rope(always={"mscale": 1.0, "mscale_all_dim": 1.0})), _Temperature()),
         HEAD,
         treatments=PAIRED,
+        written=lambda config: {"rope.scaling.yarn_log_multiplier": 1.0},
+        harmless=frozenset({"rope.scaling.yarn_log_multiplier"}),
     ),
     Architecture("seed_oss", ("seed_oss",), (*decoder(), _ATTENTION_BIAS), HEAD),
-    Architecture("ernie4_5", ("ernie4_5",), (*decoder(), Present("use_bias", "blk.0.attn_q.bias")), HEAD),
+    Architecture("ernie4_5", ("ernie4_5",), (*decoder(), Always("use_bias", False)), HEAD),
     Architecture(
         "olmo",
         ("olmo",),
@@ -308,6 +310,8 @@ RECORDS = (
         ),
         IMPLIED,
         treatments=PAIRED,
+        written=lambda config: {"attention.layer_norm_epsilon": 1e-5},  # which the model class has in its code
+        harmless=frozenset({"attention.layer_norm_epsilon"}),
     ),
     Architecture("olmo2", ("olmo2",), (*decoder(Rope(IMPLIED), IMPLIED), _ATTENTION_BIAS), IMPLIED),
     Architecture(
@@ -344,5 +348,6 @@ RECORDS = (
             Key("use_parallel_residual", "use_parallel_residual", "flag", True),
         ),
         IMPLIED,
+        treatments=(Treatment(r"query_key_value\.\w+", rows=lambda config: by_head(config.num_attention_heads)),),
     ),
 )

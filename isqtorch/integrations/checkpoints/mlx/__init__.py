@@ -1,0 +1,5 @@
+"""Folders of MLX, as mlx-lm writes and reads them."""
+
+from .checkpoint import MlxCheckpoint, is_mlx
+
+__all__ = ["MlxCheckpoint", "is_mlx"]

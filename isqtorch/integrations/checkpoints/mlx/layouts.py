@@ -1,0 +1,102 @@
+"""How mlx-lm names and stores the weights of each architecture, as far as it differs from Hugging Face.
+
+mlx-lm converts a checkpoint before it writes it. For most architectures it only stacks the experts, drops what it
+computes itself, and turns the weights of convolutions. For some it changes values or joins weights, which nothing in
+the files tells. So only architectures whose conversion is known are accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of an architecture are stored.
+
+    Attributes:
+        names: ((pattern, replacement), ...), applied in this order to a name in the files, to get the name in a
+            checkpoint of Hugging Face.
+        back: the same from a name of Hugging Face to the name in the files.
+        fused: {end of a parameter's path: ends of the paths of its parts}: weights of which mlx-lm makes several.
+        raised: ends of names of vectors to which mlx-lm adds 1.
+    """
+
+    names: tuple[tuple[str, str], ...] = ()
+    back: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    raised: tuple[str, ...] = ()
+
+
+_PLAIN = Layout()
+# Norms that multiply by 1 + weight: the files have 1 + weight.
+_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+_QWEN3_5 = Layout(
+    names=((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head.")),
+    back=((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
+    raised=_NORMS,
+)
+
+_SAME = """
+    apertus cohere cohere2 deepseek_v2 dots1 exaone exaone4 exaone_moe gemma gemma2 gemma3_text glm glm4 glm4_moe
+    gpt_bigcode gpt_oss granite granitemoe helium hunyuan_v1_dense jamba lfm2 lfm2_moe llama mamba mamba2 mellum
+    ministral3 minimax mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3
+    qwen3_moe recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
+"""
+
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(_SAME.split(), _PLAIN),
+    "gpt2": Layout(names=((r"^model\.", "transformer."),), back=((r"^transformer\.", "model."),)),
+    "gptj": Layout(names=((r"^model\.", "transformer."),), back=((r"^transformer\.", "model."),)),
+    "gpt_neox": Layout(
+        names=(
+            (r"^model\.embed_out\.", "embed_out."),
+            (r"^model\.h\.", "gpt_neox.layers."),
+            (r"^model\.", "gpt_neox."),
+        ),
+        back=((r"^gpt_neox\.layers\.", "model.h."), (r"^gpt_neox\.", "model."), (r"^embed_out\.", "model.embed_out.")),
+    ),
+    "granitemoehybrid": Layout(
+        fused={
+            "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
+            "shared_mlp.output_linear": ("mlp.down_proj",),
+        }
+    ),
+    "qwen3_next": Layout(raised=_NORMS),
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen3_5_text": Layout(raised=_NORMS),
+    "qwen3_5_moe_text": Layout(raised=_NORMS),
+}
+
+
+def layout_of(model_type: Any, where: str) -> Layout:
+    """The layout of an architecture.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    found = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        raise ValueError(
+            f"{where}: it is not known how MLX stores the weights of model_type {model_type!r:.80}. Known are {', '.join(sorted(LAYOUTS))}."
+        )
+    return found
+
+
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """Apply the first rule that matches."""
+    for pattern, replacement in rules:
+        new, count = re.subn(pattern, replacement, name, count=1)
+        if count:
+            return new
+    return name
