@@ -33,7 +33,7 @@ BASE = {
 }
 _T5 = {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
 OTHERS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4},
     "t5": _T5,
     "umt5": _T5,
@@ -87,6 +87,14 @@ def rows_of(values: Tensor, format: str) -> tuple[int, bytes]:
     return TYPES[format], packed.numpy().tobytes()
 
 
+def dims_of(value: Tensor) -> tuple[int, ...]:
+    """The dims of a tensor in a file: reversed, without 1 at the end."""
+    dims = list(value.shape[::-1])
+    while len(dims) > 1 and dims[-1] == 1:
+        dims.pop()
+    return tuple(dims)
+
+
 def fitting(format: str, columns: int) -> str:
     """The format, or as llama.cpp does one that has blocks of this many columns."""
     if format in ("f32", "f16", "bf16") or columns % get_format(format).block == 0:
@@ -138,10 +146,10 @@ def write_model(
             if place.part is not None:
                 out.setdefault(tensor, []).append(part)
             elif packable:
-                kind, data = rows_of(part, fitting(format_of(tensor), part.shape[-1]))
-                out[tensor] = (tuple(part.shape[::-1]), kind, data)
+                chosen = "f32" if "ffn_gate_inp" in tensor else format_of(tensor)  # routers are never quantized
+                out[tensor] = dims_of(part), *rows_of(part, fitting(chosen, part.shape[-1]))
             else:
-                out[tensor] = f32(part.numpy())
+                out[tensor] = dims_of(part), *rows_of(part, "f32")
     out = {name: f32(torch.stack(each).numpy()) if isinstance(each, list) else each for name, each in out.items()}
     if record.head is not None:
         out |= {name: f32(each) for name, each in tensors_of(config, record.head).items()}

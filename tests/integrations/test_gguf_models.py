@@ -44,7 +44,7 @@ def mixed(name: str) -> str:
 # Those that transformers can read as well. It differs on purpose where `test_gguf_differences` says so.
 COMMON = [
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "starcoder2", "stablelm", "bloom",
-    "nemotron", "mamba", "minimax_m2", "t5", "umt5",
+    "nemotron", "mamba", "minimax_m2", "umt5",
 ]  # fmt: skip
 
 
