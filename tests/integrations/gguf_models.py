@@ -68,8 +68,13 @@ def tiny_model(kind: str, **options: Any) -> Any:
     """A small random model. Norms, biases and the like are random, too, so that mixing them up shows."""
     torch.manual_seed(7)
     config = tiny_config(kind, **options)
+    config.tie_word_embeddings = config.tie_word_embeddings and options.get(
+        "tie_word_embeddings", True
+    )  # T5 forgets it
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32).eval()
+    if config.is_encoder_decoder:
+        model.set_input_embeddings(model.get_input_embeddings())  # both halves have the same table, tied head or not
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "bias" in name.rpartition(".")[2]:
