@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from isqtorch.files.gguf_writing import Entry, Value, write_gguf
+from isqtorch.inplace.host import files_of
+from isqtorch.inplace.origin import Origin
 from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_of
 from isqtorch.text import first_names
 
@@ -86,9 +88,10 @@ def export_gguf(
         isqtorch.quantize_(model, "q4k")
         isqtorch.export_gguf(model, "model-q4k.gguf", tokenizer)
     """
+    _check_path(path, model)
     config = _text_config(model)
+    architecture = check_config(config)
     check_layers(OP, model, "a GGUF file")
-    architecture = _architecture(config)
     try:
         keys = architecture.keys(config)
         extras = tensors_of(config, architecture.head) if architecture.head else {}
@@ -122,6 +125,16 @@ def export_gguf(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _check_path(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """OSError if the file would take the place of a folder, or of the file with the model's own weights."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{OP}: {os.fspath(path)} is a folder; give the name of a file")
+    origin = Origin.of(model)
+    files = (*files_of(model), *(origin.files if origin is not None else ()))
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in files):
+        raise FileExistsError(f"{OP}: the model was loaded from {os.fspath(path)}; give another file")
+
+
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
@@ -131,7 +144,12 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config()
 
 
-def _architecture(config: Any) -> Architecture:
+def check_config(config: Any) -> Architecture:
+    """The architecture with which a model of this text config is written.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
     known = {kind for record in ARCHITECTURES if record.model is None for kind in record.model_types}  # no encoders
     if config.model_type not in known:
         raise NotImplementedError(
@@ -184,7 +202,8 @@ def _extra(name: str, values: NDArray[np.float32]) -> Entry:
 
 
 def _name(model: Any) -> str:
-    return os.path.basename(os.path.normpath(str(model.config.name_or_path or ""))).strip(".") or type(model).__name__
+    source = os.path.basename(os.path.abspath(str(model.config.name_or_path))) if model.config.name_or_path else ""
+    return source.removesuffix(".gguf") or type(model).__name__
 
 
 def _file_type(model: Any, written: Iterable[Source]) -> int:
