@@ -29,8 +29,9 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.generation import Optimization, optimize_  # imports transformers only when called
-from .integrations.loading import Loaded, load  # the same
+from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next ones
+from .integrations.generation import Optimization, optimize_
+from .integrations.loading import Loaded, load
 
 __all__ = [
     "Calibration",
@@ -55,6 +56,7 @@ __all__ = [
     "collect_imatrix",
     "dequantize_",
     "explain",
+    "export_gguf",
     "formats",
     "get_format",
     "kl_divergence",
