@@ -27,7 +27,8 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
-from isqtorch.policy.inventory import Inventory, LayerInfo
+from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
@@ -208,7 +209,7 @@ def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
-        module._parameters[leaf] = parameter
+        module.register_parameter(leaf, parameter)  # which tells the parameter its layer
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:
