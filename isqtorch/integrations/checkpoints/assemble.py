@@ -205,11 +205,12 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     _share(model, stored.names, PackedParameter(packed.to(device)))
 
 
-def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
+def _share(model: Any, names: Sequence[str], parameter: PackedParameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
-        module.register_parameter(leaf, parameter)  # which tells the parameter its layer
+        module._parameters[leaf] = parameter
+        parameter.belongs_to(module, leaf)
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:

@@ -59,6 +59,9 @@ def read_config(facts: Facts, record: Architecture, model: GgufModel) -> tuple[A
         raise facts.error(
             f"transformers refuses its configuration as {kind!r} ({type(error).__name__}: {str(error).strip():.300})"
         ) from None
+    config.tie_word_embeddings = values[
+        "tie_word_embeddings"
+    ]  # T5's class sets it to True, and keeps in mind what it was
     config.architectures = [record.model or causal_class(kind)]
     if record.note:
         notes.append(record.note)

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat, formats, get_format
-from isqtorch.formats.gguf_types import GGUF_TYPES
+from isqtorch.formats.gguf_types import GGUF_TYPES, decode
 
 SIZES = {number: (row.block, row.block_bytes) for number, row in GGUF_TYPES.items()}
 """Type -> (elements of a block, bytes of a block), as the reader wants them."""
 
 _FLOATS = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
-_ROWS_AT_ONCE = 1 << 22  # elements decoded at a time
+_INTEGERS = frozenset({24, 25, 26, 27})
 
 # What weights of a type without a format are packed in. Their values are few, so the error of packing them again is small
 # even with few bits more; the numbers are in the documentation of `isqtorch.load`.
@@ -68,12 +68,16 @@ def decoded(rows: NDArray[np.uint8], number: int, where: str) -> Tensor:
         `[n, columns]`: the type of the file for plain numbers, else f32.
 
     Raises:
-        ValueError: the type has no weights: integers.
+        ValueError: the tensor has integers.
     """
     data = torch.from_numpy(rows)
     if number in _FLOATS:
         return data.view(_FLOATS[number])
+    if number in _INTEGERS:
+        raise ValueError(
+            f"load: {where} has integers ({type_name(number)}), which are no weights. The file is damaged."
+        )
     fmt = format_of(number)
     if fmt is not None:
         return torch.ops.isqtorch.dequantize(data, fmt.name, torch.float32)  # type: ignore[no-any-return]
-    raise ValueError(f"load: {where}: tensors of type {type_name(number)} cannot be decoded here")
+    return decode(number, data)

@@ -59,7 +59,7 @@ class GgufWeights(Incoming):
             return None
         names = sorted({types.type_name(number) for number in found.types})
         if all(types.is_float(number) for number in found.types):
-            return self._beside_packed(name, names)
+            return Held()
         options = [
             types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
         ]
@@ -75,20 +75,6 @@ class GgufWeights(Incoming):
                 None, best, f"{names[0]} in the file with its columns in another order, which blocks cannot follow"
             )
         return Held(best)
-
-    def _beside_packed(self, name: str, names: list[str]) -> Held:
-        """Float values. A stack of experts is packed all the same if the layer's other stacks are packed."""
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        stacks = matrices(module)
-        if len(stacks) < 2 or leaf not in stacks:
-            return Held()
-        others = (self._find(f"{path}.{other}") for other in stacks if other != leaf)
-        if all(types.is_float(number) for other in others if other is not None for number in other.types):
-            return Held()
-        return Held(
-            None, get_format("q8_0"), f"{' and '.join(names)} in the file; experts are packed if one of their stacks is"
-        )
 
     def unused(self, names: Iterable[str]) -> list[str]:
         found = (self._find(name) for name in names)
