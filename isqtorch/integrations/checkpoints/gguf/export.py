@@ -43,7 +43,8 @@ _FILE_TYPES = {
     "q6k": 18,
 }
 _FILE_TYPES |= {"iq4_nl": 25, "iq4_xs": 30, "mxfp4": 38}
-_MIXES = {"q3k_m": 12, "q4k_m": 15, "q5k_m": 17}
+_MIXES = {"q3k": 12, "q4k": 15, "q5k": 17}  # with better k-quants for some layers
+_K_QUANTS = ("q2k", "q3k", "q4k", "q5k", "q6k")
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 # What llama.cpp does with the output head of an architecture. Of all others, it takes the embedding if there is none.
@@ -104,7 +105,7 @@ def export_gguf(
         "general.type": "model",
         "general.name": name or _name(model),
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": _file_type(model, [source for source, _ in placed]),
+        "general.file_type": _file_type(placed),
         **{f"{architecture.name}.{key}": value for key, value in keys.items()},
     }
     losses = [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
@@ -206,17 +207,15 @@ def _name(model: Any) -> str:
     return source.removesuffix(".gguf") or type(model).__name__
 
 
-def _file_type(model: Any, written: Iterable[Source]) -> int:
-    """The label of the most frequent format."""
-    matrices = [source for source in written if source.tensor.dim() > 1]
-    formats = Counter(source.format for source in matrices if source.format is not None)
+def _file_type(placed: Iterable[tuple[Source, Place]]) -> int:
+    """The label of the most frequent format, or of the mix that llama.cpp has for it."""
+    matrices = [(source, place.tensors[0].startswith("blk.")) for source, place in placed if source.tensor.dim() > 1]
+    formats = Counter(source.format for source, _ in matrices if source.format is not None)
     if not formats:
-        return _FLOATS.get(matrices[0].tensor.dtype, 0) if matrices else 0
+        return _FLOATS.get(matrices[0][0].tensor.dtype, 0) if matrices else 0
     (most, _), *_ = formats.most_common(1)
-    requested = getattr(getattr(model, "isq_report", None), "requested", None)
-    if requested in _MIXES and requested.removesuffix("_m") == most:
-        return _MIXES[requested]
-    return _FILE_TYPES.get(most, 0)
+    in_blocks = {source.format for source, is_block in matrices if is_block and source.format in _K_QUANTS}
+    return _MIXES.get(most, _FILE_TYPES[most]) if len(in_blocks) > 1 else _FILE_TYPES[most]
 
 
 def _rows(tensors: Sequence[Entry]) -> int:
