@@ -8,7 +8,7 @@ padding to `general.alignment`, then the tensors; offsets count from here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any

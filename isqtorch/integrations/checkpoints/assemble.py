@@ -27,7 +27,8 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
-from isqtorch.policy.inventory import Inventory, LayerInfo
+from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
