@@ -4,6 +4,7 @@
 // quantize_row_mxfp4_ref.
 #pragma once
 
+#include "blocks.h"
 #include "searches/search.h"
 
 namespace isqtorch::ISQ_ISA {
@@ -11,11 +12,11 @@ namespace isqtorch::ISQ_ISA {
 // Functions with local arrays, because device code cannot read arrays outside of it. Unrolled loops make constants of
 // their results.
 ISQ_INLINE constexpr int iq4_level(int i) {
-  constexpr int8_t levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  constexpr int8_t levels[16] = {ISQ_IQ4_LEVELS};
   return levels[i];
 }
 ISQ_INLINE constexpr int e2m1_level(int i) {
-  constexpr int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  constexpr int8_t levels[16] = {ISQ_E2M1_LEVELS};
   return levels[i];
 }
 

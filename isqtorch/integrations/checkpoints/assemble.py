@@ -205,11 +205,12 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     _share(model, stored.names, PackedParameter(packed.to(device)))
 
 
-def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
+def _share(model: Any, names: Sequence[str], parameter: PackedParameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
         module._parameters[leaf] = parameter
+        parameter.belongs_to(module, leaf)
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:
@@ -267,6 +268,7 @@ def _explain(report: QuantReport, stored: dict[str, _Stored], incoming: Incoming
         held = stored[layer.tied_to or layer.name].held if (layer.tied_to or layer.name) in stored else None
         if held is not None and held.note:
             layer.reason = "; ".join(filter(None, [held.note, layer.reason]))
+    report.notes.extend(incoming.notes)
     unused = incoming.unused(model.state_dict(keep_vars=True))
     if unused:
         report.notes.append(

@@ -16,12 +16,12 @@ from torch import nn
 from isqtorch.files.gguf_writing import Entry, Value, write_gguf
 from isqtorch.inplace.host import files_of
 from isqtorch.inplace.origin import Origin
+from isqtorch.integrations.checkpoints.doors import open_checkpoint
 from isqtorch.integrations.companions import Companions
 from isqtorch.modules.foreign import find_foreign
 from isqtorch.modules.parameter import is_plain
 from isqtorch.text import first_names
 
-from ..doors import open_checkpoint
 from .architectures import ARCHITECTURES, of_config
 from .layout import Place
 from .outgoing import Source, entries, sources

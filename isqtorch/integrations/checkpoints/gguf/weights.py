@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class GgufWeights(Incoming):
         file: the opened file.
         record: its architecture.
         model: a model that was made of the file's configuration.
+        notes: for the report, about the whole file.
     """
 
-    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module) -> None:
+    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module, notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
         self.where, self.files = file.where, file.files
         self._file, self._record = file, record
         self._config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -59,12 +61,12 @@ class GgufWeights(Incoming):
             return None
         names = sorted({types.type_name(number) for number in found.types})
         if all(types.is_float(number) for number in found.types):
-            return self._beside_packed(name, names)
-        options = [
-            types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
-        ]
+            return Held()
+        columns = found.tensors[0].shape[-1]
+        quantized = [number for number in found.types if not types.is_float(number)]
+        options = [types.format_of(number) or types.instead_of(number, columns) for number in quantized]
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
-        if any(types.is_float(number) for number in found.types):
+        if len(quantized) < len(found.types):
             best = get_format("q8_0")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
@@ -75,20 +77,6 @@ class GgufWeights(Incoming):
                 None, best, f"{names[0]} in the file with its columns in another order, which blocks cannot follow"
             )
         return Held(best)
-
-    def _beside_packed(self, name: str, names: list[str]) -> Held:
-        """Float values. A stack of experts is packed all the same if the layer's other stacks are packed."""
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        stacks = matrices(module)
-        if len(stacks) < 2 or leaf not in stacks:
-            return Held()
-        others = (self._find(f"{path}.{other}") for other in stacks if other != leaf)
-        if all(types.is_float(number) for other in others if other is not None for number in other.types):
-            return Held()
-        return Held(
-            None, get_format("q8_0"), f"{' and '.join(names)} in the file; experts are packed if one of their stacks is"
-        )
 
     def unused(self, names: Iterable[str]) -> list[str]:
         found = (self._find(name) for name in names)
