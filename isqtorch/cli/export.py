@@ -6,7 +6,7 @@
     isqtorch export -m ./my-model --isq q4k_m --imatrix my.imatrix --to gguf -o my-model.gguf --force
 
 Packed weights are written as they are, so the other program computes with the same numbers. Without --isq, the weights
-stay as they are in MODEL. GGUF has the families q* of `isqtorch formats`, MLX has afq*, and both have mxfp4. The output
+stay as they are in MODEL. GGUF has the formats q*, iq* and mxfp4 of `isqtorch formats`, and MLX has afq* and mxfp4. The output
 appears when it is complete. --force replaces a GGUF file by a GGUF file. It replaces nothing else.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isqtorch.files.gguf import MAGIC
-from isqtorch.files.writing import recover
+from isqtorch.files.writing import check_place, recover
 from isqtorch.formats import mix_name, resolve_format
 
 from ._common import add_auto, add_device, add_importance, add_isq, add_model, add_policy, policy_options
-from .quantize import check_output, one_line
+from .quantize import one_line
 
 if TYPE_CHECKING:
     from isqtorch.app.model import LoadedModel
@@ -69,6 +69,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_format(args: argparse.Namespace, program: str, known: list[str]) -> None:
+    """ValueError if a format is asked for that the file cannot hold. What a mix gives, is checked when it is written."""
+    if args.isq is not None and mix_name(args.isq) is None:
+        format = resolve_format(args.isq, args.device or "cpu").name
+        if not any(format == name or format.startswith(f"{name}g") for name in known):
+            raise ValueError(f"--isq {args.isq}: {program} has no {format}; it has {', '.join(known)}")
+
+
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
@@ -78,10 +86,7 @@ def _check_gguf(args: argparse.Namespace, opened: Opened) -> None:
     from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES
 
     check_config(opened.config.get_text_config())
-    if args.isq is not None and mix_name(args.isq) is None:
-        format = resolve_format(args.isq, args.device or "cpu").name
-        if format not in TYPES:
-            raise ValueError(f"--isq {args.isq}: GGUF has no {format}; it has {', '.join(TYPES)}")
+    _check_format(args, "GGUF", list(TYPES))
     output: Path = args.output
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {output.absolute().parent} for {output}")
@@ -122,11 +127,15 @@ def _check_mlx(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError or OSError if the folder could not be written, or would destroy anything."""
     from isqtorch.integrations.checkpoints.mlx.export import OP
     from isqtorch.integrations.checkpoints.mlx.layouts import layout_of
+    from isqtorch.integrations.checkpoints.mlx.outgoing import known_formats
 
     layout_of(opened.config.model_type, OP)
+    _check_format(args, "MLX", known_formats())
     if args.name is not None or args.pre_tokenizer is not None:
         raise ValueError("--name and --pre-tokenizer are for --to gguf")
-    check_output(args.output, args.model, force=False)
+    check_place(args.output, args.model)
+    if args.output.is_dir() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} exists and is not an empty folder; give a new one")
 
 
 def _write_mlx(args: argparse.Namespace, loaded: LoadedModel) -> None:
