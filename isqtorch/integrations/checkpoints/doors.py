@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from isqtorch.files.checkpoints import gguf_in, read_json
 from isqtorch.integrations.hub import cached_folder, download, is_id, naming_hub, snapshot
 
 from .incoming import Checkpoint
+from .mlx import MlxCheckpoint, is_mlx
 
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
@@ -41,8 +41,6 @@ def open_checkpoint(source: str | os.PathLike[str], *, local: bool = False) -> C
     folder = _mlx_folder(os.fspath(source), local=local)
     if folder is None:
         return None
-    from .mlx import MlxCheckpoint
-
     return MlxCheckpoint(folder)
 
 
@@ -82,15 +80,6 @@ def shards(name: str) -> list[str]:
         return [name]
     stem, _, count, end = parts.groups()
     return [f"{stem}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1)]
-
-
-def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that MLX has quantized the weights beside it."""
-    for key in ("quantization", "quantization_config"):
-        entry = config.get(key)
-        if isinstance(entry, Mapping) and "quant_method" not in entry and "bits" in entry:
-            return True
-    return False
 
 
 def _mlx_folder(source: str, *, local: bool) -> Path | None:
