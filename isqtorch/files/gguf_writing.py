@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,16 +74,24 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Value], tens
         OSError: the file cannot be written.
     """
     header = encode_header(metadata, tensors)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(header)
-        for tensor in tensors:
-            assert tensor.read is not None, f"{tensor.name}: nothing to write"
-            start = file.tell()
-            for piece in tensor.read():
-                file.write(piece)
-            written = file.tell() - start
-            assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, must be {tensor.nbytes}"
-            file.write(_padding(written))
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(header)
+            for tensor in tensors:
+                _write_tensor(file, tensor)
+    except OSError as error:
+        if (
+            error.errno is not None and error.filename is None
+        ):  # writing does not know the name: a full disk, a limit of size
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def _write_tensor(file: BinaryIO, tensor: Entry) -> None:
+    assert tensor.read is not None, f"{tensor.name}: nothing to write"
+    written = sum(file.write(piece) for piece in tensor.read())
+    assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, must be {tensor.nbytes}"
+    file.write(_padding(written))
 
 
 def encode_header(metadata: Mapping[str, Value], tensors: Sequence[Entry]) -> bytes:

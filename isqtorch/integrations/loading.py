@@ -307,12 +307,8 @@ def _from_checkpoint(
 
     assert found.checkpoint is not None
     device = device or torch.device("cpu")
-    own = getattr(found.config, "dtype", None)
-    if dtype is None and isinstance(own, torch.dtype) and own.is_floating_point:
-        dtype = own
-    elif dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = found.empty(dtype).eval()
+    other = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = found.empty(dtype or found.own_dtype() or other).eval()
     model.config.name_or_path = found.source
     if model.can_generate():
         model.generation_config.update(**found.checkpoint.generation())

@@ -36,7 +36,6 @@ def main(path: str) -> None:
     answers = {
         "tokens": [model.tokenize(text.encode(), add_bos=False, special=True) for text in asked["texts"]],
         "with_special": [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]],
-        "texts": [model.detokenize(ids, special=True).decode("utf-8", "replace") for ids in asked.get("decode", [])],
         "metadata": model.metadata,
         "bos": model.token_bos(),
         "eos": model.token_eos(),

@@ -27,21 +27,17 @@ class Answers:
     Attributes:
         tokens: of the texts, without the special tokens that stand before and after every text.
         with_special: the same, with them.
-        texts: of the token numbers in `decode`.
         facts: metadata (as strings), "bos", "eos", "vocabulary".
         logits: f32 `[all tokens of ids, vocabulary]`.
     """
 
     tokens: list[list[int]]
     with_special: list[list[int]]
-    texts: list[str]
     facts: dict[str, Any]
     logits: Tensor
 
 
-def ask(
-    file: Path, texts: Sequence[str] = (), ids: Sequence[Sequence[int]] = (), decode: Sequence[Sequence[int]] = ()
-) -> Answers:
+def ask(file: Path, texts: Sequence[str] = (), ids: Sequence[Sequence[int]] = ()) -> Answers:
     """What llama.cpp answers; an AssertionError with its last lines if it cannot load the file."""
     python = os.environ.get(ENGINES)
     assert python, f"{ENGINES} must be the path of a Python with llama-cpp-python: run `make test-engines`"
@@ -51,7 +47,6 @@ def ask(
             "file": str(file),
             "texts": list(texts),
             "ids": [list(each) for each in ids],
-            "decode": [list(each) for each in decode],
             "answers": str(answers),
             "logits": str(logits),
             "verbose": True,
@@ -64,5 +59,4 @@ def ask(
         assert done.returncode == 0, f"llama.cpp cannot use {file.name}:\n{done.stderr[-3000:]}"
         found = json.loads(answers.read_text(encoding="utf-8"))
         values = torch.from_numpy(np.load(logits)) if ids else torch.empty(0)
-    tokens, with_special, back = (found.pop(key) for key in ("tokens", "with_special", "texts"))
-    return Answers(tokens, with_special, back, found, values)
+    return Answers(found.pop("tokens"), found.pop("with_special"), found, values)

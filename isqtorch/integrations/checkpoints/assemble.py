@@ -96,6 +96,12 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     return report
 
 
+def stored_inventory(model: Any, checkpoint: Checkpoint) -> Inventory:
+    """The inventory that a model without weights would have with all blocks of a checkpoint. No weight is read."""
+    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, checkpoint.weights(model))
+    return inventory
+
+
 # ---- what becomes of each weight ------------------------------------------------------------------------------------
 
 
@@ -203,7 +209,7 @@ def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
-        module._parameters[leaf] = parameter
+        module.register_parameter(leaf, parameter)  # which tells the parameter its layer
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from isqtorch.files.checkpoints import gguf_in, read_json
@@ -41,6 +42,19 @@ def open_checkpoint(source: str | os.PathLike[str], *, local: bool = False) -> C
     if folder is None:
         return None
     return MlxCheckpoint(folder)
+
+
+def checkpoint_of(files: Sequence[str]) -> Checkpoint | None:
+    """The checkpoint of another program that these files are; None for those of a transformers model.
+
+    Raises:
+        ValueError, OSError: as `open_checkpoint`.
+    """
+    first = Path(files[0])
+    if first.suffix.lower() == ".gguf":
+        return open_checkpoint(first, local=True)
+    folder = _mlx_folder(str(first.parent), local=True)
+    return None if folder is None else open_checkpoint(folder, local=True)
 
 
 def gguf_file(source: str | os.PathLike[str], *, local: bool = False) -> Path | None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from isqtorch.integrations.companions import Companions
 from isqtorch.modules.foreign import find_foreign
 from isqtorch.modules.parameter import is_plain
 from isqtorch.text import first_names
 
+from .doors import open_checkpoint
 from .gguf.outgoing import sources
 
 
@@ -48,19 +50,27 @@ def check_layers(op: str, model: nn.Module, file: str) -> None:
 
 
 def tokenizer_of(op: str, model: Any) -> Any:
-    """The tokenizer of the folder that a model was loaded from, or of the local cache.
+    """The tokenizer of what a model was loaded from. Never uses the network.
+
+    Args:
+        op: name of the calling function, for messages.
+        model: the model.
 
     Raises:
         OSError: there is none.
     """
-    from transformers import AutoTokenizer
-
     source = str(model.config.name_or_path or "")
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        checkpoint = open_checkpoint(source, local=True) if source else None
+        if checkpoint is not None:
+            return checkpoint.tokenizer()
+        found = Companions.load(source, local=True, trust_remote_code=False).tokenizer if source else None
+        reason = ""
+    except (OSError, ValueError, ImportError) as error:
+        found, reason = None, f" ({' '.join(str(error).split()):.200})"
+    if found is None:
         raise OSError(
-            f"{op}: no tokenizer is found at {source or 'the folder of the model, which is not known'} ({reason}). Give it: "
+            f"{op}: no tokenizer is found with the model, which was loaded from {source or 'no file'}{reason}. Give it: "
             f"{op}(model, path, tokenizer). tokenizer=False writes none."
-        ) from error
+        )
+    return found

@@ -47,6 +47,10 @@ class Incoming(Source):
 
     files: tuple[str, ...]
 
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        held = self.held(name)
+        return self.blocks(name) if held is not None and held.fmt is fmt else None
+
     @abstractmethod
     def held(self, name: str) -> Held | None:
         """How the checkpoint holds a parameter; None if it does not have it. Reads no values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts import Facts
+from .facts import MOST, Facts
 from .layout import COLUMN, MINUS_EXP, ONE_ADDED, SQUEEZED, half_pairs
 from .parts import HeadDim, Key, Part, Values
 from .record import Names, RowsOf, Treatment
@@ -27,6 +27,27 @@ class _Vocabulary(Part):
         keys["vocab_size"] = config.vocab_size
 
 
+class Blocks(Part):
+    """The number of blocks, which cannot be more than the tensors belong to.
+
+    Attributes:
+        attribute: its name in the config.
+    """
+
+    def __init__(self, attribute: str = "num_hidden_layers") -> None:
+        self.attribute = attribute
+
+    def read(self, facts: Facts, values: Values) -> None:
+        count = facts.integer("block_count", least=1, most=facts.blocks)
+        values[self.attribute] = count - facts.integer("nextn_predict_layers", 0, most=count - 1)
+
+    def write(self, config: Any, keys: Values) -> None:
+        keys["block_count"] = getattr(config, self.attribute)
+
+
+BLOCKS = Blocks()
+
+
 def trunk(
     eps: str = "rms_norm_eps", rms: bool = True, feed_forward: str | None = "intermediate_size"
 ) -> tuple[Part, ...]:
@@ -39,8 +60,8 @@ def trunk(
     """
     return (
         _Vocabulary(),
-        Key("max_position_embeddings", "context_length"),
-        Key("num_hidden_layers", "block_count"),
+        Key("max_position_embeddings", "context_length", most=MOST),
+        BLOCKS,
         Key("hidden_size", "embedding_length"),
         *((Key(feed_forward, "feed_forward_length"),) if feed_forward else ()),
         *(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import HEAD, HEAD_NAME, HEADS, IMPLIED, ONE_IN_NORMS, PAIRED, decoder, has_experts, trunk
-from .facts import Facts
+from .common import HEAD, HEAD_NAME, HEADS, IMPLIED, ONE_IN_NORMS, PAIRED, Blocks, decoder, has_experts, trunk
+from .facts import MOST, Facts
 from .layout import by_group, by_head
 from .parts import Always, Derived, Key, Layers, Only, Part, Present, Values
 from .record import Architecture, Names, Treatment
@@ -22,7 +22,7 @@ class _LongRope(Part):
     """The factors of Phi 3 for short and long texts. They are tensors, whose values `config.py` reads."""
 
     def read(self, facts: Facts, values: Values) -> None:
-        original = facts.integer("rope.scaling.original_context_length", values["max_position_embeddings"], least=1)
+        original = facts.integer("rope.scaling.original_context_length", values["max_position_embeddings"], 1, MOST)
         values["original_max_position_embeddings"] = original
         if LONG in facts.shapes or SHORT in facts.shapes:
             values["rope_parameters"]["rope_type"] = "longrope"
@@ -165,7 +165,7 @@ RECORDS = (
         (
             *decoder(_PARTIAL_IMPLIED, IMPLIED),
             _LongRope(),
-            Key("sliding_window", "attention.sliding_window", default=None, least=0),
+            Key("sliding_window", "attention.sliding_window", default=None, least=0, most=MOST),
         ),
         IMPLIED,
     ),
@@ -180,7 +180,7 @@ RECORDS = (
         ("gpt2",),
         (
             Key("n_positions", "context_length"),
-            Key("n_layer", "block_count"),
+            Blocks("n_layer"),
             Key("n_embd", "embedding_length"),
             Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),
             Key("n_head", "attention.head_count"),
@@ -195,7 +195,7 @@ RECORDS = (
         (
             *decoder(Rope(IMPLIED), IMPLIED, eps="norm_epsilon", rms=False),
             Present("use_bias", "blk.0.attn_q.bias"),
-            Key("sliding_window", "attention.sliding_window", default=None),
+            Key("sliding_window", "attention.sliding_window", default=None, most=MOST),
         ),
         IMPLIED,
     ),
@@ -223,7 +223,7 @@ RECORDS = (
         ("bloom",),
         (
             *trunk()[:1],
-            Key("n_layer", "block_count"),
+            Blocks("n_layer"),
             Key("hidden_size", "embedding_length"),
             Key("n_head", "attention.head_count"),
             Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),

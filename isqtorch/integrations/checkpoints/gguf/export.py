@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from isqtorch.files.gguf_writing import Entry, Value, write_gguf
+from isqtorch.inplace.host import files_of
+from isqtorch.inplace.origin import Origin
 from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_of
 from isqtorch.text import first_names
 
@@ -41,7 +43,8 @@ _FILE_TYPES = {
     "q6k": 18,
 }
 _FILE_TYPES |= {"iq4_nl": 25, "iq4_xs": 30, "mxfp4": 38}
-_MIXES = {"q3k_m": 12, "q4k_m": 15, "q5k_m": 17}
+_MIXES = {"q3k": 12, "q4k": 15, "q5k": 17}  # with better k-quants for some layers
+_K_QUANTS = ("q2k", "q3k", "q4k", "q5k", "q6k")
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 # What llama.cpp does with the output head of an architecture. Of all others, it takes the embedding if there is none.
@@ -86,9 +89,10 @@ def export_gguf(
         isqtorch.quantize_(model, "q4k")
         isqtorch.export_gguf(model, "model-q4k.gguf", tokenizer)
     """
+    _check_path(path, model)
     config = _text_config(model)
+    architecture = check_config(config)
     check_layers(OP, model, "a GGUF file")
-    architecture = _architecture(config)
     try:
         keys = architecture.keys(config)
         extras = tensors_of(config, architecture.head) if architecture.head else {}
@@ -101,7 +105,7 @@ def export_gguf(
         "general.type": "model",
         "general.name": name or _name(model),
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": _file_type(model, [source for source, _ in placed]),
+        "general.file_type": _file_type(placed),
         **{f"{architecture.name}.{key}": value for key, value in keys.items()},
     }
     losses = [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
@@ -122,6 +126,16 @@ def export_gguf(
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _check_path(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """OSError if the file would take the place of a folder, or of the file with the model's own weights."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{OP}: {os.fspath(path)} is a folder; give the name of a file")
+    origin = Origin.of(model)
+    files = (*files_of(model), *(origin.files if origin is not None else ()))
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in files):
+        raise FileExistsError(f"{OP}: the model was loaded from {os.fspath(path)}; give another file")
+
+
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
@@ -131,7 +145,12 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config()
 
 
-def _architecture(config: Any) -> Architecture:
+def check_config(config: Any) -> Architecture:
+    """The architecture with which a model of this text config is written.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
     known = {kind for record in ARCHITECTURES if record.model is None for kind in record.model_types}  # no encoders
     if config.model_type not in known:
         raise NotImplementedError(
@@ -184,20 +203,19 @@ def _extra(name: str, values: NDArray[np.float32]) -> Entry:
 
 
 def _name(model: Any) -> str:
-    return os.path.basename(os.path.normpath(str(model.config.name_or_path or ""))).strip(".") or type(model).__name__
+    source = os.path.basename(os.path.abspath(str(model.config.name_or_path))) if model.config.name_or_path else ""
+    return source.removesuffix(".gguf") or type(model).__name__
 
 
-def _file_type(model: Any, written: Iterable[Source]) -> int:
-    """The label of the most frequent format."""
-    matrices = [source for source in written if source.tensor.dim() > 1]
-    formats = Counter(source.format for source in matrices if source.format is not None)
+def _file_type(placed: Iterable[tuple[Source, Place]]) -> int:
+    """The label of the most frequent format, or of the mix that llama.cpp has for it."""
+    matrices = [(source, place.tensors[0].startswith("blk.")) for source, place in placed if source.tensor.dim() > 1]
+    formats = Counter(source.format for source, _ in matrices if source.format is not None)
     if not formats:
-        return _FLOATS.get(matrices[0].tensor.dtype, 0) if matrices else 0
+        return _FLOATS.get(matrices[0][0].tensor.dtype, 0) if matrices else 0
     (most, _), *_ = formats.most_common(1)
-    requested = getattr(getattr(model, "isq_report", None), "requested", None)
-    if requested in _MIXES and requested.removesuffix("_m") == most:
-        return _MIXES[requested]
-    return _FILE_TYPES.get(most, 0)
+    in_blocks = {source.format for source, is_block in matrices if is_block and source.format in _K_QUANTS}
+    return _MIXES.get(most, _FILE_TYPES[most]) if len(in_blocks) > 1 else _FILE_TYPES[most]
 
 
 def _rows(tensors: Sequence[Entry]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 _REQUIRED: Any = object()
 REQUIRED = _REQUIRED
 """The default of a key that a file must have."""
-_MOST = 1 << 31
+MOST = (1 << 31) - 1
+"""The largest number that is no size: of positions, tokens, ..."""
+_BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,6})\.")
 
 
 class Facts:
@@ -25,6 +28,8 @@ class Facts:
         metadata: all keys and values.
         shapes: {name of a tensor: its shape, rows before columns}.
         used: keys that were read.
+        largest: the largest dimension of a tensor. No size that a key states can be larger.
+        blocks: the number of blocks that the tensors belong to.
     """
 
     def __init__(
@@ -32,6 +37,9 @@ class Facts:
     ) -> None:
         self.where, self.architecture, self.metadata, self.shapes = where, architecture, metadata, shapes
         self.used: set[str] = set()
+        self.largest = max((size for shape in shapes.values() for size in shape), default=0)
+        numbers = (_BLOCK.match(name) for name in shapes)
+        self.blocks = 1 + max((int(number[1]) for number in numbers if number), default=-1)
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
@@ -49,8 +57,15 @@ class Facts:
             raise self.error(f"has no {full!r}, which a {self.architecture} file needs. The file is incomplete.")
         return default
 
-    def integer(self, key: str, default: Any = _REQUIRED, least: int = 0) -> Any:
-        """An integer, or the default. A list of equal integers, one for each layer, is one integer."""
+    def integer(self, key: str, default: Any = _REQUIRED, least: int = 0, most: int | None = None) -> Any:
+        """An integer, or the default. A list of equal integers, one for each layer, is one integer.
+
+        Args:
+            key: its name.
+            default: the value if the file does not have it.
+            least: the smallest value allowed.
+            most: the largest value allowed; None: `largest`, for sizes. A model of absurd size is thus never built.
+        """
         value = self.value(key, default)
         if value is default and not self.has(key):
             return value
@@ -59,8 +74,9 @@ class Facts:
             if len(distinct) != 1:
                 raise self.wrong(key, value, "one integer, or the same one for every layer")
             value = distinct.pop()
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST:
-            raise self.wrong(key, value, f"an integer from {least} to {_MOST - 1}")
+        most = self.largest if most is None else most
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(key, value, f"an integer from {least} to {most}")
         return value
 
     def integers(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -113,7 +129,7 @@ class Facts:
     @staticmethod
     def _whole(values: Any) -> bool:
         return len(values) > 0 and all(
-            isinstance(each, (int, np.integer)) and not isinstance(each, bool) and abs(int(each)) < _MOST
+            isinstance(each, (int, np.integer)) and not isinstance(each, bool) and abs(int(each)) <= MOST
             for each in values
         )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import MAMBA, STATES, trunk
-from .facts import Facts
+from .common import BLOCKS, MAMBA, STATES, Blocks, trunk
+from .facts import MOST, Facts
 from .parts import Derived, Key, Only, Part, Present, Values
 from .record import Architecture, Names
 
@@ -29,8 +29,8 @@ class _Gated(Part):
 
 _T5 = (
     *trunk()[:1],
-    Key("n_positions", "context_length", default=512),
-    Key("num_layers", "block_count"),
+    Key("n_positions", "context_length", default=512, most=MOST),
+    Blocks("num_layers"),
     Derived("num_decoder_layers", lambda facts, values: facts.integer("decoder_block_count", values["num_layers"])),
     Key("d_model", "embedding_length"),
     Key("d_ff", "feed_forward_length"),
@@ -38,7 +38,7 @@ _T5 = (
     Key("d_kv", "attention.key_length"),
     Key("relative_attention_num_buckets", "attention.relative_buckets_count"),
     Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number", 1e-6),
-    Key("decoder_start_token_id", "decoder_start_token_id", default=0, least=0),
+    Key("decoder_start_token_id", "decoder_start_token_id", default=0, least=0, most=MOST),
     _Gated(),
 )
 
@@ -71,7 +71,7 @@ class _Mamba(Part):
 
 _MAMBA = (
     *trunk()[:1],
-    Key("num_hidden_layers", "block_count"),
+    BLOCKS,
     Key("hidden_size", "embedding_length"),
     Key("layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "number"),
     Key("conv_kernel", "ssm.conv_kernel"),

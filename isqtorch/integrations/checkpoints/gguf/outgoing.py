@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.files.gguf_writing import Entry
+from isqtorch.formats import formats
 from isqtorch.formats.gguf_types import GGUF_TYPES, GgufType
 from isqtorch.modules.convert import matrices, upright
 from isqtorch.modules.packed import PackedModule
@@ -23,7 +24,7 @@ from isqtorch.text import first_names
 from .layout import Place, back
 
 _NOT_IN_FILES = ("q8_1", "q8k")  # of activations, inside of ggml; no program reads a file with them
-TYPES = {row.format: row for row in GGUF_TYPES.values() if row.format is not None and row.format not in _NOT_IN_FILES}
+TYPES = {row.format: row for row in GGUF_TYPES.values() if row.format in formats() and row.format not in _NOT_IN_FILES}
 """Format -> type of the file."""
 _BY_NAME = {row.name: row for row in GGUF_TYPES.values()}
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .facts import REQUIRED, Facts
+from .facts import MOST, REQUIRED, Facts
 
 Values = dict[str, Any]
 """Attributes of a config by name, or values of metadata by key without the architecture."""
@@ -44,6 +44,7 @@ class Key(Part):
         kind: the type of the value.
         default: what to set if the file does not have it; REQUIRED: an error; None: nothing, the config's own default.
         least: the smallest integer allowed.
+        most: the largest integer allowed; None: the largest dimension of a tensor, because it is a size.
         codes: {value in the file: value in the config}, where they differ.
     """
 
@@ -52,11 +53,12 @@ class Key(Part):
     kind: Kind = "integer"
     default: Any = REQUIRED
     least: int = 1
+    most: int | None = None
     codes: Mapping[Any, Any] | None = None
 
     def read(self, facts: Facts, values: Values) -> None:
         if self.kind == "integer":
-            value = facts.integer(self.key, self.default, self.least)
+            value = facts.integer(self.key, self.default, self.least, self.most)
         else:
             value = getattr(facts, self.kind)(self.key, self.default)
         if value is None:
@@ -211,7 +213,6 @@ class Layers(Part):
     Attributes:
         every: every so many layers, the last one of them attends to everything.
         key: the key that may say it, as a number or as one flag for each layer; None: no key.
-        window: the attribute with the width of the window; its key is attention.sliding_window.
         first_full: the first of each run is the full one.
     """
 
@@ -220,7 +221,9 @@ class Layers(Part):
     first_full: bool = False
 
     def read(self, facts: Facts, values: Values) -> None:
-        values["sliding_window"] = facts.integer("attention.sliding_window", values.get("sliding_window", REQUIRED))
+        values["sliding_window"] = facts.integer(
+            "attention.sliding_window", values.get("sliding_window", REQUIRED), most=MOST
+        )
         count = values["num_hidden_layers"]
         pattern = facts.value(self.key, self.every) if self.key else self.every
         if isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .facts import Facts
+from .facts import MOST, Facts
 from .parts import HeadDim, Part, Values
 
 FACTORS = "rope_freqs.weight"  # factors of Llama 3, one for each frequency
@@ -61,7 +61,7 @@ class Rope(Part):
         factor = facts.number("rope.scaling.factor", None)
         if factor is None and facts.number("rope.scale_linear", None) is not None:  # an old name
             kind, factor = "linear", facts.number("rope.scale_linear")
-        original = facts.integer("rope.scaling.original_context_length", None, least=1)
+        original = facts.integer("rope.scaling.original_context_length", None, least=1, most=MOST)
         attention = facts.number("rope.scaling.attn_factor", None)
         if kind in ("linear", "none") and (factor in (None, 0.0, 1.0) or kind == "none"):
             return {}

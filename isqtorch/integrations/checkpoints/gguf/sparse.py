@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .common import HEAD, HEADS, IMPLIED, PAIRED, STACKS, decoder, experts, has_experts, trunk
-from .facts import Facts
+from .facts import MOST, Facts
 from .layout import alternating
 from .parts import Always, Key, Layers, Only, Part, Present, Values
 from .record import Architecture, Names, Treatment
@@ -36,8 +36,16 @@ class _Normed(Part):
             raise ValueError(f"norm_topk_prob is {config.norm_topk_prob}, and llama.cpp computes with {self.usual}")
 
 
+_UNUSED_WIDTH = Key(
+    "intermediate_size", "feed_forward_length", default=None, most=MOST
+)  # of dense layers; there are none
+
 _QWEN2 = (
-    *decoder(Rope(IMPLIED), IMPLIED),
+    *trunk(feed_forward=None),
+    _UNUSED_WIDTH,
+    *HEADS,
+    IMPLIED,
+    Rope(IMPLIED),
     *experts("num_experts"),
     Key("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
     _Normed(False),
@@ -48,7 +56,7 @@ _QWEN2 = (
 )
 _QWEN3 = (
     *trunk(feed_forward=None),
-    Key("intermediate_size", "feed_forward_length", default=None),
+    _UNUSED_WIDTH,
     *HEADS,
     HEAD,
     Rope(HEAD),

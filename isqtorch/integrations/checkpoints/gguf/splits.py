@@ -33,7 +33,7 @@ _DEEPSEEK = (
 )
 
 # steps of the pre-tokenizer -> names. The first name has no `ignore_merges`, the second one has; None: there is none.
-_NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
+NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
     (_GPT2,): ("gpt-2", None),
     (_DIGIT, _GPT2): ("smollm", None),
     (_LLAMA3,): ("dbrx", "llama-bpe"),
@@ -57,7 +57,7 @@ _NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
 
 def split_names(pre_tokenizer: dict[str, Any] | None) -> tuple[str | None, str | None]:
     """Return llama.cpp's names for the pre-tokenizer of a tokenizer.json, without and with `ignore_merges`."""
-    return _NAMES.get(tuple(steps(pre_tokenizer)), (None, None))
+    return NAMES.get(tuple(steps(pre_tokenizer)), (None, None))
 
 
 def steps(pre_tokenizer: dict[str, Any] | None) -> list[str]:

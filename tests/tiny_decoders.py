@@ -33,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 8192,
         }
     },
     "llama with linear positions": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
@@ -66,6 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon, grouped": {"num_kv_heads": 2, "new_decoder_architecture": True, "parallel_attn": True},
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.25},
+    "stablelm, tied": {"tie_word_embeddings": True},
     "stablelm, parallel": {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
     "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 16},
     "granite": {

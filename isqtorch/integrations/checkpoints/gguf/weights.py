@@ -1,0 +1,228 @@
+"""The weights of a GGUF file for a model: blocks as they are in the file, in the model's order of rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isqtorch.files.gguf_model import GgufModel, StoredTensor
+from isqtorch.formats import get_format
+from isqtorch.inplace.source import sampled
+from isqtorch.integrations.checkpoints.incoming import Held, Incoming
+from isqtorch.modules import PackedModule
+from isqtorch.modules.convert import float_shape, layer_kind, matrices, upright
+
+from . import types
+from .layout import Place
+from .record import Architecture
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One parameter of the model, in the file."""
+
+    place: Place
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def types(self) -> set[int]:
+        return {tensor.type for tensor in self.tensors}
+
+
+class GgufWeights(Incoming):
+    """The weights of a GGUF file, by the names of a model's parameters and saved buffers.
+
+    Args:
+        file: the opened file.
+        record: its architecture.
+        model: a model that was made of the file's configuration.
+    """
+
+    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module) -> None:
+        self.where, self.files = file.where, file.files
+        self._file, self._record = file, record
+        self._config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._model = model
+        self._found: dict[str, _Found | None] = {}
+
+    # ---- what there is -------------------------------------------------------------------------------------------
+
+    def held(self, name: str) -> Held | None:
+        found = self._find(name)
+        if found is None:
+            return None
+        names = sorted({types.type_name(number) for number in found.types})
+        if all(types.is_float(number) for number in found.types):
+            return self._beside_packed(name, names)
+        options = [
+            types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
+        ]
+        best = max(options, key=lambda fmt: fmt.bits_per_weight)
+        if any(types.is_float(number) for number in found.types):
+            best = get_format("q8_0")
+        if len(found.types) > 1:
+            return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
+        if types.format_of(next(iter(found.types))) is None:
+            return Held(None, best, f"{names[0]} in the file, which is no format here")
+        if found.place.columns is not None or found.place.changes:
+            return Held(
+                None, best, f"{names[0]} in the file with its columns in another order, which blocks cannot follow"
+            )
+        return Held(best)
+
+    def _beside_packed(self, name: str, names: list[str]) -> Held:
+        """Float values. A stack of experts is packed all the same if the layer's other stacks are packed."""
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        stacks = matrices(module)
+        if len(stacks) < 2 or leaf not in stacks:
+            return Held()
+        others = (self._find(f"{path}.{other}") for other in stacks if other != leaf)
+        if all(types.is_float(number) for other in others if other is not None for number in other.types):
+            return Held()
+        return Held(
+            None, get_format("q8_0"), f"{' and '.join(names)} in the file; experts are packed if one of their stacks is"
+        )
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        found = (self._find(name) for name in names)
+        used = {tensor.name for each in found if each is not None for tensor in each.tensors}
+        ignored = re.compile(self._record.ignored)
+        return sorted(name for name in self._file.tensors if name not in used and not ignored.fullmatch(name))
+
+    def _find(self, name: str) -> _Found | None:
+        if name not in self._found:
+            here = self._file.tensors
+            places = self._record.places(name, self._config)
+            whole = (place for place in places if all(tensor in here for tensor in place.tensors))
+            place = next(whole, None)
+            self._found[name] = _Found(place, tuple(here[each] for each in place.tensors)) if place else None
+        return self._found[name]
+
+    # ---- values --------------------------------------------------------------------------------------------------
+
+    def blocks(self, name: str) -> Tensor:
+        found = self._find(name)
+        assert found is not None, "held() said that the file has it"
+        return self._joined(found, [torch.from_numpy(self._file.read(tensor)) for tensor in found.tensors])
+
+    def read(self, name: str) -> Tensor | None:
+        found = self._find(name)
+        if found is None:
+            return None
+        parts = [
+            types.decoded(self._file.read(tensor), tensor.type, f"{self.where}: {tensor.name}")
+            for tensor in found.tensors
+        ]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [part.float() for part in parts]
+        value = self._joined(found, parts)
+        if found.place.columns is not None:
+            value = value.index_select(-1, found.place.columns(value.shape[-1]))
+        for change in reversed(found.place.changes):
+            value = change.to_model(value.float())
+        return self._shaped(name, value)
+
+    def _joined(self, found: _Found, parts: list[Tensor]) -> Tensor:
+        """The rows of all tensors of a parameter, in the model's order.
+
+        Args:
+            found: the parameter.
+            parts: for each tensor `[rows of all matrices, columns or bytes]`.
+        """
+        shaped = []
+        for tensor, part in zip(found.tensors, parts, strict=True):
+            value = part.reshape(*tensor.shape[:-1], -1)
+            shaped.append(value if found.place.part is None else self._part(found, value, tensor))
+        axis = found.place.row_axis(shaped[0].dim())
+        if any(part.dim() != shaped[0].dim() for part in shaped):
+            raise self._error(found, "have different numbers of dimensions")
+        if len(shaped) > 1:
+            try:
+                value = torch.cat(shaped, dim=axis)
+            except RuntimeError:
+                raise self._error(found, "do not fit together") from None
+        else:
+            value = shaped[0]
+        if found.place.rows is not None:
+            try:
+                rows = found.place.rows(value.shape[axis])
+                value = value.index_select(axis, rows)
+            except (RuntimeError, IndexError):
+                raise self._error(found, "have a number of rows that the numbers of heads do not divide") from None
+        return value.contiguous()
+
+    def _part(self, found: _Found, value: Tensor, tensor: StoredTensor) -> Tensor:
+        number = found.place.part
+        assert number is not None
+        if value.dim() < 2 or number >= value.shape[0]:
+            raise self._error(found, f"have no part {number}")
+        return value[number]
+
+    def _shaped(self, name: str, value: Tensor) -> Tensor:
+        """The value in the layout of the model's parameter: transposed where the layer stores it so, with its dims of 1."""
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        stored = module._parameters.get(leaf, module._buffers.get(leaf))
+        if isinstance(module, PackedModule) and leaf in module.packed:
+            shape: tuple[int, ...] = float_shape(module, leaf)
+        else:
+            shape = tuple(stored.shape) if stored is not None else tuple(value.shape)
+        if value.dim() > 1 and leaf in matrices(module) and _is_turned(module):
+            value = value.transpose(-1, -2)
+        if value.shape != shape and [n for n in value.shape if n != 1] == [n for n in shape if n != 1]:
+            value = value.reshape(shape)
+        return value
+
+    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+        found = self._find(name)
+        parts = sampled(shape)
+        if found is None:
+            return None
+        if len(parts) == 1:
+            value = self.read(name)
+            return None if value is None or tuple(value.shape) != shape else [value]
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if len(found.tensors) > 1 or found.place.columns or found.place.changes or found.place.part is not None:
+            return None
+        tensor = found.tensors[0]
+        if (leaf in matrices(module) and _is_turned(module)) or tensor.shape != shape:
+            return None
+        order = found.place.rows(shape[-2]) if found.place.rows else None
+        values = []
+        for part in parts:
+            *stack, row = (int(each.start) for each in part[:-1])
+            row = row if order is None else int(order[row])
+            number = int(np.ravel_multi_index((*stack, row), shape[:-1]))
+            rows = self._file.read(tensor, slice(number, number + 1))
+            values.append(
+                types.decoded(rows, tensor.type, f"{self.where}: {tensor.name}").reshape(*([1] * (len(shape) - 1)), -1)
+            )
+        return values
+
+    def release(self) -> None:
+        self._file.release()
+
+    def _error(self, found: _Found, message: str) -> ValueError:
+        names = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in found.tensors)
+        return ValueError(f"load: {self.where}: {names} {message}. The file is damaged.")
+
+
+def _is_turned(module: Any) -> bool:
+    """Whether a layer stores its weights as `[K, N]`."""
+    if isinstance(module, PackedModule):
+        return bool(module.is_turned())
+    if layer_kind(module) is None:
+        return False
+    return (
+        tuple(upright(module, torch.empty(1, 2, 3, device="meta")).shape) == (1, 3, 2)
+        if layer_kind(module) == "experts"
+        else (layer_kind(module) == "conv1d")
+    )

@@ -1,0 +1,71 @@
+"""GGUF files of many architectures: the packed model has the blocks of the file, and is transformers' decoded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+import isqtorch
+from isqtorch.integrations.checkpoints.assemble import assemble
+from isqtorch.integrations.checkpoints.gguf.checkpoint import GgufCheckpoint
+from tests.integrations.gguf_models import logits, stock, tiny_model, write_model
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 17, 3, 88, 41, 9, 9, 60]])
+
+
+def opened(path: Path) -> tuple[Any, Any]:
+    """The packed model, and the report."""
+    checkpoint = GgufCheckpoint(path)
+    config = checkpoint.config()
+    with init_empty_weights():
+        model = getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32).eval()
+    return model, assemble(model, checkpoint, None, CPU)
+
+
+def decoded(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict with all weights decoded. The model is changed."""
+    isqtorch.dequantize_(model)
+    return dict(model.state_dict())
+
+
+def mixed(name: str) -> str:
+    """Formats as llama.cpp mixes them in q4k_m."""
+    if name in ("token_embd.weight", "output.weight"):
+        return "q6k"
+    return "q6k" if "attn_v" in name or "ffn_down" in name else "q4k"
+
+
+# Those that transformers can read as well. It differs on purpose where `test_gguf_differences` says so.
+COMMON = [
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "starcoder2", "stablelm", "bloom",
+    "nemotron", "mamba", "minimax_m2", "t5", "umt5",
+]  # fmt: skip
+
+
+# transformers has no place for the head of an untied Gemma 2, and opens Bloom and T5 as tied.
+UNTIED = [kind for kind in COMMON if kind != "gemma2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [*((kind, False) for kind in UNTIED), *((kind, True) for kind in COMMON)], ids=str
+)
+def test_the_packed_model_is_the_one_that_transformers_decodes(kind: str, tied: bool, tmp_path: Path) -> None:
+    path = write_model(tmp_path / f"{kind}.gguf", tiny_model(kind, tie_word_embeddings=tied), mixed)
+    packed, report = opened(path)
+    expected = stock(path)
+    assert packed.config.model_type == expected.config.model_type
+    assert report.layers and not any("no place" in note for note in report.notes)
+    with_kernels = logits(packed, IDS)
+    weights = decoded(packed)
+    assert weights.keys() == expected.state_dict().keys()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+    exact = logits(expected, IDS)
+    assert torch.equal(logits(packed, IDS), exact)
+    assert float((with_kernels - exact).norm() / exact.norm()) < 0.08
