@@ -222,6 +222,7 @@ def _from_transformers(
             dtype=dtype or "auto",
             output_loading_info=True,
             local_files_only=found.local,
+            adapter_kwargs={"local_files_only": found.local},  # else it asks the Hub for an adapter all the same
             trust_remote_code=found.trust_remote_code,
             **settings,
         )
@@ -318,6 +319,9 @@ def _from_checkpoint(
     if later:
         assert request is not None
         report, imatrix = _changed(model, request, found.companions.tokenizer)
+    report.notes += found.checkpoint.notes
+    if found.companions.why:
+        report.notes.append(f"without a tokenizer: {found.companions.why}")
     return model, report, imatrix
 
 

@@ -50,8 +50,17 @@ def mlx(folder: Path, model: Any = None, names: Any = as_it_is, group: int = 64)
     return folder
 
 
-WRITERS: dict[str, Callable[[Path], Path]] = {"mlx": mlx}
-FORMATS = {"mlx": "afq4"}  # of most weights
+def gguf(path: Path) -> Path:
+    """The demo model as a GGUF file, mostly in q4_0."""
+    model = demo()
+    isqtorch.quantize_(model, "q4_0", topology={"0": "q5k"}, progress=False)
+    path = path.with_suffix(".gguf")
+    isqtorch.export_gguf(model, path, transformers.AutoTokenizer.from_pretrained(DEMO))
+    return path
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {"mlx": mlx, "gguf": gguf}
+FORMATS = {"mlx": "afq4", "gguf": "q4_0"}  # of most weights
 
 
 @pytest.fixture(scope="module", params=list(WRITERS))
