@@ -268,6 +268,7 @@ def _explain(report: QuantReport, stored: dict[str, _Stored], incoming: Incoming
         held = stored[layer.tied_to or layer.name].held if (layer.tied_to or layer.name) in stored else None
         if held is not None and held.note:
             layer.reason = "; ".join(filter(None, [held.note, layer.reason]))
+    report.notes.extend(incoming.notes)
     unused = incoming.unused(model.state_dict(keep_vars=True))
     if unused:
         report.notes.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class GgufWeights(Incoming):
         file: the opened file.
         record: its architecture.
         model: a model that was made of the file's configuration.
+        notes: for the report, about the whole file.
     """
 
-    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module) -> None:
+    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module, notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
         self.where, self.files = file.where, file.files
         self._file, self._record = file, record
         self._config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -60,11 +62,11 @@ class GgufWeights(Incoming):
         names = sorted({types.type_name(number) for number in found.types})
         if all(types.is_float(number) for number in found.types):
             return Held()
-        options = [
-            types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
-        ]
+        columns = found.tensors[0].shape[-1]
+        quantized = [number for number in found.types if not types.is_float(number)]
+        options = [types.format_of(number) or types.instead_of(number, columns) for number in quantized]
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
-        if any(types.is_float(number) for number in found.types):
+        if len(quantized) < len(found.types):
             best = get_format("q8_0")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
