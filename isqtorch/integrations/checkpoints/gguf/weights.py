@@ -141,7 +141,7 @@ class GgufWeights(Incoming):
         if found.place.rows is not None:
             try:
                 rows = found.place.rows(value.shape[axis])
-                value = value.index_select(axis, rows)
+                value = _moved(value, axis, rows)
             except (RuntimeError, IndexError):
                 raise self._error(found, "have a number of rows that the numbers of heads do not divide") from None
         return value.contiguous()
@@ -198,6 +198,14 @@ class GgufWeights(Incoming):
     def _error(self, found: _Found, message: str) -> ValueError:
         names = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in found.tensors)
         return ValueError(f"load: {self.where}: {names} {message}. The file is damaged.")
+
+
+def _moved(value: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """The rows of a tensor in another order. numpy moves whole rows of bytes, which torch does byte by byte."""
+    if axis == value.dim() - 1:
+        return value.index_select(axis, rows)
+    data = value.contiguous().view(torch.uint8).numpy()
+    return torch.from_numpy(np.take(data, rows.numpy(), axis=axis)).view(value.dtype)
 
 
 def _is_turned(module: Any) -> bool:
