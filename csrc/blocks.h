@@ -39,6 +39,14 @@ struct BlockQ8_1 {
   uint16_t d, s;  // f16; s = d * sum(qs), for dot products
   int8_t qs[32];
 };
+struct BlockIq4Nl {
+  uint16_t d;      // f16
+  uint8_t qs[16];  // as in Q4_0, but a nibble is the number of a level
+};
+struct BlockMxfp4 {
+  uint8_t e;  // w = 2^(e - 128) * level
+  uint8_t qs[16];
+};
 
 // ---- 128 weights ---------------------------------------------------------------------------------------------------
 
@@ -77,6 +85,12 @@ struct BlockQ6K {
   int8_t scales[16];  // per 16 weights
   uint16_t d;         // f16
 };
+struct BlockIq4Xs {
+  uint16_t d;           // f16
+  uint8_t scales_h[2];  // per 32 weights: bits 4-5 of the scale plus 32, in order from the lowest bits on
+  uint8_t scales_l[4];  // bits 0-3
+  uint8_t qs[128];      // byte 16g + l: weight 32g + l in the low nibble, 32g + 16 + l in the high one
+};
 struct BlockQ8K {
   float d;
   int8_t qs[256];
@@ -89,6 +103,7 @@ static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(Block
 static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ8_1) == 36 && sizeof(BlockQ2K) == 84 && sizeof(BlockQ3K) == 110);
 static_assert(sizeof(BlockQ4K) == 144 && sizeof(BlockQ5K) == 176 && sizeof(BlockQ6K) == 210 && sizeof(BlockQ8K) == 292);
 static_assert(sizeof(BlockFp8) == 132);
+static_assert(sizeof(BlockIq4Nl) == 18 && sizeof(BlockIq4Xs) == 136 && sizeof(BlockMxfp4) == 17);
 
 // ---- the list of formats -------------------------------------------------------------------------------------------
 
@@ -100,6 +115,7 @@ static_assert(sizeof(BlockFp8) == 132);
 
 #define ISQ_GGML32(X) X("q4_0", Q4_0) X("q4_1", Q4_1) X("q5_0", Q5_0) X("q5_1", Q5_1) X("q8_0", Q8_0) X("q8_1", Q8_1)
 #define ISQ_KQUANTS(X) X("q2k", Q2K) X("q3k", Q3K) X("q4k", Q4K) X("q5k", Q5K) X("q6k", Q6K) X("q8k", Q8K)
+#define ISQ_CODEBOOKS(X) X("iq4_nl", Iq4Nl) X("iq4_xs", Iq4Xs) X("mxfp4", Mxfp4)
 #define ISQ_FP8(X) X("fp8", Fp8)
 
 // Afq<bits, group size, type of scale and bias>. The names leave out the defaults, 64 and bf16.
@@ -117,7 +133,7 @@ static_assert(sizeof(BlockFp8) == 132);
   X("hqq4", Hqq<4, 64>) X("hqq8", Hqq<8, 64>) X("hqq4g32", Hqq<4, 32>)    \
   X("hqq8g32", Hqq<8, 32>) X("hqq4g128", Hqq<4, 128>) X("hqq8g128", Hqq<8, 128>)
 
-#define ISQ_FORMATS(X) ISQ_GGML32(X) ISQ_KQUANTS(X) ISQ_AFQ(X) ISQ_HQQ(X) ISQ_FP8(X)
+#define ISQ_FORMATS(X) ISQ_GGML32(X) ISQ_KQUANTS(X) ISQ_CODEBOOKS(X) ISQ_AFQ(X) ISQ_HQQ(X) ISQ_FP8(X)
 
 // clang-format on
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -322,15 +323,15 @@ def _check_scales(name: str, fmt: QuantFormat, stored: Any, path: Path) -> None:
     for first in range(0, rows, step):
         blocks: Tensor = stored[first : first + step].reshape(-1, fmt.block_bytes)
         for part in fmt.parts:
-            if not part.dtype.is_floating_point:
+            if not part.real:
                 continue
-            values = blocks[:, part.offset : part.offset + part.nbytes].contiguous().view(part.dtype)
-            bad = (~values.isfinite()).any(dim=1).nonzero()
+            values = part.numbers(blocks)
+            bad = np.flatnonzero(~np.isfinite(values))
             if len(bad):
                 block = int(bad[0])
                 raise ValueError(
                     f"{path}: {name}: {'expert' if len(rest) > 1 else 'row'} {first + block // blocks_of_one} has a {part.name} "
-                    f"that is {values[block].tolist()[0]} ({fmt.name}). The file is damaged, or the weight was not finite when it was "
+                    f"that is {values[block]} ({fmt.name}). The file is damaged, or the weight was not finite when it was "
                     "packed. check_scales=False loads it all the same."
                 )
 

@@ -27,6 +27,9 @@ FACTS = {
     "q5k": (256, 176, "q5_1", "q8_0"),
     "q6k": (256, 210, "q8_0", "q8_0"),
     "q8k": (256, 292, "q8_1", "q8_0"),
+    "iq4_nl": (32, 18, None, "q6k"),
+    "iq4_xs": (256, 136, "iq4_nl", "q6k"),
+    "mxfp4": (32, 17, None, "q6k"),
     "afq2": (64, 20, "afq2g32", "afq6"),
     "afq3": (64, 28, "afq3g32", "afq6"),
     "afq4": (64, 36, "afq4g32", "afq6"),
@@ -67,7 +70,7 @@ def test_facts(name: str) -> None:
 def test_formats_lists_every_family_once() -> None:
     assert set(formats()) == {name for name in FACTS if "." not in name and "g" not in name}
     assert set(formats()) < set(formats(variants=True))
-    assert len(formats(variants=True)) == 12 + 6 * 3 * 2 + 2 * 3 + 1
+    assert len(formats(variants=True)) == 12 + 3 + 6 * 3 * 2 + 2 * 3 + 1
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
@@ -85,7 +88,7 @@ def test_neighbours_exist(fmt: QuantFormat) -> None:
 
 def test_importance() -> None:
     takers = {name for name in formats(variants=True) if get_format(name).takes_importance}
-    assert takers == {"q4_0", "q4_1", "q5_0", "q5_1", "q2k", "q3k", "q4k", "q5k", "q6k"}
+    assert takers == {"q4_0", "q4_1", "q5_0", "q5_1", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs"}
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

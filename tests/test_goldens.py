@@ -23,7 +23,7 @@ Mode = Callable[[Callable[[], None]], None]
 
 # ---- ggml ------------------------------------------------------------------------------------------------------------
 
-GGML = golden("ggml_public")
+GGML = golden("ggml_public") | golden("ggml_levels")
 SETS: dict[tuple[str, str], list[str]] = defaultdict(list)  # (type, variant) -> cases
 for _key in GGML:
     if _key.startswith("q/"):
@@ -54,7 +54,7 @@ def assert_cases(got: Tensor, want: list[Tensor], cases: list[str]) -> None:
 
 
 def test_golden_ggml_is_complete() -> None:
-    assert sum(map(len, SETS.values())) == 1664
+    assert sum(map(len, SETS.values())) == 1664 + 253
 
 
 @ggml_sets
@@ -88,13 +88,11 @@ def test_golden_ggml_dequantize(kind: str, variant: str, impl: Any, float_mode: 
     float_mode(check)
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q3_K", "q4_K", "q6_K"])
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q3_K", "q4_K", "q6_K", "iq4_nl", "iq4_xs"])
 def test_golden_ggml_matrix_with_one_importance_vector(kind: str, impl: Any) -> None:
-    case = "normal_3x512"
+    cases = ("normal_3x512", "normal_3x64", "levels-normal_3x64", "levels-normal_2x512")
+    case = next(case for case in cases if f"q/{kind}/{case}/pos" in GGML)
     packed = impl.quantize(GGML[f"x/{case}"], get_format(kind).name, GGML[f"imx/{case}/pos"], None)
-    if f"q/{kind}/{case}/pos" not in GGML:  # the 32-blocks have other shapes
-        case = "normal_3x64"
-        packed = impl.quantize(GGML[f"x/{case}"], get_format(kind).name, GGML[f"imx/{case}/pos"], None)
     assert torch.equal(packed, GGML[f"q/{kind}/{case}/pos"])
 
 

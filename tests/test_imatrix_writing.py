@@ -124,7 +124,7 @@ WEIGHTED = [name for name in formats() if get_format(name).takes_importance]
 @pytest.mark.filterwarnings("ignore:importance of")
 def test_golden_bytes_with_importance_from_a_file(kind: str, variant: str, suffix: str, tmp_path: Path) -> None:
     """A model with a layer per case, quantized with the importance of all of them in one file."""
-    data = golden("ggml_public")
+    data = golden("ggml_public") | golden("ggml_levels")
     ggml = kind[:-1] + "_K" if kind.endswith("k") else kind
     cases = [key.split("/")[2] for key in data if key.startswith(f"q/{ggml}/") and key.endswith(f"/{variant}")]
     assert len(cases) > 10

@@ -65,6 +65,9 @@ ALIKE = {
     ("q4_1", "afq4g32.f16"),  # these differ only in the order of the codes
     ("q4_1", "hqq4g32"),
     ("q5_1", "afq5g32.f16"),
+    ("q4_0", "iq4_nl"),  # these differ only in what the codes mean
+    ("iq4_nl", "q4_0"),
+    *((f"{name}g128{f16}", "iq4_xs") for name, f16 in (("afq4", ""), ("afq4", ".f16"), ("hqq4", ""))),  # one f16 in 256
     ("q8_1", "afq8g32.f16"),  # the sum of the codes is read as an offset
     ("q8_1", "hqq8g32"),
     ("hqq8g32", "q8_1"),

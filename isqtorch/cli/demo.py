@@ -27,7 +27,7 @@ from ._common import add_json, load_model, read_text
 from .doctor import machine_facts
 
 HELP = "compare formats on the demo model: size, quality, speed, text"
-FORMATS = ["8", "6", "5", "4", "3", "2", "q4_0", "q5_1", "afq4", "hqq4", "fp8"]
+FORMATS = ["8", "6", "5", "4", "3", "2", "q4_0", "q5_1", "afq4", "hqq4", "fp8", "iq4_xs", "mxfp4"]
 
 _EXAMPLE = Path("examples/demo_model")
 _CONTEXT = 512  # tokens per window of the quality measurements

@@ -1,6 +1,6 @@
 """The formats: what the bytes of a quantized weight mean."""
 
-from . import ggml, kquants, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
+from . import ggml, kquants, codebook, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
 from .base import Fields, Part, QuantFormat, formats, get_format, mix_name, register
 from .choices import AUTO, Spec, resolve_format
 
@@ -17,4 +17,4 @@ __all__ = [
     "resolve_format",
 ]
 
-del affine, fp8, ggml, hqq, kquants  # imported so that they register; reached through get_format
+del affine, codebook, fp8, ggml, hqq, kquants  # imported so that they register; reached through get_format

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import plausible
 from .base import Fields, QuantFormat, get_format, register
 from .bitstream import pack_stream, unpack_stream
 
@@ -44,7 +43,7 @@ class AffineFormat(QuantFormat):
             return found
         # The quantizer takes the larger end of the range as bias, so it is about half of all codes or more away from
         # zero. bf16 numbers read as f16 are all near 1, scales and biases alike. Two bits are too few to tell.
-        scale, bias = (np.abs(plausible.as_f32(blocks, part.offset, part.dtype)) for part in self.parts[:2])
+        scale, bias = (np.abs(part.numbers(blocks)) for part in self.parts[:2])
         if np.median(scale) > 0.25 and np.median(bias / np.maximum(scale, 1e-7)) < 0.3 * (2**self.bits - 1):
             return "scales and biases are all near 1, as those of bf16 are when they are read as f16"
         return None

@@ -17,7 +17,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plausible
@@ -29,8 +31,9 @@ Codes are uint8 or int8 `[n, block]`. Scales have the type they are stored in: f
 `[n, sub_blocks]`, ...
 """
 
-_PART = re.compile(r"(\w+):(u8|i8|i16|f16|bf16|f32)(?:\[(\d+)\])?")
+_PART = re.compile(r"(\w+):(u8|i8|i16|f16|bf16|f32|e8m0)(?:\[(\d+)\])?")
 _DTYPES = {
+    "e8m0": torch.uint8,
     "u8": torch.uint8,
     "i8": torch.int8,
     "i16": torch.int16,
@@ -48,10 +51,27 @@ class Part:
     dtype: torch.dtype
     count: int  # 1 means a scalar: shape [n] instead of [n, count]
     offset: int
+    exponents: bool = False  # bytes that stand for powers of two, 255 for NaN (e8m0)
 
     @property
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
+
+    @property
+    def real(self) -> bool:
+        """Whether the part holds real numbers, not integers."""
+        return self.dtype.is_floating_point or self.exponents
+
+    def numbers(self, blocks: Tensor) -> NDArray[np.float32]:
+        """Read the first number of this part of each block: uint8 `[n, block_bytes]` on the CPU -> f32 `[n]`.
+
+        The smallest power of two counts as zero: it is the scale of blocks of zeros.
+        """
+        if not self.exponents:
+            return plausible.as_f32(blocks, self.offset, self.dtype)
+        e = blocks[:, self.offset].numpy()
+        powers = np.ldexp(np.float32(1), np.minimum(e, 254).astype(np.int32) - 127).astype(np.float32)
+        return np.where(e == 0, np.float32(0), np.where(e == 255, np.float32(np.nan), powers))
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class QuantFormat(ABC):
             match = _PART.fullmatch(item)
             assert match, f"{self.name}: bad layout item {item!r}"
             name, dtype, count = match[1], _DTYPES[match[2]], int(match[3] or 1)
-            parts.append(Part(name, dtype, count, offset))
+            parts.append(Part(name, dtype, count, offset, match[2] == "e8m0"))
             offset += parts[-1].nbytes
         return tuple(parts)
 
@@ -184,11 +204,7 @@ class QuantFormat(ABC):
         Args:
             blocks: uint8 `[n, block_bytes]`, a sample of a weight, on the CPU.
         """
-        parts = {
-            part.name: plausible.as_f32(blocks, part.offset, part.dtype)
-            for part in self.parts
-            if part.dtype.is_floating_point
-        }
+        parts = {part.name: part.numbers(blocks) for part in self.parts if part.real}
         return plausible.fault(parts, self.never_negative, self.offset, 1 << self.bits, self.offset_in_steps)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isqtorch.formats import Fields, QuantFormat
 
-from . import absmax, affine, fp8, hqq, kquants, minmax
+from . import absmax, affine, codebook, fp8, hqq, kquants, minmax
 from .blocks import Blocks, row_mean_square
 from .denormals import blocks_per_chunk, denormals_kept
 
@@ -37,6 +37,7 @@ _SOLVERS = {
     "absmax": _Solver(absmax.solve, row_power=True),
     "minmax": _Solver(minmax.solve, row_power=True),
     "kquants": _Solver(kquants.solve),
+    "codebook": _Solver(codebook.solve),
     "affine": _Solver(affine.solve, rules=("mlx", "search")),
     "hqq": _Solver(hqq.solve, rules=("search",), whole=True),
     "fp8": _Solver(fp8.solve),

@@ -10,6 +10,7 @@ namespace isqtorch::ISQ_ISA {
 #define ISQ_DECLARE(name, Format) struct Format;
 ISQ_GGML32(ISQ_DECLARE)
 ISQ_KQUANTS(ISQ_DECLARE)
+ISQ_CODEBOOKS(ISQ_DECLARE)
 ISQ_FP8(ISQ_DECLARE)
 #undef ISQ_DECLARE
 template <int kBits, int kGroup, Dtype kScale>

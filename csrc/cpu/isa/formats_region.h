@@ -5,6 +5,7 @@
 #include "cpu/prelude.h"
 
 #include "cpu/formats/affine.h"
+#include "cpu/formats/codebook.h"
 #include "cpu/formats/fp8.h"
 #include "cpu/formats/ggml.h"
 #include "cpu/formats/hqq.h"

@@ -208,6 +208,20 @@ ISQ_INLINE Bytes shuffle(Bytes a, Quarter index) {
 #endif
 }
 
+// Every byte becomes that of the table whose number it is; numbers are below 16.
+ISQ_INLINE Bytes look_up(Quarter table, Bytes number) {
+#if ISQ_VECTOR_FLOATS == 16
+  return {{(NativeU8)_mm512_shuffle_epi8((__m512i)four_times(table).part[0], (__m512i)number.part[0])}};
+#elif ISQ_VECTOR_FLOATS == 8
+  const __m256i twice = _mm256_broadcastsi128_si256((__m128i)table);
+  for (int p = 0; p < 2; ++p) number.part[p] = (NativeU8)_mm256_shuffle_epi8(twice, (__m256i)number.part[p]);
+  return number;
+#else
+  for (int p = 0; p < 4; ++p) number.part[p] = shuffle(table, number.part[p]);
+  return number;
+#endif
+}
+
 // Spreads sixteen bytes over 64: byte j becomes byte index.from[j] of them, or zero where that is above 127.
 struct Spread {
   uint8_t from[64];

@@ -7,6 +7,7 @@
 
 #include "cpu/linear/rows.h"
 #include "cpu/linear/units_blocks32.h"
+#include "cpu/linear/units_codebook.h"
 #include "cpu/linear/units_kquants.h"
 
 namespace isqtorch::ISQ_ISA {
@@ -44,23 +45,61 @@ struct TileCodes {
   }
 };
 
-// q4_0 q4_1 q5_0 q5_1: the bytes of two blocks fill a vector, each block twice, the second time shifted.
+// Twice sixteen bytes of nibbles: the low ones at a, the high ones at a, the low ones at b, the high ones at b.
+ISQ_INLINE __m512i nibbles_of_two(const uint8_t* a, const uint8_t* b) {
+  const __m512i shifts = _mm512_maskz_set1_epi16(0xff00ff00, 4);
+  const __m128i first = _mm_loadu_si128((const __m128i*)a), second = _mm_loadu_si128((const __m128i*)b);
+  const __m512i both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(first), 0xff00, second);
+  return _mm512_and_si512(_mm512_srlv_epi16(both, shifts), _mm512_set1_epi8(15));
+}
+
+// q4_0 q4_1 q5_0 q5_1: two blocks fill a vector.
 template <class Block, int kBits, bool kHasMin>
 struct TileCodes<NibbleUnit<Block, kBits, kHasMin>> {
   static constexpr int lane_at(int position) { return position; }
 
   ISQ_INLINE static void store(const uint8_t* unit, const Bytes*, __m512i* to) {
-    const __m512i shifts = _mm512_maskz_set1_epi16(0xff00ff00, 4);
     for (int i = 0; i < 8; ++i) {
       const uint8_t *a = unit + 2 * i * sizeof(Block), *b = a + sizeof(Block);
-      const auto sixteen = [](const uint8_t* p) { return _mm_loadu_si128((const __m128i*)(p + offsetof(Block, qs))); };
-      const __m512i both = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(sixteen(a)), 0xff00, sixteen(b));
-      __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(both, shifts), _mm512_set1_epi8(15));
+      __m512i codes = nibbles_of_two(a + offsetof(Block, qs), b + offsetof(Block, qs));
       if constexpr (kBits == 5) {
         const uint64_t fifth = load_u32(a + offsetof(Block, qh)) | (uint64_t)load_u32(b + offsetof(Block, qh)) << 32;
         codes = _mm512_mask_add_epi8(codes, fifth, codes, _mm512_set1_epi8(16));
       }
       _mm512_store_si512(to + i, signed_codes<NibbleUnit<Block, kBits, kHasMin>>(codes));
+    }
+  }
+};
+
+// The levels themselves, for numbers of levels.
+template <class Levels>
+ISQ_INLINE __m512i signed_levels(__m512i numbers) {
+  const __m512i table = _mm512_broadcast_i32x4((__m128i)(Levels::kTable - (uint8_t)Levels::kCenter));
+  return _mm512_shuffle_epi8(table, numbers);
+}
+
+// iq4_nl mxfp4
+template <class Block, class Levels>
+struct TileCodes<LevelUnit<Block, Levels>> {
+  static constexpr int lane_at(int position) { return position; }
+
+  ISQ_INLINE static void store(const uint8_t* unit, const Bytes*, __m512i* to) {
+    for (int i = 0; i < 8; ++i) {
+      const uint8_t* qs = unit + 2 * i * sizeof(Block) + offsetof(Block, qs);
+      _mm512_store_si512(to + i, signed_levels<Levels>(nibbles_of_two(qs, qs + sizeof(Block))));
+    }
+  }
+};
+
+// iq4_xs: position 8s + 4h + q is group 4h + q of super-block s.
+template <>
+struct TileCodes<Iq4XsUnit> {
+  static constexpr int lane_at(int position) { return position % 4 * 4 + position / 4; }
+
+  ISQ_INLINE static void store(const uint8_t* unit, const Bytes*, __m512i* to) {
+    for (int i = 0; i < 8; ++i) {
+      const uint8_t* qs = unit + i / 4 * sizeof(BlockIq4Xs) + offsetof(BlockIq4Xs, qs) + i % 4 * 32;
+      _mm512_store_si512(to + i, signed_levels<Iq4Levels>(nibbles_of_two(qs, qs + 16)));
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/linear/units_blocks32.h"
+#include "cpu/linear/units_codebook.h"
 #include "cpu/linear/units_kquants.h"
 #include "cpu/linear/units_stream.h"
 

@@ -144,6 +144,7 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
 
 template <class Format>
 void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
+  const IeeeScope ieee;  // the scales of mxfp4 and q8k may be subnormal
   using Block = typename Format::Block;
   const Block* blocks = reinterpret_cast<const Block*>(bytes);
   for (int64_t b = 0; b < count; ++b) Format::decode(blocks[b], w + b * Format::kBlock);
