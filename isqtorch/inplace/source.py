@@ -10,36 +10,25 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from isqtorch.files.binary import regular
-from isqtorch.files.checkpoints import checkpoint_files, complete, read_json
+from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.tensors import TensorStore
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
 _PACKED = 8  # packed layers that are compared, spread over the model
 _ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint."""
-
-    file: Path
-    dtype: str  # name of the type in safetensors
-    shape: tuple[int, ...]
 
 
 class Source(ABC):
@@ -85,34 +74,20 @@ class TensorFiles(Source):
     def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
         paths = [Path(file) for file in files]
         self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
-        self.tensors: dict[str, Stored] = {}
-        self._open: dict[Path, Any] = {}
-        self._seen: dict[Path, tuple[int, int, int]] = {}  # detects that a file was replaced
-        method = _quantized_by(paths[0].parent)
-        for path in paths:
-            file = self._file(path)
-            if "isqtorch" in (file.metadata() or {}):
-                method = "isqtorch"
-            for name in file.keys():
-                piece = file.get_slice(name)
-                if name in self.tensors:
-                    raise ValueError(f"{path}: tensor {name} is in another file of the checkpoint too")
-                self.tensors[name] = Stored(path, str(piece.get_dtype()), tuple(piece.get_shape()))
+        self._store = TensorStore(paths, _ELSE)
+        self.tensors = self._store.tensors
+        method = "isqtorch" if "isqtorch" in self._store.metadata else _quantized_by(paths[0].parent)
         if method is not None:
             raise ValueError(f"{self.where}: is quantized by {method} itself. {_ELSE}.")
-        self.release()
 
     def read(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
 
     def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
         key = self._plain(name)
-        if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in _FLOATS:
+        if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in FLOATS:
             return None
-        stored = self.tensors[key]
-        with complete(stored.file):
-            piece = self._file(stored.file).get_slice(key)
-            return [piece[part or ...] for part in sampled(shape)]
+        return self._store.parts(key, [part or ... for part in sampled(shape)])
 
     def _plain(self, name: str) -> str | None:
         """Name of the tensor that is loaded as this parameter without any conversion, or None."""
@@ -121,29 +96,12 @@ class TensorFiles(Source):
     def tensor(self, key: str) -> Tensor:
         """A tensor by its name in the files."""
         stored = self.tensors[key]
-        if stored.dtype not in _FLOATS:
-            raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(_FLOATS)}. {_ELSE}.")
-        with complete(stored.file):
-            piece = self._file(stored.file).get_slice(key)
-            tensor: Tensor = piece[...]
-        return tensor
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(FLOATS)}. {_ELSE}.")
+        return self._store.read(key)
 
     def release(self) -> None:
-        """Close the files, so that pages that were read do not stay in memory. They are opened again when needed."""
-        self._open.clear()
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: no such file. {_ELSE}.")
-            regular(path)
-            state = path.stat()
-            mark = state.st_ino, state.st_size, state.st_mtime_ns
-            if self._seen.setdefault(path, mark) != mark:
-                raise ValueError(f"{path}: was replaced or written to while it was read. Nothing was changed.")
-            with complete(path):
-                self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
+        self._store.release()
 
 
 def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:

@@ -1,0 +1,86 @@
+"""The tensors of a checkpoint in safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from .binary import regular
+from .checkpoints import complete
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    file: Path
+    dtype: str  # name of the type in safetensors
+    shape: tuple[int, ...]
+
+
+class TensorStore:
+    """All tensors of some safetensors files. Only the headers are read before a tensor is asked for.
+
+    Attributes:
+        tensors: {name in the files: the tensor there}.
+        metadata: the metadata of all files, joined.
+
+    Raises:
+        ValueError: a file is damaged, or a tensor is in two files.
+        OSError: a file is missing or cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path], hint: str = "") -> None:
+        """Read the headers.
+
+        Args:
+            files: the files.
+            hint: what to do if one is missing, for the message.
+        """
+        self._hint = hint
+        self._open: dict[Path, Any] = {}
+        self._seen: dict[Path, tuple[int, int, int]] = {}  # detects that a file was replaced
+        self.tensors: dict[str, Stored] = {}
+        self.metadata: dict[str, str] = {}
+        for path in files:
+            file = self._file(path)
+            self.metadata |= file.metadata() or {}
+            for name in file.keys():
+                piece = file.get_slice(name)
+                if name in self.tensors:
+                    raise ValueError(f"{path}: tensor {name} is in another file of the checkpoint too")
+                self.tensors[name] = Stored(path, str(piece.get_dtype()), tuple(piece.get_shape()))
+        self.release()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, which may be a view of a mapped file: do not write to it."""
+        return self.parts(name, [...])[0]
+
+    def parts(self, name: str, indices: Sequence[Any]) -> list[Tensor]:
+        """Some parts of a tensor; only their bytes are read."""
+        stored = self.tensors[name]
+        with complete(stored.file):
+            piece = self._file(stored.file).get_slice(name)
+            return [piece[index] for index in indices]
+
+    def release(self) -> None:
+        """Close the files, so that pages that were read do not stay in memory. They are opened again when needed."""
+        self._open.clear()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file{self._hint and f'. {self._hint}.'}")
+            regular(path)
+            state = path.stat()
+            mark = state.st_ino, state.st_size, state.st_mtime_ns
+            if self._seen.setdefault(path, mark) != mark:
+                raise ValueError(f"{path}: was replaced or written to while it was read. Nothing was changed.")
+            with complete(path):
+                self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
