@@ -24,11 +24,13 @@ from isqtorch.inplace.host import register_host  # noqa: E402
 from .config import IsqConfig  # noqa: E402
 from .host import TransformersHost, tied  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
-from .resize import install  # noqa: E402
+from .resize import install as follow_resizing  # noqa: E402
+from .stored import install as read_quantized  # noqa: E402
 from .ties import follow_ties  # noqa: E402
 
 register_host(TransformersHost())
-install()
+follow_resizing()
+read_quantized()
 follow_ties(tied)
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]
