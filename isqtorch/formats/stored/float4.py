@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isqtorch.formats.base import QuantFormat, get_format
 from isqtorch.formats.codebook import E2M1_LEVELS, mxfp4_blocks
+
 from .base import Kept, Parts, StoredFiles, StoredMethod, StoredWeight, check_shape, check_type, companion
 from .float8 import as_scales
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats.base import QuantFormat, get_format
+
 from .base import FLOATS, Kept, Parts, StoredFiles, StoredMethod, StoredWeight, check_type, companion
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
