@@ -9,7 +9,7 @@ it without any rounding. Nothing here needs the package that has written the che
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -30,14 +30,14 @@ class Header(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Whether blocks of one of our formats can hold a weight exactly.
+    """The formats whose blocks hold a weight exactly.
 
     Attributes:
-        fmt: the format; None: no format can.
-        why: the reason, if no format can.
+        formats: the formats, that with the fewest bits first.
+        why: the reason, if there are none.
     """
 
-    fmt: QuantFormat | None
+    formats: tuple[QuantFormat, ...]
     why: str = ""
 
 
@@ -89,22 +89,24 @@ class StoredWeight(ABC):
         """
 
     def kept(self, files: StoredFiles) -> Kept:
-        """Whether one of our formats can hold the weight exactly. May read small tensors, not the codes."""
-        return Kept(None, f"no format here has the codes of {self.what}")
+        """The formats that hold the weight exactly. May read small tensors, not the codes."""
+        return Kept((), f"no format here has the codes of {self.what}")
 
     def blocks(self, parts: Parts, fmt: QuantFormat) -> Tensor:
         """The weight as blocks of `fmt`, which `kept` has named: uint8 `[N, row_bytes]`. Nothing is rounded."""
         raise AssertionError(f"{self.what} is never kept as {fmt.name}")
 
-    def matrices(self, files: StoredFiles) -> Iterator[Parts]:
-        """The tensors of each matrix: one of an ordinary weight, one for each expert of a stack."""
-        for expert in range(self.shape[0]) if len(self.shape) == 3 else (None,):
-            yield self.matrix(files, expert)
+    def matrix(self, files: StoredFiles, expert: int | None = None, roles: Sequence[str] | None = None) -> Parts:
+        """Read the tensors of one matrix. Only those that have a dimension of experts are cut.
 
-    def matrix(self, files: StoredFiles, expert: int | None = None) -> Parts:
-        """The tensors of one matrix. Only those that have a dimension of experts are cut."""
+        Args:
+            files: the checkpoint.
+            expert: number of the matrix in a stack.
+            roles: the tensors to read; None: all.
+        """
         found = {}
-        for role, name in self.parts.items():
+        for role in self.parts if roles is None else roles:
+            name = self.parts[role]
             shape = files.headers[name].shape
             cut = expert is not None and bool(shape) and shape[0] == self.shape[0]
             found[role] = files.read(name, expert if cut else None)

@@ -54,14 +54,14 @@ class Fp8Weight(StoredWeight):
     def kept(self, files: StoredFiles) -> Kept:
         fmt, columns = get_format("fp8"), self.shape[-1]
         if not self.standard:
-            return Kept(None, "its codes are not of the type e4m3fn")
+            return Kept((), "its codes are not of the type e4m3fn")
         if columns % fmt.block:
-            return Kept(None, f"{columns} columns are not a multiple of {fmt.block}, which fp8 needs")
+            return Kept((), f"{columns} columns are not a multiple of {fmt.block}, which fp8 needs")
         if self.grid[1] > 1 and self.block[1] % fmt.block:
-            return Kept(None, f"{self.block[1]} columns share a scale, and in fp8 {fmt.block} do")
+            return Kept((), f"{self.block[1]} columns share a scale, and in fp8 {fmt.block} do")
         if files.headers[self.parts["scale"]].dtype == torch.float64:
-            return Kept(None, "its scales are float64")
-        return Kept(fmt)
+            return Kept((), "its scales are float64")
+        return Kept((fmt,))
 
     def blocks(self, parts: Parts, fmt: QuantFormat) -> Tensor:
         rows, columns = self.shape[-2:]

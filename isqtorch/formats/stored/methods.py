@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import StoredMethod
+from .compressed import CompressedTensors
 from .float4 import Mxfp4
 from .float8 import Fp8
+from .packed_integers import Awq, Gptq
 
 Entry = Mapping[str, Any]
 """The `quantization_config` in config.json."""
@@ -53,4 +55,7 @@ _READERS: dict[str, Callable[[Entry], StoredMethod]] = {
     "fbgemm_fp8": _fp8,
     "mxfp8": _fp8,
     "mxfp4": lambda entry: Mxfp4(),
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
 }

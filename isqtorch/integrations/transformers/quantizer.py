@@ -113,7 +113,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             restore(model, config.layers, checkpoint_files or [])
             restore_activations(model, config.activations)
             return
-        stored = None if self.stored is None else StoredLoad.open(model, self.stored, files)
+        with torch.device("cpu"):  # transformers makes meta the default device here
+            stored = None if self.stored is None else StoredLoad.open(model, self.stored, files)
         inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
         if config.measuring is not None:
             request = config.measuring.auto.smallest()

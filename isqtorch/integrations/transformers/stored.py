@@ -47,12 +47,12 @@ class Holding:
 
     Attributes:
         weights: the weights that are joined to it; one of them for most parameters.
-        fmt: the format whose blocks hold it exactly; None: there is none.
-        why: the reason, if there is none.
+        formats: the formats whose blocks hold it exactly, that with the fewest bits first.
+        why: the reason, if there are none.
     """
 
     weights: tuple[StoredWeight, ...]
-    fmt: QuantFormat | None
+    formats: tuple[QuantFormat, ...]
     why: str = ""
 
     @property
@@ -123,8 +123,8 @@ class StoredLoad:
             holding = self._of(inventory, layer)
             if holding is None or layer.kind == "other":
                 continue
-            if holding.fmt is not None:
-                given[layer.name] = Assigned(holding.fmt.name, "")
+            if holding.formats:
+                given[layer.name] = Assigned(holding.formats[0].name, "")
             else:
                 given[layer.name] = Assigned(holding.instead.name, f"{holding.why}: the next better format")
         return given
@@ -133,7 +133,7 @@ class StoredLoad:
         """Choose the weights that are taken over as they are: those that get the format which holds them exactly."""
         for job in jobs:
             names = [parameter_name(self.model, name) for name in job.names]
-            if any(name in self.holdings and self.holdings[name].fmt == job.fmt for name in names):
+            if any(name in self.holdings and job.fmt in self.holdings[name].formats for name in names):
                 self.kept |= dict.fromkeys(names, job)
 
     def explain(self, report: QuantReport, inventory: Inventory) -> None:
@@ -265,27 +265,26 @@ def _holding(
 ) -> Holding:
     found = tuple(weight for weight in weights if weight is not None)
     if len(found) < len(weights):
-        return Holding(found, None, "a part of it is stored in floats")
+        return Holding(found, (), "a part of it is stored in floats")
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        return Holding(found, None, "the model has no such parameter")
+        return Holding(found, (), "the model has no such parameter")
     if leaf not in matrices(module):
-        return Holding(found, None, "it is no matrix that can be packed")
+        return Holding(found, (), "it is no matrix that can be packed")
     if group.converter is None and is_turned(module, leaf) and not found[0].oriented:
-        return Holding(found, None, "it is stored with the output features last")
+        return Holding(found, (), "it is stored with the output features last")
     if group.converter is not None and not is_joined(group.converter):
-        return Holding(found, None, "transformers rearranges it while it is loaded")
-    formats = []
+        return Holding(found, (), "transformers rearranges it while it is loaded")
+    shared: tuple[QuantFormat, ...] | None = None
     for weight in found:
-        fmt, why = weight.kept(quantized.files)
-        if fmt is None:
-            return Holding(found, None, why)
-        formats.append(fmt)
-    if any(fmt != formats[0] for fmt in formats):
-        return Holding(found, None, "its parts are stored in different ways")
-    return Holding(found, formats[0])
+        formats, why = weight.kept(quantized.files)
+        if not formats:
+            return Holding(found, (), why)
+        shared = formats if shared is None else tuple(fmt for fmt in shared if fmt in formats)
+    assert shared is not None, "there is at least one weight"
+    return Holding(found, shared, "" if shared else "its parts are stored in different ways")
 
 
 def _is_turned(model: Any, target: str, group: Group, weight: StoredWeight) -> bool:
