@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import StoredMethod
+from .bitsandbytes import BitsAndBytes
 from .compressed import CompressedTensors
 from .float4 import Mxfp4
 from .float8 import Fp8
+from .half_quadratic import Hqq
+from .modelopt import ModelOpt
 from .packed_integers import Awq, Gptq
 
 Entry = Mapping[str, Any]
@@ -27,6 +30,12 @@ def method_of(entry: Entry) -> StoredMethod:
     """
     named = entry.get("quant_method")
     name = str(getattr(named, "value", named))
+    if named is None and (entry.get("load_in_4bit") or entry.get("load_in_8bit")):
+        name = "bitsandbytes"  # its first checkpoints do not name it
+    elif named is None:
+        raise ValueError(
+            "the quantization_config of the checkpoint has no quant_method, so it does not say what reads it"
+        )
     reader = _READERS.get(name)
     if reader is None:
         raise NotImplementedError(
@@ -58,4 +67,7 @@ _READERS: dict[str, Callable[[Entry], StoredMethod]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
     "awq": Awq,
+    "bitsandbytes": lambda entry: BitsAndBytes(),
+    "hqq": lambda entry: Hqq(),
+    "modelopt": ModelOpt,
 }
