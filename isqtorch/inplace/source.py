@@ -25,12 +25,15 @@ from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
 
+from .stored import QuantizedFiles
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
 _MAPPED = 1 << 24  # bytes of tensors, after which the files are closed: the system may map megabytes around each row
 _PACKED = 8  # packed layers that are compared, spread over the model
 _ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
+_OURS = "isq"  # quant_method of a model that isqtorch has packed
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
 
 
@@ -69,11 +72,12 @@ class Source(ABC):
 
 
 class TensorFiles(Source):
-    """The float tensors of some safetensors files.
+    """The float tensors of some safetensors files. Weights that another program has quantized are decoded.
 
     Attributes:
         where: the folder or file, for messages.
-        tensors: {name in the files: the tensor there}.
+        tensors: {name: the tensor in the files}; a quantized weight has the name that it has in a checkpoint of floats.
+        quantized: reads the quantized weights; None if the checkpoint has floats.
 
     Raises:
         ValueError: a file is damaged, a tensor is in two files, or the files hold packed weights.
@@ -85,9 +89,20 @@ class TensorFiles(Source):
         self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
         self._store = TensorStore(paths, _ELSE)
         self.tensors = self._store.tensors
-        method = "isqtorch" if "isqtorch" in self._store.metadata else _quantized_by(paths[0].parent)
-        if method is not None:
-            raise ValueError(f"{self.where}: is quantized by {method} itself. {_ELSE}.")
+        self.quantized: QuantizedFiles | None = None
+        entry = quantization_of(paths[0].parent)
+        method = None if entry is None else str(entry.get("quant_method"))
+        ours = "isqtorch" if "isqtorch" in self._store.metadata else method
+        if ours in ("isqtorch", _OURS):
+            raise ValueError(f"{self.where}: is quantized by {ours} itself. {_ELSE}.")
+        if entry is not None:
+            try:
+                self.quantized = QuantizedFiles(self._store, entry)
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{self.where}: is quantized by {method} itself, and cannot be decoded: {error} {_ELSE}."
+                ) from None
+            self.tensors = self.quantized.tensors()
 
     def read(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
@@ -105,6 +120,8 @@ class TensorFiles(Source):
     def tensor(self, key: str) -> Tensor:
         """A tensor by its name in the files."""
         stored = self.tensors[key]
+        if self.quantized is not None and key in self.quantized.weights:
+            return self.quantized.tensor(self.quantized.weights[key])
         if stored.dtype not in FLOATS:
             raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(FLOATS)}. {_ELSE}.")
         return self._store.read(key)
@@ -211,8 +228,12 @@ def _distance(own: Tensor, stored: Tensor) -> float:
     return math.inf if math.isnan(apart) else apart or math.ulp(0.0)  # 0 and -0 are different bits
 
 
-def _quantized_by(folder: Path) -> str | None:
-    """Quantization method of the checkpoint in a folder according to its config.json, or None."""
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` in the config.json of a folder, or None."""
     config = folder / "config.json"
-    entry = read_json(config).get("quantization_config") if config.exists() else None
-    return str(entry.get("quant_method")) if isinstance(entry, dict) else None
+    content = read_json(config) if config.exists() else {}
+    for part in (content, content.get("text_config")):
+        entry = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(entry, dict):
+            return entry
+    return None

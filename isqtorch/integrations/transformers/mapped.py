@@ -29,10 +29,11 @@ _madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
     """The loader's conversion: takes a float weight and returns the packed weight under the same name."""
 
-    def __init__(self, pack: Callable[[Any, str, Tensor], Tensor]) -> None:
+    def __init__(self, pack: Callable[[Any, str, Any], Tensor]) -> None:
         self._pack = pack
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        model = getattr(model, "real", model)  # see AsFloat
         return {
             name: self._pack(model, name, value[0] if isinstance(value, list) else value)
             for name, value in input_dict.items()
