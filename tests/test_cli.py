@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,7 @@ def test_perplexity_and_divergence_have_windows_with_bos(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from isqtorch.app import model as app
+    from isqtorch.integrations.opening import Opened
 
     class WithBos:
         bos_token_id = 3
@@ -256,19 +258,22 @@ def test_perplexity_and_divergence_have_windows_with_bos(
 
     options = [MODEL, "--text", TEXT, "--isq", "q4k", "--kl", "--tokens", "100", "--context", "32"]
     plain = run_json(capsys, "perplexity", *options)
-    real = app.load_tokenizer
-    monkeypatch.setattr(app, "load_tokenizer", lambda source: WithBos(real(source)))
+    real = Opened.companions.func
+    monkeypatch.setattr(
+        Opened,
+        "companions",
+        property(lambda self: replace(real(self), tokenizer=WithBos(real(self).tokenizer))),
+    )
     seen: list[list[int]] = []
-    load = app.load_causal_lm
 
-    def watched(source: str) -> Any:
-        model = load(source)
-        model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
-        )
-        return model
+    class Watched(app.LoadedModel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.model.model.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
+            )
 
-    monkeypatch.setattr(app, "load_causal_lm", watched)
+    monkeypatch.setattr(app, "LoadedModel", Watched)
     with_bos = run_json(capsys, "perplexity", *options)
     assert plain["tokens"] == 100 - 4 and with_bos["tokens"] == 99
     assert len(seen) == 3 * 4 and all(first == [3] for first in seen)  # perplexity, model and reference: 4 windows each

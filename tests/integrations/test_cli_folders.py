@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from isqtorch.app.model import load_tokenizer
 from isqtorch.cli import main
+from isqtorch.integrations.opening import Opened
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples/demo_model/model"
@@ -46,7 +46,7 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "quantize"])  # which needs none
 def test_no_tokenizer_files(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     without("tokenizer*")
     told = error(capsys, *COMMANDS[command])
@@ -61,8 +61,8 @@ def test_no_tokenizer_is_made_of_nothing(kind: str) -> None:
     """transformers makes a tokenizer without any words for most of these."""
     Path("model").mkdir()
     Path("model/config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(FileNotFoundError, match="model has no tokenizer, which this command needs"):
-        load_tokenizer("./model")
+    with pytest.raises(ValueError, match="model has no tokenizer, and run needs one"):
+        Opened.of("./model").check_tokenizer("run")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,8 @@ def test_damaged_tokenizer_files(file: str, text: str, capsys: pytest.CaptureFix
 
 
 def test_the_tokenizer_file_alone_is_enough() -> None:
-    assert load_tokenizer(str(without("tokenizer_config.json")))("the function")["input_ids"]
+    opened = Opened.of(str(without("tokenizer_config.json")))
+    assert opened.companions.tokenizer("the function")["input_ids"]
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "perplexity", "quantize"])
@@ -97,5 +98,5 @@ def test_a_model_with_its_own_code(
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "code.py").write_text("raise SystemExit('the code ran')\n")
     told = error(capsys, *COMMANDS[command])
-    assert "model is a model with Python code of its own, which this command does not run" in told
-    assert "isqtorch.quantize_(model, 4)" in told
+    assert "model is a model with Python code of its own, which is not run unless you trust it" in told
+    assert "trust_remote_code=True" in told
