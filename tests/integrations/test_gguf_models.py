@@ -77,7 +77,8 @@ def test_the_packed_model_is_the_one_that_transformers_decodes(kind: str, tied: 
 OWN = [
     "llama", "mistral", "mixtral", "gemma", "gemma2", "phi", "gpt_oss", "falcon", "granite", "granitemoe", "smollm3", "arcee",
     "ministral3", "seed_oss", "ernie4_5", "olmo", "olmo2", "olmoe", "cohere", "cohere2", "glm", "glm4", "gpt_neox", "t5", "falcon_mamba",
-    "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text",
+    "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "dots1",
 ]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dense, hybrids, others, sparse
+from . import dense, hybrids, others, routed, sparse
 from .facts import Facts
 from .record import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     *dense.RECORDS,
     *sparse.RECORDS,
+    *routed.RECORDS,
     *hybrids.RECORDS,
     *others.RECORDS,
 )

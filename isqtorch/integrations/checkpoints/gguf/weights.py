@@ -68,6 +68,8 @@ class GgufWeights(Incoming):
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
         if len(quantized) < len(found.types):
             best = get_format("q8_0")
+        if found.place.build is not None:
+            return Held(None, best, f"{' and '.join(names)} in the file in parts, one of which is transposed")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
         if types.format_of(next(iter(found.types))) is None:
@@ -128,6 +130,11 @@ class GgufWeights(Incoming):
         for tensor, part in zip(found.tensors, parts, strict=True):
             value = part.reshape(*tensor.shape[:-1], -1)
             shaped.append(value if found.place.part is None else self._part(found, value, tensor))
+        if found.place.build is not None:
+            try:
+                return found.place.build(shaped).contiguous()
+            except RuntimeError:
+                raise self._error(found, "do not fit together") from None
         axis = found.place.row_axis(shaped[0].dim())
         if any(part.dim() != shaped[0].dim() for part in shaped):
             raise self._error(found, "have different numbers of dimensions")
