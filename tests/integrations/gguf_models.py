@@ -72,6 +72,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "glm4_moe": _ROUTED | {"head_dim": 64, "use_qk_norm": True, "norm_topk_prob": True},
     "dots1": _ROUTED | {"head_dim": 64, "sliding_window": None},
+    "gemma4_text": {
+        "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "vocab_size_per_layer_input": 96, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {"head_dim": 64},
     "ministral3": {"head_dim": 64},
