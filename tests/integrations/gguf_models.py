@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,9 @@ def write_model(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     fused_experts: bool = False,
+    without: tuple[str, ...] = (),
+    renamed: tuple[str, str] = ("", ""),
+    only: str = "",
 ) -> Path:
     """Write a model as the converter does.
 
@@ -151,6 +155,9 @@ def write_model(
         metadata: further or other keys.
         tensors: further tensors.
         fused_experts: gate and up in one tensor, as newer files have them.
+        without: tensors to leave out.
+        renamed: the start of keys, and another one.
+        only: regular expression for the start of tensors to write.
     """
     config = model.config.get_text_config()
     record = of_config(config)
@@ -198,7 +205,10 @@ def write_model(
         "tokenizer.ggml.padding_token_id": 0,
         **(metadata or {}),
     }
-    return write(path, named, out | (tensors or {}))
+    old, new = renamed
+    named = {new + key.removeprefix(old) if old and key.startswith(old) else key: value for key, value in named.items()}
+    out = {name: each for name, each in (out | (tensors or {})).items() if name not in without and re.match(only, name)}
+    return write(path, named, out)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
