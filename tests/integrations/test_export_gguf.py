@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 from helpers import ALL_FORMATS
 from hf import logits
+from tiny_decoders import tiny
 from torch import Tensor, nn
 
 import isqtorch
@@ -121,6 +123,44 @@ def test_what_the_file_cannot_say(tmp_path: Path) -> None:
     model = models.tiny_llama()
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     refused(model, tmp_path, "rope_type is 'dynamic'")
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and llama.cpp computes with 'silu'"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers"),
+        ("cohere2", {"layer_types": ["full_attention"] * 5}, "no layer has a sliding window"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("qwen3", {"attention_bias": True}, "does not read model.layers.0.self_attn.o_proj.bias"),
+        ("arcee", {"mlp_bias": True}, "does not read model.layers.0.mlp"),
+        ("falcon", {"bias": True}, "does not read transformer.h.0.self_attention"),
+        ("mamba", {"use_bias": True}, "does not read backbone.layers.0.mixer.in_proj.bias"),
+        ("mamba", {"use_conv_bias": False}, "has no blk.0.ssm_conv1d.bias"),
+        ("starcoder2", {"use_bias": False}, "has no blk.0.attn_output.bias"),
+        ("ernie4_5", {"use_bias": True}, "use_bias is True"),
+        ("llama with yarn positions", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+         "original_max_position_embeddings": 32, "beta_fast": 16.0}}, "beta_fast of rope_parameters is 16.0"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_computes_in_another_way(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    refused(tiny(case, **changes), tmp_path, message)
+
+
+@pytest.mark.parametrize("case", ["mistral", "mixtral", "starcoder2", "phi3"])
+def test_sliding_windows_that_llama_cpp_lacks(case: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="attend to the last 100 tokens, and in llama.cpp to all"):
+        isqtorch.export_gguf(tiny(case, sliding_window=100), tmp_path / "x.gguf", tokenizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        isqtorch.export_gguf(tiny(case, sliding_window=128), tmp_path / "x.gguf", tokenizer=False)
 
 
 def test_an_untied_head_where_files_have_none(tmp_path: Path) -> None:
