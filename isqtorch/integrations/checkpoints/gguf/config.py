@@ -16,7 +16,7 @@ from isqtorch.text import first_names
 
 from .facts import Facts, as_written
 from .record import Architecture
-from .rope import FACTORS, LONG, SHORT, llama3_parameters
+from .rope import FACTORS, LONG, SHORT, llama3_parameters, proportional_share
 
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 # Keys that say nothing about the numbers, or that another key or a tensor says as well.
@@ -30,6 +30,7 @@ _TELLING = re.compile(
     r"rope\..+|attention\..+|expert.*|ssm\..+|.*(scale|scaling|softcapping|norm|clamp|alibi|multiplier|factor|interval|pattern|"
     r"activation|window|shared|residual|layers|count).*"
 )
+_FACTOR = re.compile("scale|scaling|multiplier|factor")
 # The token that ends a turn of a chat is not always stated; llama.cpp knows these names, too.
 _ENDS = frozenset(
     {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>",
@@ -125,7 +126,13 @@ def _read_factors(facts: Facts, values: dict[str, Any], model: GgufModel) -> Non
     if not isinstance(parameters, dict):
         return
     target = parameters.get("full_attention", parameters)
-    if FACTORS in facts.shapes and target["rope_type"] == "default":
+    if target["rope_type"] == "proportional":
+        facts.shape(FACTORS)
+        share = proportional_share(floats_of(model, FACTORS))
+        if share is None:
+            raise facts.error(f"{FACTORS} must have 1 for frequencies that turn, and then 1e30. The file is damaged.")
+        target["partial_rotary_factor"] = share
+    elif FACTORS in facts.shapes and target["rope_type"] == "default":
         factors = floats_of(model, FACTORS)
         if not np.all(factors == 1.0):
             found = llama3_parameters(factors, target["rope_theta"])
@@ -167,7 +174,7 @@ def _left(facts: Facts, record: Architecture) -> list[str]:
         if key not in facts.used
         and key not in record.harmless
         and not _HARMLESS.fullmatch(key)
-        and not _without_effect(value)
+        and not _without_effect(key, value)
     }
     telling = sorted(key for key in left if _TELLING.fullmatch(key))
     if telling:
@@ -179,8 +186,9 @@ def _left(facts: Facts, record: Architecture) -> list[str]:
     return [f"the configuration has no place for {first_names([start + key for key in sorted(left)])}"] if left else []
 
 
-def _without_effect(value: Any) -> bool:
+def _without_effect(key: str, value: Any) -> bool:
     """Whether a value switches something off, or multiplies by 1."""
+    neutral: tuple[Any, ...] = (0, "", "none", *((1,) if _FACTOR.search(key) else ()))
     if isinstance(value, np.ndarray):
-        return bool(np.all((value == 0) | (value == 1)) and len(np.unique(value)) <= 1)
-    return value in (0, 1, "", "none", False) or value == []
+        return all(each in neutral for each in np.unique(value).tolist())
+    return value in neutral or value == []

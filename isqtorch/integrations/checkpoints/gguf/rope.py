@@ -17,6 +17,7 @@ FACTORS = "rope_freqs.weight"  # factors of Llama 3, one for each frequency
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of Phi 3
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _HEAD = HeadDim()
+_NEVER = 1e30
 _YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
 _USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
 
@@ -101,7 +102,7 @@ class Rope(Part):
         share = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
         keys["rope.dimension_count"] = int(width * (share or 1.0)) if self.partial else width
         kind = parameters.get("rope_type", "default")
-        if kind in ("default", "llama3", "longrope"):  # llama3 and longrope are tensors: `tensors_of`
+        if kind in ("default", "llama3", "longrope", "proportional"):  # the last three are tensors: `tensors_of`
             if kind == "longrope":
                 keys["rope.scaling.attn_factor"] = attention_factor(parameters, config)
             return
@@ -189,6 +190,21 @@ def llama3_parameters(factors: NDArray[np.float32], theta: float) -> dict[str, A
     return None
 
 
+def proportional_factors(share: float, width: int) -> NDArray[np.float32]:
+    """The factors of Gemma 4: 1 for the frequencies that turn, and so large a number that the others do not."""
+    turning = int(share * width // 2)
+    return np.asarray([1.0] * turning + [_NEVER] * (width // 2 - turning), dtype=np.float32)
+
+
+def proportional_share(factors: NDArray[np.float32]) -> float | None:
+    """The share of a head that turns, if these are `proportional_factors`; else None."""
+    turning = int((factors == 1.0).sum())
+    rest = factors[turning:]
+    return (
+        turning / len(factors) if len(factors) and np.all(factors[:turning] == 1.0) and np.all(rest >= 1e20) else None
+    )
+
+
 def tensors_of(config: Any, head: HeadDim) -> dict[str, NDArray[np.float32]]:
     """The tensors that a file needs for the rotary embedding of a config, by name."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
@@ -196,6 +212,8 @@ def tensors_of(config: Any, head: HeadDim) -> dict[str, NDArray[np.float32]]:
     kind = parameters.get("rope_type", "default")
     if kind == "llama3":
         return {FACTORS: llama3_factors(parameters, head.of(config))}
+    if kind == "proportional":
+        return {FACTORS: proportional_factors(parameters["partial_rotary_factor"], head.of(config))}
     if kind == "longrope":
         return {
             LONG: np.asarray(parameters["long_factor"], dtype=np.float32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class GgufWeights(Incoming):
         file: the opened file.
         record: its architecture.
         model: a model that was made of the file's configuration.
+        notes: for the report, about the whole file.
     """
 
-    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module) -> None:
+    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module, notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
         self.where, self.files = file.where, file.files
         self._file, self._record = file, record
         self._config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -60,12 +62,14 @@ class GgufWeights(Incoming):
         names = sorted({types.type_name(number) for number in found.types})
         if all(types.is_float(number) for number in found.types):
             return Held()
-        options = [
-            types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
-        ]
+        columns = found.tensors[0].shape[-1]
+        quantized = [number for number in found.types if not types.is_float(number)]
+        options = [types.format_of(number) or types.instead_of(number, columns) for number in quantized]
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
-        if any(types.is_float(number) for number in found.types):
+        if len(quantized) < len(found.types):
             best = get_format("q8_0")
+        if found.place.build is not None:
+            return Held(None, best, f"{' and '.join(names)} in the file in parts, one of which is transposed")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
         if types.format_of(next(iter(found.types))) is None:
@@ -126,6 +130,11 @@ class GgufWeights(Incoming):
         for tensor, part in zip(found.tensors, parts, strict=True):
             value = part.reshape(*tensor.shape[:-1], -1)
             shaped.append(value if found.place.part is None else self._part(found, value, tensor))
+        if found.place.build is not None:
+            try:
+                return found.place.build(shaped).contiguous()
+            except RuntimeError:
+                raise self._error(found, "do not fit together") from None
         axis = found.place.row_axis(shaped[0].dim())
         if any(part.dim() != shaped[0].dim() for part in shaped):
             raise self._error(found, "have different numbers of dimensions")
@@ -139,7 +148,7 @@ class GgufWeights(Incoming):
         if found.place.rows is not None:
             try:
                 rows = found.place.rows(value.shape[axis])
-                value = value.index_select(axis, rows)
+                value = _moved(value, axis, rows)
             except (RuntimeError, IndexError):
                 raise self._error(found, "have a number of rows that the numbers of heads do not divide") from None
         return value.contiguous()
@@ -199,6 +208,14 @@ class GgufWeights(Incoming):
     def _error(self, found: _Found, message: str) -> ValueError:
         names = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in found.tensors)
         return ValueError(f"load: {self.where}: {names} {message}. The file is damaged.")
+
+
+def _moved(value: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """The rows of a tensor in another order. numpy moves whole rows of bytes, which torch does byte by byte."""
+    if axis == value.dim() - 1:
+        return value.index_select(axis, rows)
+    data = value.contiguous().view(torch.uint8).numpy()
+    return torch.from_numpy(np.take(data, rows.numpy(), axis=axis)).view(value.dtype)
 
 
 def _is_turned(module: Any) -> bool:
