@@ -14,7 +14,7 @@ import torch
 import transformers
 from families import DEMO, MODELS, written
 from models import tiny_llama
-from test_load_checkpoints import mlx
+from test_load_checkpoints import FORMATS, WRITERS
 
 import isqtorch
 from isqtorch.cli import main
@@ -51,12 +51,15 @@ def test_the_plan_is_the_report(name: str, tmp_path: Path) -> None:
     assert facts(planned) == facts(isqtorch.load(tmp_path, "q4k", progress=False).report)
 
 
-def test_the_plan_of_an_mlx_folder_is_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = mlx(tmp_path / "mlx")
-    for fmt in ("q8_0", "afq4"):
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_the_plan_of_another_programs_file_is_the_report(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = WRITERS[kind](tmp_path / "demo")
+    for fmt in ("q8_0", FORMATS[kind]):
         planned = isqtorch.plan(folder, fmt)
         assert facts(planned) == facts(isqtorch.load(folder, fmt, progress=False).report)
-        assert any("what is packed anew is made of decoded MLX weights" in note for note in planned.notes)
+        assert any(f"what is packed anew is made of decoded {kind.upper()} weights" in note for note in planned.notes)
     assert main(["plan", "-m", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes_now"] == isqtorch.load(folder).report.bytes_after and found["cache_bytes"]

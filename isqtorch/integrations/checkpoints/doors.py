@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isqtorch.files.checkpoints import gguf_in, read_json
-from isqtorch.integrations.hub import cached_folder, download, is_id, snapshot
+from isqtorch.integrations.hub import cached_folder, download, is_id, naming_hub, snapshot
 
 from .incoming import Checkpoint
 from .mlx import MlxCheckpoint, is_mlx
@@ -94,10 +94,8 @@ def _mlx_folder(source: str, *, local: bool) -> Path | None:
     if folder is None:
         if local:
             return None
-        try:
+        with naming_hub(source):  # every model has it, so there is no need to ask for anything else
             folder = download(source, "config.json").parent
-        except OSError:
-            return None  # whoever loads the model says what is missing
     if not is_mlx(read_json(folder / "config.json")):
         return None
     return snapshot(source, _MLX_FILES, local=local)

@@ -52,6 +52,10 @@ def check_layers(op: str, model: nn.Module, file: str) -> None:
 def tokenizer_of(op: str, model: Any) -> Any:
     """The tokenizer of what a model was loaded from. Never uses the network.
 
+    Args:
+        op: name of the calling function, for messages.
+        model: the model.
+
     Raises:
         OSError: there is none.
     """

@@ -81,11 +81,13 @@ class Checkpoint(ABC):
         where: the file or folder, for messages.
         files: absolute paths of all files with weights.
         kind: the name of the file format, for messages: "GGUF", "MLX".
+        notes: for the report: what the file has that the configuration cannot say; known after `config()`.
     """
 
     where: str
     files: tuple[str, ...]
     kind: str
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def config(self) -> Any:

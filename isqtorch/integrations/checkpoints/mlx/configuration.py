@@ -25,6 +25,7 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
         op: name of the calling function, for messages.
 
     Raises:
+        NotImplementedError: mlx-lm computes the model otherwise.
         ValueError: mlx-lm cannot be told a setting of the model.
     """
     entries: Entries = json.loads(model.config.to_json_string(use_diff=False))
@@ -33,7 +34,7 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
     kind = str(entries.get("model_type"))
     why = _REFUSED[kind](entries) if kind in _REFUSED else None
     if why is not None:
-        raise ValueError(f"{op}: a model of type {kind!r} cannot be written for mlx-lm, {why}")
+        raise NotImplementedError(f"{op}: a model of type {kind!r} cannot be written for mlx-lm, {why}")
     older = _rope(entries) | {name: entries.get(own) for name, own in type(model.config).attribute_map.items()}
     entries |= {name: value for name, value in older.items() if entries.get(name) is None}
     if kind in _OLDER:

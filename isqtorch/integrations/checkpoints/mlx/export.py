@@ -11,10 +11,12 @@ from torch import nn
 
 from isqtorch.files.tensors_writing import write_shards
 from isqtorch.files.writing import check_place, recover, replacing_folder
+from isqtorch.inplace.host import files_of
+from isqtorch.inplace.origin import Origin
 from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_of
 
 from .configuration import configuration
-from .layouts import layout_of
+from .layouts import LAYOUTS
 from .outgoing import parts_of, pieces_of
 
 OP = "export_mlx"
@@ -33,7 +35,8 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
             none; only programs that bring their own can use such a folder.
 
     Raises:
-        ValueError: it is not known how MLX stores this architecture; a layer is packed in a format that MLX does not
+        NotImplementedError: it is not known how MLX stores this architecture, or mlx-lm computes it otherwise.
+        ValueError: a layer is packed in a format that MLX does not
             have; the model has adapters, layers of another quantizer or tensors without values.
         OSError: the folder is not empty, holds the model's own folder or lies in it, or cannot be written; or no
             tokenizer is found.
@@ -48,7 +51,11 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
         raise ValueError(
             f"{OP}: the model is a {type(model).__name__}, must be a model of transformers: MLX reads its configuration"
         )
-    layout = layout_of(config.model_type, OP)
+    layout = LAYOUTS.get(config.model_type)
+    if layout is None:
+        raise NotImplementedError(
+            f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(LAYOUTS))}."
+        )
     check_layers(OP, model, "an MLX folder")
     parts = parts_of(model, layout)
     pieces = [piece for part in parts for piece in pieces_of(part, layout, OP)]
@@ -69,6 +76,9 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
 
 def _check(target: Path, model: Any) -> None:
     """OSError if writing the folder would destroy anything."""
-    check_place(target, str(model.config.name_or_path or ""))
+    origin = Origin.of(model)
+    files = (*files_of(model), *(origin.files if origin is not None else ()))
+    for place in sorted({str(model.config.name_or_path or ""), *map(os.path.dirname, files)}):
+        check_place(target, place)
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{OP}: {target} exists and is not an empty folder; give a new one")
