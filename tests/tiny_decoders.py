@@ -24,6 +24,33 @@ _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 3,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32, "attention_bias": True, "mlp_bias": True},
     "llama with llama3 positions": {
@@ -161,6 +188,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoe": {**_LOCAL, "logits_scaling": 2.0},
     "olmoe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2},
     "minimax_m2": {**_LOCAL, "head_dim": 32, "rotary_dim": 16},
+    "deepseek_v2": {
+        **_ROUTED,
+        **_LATENT,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "q_lora_rank": 24,
+    },
+    "deepseek_v2, lite": {
+        **_ROUTED,
+        **_LATENT,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "q_lora_rank": None,
+        "num_hidden_layers": 27,
+    },
+    "deepseek_v3": {**_ROUTED, **_LATENT, "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "q_lora_rank": 24},
+    "glm4_moe": {**_ROUTED, "head_dim": 16, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5},
+    "dots1": {
+        **_ROUTED,
+        "num_key_value_heads": 4,
+        "sliding_window": None,
+        "head_dim": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": {**_LINEAR, **_MOE, "shared_expert_intermediate_size": 48},
     "mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
     "falcon_mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
 }

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import isqtorch
 from isqtorch.cli import main
-from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES
+from isqtorch.integrations.checkpoints.gguf.layout import COLUMN, Place
+from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES, entries, sources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = str(ROOT / "examples" / "demo_model" / "model")
@@ -143,6 +144,9 @@ def test_what_the_file_cannot_say(tmp_path: Path) -> None:
         ("mamba", {"use_bias": True}, "does not read backbone.layers.0.mixer.in_proj.bias"),
         ("mamba", {"use_conv_bias": False}, "has no blk.0.ssm_conv1d.bias"),
         ("starcoder2", {"use_bias": False}, "has no blk.0.attn_output.bias"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank is None"),
         ("ernie4_5", {"use_bias": True}, "use_bias is True"),
         ("llama with yarn positions", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
          "original_max_position_embeddings": 32, "beta_fast": 16.0}}, "beta_fast of rope_parameters is 16.0"),
@@ -172,16 +176,34 @@ def test_an_untied_head_where_files_have_none(tmp_path: Path) -> None:
 
 
 def test_packed_weights_whose_values_change(tmp_path: Path) -> None:
-    """The convolution of Mamba is stored with other dims; a packed one could not be."""
-    from isqtorch.integrations.checkpoints.gguf.layout import COLUMN, Place
-    from isqtorch.integrations.checkpoints.gguf.outgoing import entries, sources
-
     model = models.tiny_llama()
     isqtorch.quantize_(model, "q8_0", progress=False)
     source = next(source for source in sources(model) if source.name.endswith("up_proj.weight"))
-    for place in (Place(("x",), changes=(COLUMN,)), Place(("x",), columns=lambda count: torch.arange(count))):
-        with pytest.raises(ValueError, match=r"up_proj.weight is packed.*exclude="):
-            entries("export_gguf", [(source, place)])
+    with pytest.raises(ValueError, match=r"up_proj.weight is packed.*a last dim of 1 is added.*exclude="):
+        entries("export_gguf", [(source, Place(("x",), changes=(COLUMN,)))])
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4k"])
+def test_packed_columns_in_another_order(format: str, tmp_path: Path) -> None:
+    """Whole blocks move; columns inside of a block cannot. Qwen 3.5 has such a layer."""
+    torch.manual_seed(0)
+    fmt = isqtorch.get_format(format)
+    layer = nn.Sequential(nn.Linear(4 * fmt.block, 8, bias=False))
+    isqtorch.quantize_(layer, format, progress=False)
+    (source,) = sources(layer)
+    turn = torch.tensor([2, 0, 3, 1])
+
+    def blocks(count: int) -> Tensor:
+        return torch.arange(count).view(4, -1)[turn].flatten()
+
+    (entry,) = entries("export_gguf", [(source, Place(("x",), columns=blocks))])
+    assert entry.read is not None
+    stored = torch.frombuffer(bytearray(b"".join(entry.read())), dtype=torch.uint8).view(8, -1)
+    decoded = torch.ops.isqtorch.dequantize(stored, format, torch.float32)
+    assert torch.equal(decoded[:, blocks(decoded.shape[1])], layer[0].dequantize())
+    halves = Place(("x",), columns=lambda count: torch.arange(count).view(8, -1).flip(0).flatten())
+    with pytest.raises(ValueError, match=f"0.weight is {format}.*cuts the blocks of {fmt.block}.*topology="):
+        entries("export_gguf", [(source, halves)])
 
 
 def test_the_text_part_of_a_model_with_images(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ _NEEDED = {
     "mamba": "blk.0.ssm_conv1d.bias",
     "starcoder2": "blk.0.attn_output.bias",
 }
+_ALL_KEYS = frozenset({"dots1", "olmoe"})  # as many heads of keys as of queries
+_LITE = (26, 27)  # layers of the DeepSeek models without q_lora_rank
 _MANY = 64  # Command R with so many layers has norms of queries and keys
 
 
@@ -72,6 +74,10 @@ def difference(architecture: str, config: Any, tensors: Mapping[str, str]) -> st
         bool(flag) != bool((i + 1) % 4) for i, flag in enumerate(config.no_rope_layers)
     ):
         return "layers without positions are not every fourth one (no_rope_layers), as llama.cpp has them"
+    if architecture in _ALL_KEYS and config.num_key_value_heads not in (None, config.num_attention_heads):
+        return f"num_key_value_heads is {config.num_key_value_heads}, and llama.cpp computes with {config.num_attention_heads}"
+    if architecture == "deepseek2" and config.q_lora_rank is None and config.num_hidden_layers not in _LITE:
+        return f"q_lora_rank is None, and llama.cpp knows that only for models of {_LITE[0]} or {_LITE[1]} layers"
     if architecture in _WINDOWS and "sliding_attention" not in config.layer_types:
         return "no layer has a sliding window, and llama.cpp needs one"
     for pattern, known in _READ:
