@@ -29,7 +29,10 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.checkpoints.gguf.export import export_gguf  # imports transformers only when called, as the next ones
+
+# These import transformers only when they are called.
+from .integrations.checkpoints.gguf.export import export_gguf
+from .integrations.checkpoints.mlx.export import export_mlx
 from .integrations.generation import Optimization, optimize_
 from .integrations.loading import Loaded, load
 
@@ -57,6 +60,7 @@ __all__ = [
     "dequantize_",
     "explain",
     "export_gguf",
+    "export_mlx",
     "formats",
     "get_format",
     "kl_divergence",

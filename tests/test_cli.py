@@ -189,6 +189,7 @@ def test_plan_of_every_format(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "doctor")
     assert found["ok"] and list(found["formats"]) == list(formats())
+    assert "GGUF" in found["opens"] or "not installed" in found["opens"]
     assert found["native"]["isa_selected"] in found["native"]["isa_supported"]
     kernels = found["native"]["linear"]["q4k"]
     assert kernels[0]["first"] == 1 and kernels[-1]["last"] is None

@@ -14,7 +14,6 @@ keeps files of other kinds there. It refuses a folder with another model, and on
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from isqtorch.files.checkpoints import read_json
-from isqtorch.files.writing import recover, replacing_folder
+from isqtorch.files.writing import check_place, recover, replacing_folder
 from isqtorch.integrations.companions import is_module
 from isqtorch.integrations.record import METHOD
 from isqtorch.text import first_names
@@ -120,18 +119,7 @@ def check_files(*files: Path | None) -> None:
 
 def check_output(output: Path, model: str, *, force: bool) -> None:
     """OSError if writing would destroy anything that an earlier `isqtorch quantize` did not write."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"{output} exists and is not a folder; give a new one")
-    place, here = output.resolve(), Path.cwd()
-    if place == here or place in here.parents:
-        raise FileExistsError(f"{output} is the current folder or holds it; give a new folder, such as {output}/packed")
-    if os.path.exists(model):
-        source = Path(model).resolve()
-        if place == source:
-            raise FileExistsError(f"{output} is the model itself; give another folder")
-        if place in source.parents or source in place.parents:
-            relation = "holds the model" if place in source.parents else "lies in the folder of the model"
-            raise FileExistsError(f"{output} {relation} {model}; give a folder beside it")
+    check_place(output, model)
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not force:

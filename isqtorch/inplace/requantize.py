@@ -78,9 +78,10 @@ def requantize_(
     Args:
         model: a model with quantized layers; changed in place.
         fmt: see `quantize_`.
-        source: where to read the float weights: a folder or a .safetensors file; or "stored" to decode the quantized
-            weights, whose errors then stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
-            `quantize_` remember.
+        source: where to read the weights: a folder, a .safetensors file, or a .gguf file; or "stored" to decode the
+            quantized weights, whose errors then stay. None: the checkpoint that the model was loaded from, which
+            `load`, `IsqConfig` and `quantize_` remember. The packed weights of a GGUF file or an MLX folder are taken
+            over where they have the format already, and are decoded and packed anew elsewhere.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
             `{}` drops a topology, `""` or `()` drops include or exclude.
         imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
@@ -235,9 +236,13 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
     module, leaf = owner_of(model, job.names[0])
     device = cast(Tensor, module._parameters[leaf]).device
     with ordinary_tensors():
+        ready = weights.ready(job.names, job.fmt)
+        if ready is not None and not job.options.measure_error:
+            weights.release()
+            return PackedParameter(ready.to(device)), None
         weight = weights.of(job.names)
         try:
-            packed = pack_weight(weight, job)
+            packed = pack_weight(weight, job) if ready is None else ready.to(weight.device)
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files, gguf_in, read_json
 from isqtorch.files.tensors import TensorStore
+from isqtorch.formats import QuantFormat
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
@@ -35,9 +36,11 @@ class Source(ABC):
 
     Attributes:
         where: the folder or file, for messages.
+        note: what the report says about these weights, if they are not the original ones.
     """
 
     where: str
+    note: str = ""
 
     @abstractmethod
     def read(self, name: str) -> Tensor | None:
@@ -56,6 +59,10 @@ class Source(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give back the memory of what was read."""
+
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        """The packed rows of a parameter, if the checkpoint has them in this format already; else None."""
+        return None
 
 
 class TensorFiles(Source):
@@ -104,16 +111,20 @@ class TensorFiles(Source):
 
 
 def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The safetensors files of a folder, or the one file that is given.
+    """The safetensors files of a folder, else its GGUF file; or the one file that is given.
 
     Raises:
-        ValueError: the index file of the folder is not valid.
+        ValueError: the index file of the folder is not valid, or there are several GGUF files.
         OSError: the path does not exist, or the folder has no safetensors files.
     """
     given = Path(path).expanduser()
     if not given.exists():
         raise FileNotFoundError(f"requantize_: source: no folder or file {str(path)!r}")
-    files = checkpoint_files(given, "requantize_: source") if given.is_dir() else [given]
+    if given.is_dir():
+        gguf = gguf_in(given)
+        files = checkpoint_files(given, "requantize_: source") if gguf is None else [gguf]
+    else:
+        files = [given]
     return tuple(os.path.abspath(file) for file in files)
 
 

@@ -14,6 +14,17 @@ _ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
+class HubError(OSError):
+    """The Hub and its local cache do not give a file, for a reason."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"cannot get {what!r} from the Hub or its local cache ({reason}). Check the name and the connection, or give a local "
+            "file or folder."
+        )
+
+
 def is_id(source: str) -> bool:
     """Whether a text can be the id of a model: `owner/name`, or `name` for a few old models."""
     return _ID.fullmatch(source) is not None and not source.startswith((".", "-"))
@@ -125,7 +136,7 @@ def naming_hub(source: str) -> Iterator[None]:
     except OSError as error:
         if os.path.isdir(os.path.expanduser(source)):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = error.reason if isinstance(error, HubError) else _first_line(error)
         raise OSError(
             f"cannot load {source!r}: there is no such folder here, and the Hub or its local cache does not give it ({reason}). "
             "Check the name and the connection, or give a local folder. A GGUF file on the Hub is owner/name:file.gguf."
@@ -138,11 +149,11 @@ def _as_os_error(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client's own errors, its HTTP library's, and those of the socket
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"cannot get {what!r} from the Hub or its local cache ({type(error).__name__}: {message}). Check the name and the "
-            "connection, or give a local file or folder."
-        ) from error
+        raise HubError(what, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _cached(repository: str, name: str, revision: str | None) -> Path | None:

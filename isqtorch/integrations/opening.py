@@ -51,8 +51,13 @@ class Opened:
     trust_remote_code: bool
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Opened:
+    def of(cls, source: str | os.PathLike[str], *, trust_remote_code: bool = False, local: bool = False) -> Opened:
         """Find a model, and read its configuration.
+
+        Args:
+            source: what `isqtorch.load` takes.
+            trust_remote_code: whether code of the model's repository may run.
+            local: never use the network.
 
         Raises:
             ValueError: a file is damaged, or transformers has no class for the model.
@@ -60,7 +65,7 @@ class Opened:
             ImportError: transformers or accelerate is missing.
         """
         name = os.fspath(source)
-        checkpoint = open_checkpoint(name)
+        checkpoint = open_checkpoint(name, local=local)
         with needs_transformers():
             from transformers import AutoConfig
         if checkpoint is not None:
@@ -68,7 +73,7 @@ class Opened:
         else:
             check_source(name)
             name = os.path.expanduser(name) if os.path.isdir(os.path.expanduser(name)) else name
-            local = is_cached(name)
+            local = local or is_cached(name)
             with naming_hub(name):
                 config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=local)
         return cls(name, checkpoint, config, *auto_class(name, config, trust_remote_code), local, trust_remote_code)
@@ -136,14 +141,22 @@ class Opened:
 
     def empty(self, dtype: torch.dtype | None = None) -> Any:
         """The model with parameters on the meta device, and with real buffers."""
-        with needs_transformers():
-            from accelerate import init_empty_weights
+        return empty_model(self.auto, self.config, dtype, self.trust_remote_code)
 
-        settings = {} if dtype is None else {"dtype": dtype}
-        with init_empty_weights():  # buffers get real values, because no file has them
-            return self.auto.from_config(
-                copy.deepcopy(self.config), trust_remote_code=self.trust_remote_code, **settings
-            )
+    def own_dtype(self) -> torch.dtype | None:
+        """The float type that the configuration names, or None."""
+        own = getattr(self.config, "dtype", None) or getattr(self.config.get_text_config(), "dtype", None)
+        return own if isinstance(own, torch.dtype) and own.is_floating_point else None
+
+
+def empty_model(auto: Any, config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """A model of a configuration with parameters on the meta device, and with real buffers, which no file has."""
+    with needs_transformers():
+        from accelerate import init_empty_weights
+
+    settings = {} if dtype is None else {"dtype": dtype}
+    with init_empty_weights():
+        return auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **settings)
 
 
 def quantized_by(config: Any) -> str | None:

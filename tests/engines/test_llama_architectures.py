@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import relative_error
 from llama import ask
-from tiny_models import CONFIGS, tiny
+from tiny_decoders import CONFIGS, tiny
 from torch import Tensor
 
 import isqtorch

@@ -48,7 +48,7 @@ def divergence(got: Tensor, want: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("isq", ["q8_0", "q4k", "q4k_m", "q2k"])
+@pytest.mark.parametrize("isq", ["q8_0", "q4k", "q4k_m", "q2k", "iq4_nl", "iq4_xs", "mxfp4"])
 def test_packed(isq: str, tokenizer: Any, text: str, tmp_path: Path) -> None:
     model = load()
     imatrix = None

@@ -103,6 +103,12 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     return report
 
 
+def stored_inventory(model: Any, checkpoint: Checkpoint) -> Inventory:
+    """The inventory that a model without weights would have with all blocks of a checkpoint. No weight is read."""
+    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, checkpoint.weights(model))
+    return inventory
+
+
 # ---- what becomes of each weight ------------------------------------------------------------------------------------
 
 

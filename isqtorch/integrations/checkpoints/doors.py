@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from isqtorch.files.checkpoints import gguf_in, read_json
-from isqtorch.integrations.hub import cached_folder, download, is_id, snapshot
+from isqtorch.integrations.hub import cached_folder, download, is_id, naming_hub, snapshot
 
 from .incoming import Checkpoint
+from .mlx import MlxCheckpoint, is_mlx
 
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
@@ -41,9 +41,20 @@ def open_checkpoint(source: str | os.PathLike[str], *, local: bool = False) -> C
     folder = _mlx_folder(os.fspath(source), local=local)
     if folder is None:
         return None
-    from .mlx import MlxCheckpoint
-
     return MlxCheckpoint(folder)
+
+
+def checkpoint_of(files: Sequence[str]) -> Checkpoint | None:
+    """The checkpoint of another program that these files are; None for those of a transformers model.
+
+    Raises:
+        ValueError, OSError: as `open_checkpoint`.
+    """
+    first = Path(files[0])
+    if first.suffix.lower() == ".gguf":
+        return open_checkpoint(first, local=True)
+    folder = _mlx_folder(str(first.parent), local=True)
+    return None if folder is None else open_checkpoint(folder, local=True)
 
 
 def gguf_file(source: str | os.PathLike[str], *, local: bool = False) -> Path | None:
@@ -71,15 +82,6 @@ def shards(name: str) -> list[str]:
     return [f"{stem}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1)]
 
 
-def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that MLX has quantized the weights beside it."""
-    for key in ("quantization", "quantization_config"):
-        entry = config.get(key)
-        if isinstance(entry, Mapping) and "quant_method" not in entry and "bits" in entry:
-            return True
-    return False
-
-
 def _mlx_folder(source: str, *, local: bool) -> Path | None:
     """The folder of an MLX model, on the Hub with all its files on this machine; None for other models."""
     path = Path(source).expanduser()
@@ -92,10 +94,8 @@ def _mlx_folder(source: str, *, local: bool) -> Path | None:
     if folder is None:
         if local:
             return None
-        try:
+        with naming_hub(source):  # every model has it, so there is no need to ask for anything else
             folder = download(source, "config.json").parent
-        except OSError:
-            return None  # whoever loads the model says what is missing
     if not is_mlx(read_json(folder / "config.json")):
         return None
     return snapshot(source, _MLX_FILES, local=local)

@@ -49,6 +49,10 @@ class Incoming(Source):
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        held = self.held(name)
+        return self.blocks(name) if held is not None and held.fmt is fmt else None
+
     @abstractmethod
     def held(self, name: str) -> Held | None:
         """How the checkpoint holds a parameter; None if it does not have it. Reads no values."""
@@ -77,11 +81,13 @@ class Checkpoint(ABC):
         where: the file or folder, for messages.
         files: absolute paths of all files with weights.
         kind: the name of the file format, for messages: "GGUF", "MLX".
+        notes: for the report: what the file has that the configuration cannot say; known after `config()`.
     """
 
     where: str
     files: tuple[str, ...]
     kind: str
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def config(self) -> Any:

@@ -17,6 +17,8 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from isqtorch.files.checkpoints import checkpoint_files
 from isqtorch.inplace.source import Source
+from isqtorch.integrations.checkpoints.doors import checkpoint_of, open_checkpoint
+from isqtorch.integrations.checkpoints.incoming import Incoming
 from isqtorch.integrations.hub import cached_weights
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules.foreign import find_foreign
@@ -38,6 +40,9 @@ class TransformersHost:
             return None
         name = str(model.config.name_or_path or "")
         try:
+            other = open_checkpoint(name, local=True) if name else None
+            if other is not None:
+                return list(other.files)
             if Path(name).is_dir():
                 return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
             return cached_weights(name, getattr(model.config, "_commit_hash", None))
@@ -47,6 +52,11 @@ class TransformersHost:
     def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
         if not isinstance(model, PreTrainedModel):
             return None
+        other = checkpoint_of(files)
+        if other is not None:
+            incoming = other.weights(model)
+            incoming.note = _about(model, incoming)
+            return incoming
         # The conversions of this load may include the user's own mapping. Other files may need other conversions.
         used = getattr(model, "_weight_conversions", None) if remembered else None
         return ConvertedSource(model, files, get_model_conversion_mapping(model) if used is None else used)
@@ -84,6 +94,15 @@ class TransformersHost:
         model.quantization_method = METHOD
         record(model, quantizer)
         _assign_is_quantized(model)
+
+
+def _about(model: PreTrainedModel, incoming: Incoming) -> str:
+    """What the report says about the weights of another program's checkpoint."""
+    held = [found for name in model.state_dict(keep_vars=True) if (found := incoming.held(name)) is not None]
+    formats = sorted({fmt.name for each in held if (fmt := each.fmt or each.instead) is not None})
+    if not formats:
+        return ""
+    return f"they are quantized there ({', '.join(formats)}), their errors stay, and more bits gain nothing"
 
 
 def tied(model: PreTrainedModel) -> None:

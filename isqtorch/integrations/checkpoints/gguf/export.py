@@ -16,13 +16,11 @@ from torch import nn
 from isqtorch.files.gguf_writing import Entry, Value, write_gguf
 from isqtorch.inplace.host import files_of
 from isqtorch.inplace.origin import Origin
-from isqtorch.integrations.checkpoints.doors import open_checkpoint
-from isqtorch.integrations.companions import Companions
-from isqtorch.modules.foreign import find_foreign
-from isqtorch.modules.parameter import is_plain
+from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_of
 from isqtorch.text import first_names
 
 from .architectures import ARCHITECTURES, of_config
+from .assumptions import difference, losses
 from .layout import Place
 from .outgoing import Source, entries, sources
 from .record import Architecture
@@ -46,7 +44,8 @@ _FILE_TYPES = {
     "q6k": 18,
 }
 _FILE_TYPES |= {"iq4_nl": 25, "iq4_xs": 30, "mxfp4": 38}
-_MIXES = {"q3k_m": 12, "q4k_m": 15, "q5k_m": 17}
+_MIXES = {"q3k": 12, "q4k": 15, "q5k": 17}  # with better k-quants for some layers
+_K_QUANTS = ("q2k", "q3k", "q4k", "q5k", "q6k")
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 # What llama.cpp does with the output head of an architecture. Of all others, it takes the embedding if there is none.
@@ -94,31 +93,39 @@ def export_gguf(
     _check_path(path, model)
     config = _text_config(model)
     architecture = check_config(config)
-    _check_layers(model)
+    check_layers(OP, model, "a GGUF file")
     try:
         keys = architecture.keys(config)
         extras = tensors_of(config, architecture.head) if architecture.head else {}
     except ValueError as error:
         raise ValueError(f"{OP}: {error}") from None
     placed, left = _place(model, architecture, config)
+    why = difference(
+        architecture.name, config, {name: source.name for source, place in placed for name in place.tensors}
+    )
+    if why is not None:
+        raise ValueError(f"{OP}: {type(model).__name__} cannot be written as GGUF: {why}")
     tensors = [*entries(OP, placed), *(_extra(name, values) for name, values in extras.items())]
     metadata: dict[str, Value] = {
         "general.architecture": architecture.name,
         "general.type": "model",
         "general.name": name or _name(model),
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "general.file_type": _file_type(model, [source for source, _ in placed]),
+        "general.file_type": _file_type(placed),
         **{f"{architecture.name}.{key}": value for key, value in keys.items()},
     }
-    losses = [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
+    lost = losses(architecture.name, config)
+    lost += [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
     if tokenizer is False:
         metadata["tokenizer.ggml.model"] = "none"
     else:
-        found = vocabulary(OP, _tokenizer(model) if tokenizer is None else tokenizer, _rows(tensors), pre_tokenizer)
+        found = vocabulary(
+            OP, tokenizer_of(OP, model) if tokenizer is None else tokenizer, _rows(tensors), pre_tokenizer
+        )
         metadata |= found.metadata
-        losses += [f"the tokenizer {loss}, which llama.cpp will not do" for loss in found.losses]
+        lost += [f"the tokenizer {loss}, which llama.cpp will not do" for loss in found.losses]
         metadata |= _end_of_turn(model, metadata)
-    for loss in losses:
+    for loss in lost:
         warnings.warn(f"{OP}: {loss}", stacklevel=2)
     write_gguf(path, metadata, tensors)
 
@@ -157,34 +164,6 @@ def check_config(config: Any) -> Architecture:
             f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(known))}."
         )
     return of_config(config)
-
-
-def _check_layers(model: nn.Module) -> None:
-    """ValueError if the weights are not the whole model, or not here."""
-    adapters = [
-        path
-        for path, module in model.named_modules()
-        if type(module).__module__.startswith("peft.") or hasattr(module, "base_layer")
-    ]
-    if adapters:
-        raise ValueError(
-            f"{OP}: the model has adapters ({first_names([path or 'the model itself' for path in adapters], 2)}), and a GGUF file of a "
-            "model has no place for them. Merge them first: model = model.merge_and_unload()."
-        )
-    foreign = find_foreign(model)
-    if foreign is not None:
-        raise ValueError(f"{OP}: {foreign}. Export a model in float, or one that isqtorch has packed.")
-    for source in sources(model):
-        tensor = getattr(source.module, source.leaf)
-        if tensor.device.type == "meta":
-            raise ValueError(
-                f"{OP}: {source.name} is on the meta device and has no values: it is not loaded, or was offloaded. Load the model into "
-                "memory, without device_map='auto' if it does not fit on the GPU."
-            )
-        if isinstance(tensor, nn.Parameter) and not is_plain(tensor):
-            raise ValueError(
-                f"{OP}: {source.name} is a {type(tensor).__name__}, not a whole tensor. Gather the model on one device first."
-            )
 
 
 def _place(model: Any, architecture: Architecture, config: Any) -> tuple[list[tuple[Source, Place]], list[str]]:
@@ -235,41 +214,20 @@ def _name(model: Any) -> str:
     return source.removesuffix(".gguf") or type(model).__name__
 
 
-def _file_type(model: Any, written: Iterable[Source]) -> int:
-    """The label of the most frequent format."""
-    matrices = [source for source in written if source.tensor.dim() > 1]
-    formats = Counter(source.format for source in matrices if source.format is not None)
+def _file_type(placed: Iterable[tuple[Source, Place]]) -> int:
+    """The label of the most frequent format, or of the mix that llama.cpp has for it."""
+    matrices = [(source, place.tensors[0].startswith("blk.")) for source, place in placed if source.tensor.dim() > 1]
+    formats = Counter(source.format for source, _ in matrices if source.format is not None)
     if not formats:
-        return _FLOATS.get(matrices[0].tensor.dtype, 0) if matrices else 0
+        return _FLOATS.get(matrices[0][0].tensor.dtype, 0) if matrices else 0
     (most, _), *_ = formats.most_common(1)
-    requested = getattr(getattr(model, "isq_report", None), "requested", None)
-    if requested in _MIXES and requested.removesuffix("_m") == most:
-        return _MIXES[requested]
-    return _FILE_TYPES.get(most, 0)
+    in_blocks = {source.format for source, is_block in matrices if is_block and source.format in _K_QUANTS}
+    return _MIXES.get(most, _FILE_TYPES[most]) if len(in_blocks) > 1 else _FILE_TYPES[most]
 
 
 def _rows(tensors: Sequence[Entry]) -> int:
     """The number of rows of the embedding."""
     return next(tensor.dims[1] for tensor in tensors if tensor.name == _EMBEDDING)
-
-
-def _tokenizer(model: Any) -> Any:
-    """The tokenizer of what a model was loaded from. Never uses the network."""
-    source = str(model.config.name_or_path or "")
-    try:
-        checkpoint = open_checkpoint(source, local=True) if source else None
-        if checkpoint is not None:
-            return checkpoint.tokenizer()
-        found = Companions.load(source, local=True, trust_remote_code=False).tokenizer if source else None
-        reason = ""
-    except (OSError, ValueError, ImportError) as error:
-        found, reason = None, f" ({' '.join(str(error).split()):.200})"
-    if found is None:
-        raise OSError(
-            f"{OP}: no tokenizer is found with the model, which was loaded from {source or 'no file'}{reason}. Give it: "
-            "export_gguf(model, path, tokenizer). tokenizer=False writes the file without one."
-        )
-    return found
 
 
 def _end_of_turn(model: Any, metadata: dict[str, Value]) -> dict[str, Value]:

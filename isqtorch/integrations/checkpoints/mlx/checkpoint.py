@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,6 @@ from isqtorch.integrations.checkpoints.incoming import Checkpoint, Incoming
 from .layouts import layout_of
 from .settings import KEYS, read_settings
 from .weights import MlxWeights
-
-
-def is_mlx(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a quantized MLX folder: it says how, and names no method."""
-    if config.get("quantization") is not None:
-        return True
-    entry = config.get("quantization_config")
-    return isinstance(entry, dict) and "quant_method" not in entry and "bits" in entry and "group_size" in entry
 
 
 class MlxCheckpoint(Checkpoint):
@@ -52,12 +42,15 @@ class MlxCheckpoint(Checkpoint):
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        content = copy.deepcopy({name: value for name, value in self._config.items() if name not in KEYS})
+        content = {name: _numbers(value) for name, value in self._config.items() if name not in KEYS}
         model_type = content.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{self.where}: transformers has no model_type {model_type!r:.80}")
+        kind = CONFIG_MAPPING[model_type]
+        real = {name: kind.attribute_map.get(name, name) for name in content}
+        computed = {name for name, own in real.items() if isinstance(getattr(kind, own, None), property)}
         try:
-            config = CONFIG_MAPPING[model_type].from_dict(content)
+            config = kind.from_dict({name: value for name, value in content.items() if name not in computed})
         except Exception as error:  # of any kind: the classes compute with the values
             raise ValueError(f"{self.where}/config.json: {type(error).__name__}: {error}") from error
         config._name_or_path = self.where
@@ -83,3 +76,13 @@ class MlxCheckpoint(Checkpoint):
         from .incoming import MlxIncoming
 
         return MlxIncoming(model, self._weights, self._layout, self.files)
+
+
+def _numbers(value: Any) -> Any:
+    """Undo how transformers and mlx-lm write numbers that JSON does not have: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        tag = value.get("__float__")
+        if len(value) == 1 and tag in ("Infinity", "-Infinity", "NaN"):
+            return float(tag)
+        return {name: _numbers(each) for name, each in value.items()}
+    return [_numbers(each) for each in value] if isinstance(value, list) else value

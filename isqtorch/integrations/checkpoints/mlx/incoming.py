@@ -22,7 +22,7 @@ from isqtorch.integrations.checkpoints.incoming import Held, Incoming
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape, matrices, upright
 
-from .layouts import Layout, renamed
+from .layouts import Layout, is_raised, renamed
 from .weights import MlxWeights, Module, common_format
 
 _EXPERT = re.compile(
@@ -136,7 +136,7 @@ class MlxIncoming(Incoming):
 
     def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
         keys = self._made[name].keys if name in self._made else []
-        if len(keys) != 1 or self._targets[name].turned or self._is_raised(name):
+        if len(keys) != 1 or self._targets[name].turned or name.endswith(self._layout.raised or "/"):
             return None
         key = keys[0]
         if self._weights.is_quantized(key) or self._weights.shape(key) != shape:
@@ -198,15 +198,10 @@ class MlxIncoming(Incoming):
         columns = self._targets[name].columns
         return [self._weights.module(key, columns) for key in self._made[name].keys]
 
-    def _is_raised(self, name: str) -> bool:
-        return (
-            name.endswith(self._layout.raised) and len(self._targets[name].shape) == 1 if self._layout.raised else False
-        )
-
     def _as_in_model(self, name: str, value: Tensor) -> Tensor:
         """Turn a float tensor as MLX stores it into the one of the model."""
         target = self._targets[name]
-        if self._is_raised(name):
+        if is_raised(self._layout, name, value):
             value = value.float() - 1
         if target.turned:
             value = value.transpose(-2, -1)

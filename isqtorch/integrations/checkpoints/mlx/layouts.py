@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -23,12 +25,14 @@ class Layout:
         back: the same from a name of Hugging Face to the name in the files.
         fused: {end of a parameter's path: ends of the paths of its parts}: weights of which mlx-lm makes several.
         raised: ends of names of vectors to which mlx-lm adds 1.
+        stacks: the name of the module that holds the stacks of experts.
     """
 
     names: tuple[tuple[str, str], ...] = ()
     back: tuple[tuple[str, str], ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     raised: tuple[str, ...] = ()
+    stacks: str = "switch_mlp"
 
 
 _PLAIN = Layout()
@@ -46,15 +50,23 @@ _QWEN3_5 = Layout(
     raised=_NORMS,
 )
 
+_DENSE = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+
 _SAME = """
-    apertus cohere cohere2 deepseek_v2 dots1 exaone exaone4 exaone_moe gemma gemma2 gemma3_text glm glm4 glm4_moe
-    gpt_bigcode gpt_oss granite granitemoe helium hunyuan_v1_dense jamba lfm2 lfm2_moe llama mamba mamba2 mellum
-    ministral3 minimax mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3
+    apertus cohere cohere2 deepseek_v2 exaone exaone4 exaone_moe gemma gemma2 gemma3_text glm glm4 glm4_moe
+    gpt_bigcode granite granitemoe helium hunyuan_v1_dense jamba lfm2 llama mamba mamba2 mellum
+    ministral3 mistral mixtral nemotron olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3
     qwen3_moe recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
 """
 
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(_SAME.split(), _PLAIN),
+    "lfm2_moe": Layout(
+        names=tuple((rf"\.feed_forward\.{mlx}\.", f".feed_forward.{own}.") for own, mlx in _DENSE),
+        back=tuple((rf"\.feed_forward\.{own}\.", f".feed_forward.{mlx}.") for own, mlx in _DENSE),
+    ),
+    "dots1": Layout(stacks="experts"),
+    "gpt_oss": Layout(stacks="experts"),
     "gpt2": Layout(names=((r"^model\.", "transformer."),), back=((r"^transformer\.", "model."),)),
     "gptj": Layout(names=((r"^model\.", "transformer."),), back=((r"^transformer\.", "model."),)),
     "gpt_neox": Layout(
@@ -100,3 +112,8 @@ def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
         if count:
             return new
     return name
+
+
+def is_raised(layout: Layout, name: str, vector: Tensor) -> bool:
+    """Whether mlx-lm adds 1 to a tensor."""
+    return bool(layout.raised) and vector.dim() == 1 and name.endswith(layout.raised)

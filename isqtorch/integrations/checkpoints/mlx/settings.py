@@ -54,6 +54,15 @@ class Settings:
     own: Mapping[str, Setting | None] = field(default_factory=dict)
 
 
+def is_mlx(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that MLX has quantized the weights beside it."""
+    for key in KEYS:
+        entry = config.get(key)
+        if isinstance(entry, Mapping) and "quant_method" not in entry and "bits" in entry:
+            return True
+    return False
+
+
 def read_settings(config: Mapping[str, Any], where: Path) -> Settings:
     """Parse the entries of config.json.
 

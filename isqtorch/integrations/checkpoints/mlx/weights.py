@@ -18,6 +18,7 @@ from isqtorch.files.tensors import Stored, TensorStore
 from isqtorch.formats import QuantFormat, formats, get_format
 from isqtorch.formats.affine import AffineFormat
 from isqtorch.formats.bitstream import unpack_stream
+from isqtorch.formats.codebook import mxfp4_blocks
 from isqtorch.inplace.source import FLOATS
 from isqtorch.tensor import QuantizedTensor
 from isqtorch.text import first_names
@@ -25,8 +26,8 @@ from isqtorch.text import first_names
 from .settings import MODES, Setting, Settings
 
 _SCALES = {"BF16": torch.bfloat16, "F16": torch.float16}
-# Packing anew adds an error: 1.4 % to MXFP4's and NVFP4's values with 6 bits, 0.6 % to MXFP8's with 8 bits.
-_INSTEAD = {"mxfp4": "q6k", "nvfp4": "q6k", "mxfp8": "q8_0"}
+# Packing anew adds an error: 1.4 % to NVFP4's values with 6 bits, 0.6 % to MXFP8's with 8 bits.
+_INSTEAD = {"nvfp4": "q6k", "mxfp8": "q8_0"}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -150,7 +151,11 @@ class MlxWeights:
             ValueError: a scale or bias is not finite in the type that the format has for it.
         """
         setting = module.setting
-        assert setting is not None and isinstance(fmt, AffineFormat), "the caller has asked for the format"
+        assert setting is not None, "the caller has asked for the format"
+        if setting.mode == "mxfp4":
+            words, exponents = (self._store.read(f"{module.path}.{leaf}") for leaf in ("weight", "scales"))
+            return mxfp4_blocks(words.contiguous().view(torch.uint8), exponents)
+        assert isinstance(fmt, AffineFormat), "the caller has asked for the format"
         weight, scales, biases = (self._store.read(f"{module.path}.{leaf}") for leaf in ("weight", "scales", "biases"))
         if (setting.bits, setting.group, scales.dtype, biases.dtype) == (fmt.bits, fmt.block, *[fmt.scale_dtype] * 2):
             return QuantizedTensor.from_mlx(weight, scales, biases, bits=setting.bits).data
@@ -231,6 +236,8 @@ class MlxWeights:
         """The module with the format that has its blocks, or with the one to use instead."""
         setting = module.setting
         assert setting is not None
+        if setting.mode == "mxfp4":
+            return replace(module, fmt=get_format("mxfp4"))
         if setting.mode != "affine":
             instead = get_format(_INSTEAD[setting.mode])
             note = f"{setting} in the file, which is no format here; packed anew as {instead.name}"
@@ -240,7 +247,11 @@ class MlxWeights:
         kind = _SCALES[scales.dtype] if same else torch.float16
         wider = (affine_format(bits, setting.group, kind) for bits in range(setting.bits, 9))
         fmt = next(fmt for fmt in wider if fmt is not None)
-        notes = [] if same else [f"scales {scales.dtype} and biases {biases.dtype} in the file, rounded to F16"]
+        notes = (
+            []
+            if same
+            else [f"its scales are {scales.dtype} and its biases {biases.dtype} in the file, which blocks round to F16"]
+        )
         if fmt.bits != setting.bits:
             notes.append(f"{setting.bits}-bit codes in the file, kept as {fmt.bits}-bit codes")
         return replace(module, fmt=fmt, note="; ".join(notes))
@@ -265,7 +276,7 @@ class MlxWeights:
                 whole = self._store.read(f"{module.path}.global_scale").float() / (448 * 6)
                 factors = factors * whole.view(*whole.shape, *[1] * (factors.dim() - whole.dim()))
         else:
-            factors = torch.ldexp(torch.ones(()), scales.int() - 127)
+            factors = torch.ldexp(torch.ones(()), scales.int() - 127)  # MXFP8
         return (values.view(rows) * factors[..., None]).view(module.shape)
 
 
