@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "glm4_moe": _ROUTED | {"head_dim": 64, "use_qk_norm": True, "norm_topk_prob": True},
     "dots1": _ROUTED | {"head_dim": 64, "sliding_window": None},
+    "gemma4_text": {
+        "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "vocab_size_per_layer_input": 96, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {"head_dim": 64},
     "ministral3": {"head_dim": 64},
@@ -136,6 +142,9 @@ def write_model(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     fused_experts: bool = False,
+    without: tuple[str, ...] = (),
+    renamed: tuple[str, str] = ("", ""),
+    only: str = "",
 ) -> Path:
     """Write a model as the converter does.
 
@@ -146,6 +155,9 @@ def write_model(
         metadata: further or other keys.
         tensors: further tensors.
         fused_experts: gate and up in one tensor, as newer files have them.
+        without: tensors to leave out.
+        renamed: the start of keys, and another one.
+        only: regular expression for the start of tensors to write.
     """
     config = model.config.get_text_config()
     record = of_config(config)
@@ -193,7 +205,10 @@ def write_model(
         "tokenizer.ggml.padding_token_id": 0,
         **(metadata or {}),
     }
-    return write(path, named, out | (tensors or {}))
+    old, new = renamed
+    named = {new + key.removeprefix(old) if old and key.startswith(old) else key: value for key, value in named.items()}
+    out = {name: each for name, each in (out | (tensors or {})).items() if name not in without and re.match(only, name)}
+    return write(path, named, out)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:

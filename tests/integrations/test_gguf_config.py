@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from pathlib import Path
@@ -37,13 +38,12 @@ LONG = {
         ("llama", LLAMA3, {"max_position_embeddings": 131072}),
         ("llama", LLAMA3 | {"factor": 32.0}, {"max_position_embeddings": 131072}),
         ("qwen2", YARN, {}),
-        ("qwen3", YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}, {}),
         ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, {}),
         ("gemma3_text", GEMMA, {}),
         ("phi3", LONG, {"original_max_position_embeddings": 64}),
         ("stablelm", {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}, {}),
     ],
-    ids=["llama3", "llama3.2", "yarn", "yarn with all", "linear", "gemma3", "longrope", "partial"],
+    ids=["llama3", "llama3.2", "yarn", "linear", "gemma3", "longrope", "partial"],
 )
 def test_rotary_embeddings_come_back(kind: str, rope: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(kind, rope_parameters=rope, **options)
@@ -58,6 +58,18 @@ def test_rotary_embeddings_come_back(kind: str, rope: dict[str, Any], options: d
     model.load_state_dict(decoded(packed))
     long = torch.arange(96)[None]  # longer than the original length of some
     assert torch.allclose(logits(packed, long), logits(model, long), rtol=1e-5, atol=1e-5)
+
+
+def test_all_settings_of_yarn_are_read(tmp_path: Path) -> None:
+    """llama.cpp multiplies the factor of attention by its own one, 1 + ln(factor) / 10."""
+    keys = {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "attn_factor": 1.25}
+    metadata = {f"qwen3.rope.scaling.{key}": value for key, value in keys.items()}
+    config = GgufCheckpoint(
+        write_model(tmp_path / "x.gguf", tiny_model("qwen3", rope_parameters=YARN), metadata=metadata)
+    ).config()
+    found = config.rope_parameters
+    assert (found["beta_fast"], found["beta_slow"]) == (16.0, 2.0)
+    assert found["attention_factor"] == pytest.approx(1.25 * (1 + 0.1 * math.log(4.0)), rel=1e-6)
 
 
 def test_factors_that_no_configuration_has_are_refused(tmp_path: Path) -> None:

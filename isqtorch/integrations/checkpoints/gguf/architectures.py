@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dense, hybrids, others, routed, sparse
+from . import dense, gemma4, hybrids, others, routed, sparse
 from .facts import Facts
 from .record import Architecture
 
@@ -12,6 +12,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     *dense.RECORDS,
     *sparse.RECORDS,
     *routed.RECORDS,
+    *gemma4.RECORDS,
     *hybrids.RECORDS,
     *others.RECORDS,
 )

@@ -229,6 +229,7 @@ RECORDS = (
             Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
         ),
         treatments=(Treatment(r"query_key_value\.\w+", rows=lambda config: by_head(config.n_head)),),
+        harmless=frozenset({"feed_forward_length"}),  # always four times the width
         written=lambda config: {
             "context_length": getattr(config, "seq_length", 2048),
             "feed_forward_length": 4 * config.hidden_size,

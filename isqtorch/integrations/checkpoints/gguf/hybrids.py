@@ -57,7 +57,7 @@ def _lfm2(name: str, kind: str) -> Architecture:
             IMPLIED,
             Rope(IMPLIED),
             Key("conv_L_cache", "shortconv.l_cache"),
-            Present("conv_bias", "blk.0.shortconv.in_proj.bias"),
+            Present("conv_bias", "blk.*.shortconv.in_proj.bias"),
         ),
         IMPLIED,
         treatments=(Treatment(r"conv\.conv\.weight", changes=(SQUEEZED,)),),
