@@ -109,6 +109,16 @@ def one_way_in(folder: Path) -> None:
     print(report.bits_per_weight, tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"))[0]))
 
 
+def other_programs(folder: Path) -> None:
+    """Files for llama.cpp and for MLX, with the same packed weights; `load` opens them again."""
+    model, tokenizer, _ = isqtorch.load(MODEL, "q4k", progress=False)
+    isqtorch.export_gguf(model, folder / "demo.q4k.gguf", tokenizer, name="Demo", pre_tokenizer="gpt-2")
+    model, tokenizer, _ = isqtorch.load(MODEL, "afq4", progress=False)
+    isqtorch.export_mlx(model, folder / "demo-mlx", tokenizer)
+    for file in ("demo.q4k.gguf", "demo-mlx"):
+        print(file, isqtorch.load(folder / file).report.bits_per_weight)
+
+
 def metal() -> None:
     """On a Mac: compile every kernel, and name what the compiler refuses."""
     if torch.backends.mps.is_available():
@@ -122,4 +132,5 @@ if __name__ == "__main__":
         quality(Path(scratch))
         while_loading(Path(scratch))
         one_way_in(Path(scratch))
+        other_programs(Path(scratch))
     metal()

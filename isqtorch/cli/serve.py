@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure", action="store_true", help="serve other machines without a key: whoever reaches the port"
     )
     parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")
-    parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder its last part")
+    parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder or file its last part")
     parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
     add_json(parser)
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
-        served = Served(loaded, args.name or (path.resolve().name if path.is_dir() else args.model))
+        served = Served(loaded, args.name or _name(path, args.model))
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = build_app(served, reach)
@@ -92,6 +92,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"isqtorch: every machine that reaches this one can use the server, {who}", file=sys.stderr)
         serve(app, sock, args.log_level, ending=served.close)
     return 0
+
+
+def _name(path: Path, model: str) -> str:
+    """What clients call the model if nothing else is given."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.exists() else model
 
 
 def _quiet_transformers(level: str) -> None:

@@ -25,7 +25,7 @@ _FIRST = (
     "SequenceClassification",
 )
 _PREFIX = "AutoModelFor"
-_NO_TASK = f"{_PREFIX}PreTraining"  # gives classes that other Auto classes give too
+_LAST = f"{_PREFIX}PreTraining"  # gives some classes that other Auto classes give too
 
 
 def architectures(config: Any) -> list[str]:
@@ -59,7 +59,8 @@ def auto_class(source: str, config: Any, trust_remote_code: bool = False) -> tup
         found = next((auto for auto in _auto_classes() if auto.__name__ in remote), None)
         if found is not None:
             return found, None
-    having = [(auto, _classes(auto, config)) for auto in _auto_classes() if type(config) in auto._model_mapping]
+    known = [(auto, _classes(auto, config)) for auto in _auto_classes()]
+    having = [(auto, classes) for auto, classes in known if classes]
     for auto, classes in having:
         for cls in classes:
             if cls.__name__.casefold() in named or not named:
@@ -84,7 +85,10 @@ def auto_class(source: str, config: Any, trust_remote_code: bool = False) -> tup
 
 
 def _classes(auto: Any, config: Any) -> list[Any]:
-    found = auto._model_mapping[type(config)]
+    try:  # `in` is not enough: it is False for some types that share the class of their configuration
+        found = auto._model_mapping[type(config)]
+    except (KeyError, ValueError):  # ValueError: some mappings name a class that transformers does not have
+        return []
     return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
@@ -94,8 +98,8 @@ def _auto_classes() -> tuple[Any, ...]:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    others = sorted(name for name in vars(modeling_auto) if name.startswith(_PREFIX) and name != _NO_TASK)
-    names = dict.fromkeys([*(_PREFIX + task for task in _FIRST), *others])
+    others = sorted(name for name in vars(modeling_auto) if name.startswith(_PREFIX) and name != _LAST)
+    names = dict.fromkeys([*(_PREFIX + task for task in _FIRST), *others, _LAST])
     return (*(getattr(modeling_auto, name) for name in names), transformers.AutoModel)
 
 

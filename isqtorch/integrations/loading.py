@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from isqtorch import checkpoint as own_file
 from isqtorch.auto import Budget
@@ -214,19 +216,13 @@ def _from_transformers(
         from .transformers import IsqConfig
 
         settings["quantization_config"] = IsqConfig(request.fmt, **_for_config(request.options))
-    with needs_transformers():
-        from transformers import utils
-    with naming_hub(found.source), _quiet(utils):
-        model, info = found.auto.from_pretrained(
-            found.source,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            local_files_only=found.local,
-            adapter_kwargs={"local_files_only": found.local},  # else it asks the Hub for an adapter all the same
-            trust_remote_code=found.trust_remote_code,
-            **settings,
-        )
+    model, info = _pretrained(found, dtype=dtype or "auto", **settings)
     missing = sorted(info["missing_keys"])
+    without = ""
+    if missing and _is_pooler(found, missing):  # encoders for embeddings are often stored without it
+        del model
+        model, info = _pretrained(found, dtype=dtype or "auto", add_pooling_layer=False, **settings)
+        without, missing = "without the pooler, which the files do not have", sorted(info["missing_keys"])
     if missing:
         raise ValueError(
             f"{found} and loads as {type(model).__name__}, but it has no {first_names(missing, 2)}, which would be filled with random "
@@ -244,7 +240,40 @@ def _from_transformers(
         report.notes.append(
             f"{len(unexpected)} tensors of {found.source} have no place in {type(model).__name__}: {first_names(unexpected)}"
         )
+    if without:
+        report.notes.append(without)
     return model, report, imatrix
+
+
+def _pretrained(found: Opened, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and what transformers says about missing and unexpected keys."""
+    with needs_transformers():
+        from transformers import utils
+    try:
+        with naming_hub(found.source), _quiet(utils):
+            model, info = found.auto.from_pretrained(
+                found.source,
+                output_loading_info=True,
+                local_files_only=found.local,
+                adapter_kwargs={"local_files_only": found.local},  # else it asks the Hub for an adapter all the same
+                trust_remote_code=found.trust_remote_code,
+                **settings,
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{found.source}: a file is damaged: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{found.source}: its tensors have other shapes than its config.json says; the report of transformers above lists them"
+        ) from error
+    return model, info
+
+
+def _is_pooler(found: Opened, missing: Sequence[str]) -> bool:
+    """Whether only the pooler is missing, which the class can do without."""
+    optional = found.cls is not None and "add_pooling_layer" in inspect.signature(found.cls.__init__).parameters
+    return optional and all("pooler" in name.split(".") for name in missing)
 
 
 def _from_own_file(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from llama import Answers, ask
-from tokenizers_made import PAGE, byte_level, unigram, with_byte_fallback, word_piece
+from made_tokenizers import PAGE, byte_level, unigram, with_byte_fallback, word_piece
 
 from isqtorch.files.gguf_writing import write_gguf
 from isqtorch.integrations.checkpoints.gguf.splits import NAMES

@@ -32,8 +32,14 @@ BASE = {
     "pad_token_id": 0,
 }
 _T5 = {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+_LINEAR = {
+    "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [6, 5, 5],
+                        "mrope_interleaved": True},
+}  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 1024},
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4},
     "t5": _T5,
     "umt5": _T5,
@@ -50,6 +56,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "granitemoe": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                                   "shared_expert_intermediate_size": 256},
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {"head_dim": 64},
     "ministral3": {"head_dim": 64},
@@ -68,8 +78,13 @@ def tiny_model(kind: str, **options: Any) -> Any:
     """A small random model. Norms, biases and the like are random, too, so that mixing them up shows."""
     torch.manual_seed(7)
     config = tiny_config(kind, **options)
+    config.tie_word_embeddings = config.tie_word_embeddings and options.get(
+        "tie_word_embeddings", True
+    )  # T5 forgets it
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32).eval()
+    if config.is_encoder_decoder:
+        model.set_input_embeddings(model.get_input_embeddings())  # both halves have the same table, tied head or not
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "bias" in name.rpartition(".")[2]:
@@ -85,6 +100,14 @@ def rows_of(values: Tensor, format: str) -> tuple[int, bytes]:
         return TYPES[format], values.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
     packed = torch.stack([isqtorch.quantize(each, format).data for each in values.reshape(-1, *values.shape[-2:])])
     return TYPES[format], packed.numpy().tobytes()
+
+
+def dims_of(value: Tensor) -> tuple[int, ...]:
+    """The dims of a tensor in a file: reversed, without 1 at the end."""
+    dims = list(value.shape[::-1])
+    while len(dims) > 1 and dims[-1] == 1:
+        dims.pop()
+    return tuple(dims)
 
 
 def fitting(format: str, columns: int) -> str:
@@ -134,14 +157,16 @@ def write_model(
         axis = place.row_axis(value.dim())
         if place.rows is not None:
             value = value.index_select(axis, back(place.rows(value.shape[axis])))
+        if place.columns is not None:
+            value = value.index_select(-1, back(place.columns(value.shape[-1])))
         for tensor, part in zip(place.tensors, value.chunk(len(place.tensors), dim=axis), strict=True):
             if place.part is not None:
                 out.setdefault(tensor, []).append(part)
             elif packable:
-                kind, data = rows_of(part, fitting(format_of(tensor), part.shape[-1]))
-                out[tensor] = (tuple(part.shape[::-1]), kind, data)
+                chosen = "f32" if "ffn_gate_inp" in tensor else format_of(tensor)  # routers are never quantized
+                out[tensor] = dims_of(part), *rows_of(part, fitting(chosen, part.shape[-1]))
             else:
-                out[tensor] = f32(part.numpy())
+                out[tensor] = dims_of(part), *rows_of(part, "f32")
     out = {name: f32(torch.stack(each).numpy()) if isinstance(each, list) else each for name, each in out.items()}
     if record.head is not None:
         out |= {name: f32(each) for name, each in tensors_of(config, record.head).items()}

@@ -295,6 +295,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["-o", f"{MODEL}/x.gguf"], "lies in the folder of the model"),
         (["-o", "x.gguf", "--isq", "afq4"], "GGUF has no afq4"),
         (["-o", "x.gguf", "--isq", "nonsense"], "nonsense"),
+        (["-o", "x", "--to", "mlx", "--isq", "q4k"], "MLX has no q4k"),
+        (["-o", "x", "--to", "mlx", "--isq", "afq4g32", "--name", "x"], "--name and --pre-tokenizer are for --to gguf"),
+        (["-o", "folder", "--to", "mlx"], "folder exists and is not an empty folder"),
         (["-o", "x.gguf", "--pre-tokenizer", "llama-bpe", "-m", "bert"], "'bert' cannot be written"),
     ],
 )
@@ -304,6 +307,7 @@ def test_what_the_command_refuses(
     monkeypatch.chdir(tmp_path)
     Path("there.txt").write_text("mine")
     Path("folder").mkdir()
+    Path("folder/mine").touch()
     Path("link").symlink_to("there.txt")
     models.tiny_bert().save_pretrained("bert")
     before = sorted(tmp_path.rglob("*"))

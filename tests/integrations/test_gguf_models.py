@@ -44,7 +44,7 @@ def mixed(name: str) -> str:
 # Those that transformers can read as well. It differs on purpose where `test_gguf_differences` says so.
 COMMON = [
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "starcoder2", "stablelm", "bloom",
-    "nemotron", "mamba", "minimax_m2", "t5", "umt5",
+    "nemotron", "mamba", "minimax_m2", "umt5", "lfm2", "qwen3_5_text", "qwen3_5_moe_text",
 ]  # fmt: skip
 
 
@@ -65,7 +65,40 @@ def test_the_packed_model_is_the_one_that_transformers_decodes(kind: str, tied: 
     weights = decoded(packed)
     assert weights.keys() == expected.state_dict().keys()
     for name, weight in expected.state_dict().items():
-        assert torch.equal(weights[name], weight), name
+        anew = "columns" in report[name.removesuffix(".weight")].reason if name.endswith("out_proj.weight") else False
+        assert float((weights[name] - weight).norm()) <= (0.1 if anew else 0) * float(weight.norm()), name
     exact = logits(expected, IDS)
+    packed.load_state_dict(expected.state_dict())  # changes only what was packed anew
     assert torch.equal(logits(packed, IDS), exact)
     assert float((with_kernels - exact).norm() / exact.norm()) < 0.08
+
+
+# Those that transformers cannot open, or opens as something else: compared with the model that was written.
+OWN = [
+    "llama", "mistral", "mixtral", "gemma", "gemma2", "phi", "gpt_oss", "falcon", "granite", "granitemoe", "smollm3", "arcee",
+    "ministral3", "seed_oss", "ernie4_5", "olmo", "olmo2", "olmoe", "cohere", "cohere2", "glm", "glm4", "gpt_neox", "t5", "falcon_mamba",
+    "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text",
+]  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "qwen2_moe": {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
+    "qwen3_moe": {"moe_intermediate_size": 512, "head_dim": 64},
+    "stablelm": {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_packed_model_is_the_one_that_was_written(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(kind, tie_word_embeddings=tied, **OPTIONS.get(kind, {}))
+    path = write_model(tmp_path / f"{kind}.gguf", model, mixed)
+    packed, _ = opened(path)
+    expected = dict(model.state_dict())
+    with_kernels = logits(packed, IDS)
+    for name, weight in decoded(packed).items():
+        fits = weight.shape == expected[name].shape
+        assert fits and float((weight - expected[name]).norm() / expected[name].norm()) < 0.13, name
+    model.load_state_dict(packed.state_dict())
+    exact = logits(model, IDS)
+    assert torch.equal(logits(packed, IDS), exact)
+    assert float((with_kernels - exact).norm() / exact.norm()) < 0.1

@@ -11,6 +11,7 @@ import torch
 import transformers
 from families import DEMO, MODELS, OF_TEXT, embedder, written
 from models import state_bytes, tiny_llama
+from safetensors.torch import load_file, save_file
 
 import isqtorch
 from isqtorch.cli import main
@@ -210,3 +211,54 @@ def test_a_file_of_checkpoint_save(tmp_path: Path) -> None:
     assert again.report.bits_per_weight == loaded.report.bits_per_weight
     with pytest.raises(ValueError, match="is quantized already; give no format"):
         isqtorch.load(tmp_path, 4)
+
+
+def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
+    """Embedders are often stored so. The pooler is not made up."""
+    source, out = written("bert", tmp_path / "source"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "pooler" not in n}, source / "model.safetensors", {"format": "pt"})
+    model, _, report = isqtorch.load(source, "q8_0", progress=False)
+    assert model.pooler is None and any("without the pooler" in note for note in report.notes)
+    assert main(["quantize", "-m", str(source), "--isq", "q8_0", "-o", str(out)]) == 0
+    assert not any("pooler" in name for name in load_file(out / "model.safetensors"))
+    assert state_bytes(isqtorch.load(out).model) == state_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("shape", "other shapes than its config.json says"), ("cut", "damaged|not a complete safetensors file")],
+)
+def test_files_that_do_not_fit_or_are_damaged(damage: str, message: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    if damage == "shape":
+        content = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(content | {"intermediate_size": 64}))
+    else:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+    for fmt in (None, "q8_0"):
+        with pytest.raises(ValueError, match=message):
+            isqtorch.load(tmp_path, fmt, progress=False)
+
+
+def test_code_of_a_repository_runs_only_if_it_is_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "modeling_poem.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class PoemConfig(LlamaConfig):\n    model_type = 'poem'\n"
+        "class PoemForCausalLM(LlamaForCausalLM):\n    config_class = PoemConfig\n"
+    )
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    names = {"AutoConfig": "modeling_poem.PoemConfig", "AutoModelForCausalLM": "modeling_poem.PoemForCausalLM"}
+    content |= {"model_type": "poem", "architectures": ["PoemForCausalLM"], "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        isqtorch.load(tmp_path)
+    assert main(["run", "-m", str(tmp_path), "-p", "x"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    loaded = isqtorch.load(tmp_path, "q8_0", trust_remote_code=True, progress=False)
+    assert type(loaded.model).__name__ == "PoemForCausalLM"
+    isqtorch.quantize_(model, "q8_0", progress=False)
+    assert state_bytes(loaded.model) == state_bytes(model)

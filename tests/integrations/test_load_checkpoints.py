@@ -14,6 +14,7 @@ import transformers
 from families import DEMO
 from mlx_folders import converted, write
 from models import logits, state_bytes, tiny_moe
+from serving import start
 
 import isqtorch
 from isqtorch.cli import main
@@ -192,3 +193,23 @@ def test_fused_experts_are_saved_and_load_again(tmp_path: Path) -> None:
     assert state_bytes(again) == state_bytes(model) and torch.equal(logits(again), logits(model))
     isqtorch.requantize_(model, "q8_0", progress=False)
     assert state_bytes(model) == state_bytes(isqtorch.load(folder, "q8_0", progress=False).model)
+
+
+def test_a_gguf_file_is_served(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    pytest.importorskip("fastapi")
+    source = gguf(tmp_path / "demo")
+    server = start(tmp_path, "-m", str(source), "--port", "0")
+    try:
+        assert server.ready["model"] == "demo" and server.ready["isq"] is None
+        assert "q4_0" in {layer["stored"] for layer in server.ready["report"]["layers"]}
+        first = server.text("The function returns")
+        report = server.re_isq("q8_0")
+        assert any("their errors stay" in note for note in report["notes"])
+        model, tokenizer, _ = isqtorch.load(source)
+        ids = model.generate(
+            **tokenizer("The function returns", return_tensors="pt"), max_new_tokens=12, do_sample=False
+        )
+        assert tokenizer.decode(ids[0, 3:], skip_special_tokens=True) == first
+    finally:
+        assert "Traceback" not in server.end()

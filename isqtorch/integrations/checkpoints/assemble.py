@@ -20,7 +20,13 @@ from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
 from isqtorch.inplace.prepare import Prepared
-from isqtorch.integrations.transformers.skeleton import describe_unloaded, pack_on_meta, prepare_on_cpu
+from isqtorch.integrations.transformers.skeleton import (
+    Parents,
+    describe_unloaded,
+    pack_on_meta,
+    parents_of,
+    prepare_on_cpu,
+)
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import owner_of, parameter_name, upright
 from isqtorch.modules.packed import ordinary_tensors
@@ -75,12 +81,13 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     jobs = {} if prepared is None else {name: job for job in prepared.jobs for name in job.names}
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
+    parents = parents_of(model)
     with ordinary_tensors():
         for layer in inventory.layers:
             if layer.tied_to is None and layer.name in jobs:
-                _pack(model, incoming, stored[layer.name], jobs[layer.name], device)
+                _pack(model, parents, incoming, stored[layer.name], jobs[layer.name], device)
             elif layer.tied_to is None and layer.packed_as is not None:
-                _keep(model, incoming, stored[layer.name], layer.packed_as, device)
+                _keep(model, parents, incoming, stored[layer.name], layer.packed_as, device)
         _fill(model, incoming, device)
     incoming.release()
     if request is not None:
@@ -164,11 +171,11 @@ def _prepare(inventory: Inventory, stored: dict[str, _Stored], request: Request 
 # ---- weight by weight -----------------------------------------------------------------------------------------------
 
 
-def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
+def _keep(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
     """Take over the blocks of one weight."""
     fmt = get_format(format)
     for name in stored.names:
-        pack_on_meta(model, name, fmt)
+        pack_on_meta(model, name, fmt, parents)
     module, leaf = owner_of(model, stored.names[0])
     shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
     blocks = incoming.blocks(stored.key)
@@ -183,7 +190,7 @@ def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: 
     _share(model, stored.names, PackedParameter(blocks.to(device)))
 
 
-def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
+def _pack(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
     """Pack one weight from its decoded values, which are rounded to the model's type as for `requantize_`."""
     module, leaf = owner_of(model, stored.names[0])
     expected = module._parameters[leaf]
@@ -192,7 +199,7 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     matrix = upright(module, weight)
     if device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
         matrix = matrix.to(device)
-    with naming_memory(OP, job, _STATE):
+    with naming_memory(OP, job.names[0], f"packed in {job.fmt.name}", _STATE):
         try:
             packed = pack_weight(matrix, job)
         except ValueError as error:
@@ -201,15 +208,16 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     del weight, matrix
     incoming.release()
     for name in stored.names:
-        pack_on_meta(model, name, job.fmt)
+        pack_on_meta(model, name, job.fmt, parents)
     _share(model, stored.names, PackedParameter(packed.to(device)))
 
 
-def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
+def _share(model: Any, names: Sequence[str], parameter: PackedParameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
-        module.register_parameter(leaf, parameter)  # which tells the parameter its layer
+        module._parameters[leaf] = parameter
+        parameter.belongs_to(module, leaf)
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:
@@ -267,6 +275,7 @@ def _explain(report: QuantReport, stored: dict[str, _Stored], incoming: Incoming
         held = stored[layer.tied_to or layer.name].held if (layer.tied_to or layer.name) in stored else None
         if held is not None and held.note:
             layer.reason = "; ".join(filter(None, [held.note, layer.reason]))
+    report.notes.extend(incoming.notes)
     unused = incoming.unused(model.state_dict(keep_vars=True))
     if unused:
         report.notes.append(

@@ -60,14 +60,15 @@ def tokenizer_of(op: str, model: Any) -> Any:
         OSError: there is none.
     """
     source = str(model.config.name_or_path or "")
-    try:
-        checkpoint = open_checkpoint(source, local=True) if source else None
-        if checkpoint is not None:
-            return checkpoint.tokenizer()
-        found = Companions.load(source, local=True, trust_remote_code=False).tokenizer if source else None
-        reason = ""
-    except (OSError, ValueError, ImportError) as error:
-        found, reason = None, f" ({' '.join(str(error).split()):.200})"
+    found, reason = None, ""
+    if source:
+        try:
+            checkpoint = open_checkpoint(source, local=True)
+            if checkpoint is not None:
+                return checkpoint.tokenizer()
+            found = Companions.load(source, local=True, trust_remote_code=False).tokenizer
+        except (OSError, ValueError, ImportError) as error:
+            reason = f" ({' '.join(str(error).split()):.200})"
     if found is None:
         raise OSError(
             f"{op}: no tokenizer is found with the model, which was loaded from {source or 'no file'}{reason}. Give it: "

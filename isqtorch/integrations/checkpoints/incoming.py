@@ -43,9 +43,11 @@ class Incoming(Source):
     Attributes:
         where: the file or folder, for messages.
         files: absolute paths of the files.
+        notes: what the report says about the checkpoint as a whole.
     """
 
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
         held = self.held(name)

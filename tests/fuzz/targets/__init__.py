@@ -12,6 +12,7 @@ SHARES = {
     "topology": 15,
     "imatrix": 15,
     "gguf": 15,
+    "gguf_model": 4,
     "safetensors": 10,
     "index": 4,
     "config": 15,

@@ -23,7 +23,6 @@ class GgufCheckpoint(Checkpoint):
 
     Attributes:
         architecture: the name of the architecture in the file.
-        notes: what the file has that the configuration cannot say; known after `config()`.
 
     Raises:
         ValueError: a file is damaged, is no model, or has an architecture that is not known.
@@ -47,12 +46,11 @@ class GgufCheckpoint(Checkpoint):
             raise self._facts.error(f"is of the kind {kind!r:.40} (general.type), not a model")
         self._record = of_file(self._facts)
         self.architecture = name
-        self.notes: tuple[str, ...] = ()
+        self._notes: list[str] = []
 
     def config(self) -> Any:
-        config, notes = read_config(self._facts, self._record, self._file)
+        config, self._notes = read_config(self._facts, self._record, self._file)
         self._file.release()
-        self.notes = tuple(notes)
         return config
 
     def tokenizer(self) -> Any:
@@ -64,4 +62,4 @@ class GgufCheckpoint(Checkpoint):
         return read_generation(self._facts)
 
     def weights(self, model: Any) -> Incoming:
-        return GgufWeights(self._file, self._record, model)
+        return GgufWeights(self._file, self._record, model, self._notes)

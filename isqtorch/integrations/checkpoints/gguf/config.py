@@ -30,6 +30,7 @@ _TELLING = re.compile(
     r"rope\..+|attention\..+|expert.*|ssm\..+|.*(scale|scaling|softcapping|norm|clamp|alibi|multiplier|factor|interval|pattern|"
     r"activation|window|shared|residual|layers|count).*"
 )
+_FACTOR = re.compile("scale|scaling|multiplier|factor")
 # The token that ends a turn of a chat is not always stated; llama.cpp knows these names, too.
 _ENDS = frozenset(
     {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>",
@@ -59,6 +60,9 @@ def read_config(facts: Facts, record: Architecture, model: GgufModel) -> tuple[A
         raise facts.error(
             f"transformers refuses its configuration as {kind!r} ({type(error).__name__}: {str(error).strip():.300})"
         ) from None
+    config.tie_word_embeddings = values[
+        "tie_word_embeddings"
+    ]  # T5's class sets it to True, and keeps in mind what it was
     config.architectures = [record.model or causal_class(kind)]
     if record.note:
         notes.append(record.note)
@@ -164,7 +168,7 @@ def _left(facts: Facts, record: Architecture) -> list[str]:
         if key not in facts.used
         and key not in record.harmless
         and not _HARMLESS.fullmatch(key)
-        and not _without_effect(value)
+        and not _without_effect(key, value)
     }
     telling = sorted(key for key in left if _TELLING.fullmatch(key))
     if telling:
@@ -176,8 +180,9 @@ def _left(facts: Facts, record: Architecture) -> list[str]:
     return [f"the configuration has no place for {first_names([start + key for key in sorted(left)])}"] if left else []
 
 
-def _without_effect(value: Any) -> bool:
+def _without_effect(key: str, value: Any) -> bool:
     """Whether a value switches something off, or multiplies by 1."""
+    neutral: tuple[Any, ...] = (0, "", "none", *((1,) if _FACTOR.search(key) else ()))
     if isinstance(value, np.ndarray):
-        return bool(np.all((value == 0) | (value == 1)) and len(np.unique(value)) <= 1)
-    return value in (0, 1, "", "none", False) or value == []
+        return all(each in neutral for each in np.unique(value).tolist())
+    return value in neutral or value == []

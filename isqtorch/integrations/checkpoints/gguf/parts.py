@@ -191,7 +191,9 @@ class HeadDim(Part):
         default = values[self.hidden] // values[self.heads]
         size = facts.integer("attention.key_length", default, least=1)
         if facts.integer("attention.value_length", size, least=1) != size:
-            raise facts.error("keys and values of attention have different widths, which the model class does not know")
+            raise facts.wrong(
+                "attention.value_length", facts.value("attention.value_length"), f"{size}, the width of keys"
+            )
         if self.stored:
             values["head_dim"] = size
         elif size != default:

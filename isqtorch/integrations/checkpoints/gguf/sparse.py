@@ -15,6 +15,7 @@ _ATTENTION_BIAS = Present("attention_bias", "blk.0.attn_q.bias")
 _GATING = {1: "softmax", 2: "sigmoid"}
 _SOFTMAX = Only("expert_gating_func", (1,))
 _SIGMOID = Only("expert_gating_func", (2,), 2)
+_NORMED = Only("expert_weights_norm", (True,))
 _PLAIN_WEIGHTS = Only("expert_weights_scale", (0, 0.0, 1, 1.0))  # files have 0 where the model has none
 
 
@@ -79,7 +80,7 @@ RECORDS = (
     Architecture(
         "llama",
         ("mixtral",),
-        (*decoder(), *experts("num_local_experts", width=None), _SOFTMAX),
+        (*decoder(), *experts("num_local_experts", width=None), _SOFTMAX, _NORMED, _PLAIN_WEIGHTS),
         HEAD,
         names=STACKS,
         treatments=PAIRED,
@@ -144,6 +145,8 @@ RECORDS = (
             Rope(partial=True),
             *experts("num_local_experts", width="intermediate_size"),
             _SIGMOID,
+            _NORMED,
+            _PLAIN_WEIGHTS,
         ),
         HEAD,
         names=STACKS,

@@ -1,58 +1,35 @@
-"""How llama.cpp splits text before the merges of a byte-level tokenizer, by the names it has for that.
+"""The name that llama.cpp has for the way in which a byte-level tokenizer splits text, by the rule in a tokenizer.json.
 
-A GGUF file does not hold the rule, only a name (`tokenizer.ggml.pre`), and llama.cpp has the rules of the names that it
-knows. So the rule of a tokenizer is looked up here. Facts: src/llama-vocab.cpp of llama.cpp.
+A GGUF file does not hold the rule, only a name (`tokenizer.ggml.pre`). `pieces.py` has the rules of the names.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .pieces import GPT2, SPLITS, WHOLE_TOKENS
+
+# Of names with the same rule, these are written.
+_WRITTEN = (
+    "gpt-2 smollm dbrx llama-bpe qwen2 qwen35 tekken gpt-4o falcon deepseek-v3 deepseek-coder bloom viking seed-coder "
+    "bailingmoe"
+).split()
+_DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"
+_FALCON = ("Punctuation Contiguous", GPT2, _DIGITS, "[0-9][0-9][0-9]")  # as its own tokenizer.json has it
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPELLED_OUT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # the same; some files have it so
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD = r"[^\r\n\p{L}\p{N}]?"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_SLASHED = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 
 
-def _cased(suffix: str) -> str:
-    """Words, split where the case changes."""
-    return rf"{_LEAD}{_UPPER}*{_LOWER}+{suffix}|{_LEAD}{_UPPER}+{_LOWER}*{suffix}"
+def _names() -> dict[tuple[str, ...], tuple[str | None, str | None]]:
+    names: dict[tuple[str, ...], tuple[str | None, str | None]] = {}
+    for name in _WRITTEN:
+        merging, whole = names.get(SPLITS[name], (None, None))
+        names[SPLITS[name]] = (merging, name) if name in WHOLE_TOKENS else (name, whole)
+    return names | {_FALCON: ("falcon", None)}
 
 
-_DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # that of ByteLevel itself
-_LLAMA3 = rf"{_CONTRACTION}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
-_HAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_BLOOM = r" ?[^(\s|.,!?" + "\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
-_DEEPSEEK = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"""
-    + _SPACES
-)
-
-# steps of the pre-tokenizer -> names. The first name has no `ignore_merges`, the second one has; None: there is none.
-NAMES: dict[tuple[str, ...], tuple[str | None, str | None]] = {
-    (_GPT2,): ("gpt-2", None),
-    (_DIGIT, _GPT2): ("smollm", None),
-    (_LLAMA3,): ("dbrx", "llama-bpe"),
-    (rf"{_CONTRACTION}|{_LEAD}\p{{L}}+|\p{{N}}|{_SYMBOLS}|{_SPACES}",): ("qwen2", None),
-    (rf"{_CONTRACTION}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",): (
-        "qwen35",
-        None,
-    ),
-    (rf"{_cased('')}|\p{{N}}|{_SLASHED}",): (None, "tekken"),
-    (rf"{_cased(_CONTRACTION + '?')}|\p{{N}}{{1,3}}|{_SLASHED}",): ("gpt-4o", None),
-    ("Punctuation Contiguous", _GPT2, _DIGITS, "[0-9][0-9][0-9]"): ("falcon", None),
-    (r"\p{N}{1,3}", _HAN, _DEEPSEEK): ("deepseek-v3", None),
-    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", _DIGIT): (
-        "deepseek-coder",
-        None,
-    ),
-    (_BLOOM,): ("bloom", None),
-    (_BLOOM, _DIGIT): ("viking", None),
-}
+NAMES = _names()
+"""Steps of the pre-tokenizer -> names. The first name is without `ignore_merges`, the second one with; None: there is none."""
 
 
 def split_names(pre_tokenizer: dict[str, Any] | None) -> tuple[str | None, str | None]:
@@ -68,7 +45,7 @@ def steps(pre_tokenizer: dict[str, Any] | None) -> list[str]:
     if kind == "Sequence":
         return [step for part in pre_tokenizer["pretokenizers"] for step in steps(part)]
     if kind == "ByteLevel":
-        return [_GPT2] if pre_tokenizer.get("use_regex", True) else []
+        return [GPT2] if pre_tokenizer.get("use_regex", True) else []
     if kind == "Digits":
         return [_DIGIT if pre_tokenizer.get("individual_digits") else _DIGITS]
     if kind == "Split" and "Regex" in pre_tokenizer["pattern"]:

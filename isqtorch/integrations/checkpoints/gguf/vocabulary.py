@@ -81,7 +81,7 @@ def vocabulary(op: str, tokenizer: Any, rows: int, pre_tokenizer: str | None = N
         _word_piece(content, found)
     else:
         _sentencepiece(content, found, rows)
-    texts = [found.texts.get(i, f"[PAD{i}]") for i in range(rows)]
+    texts = [found.texts.get(i, _padding(i)) for i in range(rows)]
     _check_unique(op, texts)
     found.put("tokens", texts)
     found.put("token_type", np.array([found.kinds.get(i, UNUSED) for i in range(rows)], np.int32))
@@ -121,6 +121,8 @@ def _tokens(op: str, content: Mapping[str, Any], rows: int) -> Vocabulary:
         enumerate(text for text, _ in vocab) if isinstance(vocab, list) else ((i, t) for t, i in vocab.items())
     ):
         found.texts[number], found.kinds[number] = text, NORMAL
+        if text == _padding(number):  # a row without a token, of a model that was read from a GGUF file
+            found.kinds[number] = UNUSED
     for entry in content["added_tokens"]:
         found.texts[entry["id"]] = entry["content"]
         found.kinds[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
@@ -131,6 +133,11 @@ def _tokens(op: str, content: Mapping[str, Any], rows: int) -> Vocabulary:
             "tokenizer of this model, or call resize_token_embeddings first."
         )
     return found
+
+
+def _padding(number: int) -> str:
+    """The text of a row of the embedding that no token has."""
+    return f"[PAD{number}]"
 
 
 def _check_unique(op: str, texts: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class GgufWeights(Incoming):
         file: the opened file.
         record: its architecture.
         model: a model that was made of the file's configuration.
+        notes: for the report, about the whole file.
     """
 
-    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module) -> None:
+    def __init__(self, file: GgufModel, record: Architecture, model: nn.Module, notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
         self.where, self.files = file.where, file.files
         self._file, self._record = file, record
         self._config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -59,12 +61,12 @@ class GgufWeights(Incoming):
             return None
         names = sorted({types.type_name(number) for number in found.types})
         if all(types.is_float(number) for number in found.types):
-            return self._beside_packed(name, names)
-        options = [
-            types.format_of(number) or types.instead_of(number) for number in found.types if not types.is_float(number)
-        ]
+            return Held()
+        columns = found.tensors[0].shape[-1]
+        quantized = [number for number in found.types if not types.is_float(number)]
+        options = [types.format_of(number) or types.instead_of(number, columns) for number in quantized]
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
-        if any(types.is_float(number) for number in found.types):
+        if len(quantized) < len(found.types):
             best = get_format("q8_0")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
@@ -75,20 +77,6 @@ class GgufWeights(Incoming):
                 None, best, f"{names[0]} in the file with its columns in another order, which blocks cannot follow"
             )
         return Held(best)
-
-    def _beside_packed(self, name: str, names: list[str]) -> Held:
-        """Float values. A stack of experts is packed all the same if the layer's other stacks are packed."""
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        stacks = matrices(module)
-        if len(stacks) < 2 or leaf not in stacks:
-            return Held()
-        others = (self._find(f"{path}.{other}") for other in stacks if other != leaf)
-        if all(types.is_float(number) for other in others if other is not None for number in other.types):
-            return Held()
-        return Held(
-            None, get_format("q8_0"), f"{' and '.join(names)} in the file; experts are packed if one of their stacks is"
-        )
 
     def unused(self, names: Iterable[str]) -> list[str]:
         found = (self._find(name) for name in names)
@@ -153,7 +141,7 @@ class GgufWeights(Incoming):
         if found.place.rows is not None:
             try:
                 rows = found.place.rows(value.shape[axis])
-                value = value.index_select(axis, rows)
+                value = _moved(value, axis, rows)
             except (RuntimeError, IndexError):
                 raise self._error(found, "have a number of rows that the numbers of heads do not divide") from None
         return value.contiguous()
@@ -180,14 +168,14 @@ class GgufWeights(Incoming):
             value = value.reshape(shape)
         return value
 
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         found = self._find(name)
-        parts = sampled(shape)
+        chosen = sampled(shape)
         if found is None:
             return None
-        if len(parts) == 1:
+        if chosen is ...:
             value = self.read(name)
-            return None if value is None or tuple(value.shape) != shape else [value]
+            return None if value is None or tuple(value.shape) != shape else value
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         if len(found.tensors) > 1 or found.place.columns or found.place.changes or found.place.part is not None:
@@ -196,16 +184,13 @@ class GgufWeights(Incoming):
         if (leaf in matrices(module) and _is_turned(module)) or tensor.shape != shape:
             return None
         order = found.place.rows(shape[-2]) if found.place.rows else None
-        values = []
-        for part in parts:
-            *stack, row = (int(each.start) for each in part[:-1])
-            row = row if order is None else int(order[row])
-            number = int(np.ravel_multi_index((*stack, row), shape[:-1]))
-            rows = self._file.read(tensor, slice(number, number + 1))
-            values.append(
-                types.decoded(rows, tensor.type, f"{self.where}: {tensor.name}").reshape(*([1] * (len(shape) - 1)), -1)
-            )
-        return values
+        *stack, rows = (np.asarray(index) for index in chosen)
+        rows = rows if order is None else np.asarray(order)[rows]
+        numbers = np.ravel_multi_index((*stack, rows), shape[:-1])
+        read = [self._file.read(tensor, slice(int(number), int(number) + 1)) for number in numbers]
+        return torch.stack(
+            [types.decoded(row, tensor.type, f"{self.where}: {tensor.name}").reshape(-1) for row in read]
+        )
 
     def release(self) -> None:
         self._file.release()
@@ -213,6 +198,14 @@ class GgufWeights(Incoming):
     def _error(self, found: _Found, message: str) -> ValueError:
         names = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in found.tensors)
         return ValueError(f"load: {self.where}: {names} {message}. The file is damaged.")
+
+
+def _moved(value: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """The rows of a tensor in another order. numpy moves whole rows of bytes, which torch does byte by byte."""
+    if axis == value.dim() - 1:
+        return value.index_select(axis, rows)
+    data = value.contiguous().view(torch.uint8).numpy()
+    return torch.from_numpy(np.take(data, rows.numpy(), axis=axis)).view(value.dtype)
 
 
 def _is_turned(module: Any) -> bool:
