@@ -226,7 +226,8 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [("shape", "other shapes than its config.json says"), ("cut", "damaged|not a complete safetensors file")]
+    ("damage", "message"),
+    [("shape", "other shapes than its config.json says"), ("cut", "damaged|not a complete safetensors file")],
 )
 def test_files_that_do_not_fit_or_are_damaged(damage: str, message: str, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)

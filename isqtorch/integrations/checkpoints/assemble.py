@@ -32,6 +32,7 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
+from isqtorch.progress import progress_bar
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
@@ -50,7 +51,13 @@ class _Stored:
     held: Held
 
 
-def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device: torch.device) -> QuantReport:
+def assemble(
+    model: Any,
+    checkpoint: Checkpoint,
+    request: Request | None,
+    device: torch.device,
+    progress: bool | None = False,
+) -> QuantReport:
     """Fill a model with the weights of a checkpoint.
 
     Args:
@@ -60,6 +67,7 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
         request: formats for packing anew. Weights that already have the format that it gives them, and weights that it
             leaves alone, stay as they are in the checkpoint. None: all do.
         device: where the weights go.
+        progress: whether to show a progress bar; None: if stderr is a terminal.
 
     Returns:
         The report. It is `model.isq_report` as well, if any weight is packed.
@@ -75,9 +83,9 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     jobs = {} if prepared is None else {name: job for job in prepared.jobs for name in job.names}
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
-    with ordinary_tensors():
-        for layer in inventory.layers:
-            if layer.tied_to is None and layer.name in jobs:
+    with ordinary_tensors(), progress_bar(OP, "layer", progress, inventory.layers) as bar:
+        for layer in bar:
+            if layer.tied_to is None and layer.name in jobs and layer.name in stored:
                 _pack(model, incoming, stored[layer.name], jobs[layer.name], device)
             elif layer.tied_to is None and layer.packed_as is not None:
                 _keep(model, incoming, stored[layer.name], layer.packed_as, device)
@@ -98,7 +106,9 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
 
 def stored_inventory(model: Any, checkpoint: Checkpoint) -> Inventory:
     """The inventory that a model without weights would have with all blocks of a checkpoint. No weight is read."""
-    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, checkpoint.weights(model))
+    incoming = checkpoint.weights(model)
+    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, incoming)
+    incoming.release()
     return inventory
 
 
