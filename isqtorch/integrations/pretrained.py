@@ -36,6 +36,7 @@ def from_transformers(
     device: torch.device | None,
     progress: bool | None,
 ) -> tuple[Any, QuantReport, Imatrix | None]:
+    """Load a transformers model; see `load_opened`. Returns the model, its report, and the importance collected for it."""
     if found.has_own_header:
         return _from_own_file(found, dtype, device)
     later = request is not None and runs_first(request)

@@ -95,6 +95,12 @@ def assemble(
         permit(model.modules(), request.options.activations)
     report = QuantReport.of_packed(inventory) if prepared is None else prepared.report()
     _explain(report, stored, incoming, model)
+    anew = [name for name in jobs if name in stored and not stored[name].held.is_float()] if request is not None else []
+    if anew:
+        report.notes.append(
+            f"{len(anew)} weights are packed anew from the quantized ones of {incoming.where}: their errors stay, and more bits "
+            "gain nothing"
+        )
     origin = Origin(checkpoint.files) if request is None else Origin.made(checkpoint.files, None, request)
     origin.attach(model)
     announce(model, report)
