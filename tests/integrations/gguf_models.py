@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ BASE = {
     "pad_token_id": 0,
 }
 _T5 = {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+_LINEAR = {
+    "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [6, 5, 5],
+                        "mrope_interleaved": True},
+}  # fmt: skip
+_ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+_LATENT = _ROUTED | {
+    "kv_lora_rank": 256, "q_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+                        "mscale": 0.707, "mscale_all_dim": 0.707},
+}  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4},
@@ -50,6 +65,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "granitemoe": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+                                   "shared_expert_intermediate_size": 256},
+    "deepseek_v2": _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": _LATENT | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "glm4_moe": _ROUTED | {"head_dim": 64, "use_qk_norm": True, "norm_topk_prob": True},
+    "dots1": _ROUTED | {"head_dim": 64, "sliding_window": None},
+    "gemma4_text": {
+        "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "vocab_size_per_layer_input": 96, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {"head_dim": 64},
     "ministral3": {"head_dim": 64},
@@ -76,7 +104,7 @@ def tiny_model(kind: str, **options: Any) -> Any:
     if config.is_encoder_decoder:
         model.set_input_embeddings(model.get_input_embeddings())  # both halves have the same table, tied head or not
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.state_dict().items():
             if parameter.dim() == 1 or "bias" in name.rpartition(".")[2]:
                 if not name.endswith("A_log"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -114,6 +142,9 @@ def write_model(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     fused_experts: bool = False,
+    without: tuple[str, ...] = (),
+    renamed: tuple[str, str] = ("", ""),
+    only: str = "",
 ) -> Path:
     """Write a model as the converter does.
 
@@ -124,6 +155,9 @@ def write_model(
         metadata: further or other keys.
         tensors: further tensors.
         fused_experts: gate and up in one tensor, as newer files have them.
+        without: tensors to leave out.
+        renamed: the start of keys, and another one.
+        only: regular expression for the start of tensors to write.
     """
     config = model.config.get_text_config()
     record = of_config(config)
@@ -147,6 +181,8 @@ def write_model(
         axis = place.row_axis(value.dim())
         if place.rows is not None:
             value = value.index_select(axis, back(place.rows(value.shape[axis])))
+        if place.columns is not None:
+            value = value.index_select(-1, back(place.columns(value.shape[-1])))
         for tensor, part in zip(place.tensors, value.chunk(len(place.tensors), dim=axis), strict=True):
             if place.part is not None:
                 out.setdefault(tensor, []).append(part)
@@ -169,7 +205,10 @@ def write_model(
         "tokenizer.ggml.padding_token_id": 0,
         **(metadata or {}),
     }
-    return write(path, named, out | (tensors or {}))
+    old, new = renamed
+    named = {new + key.removeprefix(old) if old and key.startswith(old) else key: value for key, value in named.items()}
+    out = {name: each for name, each in (out | (tensors or {})).items() if name not in without and re.match(only, name)}
+    return write(path, named, out)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -152,6 +152,56 @@ def test_scales_beyond_float16_are_an_error(tmp_path: Path) -> None:
         opened(write(tmp_path, tensors, source.config.to_dict(), quantization=entry))
 
 
+def mantissa_and_exponent(mode: str, rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Random codes and scales of a mode without biases, and the values that they mean."""
+    torch.manual_seed(0)
+    group, scale_low, scale_high = {"mxfp4": (32, 118, 128), "mxfp8": (32, 110, 118), "nvfp4": (16, 40, 100)}[mode]
+    scales = torch.randint(scale_low, scale_high, (rows, columns // group), dtype=torch.uint8)
+    if mode == "mxfp8":
+        codes = (
+            torch.randint(0, 0x7F, (rows, columns), dtype=torch.uint8)
+            | torch.randint(0, 2, (rows, columns)).byte() << 7
+        )
+        packed, values = codes, codes.view(torch.float8_e4m3fn).float()
+    else:
+        codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+        packed = codes[:, 0::2] | codes[:, 1::2] << 4  # the first in the low nibble
+        sign, magnitude = codes >> 3, torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[(codes & 7).int()]
+        values = torch.where(sign == 1, -magnitude, magnitude)
+    factors = scales.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else 2.0 ** (scales.float() - 127)
+    meant = values * factors.repeat_interleave(group, 1)
+    return {"weight": packed.contiguous().view(torch.uint32), "scales": scales}, meant
+
+
+@pytest.mark.parametrize("entry", [True, False], ids=["entry", "inferred"])
+@pytest.mark.parametrize(
+    ("mode", "fmt", "bound"), [("mxfp4", "mxfp4", 0.0), ("nvfp4", "q6k", 0.03), ("mxfp8", "q8_0", 0.01)]
+)
+def test_floating_point_modes(mode: str, fmt: str, bound: float, entry: bool, tmp_path: Path) -> None:
+    source, path = llama(), "model.layers.0.mlp.up_proj"
+    tensors, _ = converted(source, lambda each: None if each == path else FOUR)
+    parts, meant = mantissa_and_exponent(mode, 512, 256)
+    tensors |= {f"{path}.{leaf}": part for leaf, part in parts.items()}
+    group, bits = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
+    own = {path: {"group_size": group, "bits": bits, "mode": mode}} if entry else {}
+    model, report = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=FOUR | own))
+    layer, _ = owner_of(model, path)
+    assert layer.format == fmt
+    assert (layer.dequantize() - meant).norm() <= bound * meant.norm()
+    assert (mode in report[path].reason and f"packed anew as {fmt}" in report[path].reason) == (mode != "mxfp4")
+
+
+def test_nvfp4_with_a_scale_of_the_whole_tensor(tmp_path: Path) -> None:
+    source, path = llama(), "model.layers.0.mlp.up_proj"
+    tensors, _ = converted(source, lambda each: None if each == path else FOUR)
+    parts, meant = mantissa_and_exponent("nvfp4", 512, 256)
+    tensors |= {f"{path}.{leaf}": part for leaf, part in parts.items()} | {f"{path}.global_scale": torch.tensor(1344.0)}
+    own = {path: {"group_size": 16, "bits": 4, "mode": "nvfp4"}}
+    model, _ = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=FOUR | own))
+    layer, _ = owner_of(model, path)
+    assert (layer.dequantize() - meant / 2).norm() <= 0.03 * meant.norm() / 2
+
+
 # ---- names and experts ----------------------------------------------------------------------------------------------
 
 
@@ -301,6 +351,28 @@ def test_another_format_is_made_of_the_values_in_the_folder(tmp_path: Path) -> N
     assert layer.format == "q4k"
     assert torch.equal(layer.dequantize(), packed.dequantize(torch.float32))
     assert model.model.layers[0].mlp.down_proj.format == "afq8g32"
+
+
+def test_the_folder_is_the_source_of_requantize(tmp_path: Path) -> None:
+    source, entry = llama(tied=True), {"bits": 8, "group_size": 32}
+    tensors, meant = converted(source, lambda path: entry)
+    model, _ = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=entry))
+    for fmt in ("q2k", "q5k"):  # the second one does not see the errors of the first
+        isqtorch.requantize_(model, fmt, progress=False)
+    layer = model.model.layers[1].mlp.down_proj
+    wanted = isqtorch.quantize(meant["model.layers.1.mlp.down_proj.weight"], "q5k").dequantize()
+    assert layer.format == "q5k"
+    assert torch.equal(layer.dequantize(), wanted)
+
+
+def test_experts_in_the_folder_are_the_source_of_requantize(tmp_path: Path) -> None:
+    source, entry = tiny_moe(), {"bits": 6, "group_size": 32}
+    tensors, meant = converted(source, lambda path: entry, names=switched())
+    model, _ = opened(write(tmp_path, tensors, source.config.to_dict(), quantization=entry))
+    isqtorch.requantize_(model, "q8_0", progress=False)
+    rows = torch.cat([meant[f"model.layers.0.mlp.switch_mlp.{part}.weight"] for part in ("gate_proj", "up_proj")], 1)
+    experts = model.model.layers[0].mlp.experts
+    assert torch.equal(experts.dequantize("gate_up_proj"), isqtorch.quantize(rows, "q8_0").dequantize())
 
 
 # ---- damaged and hostile folders ------------------------------------------------------------------------------------

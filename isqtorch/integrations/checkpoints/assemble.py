@@ -20,7 +20,13 @@ from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
 from isqtorch.inplace.prepare import Prepared
-from isqtorch.integrations.transformers.skeleton import describe_unloaded, pack_on_meta, prepare_on_cpu
+from isqtorch.integrations.transformers.skeleton import (
+    Parents,
+    describe_unloaded,
+    pack_on_meta,
+    parents_of,
+    prepare_on_cpu,
+)
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import owner_of, parameter_name, upright
 from isqtorch.modules.packed import ordinary_tensors
@@ -83,12 +89,13 @@ def assemble(
     jobs = {} if prepared is None else {name: job for job in prepared.jobs for name in job.names}
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
+    parents = parents_of(model)
     with ordinary_tensors(), progress_bar(OP, "layer", progress, inventory.layers) as bar:
         for layer in bar:
             if layer.tied_to is None and layer.name in jobs and layer.name in stored:
-                _pack(model, incoming, stored[layer.name], jobs[layer.name], device)
+                _pack(model, parents, incoming, stored[layer.name], jobs[layer.name], device)
             elif layer.tied_to is None and layer.packed_as is not None:
-                _keep(model, incoming, stored[layer.name], layer.packed_as, device)
+                _keep(model, parents, incoming, stored[layer.name], layer.packed_as, device)
         _fill(model, incoming, device)
     incoming.release()
     if request is not None:
@@ -180,11 +187,11 @@ def _prepare(inventory: Inventory, stored: dict[str, _Stored], request: Request 
 # ---- weight by weight -----------------------------------------------------------------------------------------------
 
 
-def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
+def _keep(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
     """Take over the blocks of one weight."""
     fmt = get_format(format)
     for name in stored.names:
-        pack_on_meta(model, name, fmt)
+        pack_on_meta(model, name, fmt, parents)
     module, leaf = owner_of(model, stored.names[0])
     shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
     blocks = incoming.blocks(stored.key)
@@ -199,7 +206,7 @@ def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: 
     _share(model, stored.names, PackedParameter(blocks.to(device)))
 
 
-def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
+def _pack(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
     """Pack one weight from its decoded values, which are rounded to the model's type as for `requantize_`."""
     module, leaf = owner_of(model, stored.names[0])
     expected = module._parameters[leaf]
@@ -217,7 +224,7 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     del weight, matrix
     incoming.release()
     for name in stored.names:
-        pack_on_meta(model, name, job.fmt)
+        pack_on_meta(model, name, job.fmt, parents)
     _share(model, stored.names, PackedParameter(packed.to(device)))
 
 

@@ -45,6 +45,7 @@ from .skeleton import (
     describe_unloaded,
     pack_on_meta,
     packed_formats,
+    parents_of,
     prepare_on_cpu,
     restore,
     restore_activations,
@@ -117,10 +118,10 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         prepared = prepare_on_cpu(inventory, request)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
-        jobs = {}
+        jobs, parents = {}, parents_of(model)
         for job in prepared.jobs:
             for name in job.names:
-                pack_on_meta(model, name, job.fmt)
+                pack_on_meta(model, name, job.fmt, parents)
                 jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
         origin = Origin.made(files, None, config.request())

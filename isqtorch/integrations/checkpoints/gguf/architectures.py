@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dense, others, sparse
+from . import dense, gemma4, hybrids, others, routed, sparse
 from .facts import Facts
 from .record import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (*dense.RECORDS, *sparse.RECORDS, *others.RECORDS)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *dense.RECORDS,
+    *sparse.RECORDS,
+    *routed.RECORDS,
+    *gemma4.RECORDS,
+    *hybrids.RECORDS,
+    *others.RECORDS,
+)
 """All records. Of several with the same name, the first one that applies is taken."""
 
 

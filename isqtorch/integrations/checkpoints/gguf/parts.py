@@ -105,7 +105,7 @@ class Always(Part):
 
 @dataclass(frozen=True)
 class Present(Part):
-    """A flag that a file does not state: a tensor is there, or it is not."""
+    """A flag that a file does not state: a tensor is there, or it is not. "*" is any block that has it."""
 
     attribute: str
     tensor: str
@@ -113,7 +113,11 @@ class Present(Part):
     if_not: Any = False
 
     def read(self, facts: Facts, values: Values) -> None:
-        values[self.attribute] = self.if_there if self.tensor in facts.shapes else self.if_not
+        start, any_block, end = self.tensor.partition("*")
+        there = self.tensor in facts.shapes
+        if any_block:
+            there = any(name.startswith(start) and name.endswith(end) for name in facts.shapes)
+        values[self.attribute] = self.if_there if there else self.if_not
 
     def write(self, config: Any, keys: Values) -> None:
         pass  # the tensors say it
