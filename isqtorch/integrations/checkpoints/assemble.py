@@ -215,7 +215,7 @@ def _pack(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, job
     matrix = upright(module, weight)
     if device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
         matrix = matrix.to(device)
-    with naming_memory(OP, job, _STATE):
+    with naming_memory(OP, job.names[0], f"packed in {job.fmt.name}", _STATE):
         try:
             packed = pack_weight(matrix, job)
         except ValueError as error:
