@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+_TRIM_EVERY = 8 << 20  # bytes that are consumed
 _MADV_DONTNEED = 4  # drop the pages from this process; reading them again reads the file
 
 
@@ -56,6 +57,7 @@ class MappedFiles:
     def __init__(self, files: Iterable[str]) -> None:
         self._paths = {os.path.realpath(file) for file in files if file.endswith(".safetensors")}
         self._ranges: list[tuple[int, int]] | None = None
+        self._consumed = 0  # bytes since memory was given back
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a view of one of the files. All files must be mapped before the first call."""
@@ -75,6 +77,20 @@ class MappedFiles:
         stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+    def consume(self, tensor: Tensor) -> None:
+        """Drop the pages of a tensor from which something was computed, and at times give back freed memory.
+
+        What is computed takes many times more than the tensor. Packed weights that stay are allocated between such
+        blocks, and the C library keeps the holes: without this, half of the model's size.
+        """
+        self.drop(tensor)
+        self._consumed += tensor.nbytes
+        if self._consumed > _TRIM_EVERY:
+            self._consumed = 0
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+            if trim is not None:  # glibc has it
+                trim(ctypes.c_size_t(0))
 
     def release(self, model: nn.Module) -> None:
         """At the end of a load, copy all tensors that are still views of the files, so that these can be unmapped."""
