@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import time
 from pathlib import Path
@@ -256,6 +257,13 @@ def test_settings_for_generation(tmp_path: Path) -> None:
         "top_k": 20,
         "do_sample": True,
     }
+
+
+def test_the_guide_lists_every_architecture() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    listed = guide.partition("GGUF files of these architectures can be opened:")[2].partition('"mmproj"')[0]
+    names = {record.name for record in ARCHITECTURES}
+    assert names == names & set(re.split(r"[\s,;.]+", listed)), names - set(re.split(r"[\s,;.]+", listed))
 
 
 def test_every_record_is_reached_and_has_one_reader() -> None:
