@@ -16,13 +16,18 @@ TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 TORCH_STAMP   := $(VENV)/.stamp-$(subst =,-,$(subst /,-,$(TORCH)))
 INSTALL_STAMP := $(VENV)/.stamp-install
 BUILD_STAMP   := $(VENV)/.stamp-build
+# Other programs that open our files have an environment of their own. Nothing in $(VENV) depends on them.
+ENGINES       ?= .venv-engines
+LLAMA         := llama-cpp-python==0.3.36
+MLX           := mlx-lm==0.32.2 mlx[cpu]==0.32.4
+ENGINES_STAMP := $(ENGINES)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subst =,-,$(LLAMA) $(MLX)))))
 
 # Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
 # machines: decoding is then slower by a factor of 50. Threads that sleep cost little elsewhere.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-neon test-emulator cuda-check gpu-check fuzz mutants sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-neon test-emulator cuda-check gpu-check fuzz mutants sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,14 +45,17 @@ bench-models: build  ## loading and speed of whole models, in benchmarks/results
 quality: build  ## perplexity and divergence of every format on the demo model, in benchmarks/results and docs/quality.md
 	$(PYTHON) -m benchmarks.bench_quality --docs
 
-test: build  ## the test suite, but for tests/integrations
-	$(PYTHON) -m pytest --ignore tests/integrations
+test: build  ## the test suite, but for tests/integrations and tests/engines
+	$(PYTHON) -m pytest --ignore tests/integrations --ignore tests/engines
 
 test-integrations: build  ## the tests with transformers: loading, saving, memory
 	$(PYTHON) -m pytest tests/integrations
 
-test-all: build  ## the test suite with its slow tests
-	$(PYTHON) -m pytest -m "slow or not slow"
+test-all: build  ## the test suite with its slow tests, but for tests/engines
+	$(PYTHON) -m pytest -m "slow or not slow" --ignore tests/engines
+
+test-engines: build $(ENGINES_STAMP)  ## exported files in llama.cpp, which is compiled for that once (4 minutes on 2 cores), and in mlx-lm
+	ISQTORCH_ENGINES="$(abspath $(ENGINES))/bin/python" $(PYTHON) -m pytest tests/engines
 
 test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_neon.py
@@ -127,6 +135,14 @@ $(TORCH_STAMP): | $(PYTHON)
 $(BUILD_STAMP): $(SOURCES) setup.py csrc/cuda/build.py $(TORCH_STAMP)
 	@echo "compiling the C++ extension: a minute or two on 2 cores"
 	$(PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(ENGINES_STAMP):
+	@command -v $${CXX:-c++} >/dev/null || { echo "isqtorch: no C++ compiler for llama.cpp. On Debian or Ubuntu: sudo apt install g++; on macOS: xcode-select --install"; exit 1; }
+	test -x $(ENGINES)/bin/python || $(PYTHON3) -m venv $(ENGINES)
+	@echo "compiling llama.cpp: 4 minutes on 2 cores"
+	$(ENGINES)/bin/python -m pip install --quiet '$(LLAMA)' $(foreach each,$(MLX),'$(each)')
+	@rm -f $(ENGINES)/.stamp-*
 	@touch $@
 
 # Without build isolation the extension is compiled against the torch that will load it, and torch is not downloaded twice.

@@ -105,6 +105,11 @@ static_assert(sizeof(BlockQ4K) == 144 && sizeof(BlockQ5K) == 176 && sizeof(Block
 static_assert(sizeof(BlockFp8) == 132);
 static_assert(sizeof(BlockIq4Nl) == 18 && sizeof(BlockIq4Xs) == 136 && sizeof(BlockMxfp4) == 17);
 
+// The levels of iq4_nl and iq4_xs, and those of mxfp4, by code. The latter are the values of a 4-bit float (sign, 2
+// bits of exponent, 1 of mantissa) times two.
+#define ISQ_IQ4_LEVELS -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+#define ISQ_E2M1_LEVELS 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
+
 // ---- the list of formats -------------------------------------------------------------------------------------------
 
 // Every format with native kernels, as X(name, struct), family by family. cpu/formats/list.h and cuda/formats/list.cuh

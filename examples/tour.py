@@ -100,6 +100,25 @@ def while_loading(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "demo-4-bit")
 
 
+def one_way_in(folder: Path) -> None:
+    """Any model with its tokenizer: a folder, a .gguf file, an MLX folder, or an id on the Hub."""
+    loaded: isqtorch.Loaded = isqtorch.load(MODEL, "q4k", exclude="lm_head", progress=False, dtype="float32")
+    loaded.model.save_pretrained(folder / "demo-q4k")
+    loaded.tokenizer.save_pretrained(folder / "demo-q4k")
+    model, tokenizer, report = isqtorch.load(folder / "demo-q4k")
+    print(report.bits_per_weight, tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"))[0]))
+
+
+def other_programs(folder: Path) -> None:
+    """Files for llama.cpp and for MLX, with the same packed weights; `load` opens them again."""
+    model, tokenizer, _ = isqtorch.load(MODEL, "q4k", progress=False)
+    isqtorch.export_gguf(model, folder / "demo.q4k.gguf", tokenizer, name="Demo", pre_tokenizer="gpt-2")
+    model, tokenizer, _ = isqtorch.load(MODEL, "afq4", progress=False)
+    isqtorch.export_mlx(model, folder / "demo-mlx", tokenizer)
+    for file in ("demo.q4k.gguf", "demo-mlx"):
+        print(file, isqtorch.load(folder / file).report.bits_per_weight)
+
+
 def metal() -> None:
     """On a Mac: compile every kernel, and name what the compiler refuses."""
     if torch.backends.mps.is_available():
@@ -112,4 +131,6 @@ if __name__ == "__main__":
         whole_model(Path(scratch))
         quality(Path(scratch))
         while_loading(Path(scratch))
+        one_way_in(Path(scratch))
+        other_programs(Path(scratch))
     metal()

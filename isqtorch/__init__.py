@@ -29,7 +29,12 @@ from .tensor import QuantizedTensor, quantize
 
 from . import checkpoint  # isort: skip  # used as isqtorch.checkpoint.save, .load_
 from .integrations.activate import activate
-from .integrations.generation import Optimization, optimize_  # imports transformers only when called
+
+# These import transformers only when they are called.
+from .integrations.checkpoints.gguf.export import export_gguf
+from .integrations.checkpoints.mlx.export import export_mlx
+from .integrations.generation import Optimization, optimize_
+from .integrations.loading import Loaded, load
 
 __all__ = [
     "Calibration",
@@ -38,6 +43,7 @@ __all__ = [
     "IsqConfig",
     "KLResult",
     "LayerReport",
+    "Loaded",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -53,9 +59,12 @@ __all__ = [
     "collect_imatrix",
     "dequantize_",
     "explain",
+    "export_gguf",
+    "export_mlx",
     "formats",
     "get_format",
     "kl_divergence",
+    "load",
     "metal",
     "optimize_",
     "perplexity",

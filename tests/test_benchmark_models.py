@@ -7,11 +7,13 @@ import mmap
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import isqtorch
 from benchmarks import bench_models
 from benchmarks.models import tables
 from benchmarks.models.checkpoints import BLOCK, matrix
@@ -174,7 +176,6 @@ def test_a_model_that_has_no_gguf_says_so(tmp_path: Path) -> None:
 
 
 def test_a_model_that_stayed_in_float_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    loading = pytest.importorskip("isqtorch.app.model")
-    monkeypatch.setattr(loading, "load_causal_lm", lambda source, fmt: torch.nn.Linear(64, 64))
+    monkeypatch.setattr(isqtorch, "load", lambda source, fmt: SimpleNamespace(model=torch.nn.Linear(64, 64)))
     with pytest.raises(Unavailable, match="98 % of the bytes of the model are matrices that were not quantized"):
         Ours().load(Path("made-up"), "q4k")

@@ -133,6 +133,14 @@ def test_routers_stay(name: str, rows: int, columns: int, others: tuple[str, ...
     assert stored(decision) is None and decision.reason.startswith("routers are")
 
 
+@pytest.mark.parametrize("name", ["score", "classifier", "classifier.out_proj", "qa_outputs"])
+def test_the_few_outputs_of_a_classifier_stay(name: str) -> None:
+    decision = one(info(name, 3, 256), 4, topology={"/./": "q8_0"})
+    assert stored(decision) is None and decision.reason.startswith("the outputs of classifiers are")
+    assert stored(one(info(name, 256, 256))) == "q4k"  # as large as any other layer
+    assert stored(one(info("model.score_proj", 3, 256))) == "q4k"
+
+
 def test_a_gate_that_is_no_router() -> None:
     for name in ("mlp.gate", "mlp.gate_proj", "attn.wg", "gate"):
         assert stored(one(info(name, 512, 512), 4, info("other.experts.0"))) == "q4k"
@@ -147,6 +155,18 @@ def test_reasons_known_from_the_module_come_first() -> None:
     )
     assert stored(one(info("x", dtype=torch.float64))) is None
     assert one(info("x", rows=0)).reason == "its weight is empty"
+
+
+@pytest.mark.parametrize("option", ["include", "exclude", "modules_to_not_convert"])
+def test_an_empty_string_is_no_pattern(option: str) -> None:
+    decision = one(info("layers.0.up"), "q4k", **{option: ""})
+    assert decision.format is not None and decision.format.name == "q4k"
+    with pytest.raises(ValueError, match=rf"{option} has an empty entry, which would match every layer\. Leave it out"):
+        one(info("layers.0.up"), "q4k", **{option: ["down", ""]})
+
+
+def test_an_empty_list_includes_nothing() -> None:
+    assert one(info("layers.0.up"), "q4k", include=[]).reason == "no include pattern matches"
 
 
 def test_include_and_exclude_search_the_path() -> None:

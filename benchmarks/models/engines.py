@@ -89,9 +89,9 @@ class Transformers:
         self.model = self._load(str(source), fmt)
 
     def _load(self, source: str, fmt: str) -> Any:
-        from isqtorch.app.model import load_causal_lm
+        import isqtorch
 
-        return load_causal_lm(source)
+        return isqtorch.load(source).model
 
     def _quantized_by(self, source: str, config: object) -> Any:
         """The model, quantized by another library through transformers."""
@@ -120,9 +120,9 @@ class Ours(Transformers):
     """isqtorch; without a format, a checkpoint that it has saved."""
 
     def _load(self, source: str, fmt: str) -> Any:
-        from isqtorch.app.model import load_causal_lm
+        import isqtorch
 
-        model = load_causal_lm(source, fmt or None)
+        model = isqtorch.load(source, fmt or None).model
         left = sum(p.nbytes for p in model.parameters() if p.ndim > 1 and p.dtype != self._torch.uint8)
         share = left / sum(p.nbytes for p in model.parameters())
         if share > _LEFT:  # then size, memory and speed are not those of the format

@@ -209,7 +209,7 @@ def wanted(torch: Torch, environment: Mapping[str, str] = os.environ) -> Toolkit
     return toolkit
 
 
-FAMILIES = ("ggml32", "kquants", "stream", "fp8")
+FAMILIES = ("ggml32", "kquants", "codebooks", "stream", "fp8")
 """Of formats, as csrc/cuda/formats/list.cuh has them: each is an object of its own, for they take minutes to compile."""
 
 

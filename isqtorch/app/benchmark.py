@@ -63,7 +63,7 @@ def measure_model(
     import transformers.generation  # noqa: F401  # imported now, so that its memory and time do not count for the model
 
     before, gpu = resident_bytes(), device is not None and torch.device(device).type == "cuda"
-    loaded = LoadedModel(source, isq, device=device, options=options)
+    loaded = LoadedModel(source, isq, need="answers", command="bench", device=device, options=options)
     model, context = loaded.model, loaded.context
     if context is not None and prompt_len + gen_len > context:
         raise ValueError(f"{prompt_len} + {gen_len} tokens are more than {source}'s context of {context}")

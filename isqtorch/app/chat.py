@@ -109,7 +109,7 @@ def generate(
         stopping_criteria=[stop],
         **sampling.settings(),
     )
-    new = out[0, tokens:].tolist()
+    new = out[0, clock.prompt :].tolist()
     ended = new and new[-1] in _end_tokens(loaded.model)
     return Reply(
         text=loaded.tokenizer.decode(new, skip_special_tokens=True),
@@ -177,10 +177,12 @@ class _Clock(TextStreamer):  # type: ignore[misc]  # transformers is not typed
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.began = self.first = self.last = time.perf_counter()
-        self.tokens = 0
+        self.prompt = self.tokens = 0
 
     def put(self, value: Any) -> None:
-        if not self.next_tokens_are_prompt:
+        if self.next_tokens_are_prompt:
+            self.prompt = value.shape[-1]  # of a model with an encoder: the tokens with which its decoder begins
+        else:
             self.last = time.perf_counter()
             if self.tokens == 0:
                 self.first = self.last

@@ -1,49 +1,43 @@
-"""Load a causal language model with transformers, quantized or not, and change its format later.
-
-A model is a folder or an id on the Hub. Requests are checked before anything slow happens. An existing folder is never
-looked up on the Hub.
-"""
+"""A model of the commands: what is checked before anything slow happens, and a format that can change later."""
 
 from __future__ import annotations
 
 import gc
 import os
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isqtorch import checkpoint
 from isqtorch.auto import AUTO_OPTIONS, Budget
 from isqtorch.files.binary import regular
-from isqtorch.files.checkpoints import opened
 from isqtorch.formats import AUTO, mix_name, resolve_format
-from isqtorch.importance.calibration import collect_imatrix
-from isqtorch.inplace.quantize import quantize_
 from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.weights import STORED
+from isqtorch.integrations.classes import Need
+from isqtorch.integrations.loading import Loaded, checked_request, load_opened
+from isqtorch.integrations.opening import Opened
+from isqtorch.policy.inventory import packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import checked_device
-from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
-
-from .classes import causal_class, described, not_causal, other_class
 
 
 class LoadedModel:
-    """A causal language model with its tokenizer, whose format can be changed after loading.
+    """A model with its tokenizer, whose format can be changed after loading.
 
     Attributes:
-        source: the folder or model id that it was loaded from.
-        model, tokenizer: the objects of transformers; the model is in evaluation mode.
+        source: the folder, file or id that it was loaded from.
+        model: the model of transformers, of the class that its configuration names, in evaluation mode.
+        tokenizer: its tokenizer; None: it has none, and the command needs none.
         isq: the format requested last; None: the weights are as in the checkpoint.
-        packed: whether the checkpoint itself is quantized.
-        report: the report of the last quantization, or None.
+        packed: whether the checkpoint is quantized by isqtorch or another library of transformers.
+        report: the report, if any weight is packed; else None.
         load_seconds: wall time of loading, including quantizing.
+        opened: the model before its weights were read.
+        loaded: what `isqtorch.load` gave.
     """
 
     def __init__(
@@ -51,30 +45,39 @@ class LoadedModel:
         source: str,
         isq: str | None = None,
         *,
+        need: Need | None = None,
+        command: str = "this command",
+        opened: Opened | None = None,
         device: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Load a model.
 
         Args:
-            source: a folder with config.json and safetensors, or a model id on the Hub.
+            source: what `isqtorch.load` takes.
             isq: the format or number of bits; None: leave the weights as they are.
+            need: what the command needs of the model; None: any model will do.
+            command: name of the command, for messages.
+            opened: what `check_request` has returned; None: it is called here.
             device: the device to run on; None: the CPU.
-            options: further arguments of `quantize_` (topology, organization, imatrix or calibration_file, fallback,
-                those for "auto"). `requantize` uses them too. Calibration runs the float model, which then must fit
-                into memory.
+            options: further arguments of `isqtorch.load` (topology, organization, imatrix or calibration_file,
+                fallback, those for "auto"). `requantize` uses them too.
 
         Raises:
-            ValueError: the format is unknown, options are given without a format, or a format is given for a checkpoint
-                that is already quantized.
-            OSError: the folder or model does not exist.
+            ValueError: the format is unknown, options are given without a format, a format is given for a checkpoint
+                that is already quantized, or the model does not do what the command needs.
+            OSError: the file, folder or model does not exist.
             ImportError: transformers or accelerate is missing.
         """
         self.source, self.isq, self.device, self.options = source, isq, device, dict(options or {})
-        self.packed = check_request(source, isq, device, self.options)
+        self.opened = opened or check_request(source, isq, device, self.options)
+        self.packed = self.opened.quantized_by is not None
+        if need is not None:
+            self.opened.check(need, command)
         began = time.perf_counter()
-        self.tokenizer = load_tokenizer(source)
-        self.model, self.report = self._load(isq)
+        self.loaded = self._load(isq)
+        self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
+        self.report = self.loaded.report if packed_names(self.model) else None
         self.load_seconds = time.perf_counter() - began
 
     @property
@@ -113,7 +116,8 @@ class LoadedModel:
                 options.pop("activations", None)  # it is only for fp8; layers that stay in fp8 keep the permission
             self.report = requantize_(self.model, isq, source=source, progress=False, **options)
         else:
-            self.model, self.report = self._load(isq)
+            self.loaded = self._load(isq)
+            self.model, self.report = self.loaded.model, self.loaded.report
             gc.collect()  # frees the old model, whose modules refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -132,94 +136,13 @@ class LoadedModel:
             if name not in AUTO_OPTIONS and not (name == "calibration_file" and "imatrix" in options)
         }
 
-    def _load(self, isq: str | None) -> tuple[Any, QuantReport | None]:
-        options = self._options(isq)
-        if isq is not None and "calibration_file" in options:
-            return self._calibrated(isq, options)
-        model = load_causal_lm(self.source, isq, device=self.device, options=options)
-        return model, model.isq_report if isq is not None else None
-
-    def _calibrated(self, isq: str, options: dict[str, Any]) -> tuple[Any, QuantReport]:
-        """Load the float model, collect an importance matrix on the text (kept for `requantize`), and quantize."""
-        model = load_causal_lm(self.source, device=self.device)
-        text = Path(options.pop("calibration_file"))
-        asked = {name: value for name, value in options.items() if name not in ("imatrix", *AUTO_OPTIONS)}
-        if mix_name(isq) != AUTO:
-            plan(model, isq, **asked)  # raises errors before minutes of calibration
-        if "imatrix" not in options:
-            options["imatrix"] = collect_imatrix(model, text, self.tokenizer)
-        self.options["imatrix"] = options["imatrix"]
-        if mix_name(isq) == AUTO:
-            options |= {"calibration_file": text, "tokenizer": self.tokenizer}
-        return model, quantize_(model, isq, **options)
-
-
-def load_causal_lm(
-    source: str, isq: str | None = None, *, device: str | None = None, options: Mapping[str, Any] | None = None
-) -> Any:
-    """A causal language model in evaluation mode; see `LoadedModel`.
-
-    With a format, each weight is packed as it is read. For a folder with a file of `isqtorch.checkpoint.save`, the
-    model is built from its configuration, and then the packed weights are loaded.
-    """
-    with needs_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM, utils
-
-    utils.logging.disable_progress_bar()
-    check_folder(source)
-    settings: dict[str, Any] = {} if device is None else {"device_map": device}
-    with _from_hub(source):
-        config = AutoConfig.from_pretrained(source)
-        if isq is not None:
-            method = _quantized_by(config)
-            if method is not None:
-                raise _already(source, method)
-            options = {name: value for name, value in (options or {}).items() if value is not None}
-            from isqtorch.integrations.transformers import IsqConfig
-
-            settings["quantization_config"] = IsqConfig(isq, **options)
-        if causal_class(config) is None:
-            raise not_causal(source, config)
-        other = other_class(config)
-        if not _has_own_header(source):
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype="auto", output_loading_info=True, **settings
-            )
-            if found["missing_keys"]:
-                raise not_causal(source, config, sorted(found["missing_keys"]))
-            if other is not None:
-                warnings.warn(f"{described(source, config)}; it runs as {other}, without its other parts", stacklevel=2)
-            return model.eval()
-        if other is not None:
-            raise not_causal(source, config)
-        from accelerate import init_empty_weights
-
-        with init_empty_weights():  # buffers get real values, because no file has them
-            model = AutoModelForCausalLM.from_config(config)
-        checkpoint.load_(model, Path(source))
-        return model.eval() if device is None else model.eval().to(device)
-
-
-def require_causal_lm(source: str) -> None:
-    """ValueError unless the model would be loaded, and saved, as the class that its config.json names."""
-    with needs_transformers():
-        from transformers import AutoConfig
-
-    check_folder(source)
-    with _from_hub(source):
-        config = AutoConfig.from_pretrained(source)
-    if causal_class(config) is None or other_class(config) is not None:
-        raise not_causal(source, config)
-
-
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model."""
-    with needs_transformers():
-        from transformers import AutoTokenizer
-
-    check_folder(source)
-    with _from_hub(source):
-        return AutoTokenizer.from_pretrained(source)
+    def _load(self, isq: str | None) -> Loaded:
+        options = Options(progress=False, **(self._options(isq) if isq is not None else {}))
+        device = None if self.device is None else torch.device(self.device)
+        found = load_opened(self.opened, checked_request(isq, options), device=device)
+        if found.imatrix is not None:  # so that `requantize` need not calibrate again
+            self.options["imatrix"] = found.imatrix
+        return found
 
 
 def check_spec(isq: str, device: str | None = None) -> None:
@@ -230,28 +153,20 @@ def check_spec(isq: str, device: str | None = None) -> None:
 
 def check_request(
     source: str, isq: str | None, device: str | None = None, options: Mapping[str, Any] | None = None
-) -> bool:
-    """Check a request to load before anything slow happens; for errors see `LoadedModel`.
-
-    Returns:
-        Whether `source` is a folder with a quantized checkpoint.
-    """
-    check_folder(source)
+) -> Opened:
+    """Check a request to load before anything slow happens; for errors see `LoadedModel`."""
     if device is not None:
         checked_device(device, "device")
     text = (options or {}).get("calibration_file")
     if text is not None:
         if not os.path.exists(text):
             raise FileNotFoundError(f"no calibration text {text}")
-        regular(text)
-    method = packed_by(source)
+        regular(Path(text))
     if isq is not None:
         check_spec(isq, device)
         check_budget(isq, options or {})
         if mix_name(isq) != AUTO and text is not None and (options or {}).get("imatrix") is not None:
             raise ValueError("give either imatrix or calibration_file, not both")
-        if method is not None:
-            raise _already(source, method)
     elif any(
         (options or {}).get(name)
         for name in ("topology", "imatrix", "calibration_file", "rule", "activations", *AUTO_OPTIONS)
@@ -259,82 +174,15 @@ def check_request(
         raise ValueError(
             "--topology, --imatrix, --calibration-file, --rule, --activations and the options of auto need --isq FORMAT"
         )
-    return method is not None
+    found = Opened.of(source)
+    method = found.quantized_by
+    if isq is not None and method is not None:
+        by = "" if method == "isq" else f" (by {method})"
+        raise ValueError(f"{source} is quantized already{by}; leave out --isq, or give the original model")
+    return found
 
 
 def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:
     """The checked budget of "auto"; None for other formats."""
     given: dict[str, Any] = {name: options.get(name) for name in AUTO_OPTIONS}
     return Budget.of("--isq", isq, Options(**given))
-
-
-def packed_by(source: str) -> str | None:
-    """The quantization method of the checkpoint in a folder; None if it is not quantized or there is no such folder."""
-    if not os.path.isdir(source):
-        return None
-    if _has_own_header(source):
-        return "isq"
-    with needs_transformers():
-        from transformers import AutoConfig
-
-    return _quantized_by(AutoConfig.from_pretrained(source))
-
-
-def _quantized_by(config: Any) -> str | None:
-    """The quantization method in a model's configuration, or None."""
-    found = getattr(config.get_text_config(), "quantization_config", None) or getattr(
-        config, "quantization_config", None
-    )
-    if found is None:
-        return None
-    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-    return str(getattr(method, "value", method))
-
-
-def _already(source: str, method: str) -> ValueError:
-    by = "" if method == "isq" else f" (by {method})"
-    return ValueError(f"{source} is quantized already{by}; leave out --isq, or give the original model")
-
-
-def check_folder(source: str) -> None:
-    """Raise if `source` is a path without a model: transformers would look it up on the Hub, with a confusing error."""
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_like_path and not Path(source).is_dir():
-        raise FileNotFoundError(f"no folder {source}: give a folder with config.json and safetensors, or a model id")
-    if os.path.isdir(source) and not Path(source, "config.json").is_file():
-        raise FileNotFoundError(f"{source} has no config.json: it is not a model folder")
-
-
-def _has_own_header(source: str) -> bool:
-    """Whether a folder's weights were written by `isqtorch.checkpoint.save`. transformers cannot load such files."""
-    path = Path(source, "model.safetensors")
-    if not path.is_file():
-        return False
-    with opened(path, "np") as file:
-        return "isqtorch" in (file.metadata() or {})
-
-
-@contextmanager
-def needs_transformers() -> Iterator[None]:
-    """Turn the import error of a missing transformers into a message that says what to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "accelerate"):
-            raise
-        raise ImportError("this command loads models with transformers: pip install 'isqtorch[hf]'") from error
-
-
-@contextmanager
-def _from_hub(source: str) -> Iterator[None]:
-    """Turn errors of the Hub into one line with the reason; errors of folders are clear already."""
-    try:
-        yield
-    except OSError as error:
-        if os.path.isdir(source):
-            raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OSError(
-            f"cannot load {source!r}: there is no such folder here, and the Hub or its local cache does not give it ({reason}). "
-            "Check the name and the connection, or give a local folder."
-        ) from error

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from isqtorch._version import __version__
 
-from . import bench, demo, doctor, formats, imatrix, perplexity, plan, quantize, run, serve
+from . import bench, demo, doctor, export, formats, imatrix, perplexity, plan, quantize, run, serve
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": demo,
     "perplexity": perplexity,
     "quantize": quantize,
+    "export": export,
     "imatrix": imatrix,
     "plan": plan,
     "formats": formats,

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from isqtorch.files import binary
+from isqtorch.integrations.classes import Need
 
 _AUTO = {"target_bpw": "target_bpw", "max_size": "max_size", "choose_from": "formats", "probe": "probe"}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-m", "--model", required=True, help="a folder with config.json and safetensors, or a model id on the Hub"
+        "-m",
+        "--model",
+        required=True,
+        help="a folder with config.json and safetensors, a .gguf file, an MLX folder, an id on the Hub, or owner/name:file.gguf there",
     )
 
 
@@ -76,11 +80,8 @@ def add_auto(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str, Any]:
-    """The options of `add_policy`, `add_importance` and `add_auto`, for `quantize_` or `LoadedModel`.
-
-    `quantize_` also needs the tokenizer, for a calibration file.
-    """
+def policy_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_policy`, `add_importance` and `add_auto`, for `LoadedModel`."""
     options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
     if args.activations:
         options["activations"] = args.activations
@@ -90,8 +91,6 @@ def policy_options(args: argparse.Namespace, tokenizer: Any = None) -> dict[str,
             options[name] = int(value) if option == "max_size" and value.isdecimal() else value
     if args.calibration_file:
         options["calibration_file"] = Path(args.calibration_file)
-        if tokenizer is not None:
-            options["tokenizer"] = tokenizer
     return options
 
 
@@ -109,12 +108,15 @@ def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def load_model(model: str) -> tuple[Any, Any]:
-    """A causal language model as in its checkpoint, in evaluation mode, and its tokenizer."""
-    from isqtorch.app.model import load_causal_lm, load_tokenizer
+def load_model(model: str, need: Need, command: str) -> tuple[Any, Any]:
+    """A model as in its checkpoint, in evaluation mode, and its tokenizer, which the command needs."""
+    from isqtorch.app.model import LoadedModel, check_request
 
-    tokenizer = load_tokenizer(model)
-    return load_causal_lm(model), tokenizer
+    opened = check_request(model, None)
+    opened.check(need, command)
+    opened.check_tokenizer(command)
+    loaded = LoadedModel(model, opened=opened)
+    return loaded.model, loaded.tokenizer
 
 
 def read_text(path: str) -> str:

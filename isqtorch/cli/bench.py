@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace) -> list[str | None]:
 
 
 def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
-    from isqtorch.app.model import needs_transformers
+    from isqtorch.integrations.opening import needs_transformers
 
     with needs_transformers():
         from isqtorch.app.benchmark import measure_model

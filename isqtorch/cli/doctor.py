@@ -18,6 +18,7 @@ import os
 import platform
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         native = {"library": LIBRARY and str(LIBRARY), **asdict(info)}
         found = {"ok": healthy, "versions": versions(), "cpu": cpu(), "native": native, "formats": checks}
+        found["opens"] = models_that_open()
         compiled = cuda_info()
         found["cuda"] = {
             "compiled": asdict(compiled) if compiled else None,
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(machine_facts()))
     print("packages: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"CPU features: {' '.join(cpu()['features']) or 'unknown'}")
+    print(f"models that open: {models_that_open()}")
     print(f"native library: {LIBRARY or 'none: plain PyTorch computes on the CPU'}")
     print(f"  compiled: {', '.join(info.isa_compiled)}; this machine runs: {', '.join(info.isa_supported)}")
     print(f"  selected: {info.isa_selected}, {info.reason}")
@@ -122,6 +125,17 @@ def fp8_activations() -> str:
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     said = {device: no_fp8_products(device) for device in found}
     return "; ".join(f"{device}: {f'no, {why}' if why else 'yes, for many rows of x'}" for device, why in said.items())
+
+
+def models_that_open() -> str:
+    """What `load` and the commands can open, or what is missing for it."""
+    missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        return f"none, {' and '.join(missing)} not installed: pip install 'isqtorch[hf]'"
+    from isqtorch.integrations.checkpoints.gguf.architectures import ARCHITECTURES
+
+    count = len({record.name for record in ARCHITECTURES})
+    return f"folders and ids of transformers models, GGUF files ({count} architectures), MLX folders"
 
 
 def machine_facts() -> list[str]:

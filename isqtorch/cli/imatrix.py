@@ -21,7 +21,7 @@ HELP = "collect an importance matrix from a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or id, or a folder written by `isqtorch quantize`")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file, an MLX folder, or a model id")
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".gguf, .imatrix or .cimatrix")
     parser.add_argument("--chunk", type=int, default=512, help="tokens per chunk (%(default)s)")
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
     read_text(args.text)
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, "reads", "imatrix")
     im = collect_imatrix(model, Path(args.text), tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
     im.save(args.output)
     unseen = sum(im.unseen.values())

@@ -4,24 +4,23 @@
     isqtorch perplexity examples/demo_model/model --isq q4k --kl --text examples/demo_model/heldout.txt
     isqtorch perplexity ./my-model-q4k --text my.txt --mode llamacpp --json
 
-MODEL is a model for transformers, or a folder that `isqtorch quantize` wrote.
+MODEL is what the other commands take as -m. --kl compares with MODEL as it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from typing import Any
 
-from ._common import add_auto, add_importance, add_isq, add_json, add_policy, load_model, policy_options, read_text
+from ._common import add_auto, add_importance, add_isq, add_json, add_policy, policy_options, read_text
 
 HELP = "perplexity and KL divergence on a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder or id, or a folder written by `isqtorch quantize`")
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file, an MLX folder, or a model id")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     add_isq(parser, required=False)
     add_policy(parser)
@@ -40,16 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _check(args)
+    if args.kl and not args.isq:
+        raise ValueError("--kl needs --isq FORMAT")
+    from isqtorch.app.model import LoadedModel, check_request
     from isqtorch.evaluation import kl_divergence, perplexity
-    from isqtorch.inplace.quantize import quantize_
 
+    options = policy_options(args)
+    opened = check_request(args.model, args.isq, options=options)
+    opened.check("continues", "perplexity")
+    opened.check_tokenizer("perplexity")
     text = read_text(args.text)
-    model, tokenizer = load_model(args.model)
+    tokenizer = opened.companions.tokenizer
     ids = tokenizer(text, verbose=False)["input_ids"][: args.tokens]
-    reference = copy.deepcopy(model) if args.kl else None
-    if args.isq:
-        quantize_(model, args.isq, **policy_options(args, tokenizer))
+    model = LoadedModel(args.model, args.isq, opened=opened, options=options).model
+    reference = LoadedModel(args.model, opened=opened).model if args.kl else None
     score = perplexity(model, ids, tokenizer, context=args.context, mode=args.mode, progress=sys.stderr.isatty())
     result: dict[str, Any] = {
         "model": args.model,
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "perplexity_stderr": score.stderr,
     }
     if reference is not None:
-        divergence = kl_divergence(model, reference, ids, context=args.context, progress=sys.stderr.isatty())
+        divergence = kl_divergence(model, reference, ids, tokenizer, context=args.context, progress=sys.stderr.isatty())
         result |= {"kl_mean": divergence.mean, "kl_p99": divergence.p99, "top1_agreement": divergence.top1_agreement}
     if args.json:
         print(json.dumps(result, indent=2))
@@ -70,11 +73,3 @@ def run(args: argparse.Namespace) -> int:
     if reference is not None:
         print(divergence)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    from isqtorch.app.model import check_request
-
-    if args.kl and not args.isq:
-        raise ValueError("--kl needs --isq FORMAT")
-    check_request(args.model, args.isq, options=policy_options(args))

@@ -4,8 +4,10 @@
     isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
+    isqtorch quantize -m my-model.gguf -o my-model-gguf                  keeps the packed weights of a GGUF file or MLX folder
 
-Each weight is packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
+A model of any class is written as its own class, with its processor and the files of a sentence embedder. Each weight is
+packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
 does `from_pretrained` if isqtorch is imported. --force replaces the model in a folder that this command wrote, and
 keeps files of other kinds there. It refuses a folder with another model, and one that holds MODEL or lies in it.
 """
@@ -13,17 +15,18 @@ keeps files of other kinds there. It refuses a folder with another model, and on
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from isqtorch.files.checkpoints import read_json
-from isqtorch.files.writing import recover, replacing_folder
+from isqtorch.files.writing import check_place, recover, replacing_folder
+from isqtorch.integrations.companions import is_module
 from isqtorch.integrations.record import METHOD
 from isqtorch.text import first_names
 
@@ -39,6 +42,9 @@ from ._common import (
     policy_options,
 )
 
+if TYPE_CHECKING:
+    from isqtorch.integrations.opening import Opened
+
 HELP = "quantize a model and write it as a checkpoint"
 
 _WEIGHTS = re.compile(
@@ -49,7 +55,7 @@ _TEMPLATES = "additional_chat_templates"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_isq(parser, required=True)
+    add_isq(parser, required=False)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument(
         "--force", action="store_true", help="replace a folder that this command wrote; other files in it stay"
@@ -69,20 +75,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from isqtorch.app.model import LoadedModel, check_request, require_causal_lm
+    from isqtorch.app.model import LoadedModel, check_request
+    from isqtorch.integrations.companions import copy_files
 
     options = policy_options(args)
-    check_request(args.model, args.isq, args.device, options)
+    opened = check_request(args.model, args.isq, args.device, options)
+    _check_format(args, opened)
     recover(args.output)
     check_output(args.output, args.model, force=args.force)
     check_files(args.save_topology, args.plot)
-    require_causal_lm(args.model)
-    loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
+    if loaded.report is None:
+        raise ValueError(f"{args.model} holds no packed weights, and none was packed: give another --isq FORMAT")
     check_output(args.output, args.model, force=args.force)  # again: quantizing may have taken an hour
     with one_line(args.output), replacing_folder(args.output, is_kept) as folder:
         loaded.model.save_pretrained(folder)  # with the generation settings
-        loaded.tokenizer.save_pretrained(folder)
-    assert loaded.report is not None
+        opened.companions.save(folder)
+        if opened.home is not None:
+            copy_files(opened.home, folder, local=opened.local)
     if args.save_topology:
         loaded.report.topology().save(args.save_topology)
     if args.plot:
@@ -91,6 +101,14 @@ def run(args: argparse.Namespace) -> int:
     print(loaded.report.to_json() if args.json else text)
     print(f"wrote {args.output}", file=sys.stderr)
     return 0
+
+
+def _check_format(args: argparse.Namespace, opened: Opened) -> None:
+    """ValueError if there is no format, and no packed weights of another program to keep."""
+    if args.isq is None and opened.checkpoint is None:
+        if opened.quantized_by is not None:
+            raise ValueError(f"{args.model} is quantized already by {opened.quantized_by}; give the original model")
+        raise ValueError(f"{args.model} holds float weights: give --isq FORMAT, such as --isq q4k")
 
 
 def check_files(*files: Path | None) -> None:
@@ -102,18 +120,7 @@ def check_files(*files: Path | None) -> None:
 
 def check_output(output: Path, model: str, *, force: bool) -> None:
     """OSError if writing would destroy anything that an earlier `isqtorch quantize` did not write."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise FileExistsError(f"{output} exists and is not a folder; give a new one")
-    place, here = output.resolve(), Path.cwd()
-    if place == here or place in here.parents:
-        raise FileExistsError(f"{output} is the current folder or holds it; give a new folder, such as {output}/packed")
-    if os.path.isdir(model):
-        source = Path(model).resolve()
-        if place == source:
-            raise FileExistsError(f"{output} is the model itself; give another folder")
-        if place in source.parents or source in place.parents:
-            relation = "holds the model" if place in source.parents else "lies in the folder of the model"
-            raise FileExistsError(f"{output} {relation} {model}; give a folder beside it")
+    check_place(output, model)
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not force:
@@ -133,10 +140,11 @@ def check_output(output: Path, model: str, *, force: bool) -> None:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether an entry of the old folder can be replaced or kept: any file, and the one folder that a tokenizer has."""
+    """Whether an entry of the old folder can be replaced or kept: any file, and folders of a tokenizer or an embedder."""
     if path.is_symlink():
         return False
-    return path.is_file() or (path.name == _TEMPLATES and path.is_dir() and all(map(is_replaceable, path.iterdir())))
+    known = path.name == _TEMPLATES or is_module(path.name)
+    return path.is_file() or (known and path.is_dir() and all(map(is_replaceable, path.iterdir())))
 
 
 def is_kept(path: Path) -> bool:

@@ -3,6 +3,7 @@
     isqtorch run -m examples/demo_model/model --isq 4 --prompt "The function returns"
     isqtorch run -m ./my-model --isq q4k --system "Answer in one sentence."
     isqtorch run -m ./my-model-q4k --temperature 0.7 --seed 1
+    isqtorch run -m my-model.gguf
     echo "The function returns" | isqtorch run -m examples/demo_model/model --isq q4k --max-new-tokens 20
     isqtorch run -m ./my-model --isq 4 --prompt "Why is the sky blue?" --json
 
@@ -55,14 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = _check(args)
-    from isqtorch.app.model import LoadedModel, check_request, needs_transformers
+    from isqtorch.app.model import LoadedModel, check_request
 
     options = policy_options(args)
-    check_request(args.model, args.isq, args.device, options)
-    with needs_transformers():
-        from isqtorch.app.chat import Conversation, Sampling
+    opened = check_request(args.model, args.isq, args.device, options)
+    opened.check("answers", "run")
+    opened.check_tokenizer("run")
+    from isqtorch.app.chat import Conversation, Sampling
 
-    loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     conversation = Conversation(loaded, sampling, args.system)
     _note(f"{args.model}{_format(loaded)}, loaded in {loaded.load_seconds:.1f} s")

@@ -2,6 +2,7 @@
 
     isqtorch serve --port 1234 --isq 4 -m examples/demo_model/model
     isqtorch serve -m ./my-model-q4k --port 8080
+    isqtorch serve -m my-model.gguf
     ISQTORCH_API_KEY=... isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       also for other machines
 
 The server answers requests whose Host header names an address it listens on, localhost, or a name that was given
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure", action="store_true", help="serve other machines without a key: whoever reaches the port"
     )
     parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")
-    parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder its last part")
+    parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder or file its last part")
     parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
     add_json(parser)
 
@@ -66,14 +67,16 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
     options = policy_options(args)
-    check_request(args.model, args.isq, args.device, options)
+    opened = check_request(args.model, args.isq, args.device, options)
+    opened.check("continues", "serve")
+    opened.check_tokenizer("serve")
     with bind(args.host, args.port) as sock:
         reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
         check_exposure(reach, args.insecure)
-        loaded = LoadedModel(args.model, args.isq, device=args.device, options=options)
+        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
-        served = Served(loaded, args.name or (path.resolve().name if path.is_dir() else args.model))
+        served = Served(loaded, args.name or _name(path, args.model))
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = build_app(served, reach)
@@ -90,6 +93,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"isqtorch: every machine that reaches this one can use the server, {who}", file=sys.stderr)
         serve(app, sock, args.log_level, ending=served.close)
     return 0
+
+
+def _name(path: Path, model: str) -> str:
+    """What clients call the model if nothing else is given."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.exists() else model
 
 
 def _quiet_transformers(level: str) -> None:

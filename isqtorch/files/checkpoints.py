@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,22 @@ def checkpoint_files(folder: Path, op: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{op}: {folder} holds no .safetensors file")
     return files
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other model; None if there is none.
+
+    Raises:
+        ValueError: there are several, and nothing says which one is meant.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf" and path.is_file())
+    if not files or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    first = [path for path in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}$", path.stem)]
+    if len(first) != 1:
+        names = ", ".join(path.name for path in (first or files)[:20])
+        raise ValueError(f"{folder} holds {len(first or files)} GGUF files; give one of them: {names}")
+    return first[0]
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The GGUF container: read and write its metadata and its directory of tensors. Every number of a file is checked.
+"""The GGUF container: read its metadata and its directory of tensors. Every number of a file is checked.
 
 "GGUF" | version u32 | number of tensors u64 | number of metadata entries u64
 metadata entry:   key string | type u32 | value                      string: length u64 | bytes
@@ -8,10 +8,10 @@ padding to `general.alignment`, then the tensors; offsets count from here
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +29,18 @@ _KINDS = {
     4: "u32",
     5: "i32",
     6: "f32",
-    7: "u8",  # bool
     10: "u64",
     11: "i64",
     12: "f64",
 }
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_ENTRIES = 1 << 17  # tensors, metadata entries: far above any real file, quick to loop over
 _MAX_STRINGS = 1 << 20  # of one array: the vocabulary of a model
 _MAX_ALIGNMENT = 1 << 20
-_ALIGNMENT = 32  # the default of the file format, and of files written here
-_U32 = 4
+_ALIGNMENT = 32  # the default of the file format
 
-Value = int | float | str | list[str] | bytes
-"""A metadata value. Arrays of numbers are kept as raw bytes, because no caller needs them."""
+Value = int | float | bool | str | list[str] | NDArray[Any]
+"""A metadata value. Arrays of numbers and flags are numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -82,36 +80,70 @@ class GgufFile:
             ValueError: a tensor has another type or a misaligned offset, lies outside the file, or overlaps another
                 one. All tensors are checked before memory is allocated.
         """
-        placed = sorted((self._place(tensor) for tensor in tensors), key=lambda item: item[0])
-        end_before = 0
-        for start, end, tensor in placed:
-            if start < end_before:  # without overlaps, all tensors together need no more memory than the file's size
-                raise self._reader.error(f"tensor {tensor.name!r} overlaps the one before it", start)
-            end_before = end
+        wanted = list(tensors)
+        for tensor in wanted:
+            if tensor.type != F32:
+                raise self._reader.error(
+                    f"tensor {tensor.name!r} has type {tensor.type}, must be {F32} (f32)", tensor.at
+                )
+        # without overlaps, all tensors together need no more memory than the file's size
+        placed = [(start, end, tensor) for tensor, (start, end) in self.placed(wanted, {F32: (1, 4)}).items()]
         values = {}
         for start, end, tensor in placed:
             self._reader.seek(start)
             values[tensor.name] = self._reader.floats((end - start) // 4, f"tensor {tensor.name!r}")
         return values
 
-    def _place(self, tensor: GgufTensor) -> tuple[int, int, GgufTensor]:
-        """Return (first byte, byte after the last, tensor) of an f32 tensor in the file."""
+    def placed(
+        self, tensors: Iterable[GgufTensor], sizes: Mapping[int, tuple[int, int]]
+    ) -> dict[GgufTensor, tuple[int, int]]:
+        """Where tensors lie in the file, in their order there.
+
+        Args:
+            tensors: entries of the directory.
+            sizes: {type of a tensor: (elements of a block, bytes of a block)}.
+
+        Returns:
+            {tensor: (first byte, byte after the last)}.
+
+        Raises:
+            ValueError: a tensor has an unknown type, a row that is not made of whole blocks or a misaligned offset, lies
+                outside of the file, or overlaps another one.
+        """
+        found = {tensor: self._place(tensor, sizes) for tensor in tensors}
+        ordered = dict(sorted(found.items(), key=lambda item: item[1]))
+        end_before = 0
+        for tensor, (start, end) in ordered.items():
+            if start < end_before:
+                raise self._reader.error(f"tensor {tensor.name!r} overlaps the one before it", start)
+            end_before = end
+        return ordered
+
+    def _place(self, tensor: GgufTensor, sizes: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+        """Return (first byte, byte after the last) of a tensor in the file."""
         what = f"tensor {tensor.name!r}"
-        if tensor.type != F32:
-            raise self._reader.error(f"{what} has type {tensor.type}, must be {F32} (f32)", tensor.at)
+        if tensor.type not in sizes:
+            raise self._reader.error(
+                f"{what} has type {tensor.type}, which is none of ggml's types that can be read", tensor.at
+            )
+        block, block_bytes = sizes[tensor.type]
+        if tensor.dims[0] % block:
+            raise self._reader.error(
+                f"{what} has rows of {tensor.dims[0]} elements, which are no whole blocks of {block}", tensor.at
+            )
         if tensor.offset % self.alignment:
             raise self._reader.error(
                 f"{what} has offset {tensor.offset}, must be a multiple of {self.alignment}", tensor.at
             )
         start = self._data_start + tensor.offset
-        end = start + 4 * prod(tensor.dims)
+        end = start + prod(tensor.dims) // block * block_bytes
         if end <= start or end > self._reader.size:
             raise self._reader.error(
                 f"{what} of shape {list(tensor.dims)} would lie at bytes {start} to {end}, "
                 f"the file has {self._reader.size}",
                 tensor.at,
             )
-        return start, end, tensor
+        return start, end
 
     # ---- header ------------------------------------------------------------------------------------------------------
 
@@ -133,17 +165,20 @@ class GgufFile:
             return self._reader.text("u64", what)
         if kind in _KINDS:
             return self._reader.scalar(_KINDS[kind], what)
+        if kind == _BOOL:
+            return bool(self._reader.integer("u8", what))
         if kind != _ARRAY:
             raise self._reader.error(f"{what} has unknown type {kind}", at)
         kind = self._reader.integer("u32", f"element type of {what}")
         if kind == _STRING:
-            return [
-                self._reader.text("u64", what)
-                for _ in range(self._reader.count("u64", f"length of {what}", 8, _MAX_STRINGS))
-            ]
-        if kind in _KINDS:
-            width = self._reader.width(_KINDS[kind])
-            return self._reader.take(width * self._reader.count("u64", f"length of {what}", width), what)
+            count = self._reader.count("u64", f"length of {what}", 8, _MAX_STRINGS)
+            return self._reader.texts("u64", count, what)
+        if kind in _KINDS or kind == _BOOL:
+            name = _KINDS.get(kind, "u8")
+            values = self._reader.numbers(
+                name, self._reader.count("u64", f"length of {what}", self._reader.width(name)), what
+            )
+            return values.astype(bool) if kind == _BOOL else values
         raise self._reader.error(f"{what} is an array with elements of type {kind}, which no known file has", at)
 
     def _read_directory(self, count: int) -> dict[str, GgufTensor]:
@@ -169,37 +204,3 @@ class GgufFile:
                 f"metadata 'general.alignment' is {value!r}, must be a power of two up to {_MAX_ALIGNMENT}"
             )
         return value
-
-
-def encode_header(metadata: Mapping[str, str | int | list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """Encode the header of a file: all bytes before the first tensor.
-
-    All tensors are f32. They must follow the header in the order of `shapes`, each padded to 32 bytes.
-
-    Args:
-        metadata: strings, lists of strings, and integers, which are stored as u32.
-        shapes: dims by name, the contiguous one first. Trailing dims of 1 are dropped, as ggml does.
-    """
-    out = [MAGIC, struct.pack("<IQQ", 3, len(shapes), len(metadata))]
-    for key, value in metadata.items():
-        out.append(_string(key))
-        if isinstance(value, str):
-            out += [struct.pack("<I", _STRING), _string(value)]
-        elif isinstance(value, int):
-            out.append(struct.pack("<II", _U32, value))
-        else:
-            out += [struct.pack("<IIQ", _ARRAY, _STRING, len(value)), *map(_string, value)]
-    offset = 0
-    for name, shape in shapes.items():
-        dims = list(shape)
-        while len(dims) > 1 and dims[-1] == 1:
-            dims.pop()
-        out += [_string(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, F32, offset)]
-        offset += -(-4 * prod(dims) // _ALIGNMENT) * _ALIGNMENT
-    header = b"".join(out)
-    return header + bytes(-len(header) % _ALIGNMENT)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw

@@ -75,6 +75,27 @@ def replacing_folder(target: Path, kept: Callable[[Path], bool]) -> Iterator[Pat
             raise
 
 
+def check_place(output: Path, model: str) -> None:
+    """FileExistsError if a folder cannot be written at `output` without harm to something else.
+
+    Args:
+        output: the folder to write.
+        model: the model that is written: its folder or file; an id is of no interest.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise FileExistsError(f"{output} exists and is not a folder; give a new one")
+    place, here = output.resolve(), Path.cwd()
+    if place == here or place in here.parents:
+        raise FileExistsError(f"{output} is the current folder or holds it; give a new folder, such as {output}/packed")
+    if model and os.path.exists(model):
+        source = Path(model).resolve()
+        if place == source:
+            raise FileExistsError(f"{output} is the model itself; give another folder")
+        if place in source.parents or source in place.parents:
+            relation = "holds the model" if place in source.parents else "lies in the folder of the model"
+            raise FileExistsError(f"{output} {relation} {model}; give a folder beside it")
+
+
 def _keep(old: Path, new: Path, kept: Callable[[Path], bool]) -> None:
     """Give the kept files a second name in the new folder, so that they are in one of the two at any moment."""
     for path in old.iterdir() if old.is_dir() else ():

@@ -1,4 +1,4 @@
-"""The types that tensors have in GGUF files: number, name, size, and which format of this package has the same bytes.
+"""The types that tensors have in GGUF files: number, name, size, the format with the same bytes, and how to decode them.
 
 Source: the enum ggml_type and the type traits of ggml. Numbers that ggml has given up are absent.
 """
@@ -6,6 +6,12 @@ Source: the enum ggml_type and the type traits of ggml. Numbers that ggml has gi
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import get_format
+from .gguf_decode import DECODERS
 
 
 @dataclass(frozen=True)
@@ -65,3 +71,59 @@ _ROWS = (
 
 GGUF_TYPES = {row.number: row for row in _ROWS}
 """Number in the file -> type."""
+
+_PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_CHUNK = 1 << 20  # weights decoded at a time
+
+
+def decode(number: int, data: Tensor) -> Tensor:
+    """Decode the bytes of a tensor, whatever its type. The result has the bits that ggml computes.
+
+    Args:
+        number: of the type, as in the directory of the file.
+        data: uint8 `[..., row_bytes]` on the CPU; rows are whole blocks.
+
+    Returns:
+        f32 `[..., columns]`.
+
+    Raises:
+        ValueError: `number` is no type, or `data` is not uint8 on the CPU, or its rows are not whole blocks.
+
+    Example:
+        weight = decode(2, torch.zeros(8, 36, dtype=torch.uint8))  # Q4_0
+        print(weight.shape)  # torch.Size([8, 64])
+    """
+    kind = GGUF_TYPES.get(number)
+    if kind is None:
+        known = ", ".join(f"{row.number} {row.name}" for row in _ROWS)
+        raise ValueError(f"decode: {number} is no type of tensors in GGUF files. Types: {known}.")
+    if data.dtype != torch.uint8 or data.device.type != "cpu" or not data.dim() or data.shape[-1] % kind.block_bytes:
+        raise ValueError(
+            f"decode: expected uint8 rows on the CPU whose size is a multiple of {kind.block_bytes} bytes ({kind.name}), got "
+            f"{data.dtype} {list(data.shape)} on {data.device}."
+        )
+    blocks = data.reshape(data.numel() // kind.block_bytes, kind.block_bytes)
+    out = torch.empty(len(blocks), kind.block)
+    step = _CHUNK // kind.block
+    for first in range(0, len(blocks), step):
+        out[first : first + step] = _decode_blocks(kind, blocks[first : first + step])
+    return out.view(*data.shape[:-1], data.shape[-1] // kind.block_bytes * kind.block)
+
+
+def _decode_blocks(kind: GgufType, blocks: Tensor) -> Tensor:
+    """uint8 `[n, block_bytes]` -> f32 `[n, block]`."""
+    if kind.name in _PLAIN:
+        return blocks.clone(memory_format=torch.contiguous_format).view(_PLAIN[kind.name]).float()
+    if kind.format is None:
+        return DECODERS[kind.name](blocks)
+    fmt = get_format(kind.format)
+    return fmt.decode(fmt.unpack(blocks))

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isqtorch.files.binary import BinaryReader
-from isqtorch.files.gguf import MAGIC, GgufFile, GgufTensor, encode_header
+from isqtorch.files.gguf import MAGIC, GgufFile, GgufTensor
+from isqtorch.files.gguf_writing import Entry, Value, encode_header
 
 KINDS = {
     "gguf": "a GGUF importance matrix",
@@ -33,7 +34,6 @@ KINDS = {
 DEFAULT_CHUNK = 512  # tokens; llama.cpp's
 
 _MAX_ENTRIES = 1 << 17  # far above any real file, quick to loop over
-_MAX_GGUF_NAME = 63  # bytes; llama.cpp refuses a file with a longer name
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _GGUF_KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 
@@ -217,7 +217,7 @@ def _token_counts(reader: BinaryReader, info: GgufTensor, values: NDArray[np.flo
 
 def _encode_gguf(content: Content) -> Iterator[bytes]:
     """Encode a file as llama.cpp does. If the number or size of the chunks is unknown, write 0 chunks of 1 token."""
-    metadata: dict[str, str | int | list[str]] = {
+    metadata: dict[str, Value] = {
         "general.type": "imatrix",
         "imatrix.datasets": list(content.datasets),
         "imatrix.chunk_count": content.chunk_count or 0,
@@ -225,14 +225,9 @@ def _encode_gguf(content: Content) -> Iterator[bytes]:
     }
     tensors: dict[str, NDArray[np.float32]] = {}
     for name in _sorted(content.sums):
-        longest = name + _SUMS
-        if len(longest.encode()) > _MAX_GGUF_NAME:
-            raise ValueError(
-                f"{longest!r} has more than {_MAX_GGUF_NAME} bytes: llama.cpp could not read a GGUF file with it"
-            )
         tensors[name + _SUMS], counts = _matrices(content, name)
         tensors[name + _COUNTS] = counts.astype(np.float32)[:, None]
-    yield encode_header(metadata, {name: value.shape[::-1] for name, value in tensors.items()})
+    yield encode_header(metadata, [Entry(name, value.shape[::-1], value.nbytes) for name, value in tensors.items()])
     for value in tensors.values():
         yield value.tobytes() + bytes(-value.nbytes % 32)
 

@@ -78,11 +78,12 @@ def requantize_(
     Args:
         model: a model with quantized layers; changed in place.
         fmt: see `quantize_`.
-        source: where to read the float weights: a folder or a .safetensors file; or "stored" to decode the quantized
-            weights, whose errors then stay. None: the checkpoint that the model was loaded from, which `IsqConfig` and
-            `quantize_` remember.
+        source: where to read the weights: a folder, a .safetensors file, or a .gguf file; or "stored" to decode the
+            quantized weights, whose errors then stay. None: the checkpoint that the model was loaded from, which
+            `load`, `IsqConfig` and `quantize_` remember. The packed weights of a GGUF file or an MLX folder are taken
+            over where they have the format already, and are decoded and packed anew elsewhere.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
-            `{}` drops a topology, `""` or `()` drops include or exclude.
+            `{}` drops a topology, `""` or `()` drops include or exclude: then all layers are selected.
         imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
             again. Calibration runs the model in its present formats.
         activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the
@@ -131,7 +132,8 @@ def requantize_(
         measure_error=measure_error,
     )
     request = Request(fmt, options, _OP)
-    check_foreign(model, request)
+    inventory = inspect_model(model)
+    check_foreign(inventory.foreign, request)
     _check(model, probe)
     _check_no_device(request)
     weights = Weights.find(model, source, origin)
@@ -146,7 +148,7 @@ def requantize_(
             check_weights(model, prepared)
 
     again = weights.source is not None
-    prepared, choice = settle(model, inspect_model(model), request, check, weights.of, again)
+    prepared, choice = settle(model, inventory, request, check, weights.of, again)
     for message in [*weights.alarms, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _new_layers(model, prepared, weights)
@@ -208,7 +210,8 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            with naming_memory(_OP, job, "Nothing was changed. Free memory, or exclude some of the layers."):
+            state = "Nothing was changed. Free memory, or exclude some of the layers."
+            with naming_memory(_OP, job.names[0], f"packed in {job.fmt.name}", state):
                 parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
@@ -235,9 +238,13 @@ def _packed(model: nn.Module, job: Job, weights: Weights) -> tuple[nn.Parameter,
     module, leaf = owner_of(model, job.names[0])
     device = cast(Tensor, module._parameters[leaf]).device
     with ordinary_tensors():
+        ready = weights.ready(job.names, job.fmt)
+        if ready is not None and not job.options.measure_error:
+            weights.release()
+            return PackedParameter(ready.to(device)), None
         weight = weights.of(job.names)
         try:
-            packed = pack_weight(weight, job)
+            packed = pack_weight(weight, job) if ready is None else ready.to(weight.device)
         except ValueError as fault:
             raise ValueError(f"requantize_: {job.names[0]}: {fault} Nothing was changed.") from None
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None

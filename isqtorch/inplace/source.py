@@ -10,6 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files, gguf_in, read_json
 from isqtorch.files.tensors import TensorStore
+from isqtorch.formats import QuantFormat
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
@@ -28,6 +30,7 @@ from .stored import QuantizedFiles
 FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
+_MAPPED = 1 << 24  # bytes of tensors, after which the files are closed: the system may map megabytes around each row
 _PACKED = 8  # packed layers that are compared, spread over the model
 _ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
 _OURS = "isq"  # quant_method of a model that isqtorch has packed
@@ -39,9 +42,11 @@ class Source(ABC):
 
     Attributes:
         where: the folder or file, for messages.
+        note: what the report says about these weights, if they are not the original ones.
     """
 
     where: str
+    note: str = ""
 
     @abstractmethod
     def read(self, name: str) -> Tensor | None:
@@ -54,12 +59,16 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """Some rows of a tensor, see `sampled`; None if its shape differs or reading them takes as long as all of it."""
 
     @abstractmethod
     def release(self) -> None:
         """Give back the memory of what was read."""
+
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        """The packed rows of a parameter, if the checkpoint has them in this format already; else None."""
+        return None
 
 
 class TensorFiles(Source):
@@ -98,11 +107,11 @@ class TensorFiles(Source):
     def read(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
 
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         key = self._plain(name)
         if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in FLOATS:
             return None
-        return self._store.parts(key, [part or ... for part in sampled(shape)])
+        return self.tensor(key)[sampled(shape)]  # a view of the mapped file: only pages of these rows are read
 
     def _plain(self, name: str) -> str | None:
         """Name of the tensor that is loaded as this parameter without any conversion, or None."""
@@ -122,16 +131,20 @@ class TensorFiles(Source):
 
 
 def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The safetensors files of a folder, or the one file that is given.
+    """The safetensors files of a folder, else its GGUF file; or the one file that is given.
 
     Raises:
-        ValueError: the index file of the folder is not valid.
+        ValueError: the index file of the folder is not valid, or there are several GGUF files.
         OSError: the path does not exist, or the folder has no safetensors files.
     """
     given = Path(path).expanduser()
     if not given.exists():
         raise FileNotFoundError(f"requantize_: source: no folder or file {str(path)!r}")
-    files = checkpoint_files(given, "requantize_: source") if given.is_dir() else [given]
+    if given.is_dir():
+        gguf = gguf_in(given)
+        files = checkpoint_files(given, "requantize_: source") if gguf is None else [gguf]
+    else:
+        files = [given]
     return tuple(os.path.abspath(file) for file in files)
 
 
@@ -150,6 +163,7 @@ def difference(model: nn.Module, source: Source) -> str | None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta" and type(tensor) in (nn.Parameter, Tensor):
             shared.setdefault(id(tensor), []).append(name)
+    mapped = 0
     try:
         for names in shared.values():
             own = tensors[names[0]].detach()
@@ -157,8 +171,10 @@ def difference(model: nn.Module, source: Source) -> str | None:
             found = [_distance(own, rows) for rows in stored if rows is not None]
             if found and all(found):
                 return f"{names[0]} (by up to {min(filter(None, found)):.3g})"
-            if tensors[names[0]].numel() > _WHOLE:
-                source.release()  # the system may map megabytes around each row
+            mapped += own.nbytes
+            if mapped > _MAPPED:
+                source.release()
+                mapped = 0
         packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
         for path, module in packed[:: -(-len(packed) // _PACKED)] if packed else ():
             for leaf, fmt in module.packed.items():
@@ -171,15 +187,18 @@ def difference(model: nn.Module, source: Source) -> str | None:
     return None
 
 
-def sampled(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """The parts of a tensor that `difference` compares: all of it, or 16 rows, from the first to the last."""
+@cache
+def sampled(shape: tuple[int, ...]) -> Any:
+    """The index of the part of a tensor that `difference` compares: all of it, or 16 rows, from the first to the last.
+
+    The length of a row does not count, so the index also finds these rows in packed form. It is made of numpy arrays,
+    for torch would make tensors on its default device.
+    """
     if math.prod(shape) <= _WHOLE or len(shape) < 2:
-        return [tuple(slice(None) for _ in shape)]
+        return ...
     rows = math.prod(shape[:-1])
-    steps = min(rows, _ROWS) - 1
-    chosen = sorted({round(i * (rows - 1) / max(steps, 1)) for i in range(steps + 1)})
-    places = (np.unravel_index(row, shape[:-1]) for row in chosen)
-    return [(*(slice(int(i), int(i) + 1) for i in place), slice(None)) for place in places]
+    chosen = np.linspace(0, rows - 1, min(rows, _ROWS)).round().astype(np.int64)
+    return np.unravel_index(chosen, shape[:-1])
 
 
 def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Source) -> float | None:
@@ -191,26 +210,22 @@ def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Sour
     stored = source.sample(name, shape)
     if stored is None:
         return None
-    products = torch.zeros(3, dtype=torch.float64)
-    for part, other in zip(sampled(shape), stored, strict=True):
-        rows = weight.detach()[part[:-1]].to("cpu").reshape(-1, weight.shape[-1])
-        mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
-        theirs = other.to("cpu", torch.float64).reshape(-1)
-        products += torch.stack([mine @ theirs, mine @ mine, theirs @ theirs])
-    product, mine_squared, theirs_squared = products.tolist()
+    rows = weight.detach()[sampled(shape)].to("cpu").reshape(-1, weight.shape[-1])
+    mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
+    theirs = stored.to("cpu", torch.float64).reshape(-1)
+    product, mine_squared, theirs_squared = (float(x) for x in (mine @ theirs, mine @ mine, theirs @ theirs))
     scale = math.sqrt(mine_squared * theirs_squared)
     return product / scale if 0 < scale < math.inf else None  # all zeros are like anything
 
 
-def _distance(own: Tensor, stored: list[Tensor]) -> float:
+def _distance(own: Tensor, stored: Tensor) -> float:
     """The largest absolute difference of the rows; 0 if they agree bit for bit in the type of the model."""
-    most = 0.0
-    for part, other in zip(sampled(tuple(own.shape)), stored, strict=True):
-        mine, theirs = (each.to("cpu", own.dtype).reshape(-1).contiguous() for each in (own[part], other))
-        if not torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)):
-            apart = (mine.double() - theirs.double()).abs().max().item()
-            most = max(most, math.inf if math.isnan(apart) else apart or math.ulp(0.0))  # 0 and -0 are different bits
-    return most
+    part = own[sampled(tuple(own.shape))]
+    mine, theirs = (each.to("cpu", own.dtype).reshape(-1).contiguous() for each in (part, stored))
+    if np.array_equal(mine.view(torch.uint8).numpy(), theirs.view(torch.uint8).numpy()):
+        return 0.0
+    apart = (mine.double() - theirs.double()).abs().max().item()
+    return math.inf if math.isnan(apart) else apart or math.ulp(0.0)  # 0 and -0 are different bits
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:

@@ -114,4 +114,4 @@ class QuantizedFiles:
             self._done(part)
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
-        return self._store.parts(name, [... if expert is None else expert])[0]
+        return self._store.read(name)[... if expert is None else expert]

@@ -10,8 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from isqtorch.formats import QuantFormat, get_format
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape, owner_of, parameter_name, weight_matrix
+from isqtorch.modules.plausible import weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
 
 from .host import open_source
@@ -20,7 +22,7 @@ from .source import Source, difference, files_in
 
 STORED = "stored"
 _WAYS_OUT = (
-    "Give source=..., the folder or .safetensors file with the model's float weights, or source='stored' to start from the "
+    "Give source=..., the folder, .safetensors or .gguf file with the model's weights, or source='stored' to start from the "
     "quantized weights, whose errors then stay"
 )
 
@@ -65,7 +67,8 @@ class Weights:
             )
         files = origin.files if source is None else files_in(source)
         opened = open_source(model, files, files == origin.files)
-        weights = cls(model, opened, files, notes=[f"made from the weights in {opened.where}"])
+        about = f": {opened.note}" if opened.note else ""
+        weights = cls(model, opened, files, notes=[f"made from the weights in {opened.where}{about}"])
         changed = difference(model, opened)
         if changed is not None:
             finding = f"{changed} is not what {opened.where} has: the model was changed since, or it is another one's checkpoint"
@@ -96,6 +99,33 @@ class Weights:
         if own.device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if module.is_turned() else weight
+
+    def ready(self, names: Sequence[str], fmt: QuantFormat) -> Tensor | None:
+        """The packed rows of a weight, if the source has them in this format already; else None.
+
+        Raises:
+            ValueError: the source has them in another shape, or the file is damaged.
+        """
+        module, leaf = owner_of(self.model, names[0])
+        if self.source is None or not isinstance(module, PackedModule) or leaf not in module.packed:
+            return None
+        *rows, row_bytes = cast(Tensor, module._parameters[leaf]).shape
+        columns = get_format(module.packed[leaf]).in_features(row_bytes)
+        for name in (parameter_name(self.model, layer) for layer in names):
+            blocks = self.source.packed(name, fmt)
+            if blocks is None:
+                continue
+            if tuple(blocks.shape) != (*rows, fmt.row_bytes(columns)):
+                raise ValueError(
+                    f"requantize_: {name} is {fmt.name} {list(blocks.shape)} in {self.source.where}, another shape than in the model"
+                )
+            why = weight_fault(blocks, fmt)
+            if why is not None:
+                raise ValueError(
+                    f"requantize_: {self.source.where}: {name}: its bytes are not {fmt.name}: {why}. The file is damaged."
+                )
+            return blocks
+        return None
 
     def _read(self, source: Source, layers: Sequence[str], module: PackedModule, leaf: str) -> Tensor:
         names = [parameter_name(self.model, layer) for layer in layers]  # it may be stored under any of them

@@ -15,11 +15,16 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from isqtorch.report.plan import register_describer
+
+from .describing import TransformersDescriber
+
 _AWAITED = "transformers.modeling_utils"  # has from_pretrained; after it, all that the plug-in imports is available
 
 
 def activate() -> None:
-    """Register now if transformers is already imported, else when it is imported."""
+    """Register now if transformers is already imported, else when it is imported. `plan` imports it itself."""
+    register_describer(TransformersDescriber())
     if _AWAITED in sys.modules:
         _register()
     elif not any(type(finder).__name__ == _Waiter.__name__ for finder in sys.meta_path):  # isqtorch may be reloaded

@@ -33,6 +33,7 @@ _POSITIONS = re.compile(
     r"(?:^|_)(?:pos|positions?|positional|token_type|segment)(?:_|$)|^(?:wpe|wtte)$|^relative_attention_bias$|^distance_embedding$"
 )
 _UNMATCHED_NOTES = 10
+_CLASSIFIERS = {"score", "classifier", "classification_head", "qa_outputs"}
 _ROUTER_LAST = ("gate", "wg", "router", "shared_expert_gate")
 
 
@@ -190,7 +191,15 @@ def _unsuited(layer: LayerInfo, siblings: set[str]) -> str | None:
         return "position and token type embeddings are small and sensitive, never quantized"
     if layer.kind == "linear" and _is_router(layer, parts, siblings):
         return "routers are small and sensitive, never quantized"
+    if layer.kind == "linear" and _CLASSIFIERS & set(parts) and _is_narrow(layer):
+        return "the outputs of classifiers are small and sensitive, never quantized"
     return None
+
+
+def _is_narrow(layer: LayerInfo) -> bool:
+    """Whether a linear layer has so few outputs that packing it saves nothing."""
+    rows, columns = layer.shape
+    return rows <= 512 and 8 * rows <= columns
 
 
 def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
@@ -199,8 +208,7 @@ def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
         return True
     if parts[-1] not in _ROUTER_LAST:
         return False
-    rows, columns = layer.shape
-    if rows <= 512 and 8 * rows <= columns:
+    if _is_narrow(layer):
         return True
     uncles = [".".join([*parts[:-depth], "experts"]) for depth in (1, 2) if len(parts) >= depth]
     return any(name.startswith(f"{uncle}.") for uncle in uncles for name in siblings)

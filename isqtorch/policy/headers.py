@@ -14,7 +14,7 @@ from isqtorch.files.checkpoints import Headers
 from .inventory import Inventory
 from .layers import LayerInfo, head_by_name
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -49,18 +49,17 @@ def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inven
     if "model_type" in config:
         headers = _fused(headers)
     for name, (dtype_name, shape) in headers.items():
-        if dtype_name not in _DTYPES:
+        if dtype_name not in DTYPES:
             raise ValueError(f"plan: tensor {name} has the unknown type {dtype_name}")
-        dtype = _DTYPES[dtype_name]
+        dtype = DTYPES[dtype_name]
         if len(shape) >= 2:
             layers.append(_describe(name, dtype, shape, config))
         else:
             numel = shape[0] if shape else 1
             rest_numel += numel
             rest_bytes += numel * dtype.itemsize
-    notes = ["planned from names and shapes alone; rules that need the model's classes do not apply"]
-    layers, tie_note = _tie_head(layers, config)
-    return Inventory(layers, rest_bytes, rest_numel), notes + tie_note
+    layers, notes = _tie_head(layers, config)
+    return Inventory(layers, rest_bytes, rest_numel), notes
 
 
 def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...], config: Mapping[str, Any]) -> LayerInfo:

@@ -149,6 +149,26 @@ def test_a_type_without_a_format_is_packed_in_the_one_named_instead() -> None:
     assert [each.name for each in report.quantized] == ["model.layers.0.mlp.up_proj"]
 
 
+def test_experts_of_which_one_stack_is_float_become_float() -> None:
+    source = tiny_moe()
+    packed = quantized(tiny_moe(), "q4_0")
+    name = "model.layers.0.mlp.experts"
+
+    class Half(InMemory):
+        def _module(self, key: str) -> tuple[nn.Module, str]:
+            path, _, leaf = key.rpartition(".")
+            return (packed if leaf == "down_proj" else source).get_submodule(path), leaf
+
+    model = empty(source)
+    report = assemble(model, Half(source), None, CPU)
+    experts = model.get_submodule(name)
+    assert not isinstance(experts, PackedModule)
+    assert torch.equal(experts.down_proj, packed.get_submodule(name).dequantize("down_proj"))
+    assert torch.equal(experts.gate_up_proj, source.get_submodule(name).gate_up_proj)
+    assert "gate_up_proj of the same experts is float" in report[f"{name}.down_proj"].reason
+    assert logits(model).isfinite().all()
+
+
 def test_a_float_checkpoint_gives_a_float_model() -> None:
     source = llama(tied=True)
     model, report = opened(source)
@@ -161,8 +181,9 @@ def test_a_missing_weight_is_an_error_that_names_it() -> None:
     source = llama()
     shorter = llama(layers=1)
     model = empty(source)
-    with pytest.raises(ValueError, match=r"memory.test has no model\.layers\.1\."):
-        assemble(model, InMemory(shorter), None, CPU)
+    for request in (None, Request("q4k", Options(), "load")):
+        with pytest.raises(ValueError, match=r"memory.test has no model\.layers\.1\."):
+            assemble(model, InMemory(shorter), request, CPU)
 
 
 def test_a_weight_of_another_shape_is_an_error_that_names_it() -> None:

@@ -13,6 +13,9 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
+from models import state_bytes  # noqa: E402
+
+import isqtorch  # noqa: E402
 from isqtorch.cli import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,34 +99,66 @@ def classifier(folder: Path, architectures: list[str] | None) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    "architectures", [["LlamaForSequenceClassification"], ["LlamaModel"], ["LlamaForCausalLM"], None, []]
-)
-def test_a_model_without_the_head_of_a_language_model_is_refused(
+def commands(source: str, out: Path) -> list[list[str]]:
+    """What needs text from a model."""
+    return [
+        ["run", "-m", source, "--prompt", "x"],
+        ["serve", "-m", source, "--port", "0"],
+        ["bench", "-m", source, "--in-process"],
+        ["perplexity", source, "--text", TEXT, "--tokens", "64", "--context", "32"],
+    ]
+
+
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], None, []])
+def test_a_model_without_the_head_that_its_class_has_is_refused(
     architectures: list[str] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It would be filled with random numbers. Without a named class, the type's language model is meant."""
     source = classifier(tmp_path / "source", architectures)
     for command in (
+        *commands(source, tmp_path)[::3],
         ["quantize", "-m", source, "--isq", "q8_0", "-o", str(tmp_path / "out")],
-        ["run", "-m", source, "--prompt", "x"],
-        ["perplexity", source, "--text", TEXT, "--tokens", "64", "--context", "32"],
         ["imatrix", source, TEXT, "-o", str(tmp_path / "x.gguf")],
     ):
         assert main(command) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("isqtorch: ") and "LlamaForCausalLM" in error and "isqtorch.quantize_" in error
+        assert error.startswith("isqtorch: ") and "LlamaForCausalLM" in error and "lm_head.weight" in error
         assert (architectures or ["model of type llama"])[0] in error and len(error) < 400
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_model_whose_type_has_no_language_model_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_a_model_that_makes_no_text_is_refused_where_text_is_needed(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "source")
-    assert main(["quantize", "-m", str(tmp_path / "source"), "--isq", "4", "-o", str(tmp_path / "out")]) == 1
+    source = classifier(tmp_path / "source", [architecture])
+    for command in commands(source, tmp_path):
+        assert main(command) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(
+            f"isqtorch: {source} is a {architecture}, which does not generate text, but {command[0]} needs"
+        )
+        assert len(error) < 400
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "LlamaModel"])
+def test_a_model_is_written_as_its_own_class(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = classifier(tmp_path / "source", [architecture]), tmp_path / "out"
+    assert main(["quantize", "-m", source, "--isq", "q8_0", "-o", str(out)]) == 0
+    report = capsys.readouterr().out
+    assert ("score.weight" in report) == (architecture == "LlamaModel")  # the note about what has no place
+    content = json.loads((out / "config.json").read_text())
+    assert content["architectures"] == [architecture] and content["quantization_config"]["quant_method"] == "isq"
+    want = getattr(transformers, architecture).from_pretrained(source)
+    isqtorch.quantize_(want, "q8_0", progress=False)
+    packed = getattr(transformers, architecture).from_pretrained(out)
+    assert state_bytes(packed) == state_bytes(want)
+
+
+def test_a_class_that_transformers_does_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = classifier(tmp_path / "source", ["LlamaForPoetry"])
+    assert main(["quantize", "-m", source, "--isq", "q8_0", "-o", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "is a ViTForImageClassification, but" in error and "no causal language model of its type" in error
-    assert len(error) < 400
+    assert "is a LlamaForPoetry, and the classes of transformers" in error and "LlamaForSequenceClassification" in error

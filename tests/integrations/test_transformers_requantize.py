@@ -154,15 +154,15 @@ def test_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
 def test_new_heads_and_heads_of_another_size(llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification as Auto
 
-    model = Auto.from_pretrained(llama, num_labels=3, quantization_config=IsqConfig("q4k"))
+    model = Auto.from_pretrained(llama, num_labels=40, quantization_config=IsqConfig("q4k"))
     head = model.score.weight.detach().clone()
     requantize_(model, "q8_0")  # the head from what it is
     assert torch.equal(model.score.weight, torch.ops.isqtorch.quantize(head, "q8_0"))
     with pytest.raises(ValueError, match=r"has no score\.weight\. Give source=.* or exclude the layer"):
         requantize_(model, "q5_0")
     requantize_(model, "q5_0", exclude="score")
-    Auto.from_pretrained(llama, num_labels=32).save_pretrained(tmp_path)
-    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    Auto.from_pretrained(llama, num_labels=64).save_pretrained(tmp_path)
+    options = {"num_labels": 48, "ignore_mismatched_sizes": True}
     other = Auto.from_pretrained(tmp_path, quantization_config=IsqConfig("q4k"), **options)
     assert requantize_(other, "q8_0", exclude="score")["score"].stored is None
 

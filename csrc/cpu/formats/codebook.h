@@ -14,14 +14,7 @@ ISQ_INLINE void decode_levels(const uint8_t* qs, float scale, const float* level
   }
 }
 
-template <int (*kLevel)(int)>
-inline constexpr auto kLevelFloats = [] {
-  struct {
-    float at[16];
-  } levels{};
-  for (int i = 0; i < 16; ++i) levels.at[i] = (float)kLevel(i);
-  return levels;
-}();
+constexpr float kIq4Floats[16] = {ISQ_IQ4_LEVELS}, kE2m1Floats[16] = {ISQ_E2M1_LEVELS};
 
 // w = d * level
 struct Iq4Nl : BlockwiseFormat {
@@ -29,9 +22,7 @@ struct Iq4Nl : BlockwiseFormat {
   static constexpr int kBlock = 32;
   static constexpr bool kTakesImportance = true;
 
-  static void decode(const Block& block, float* w) {
-    decode_levels(block.qs, f16_to_f32(block.d), kLevelFloats<iq4_level>.at, w);
-  }
+  static void decode(const Block& block, float* w) { decode_levels(block.qs, f16_to_f32(block.d), kIq4Floats, w); }
 
   static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
     LaneFloats w[32];
@@ -68,7 +59,7 @@ struct Iq4Xs : BlockwiseFormat {
     const float d = f16_to_f32(block.d);
     for (int j = 0; j < 8; ++j) {
       const int low = block.scales_l[j / 2] >> (4 * (j % 2)) & 15, high = block.scales_h[j / 4] >> (2 * (j % 4)) & 3;
-      decode_levels(block.qs + 16 * j, d * (float)((low | high << 4) - 32), kLevelFloats<iq4_level>.at, w + 32 * j);
+      decode_levels(block.qs + 16 * j, d * (float)((low | high << 4) - 32), kIq4Floats, w + 32 * j);
     }
   }
 
@@ -90,8 +81,7 @@ struct Iq4Xs : BlockwiseFormat {
       out[l].d = stored.bits[l];
       for (int h = 0; h < 2; ++h) {
         const LaneInts* at = sc + 4 * h;
-        out[l].scales_h[h] =
-            (uint8_t)(at[0][l] >> 4 | at[1][l] >> 4 << 2 | at[2][l] >> 4 << 4 | at[3][l] >> 4 << 6);
+        out[l].scales_h[h] = (uint8_t)(at[0][l] >> 4 | at[1][l] >> 4 << 2 | at[2][l] >> 4 << 4 | at[3][l] >> 4 << 6);
       }
     }
     store_bytes<4>(out->scales_l, sizeof(Block), [&](int j) { return (sc[2 * j] & 15) | (sc[2 * j + 1] & 15) << 4; });
@@ -111,7 +101,7 @@ struct Mxfp4 : BlockwiseFormat {
 
   static void decode(const Block& block, float* w) {
     const uint32_t e = block.e, bits = e > 1 ? (e - 1) << 23 : 0x200000u << e;
-    decode_levels(block.qs, bits_float(bits), kLevelFloats<e2m1_level>.at, w);
+    decode_levels(block.qs, bits_float(bits), kE2m1Floats, w);
   }
 
   static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {

@@ -7,14 +7,16 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// Levels are stored plus kCenter, because codes are unsigned.
+typedef int8_t SignedQuarter __attribute__((vector_size(16)));
+
+// Tables of levels plus kCenter, because codes are unsigned.
 struct Iq4Levels {
   static constexpr int kCenter = 128, kMaxCode = 255;
-  static constexpr Quarter kTable = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+  static constexpr Quarter kTable = (Quarter)SignedQuarter{ISQ_IQ4_LEVELS} + (uint8_t)kCenter;
 };
 struct E2m1Levels {
   static constexpr int kCenter = 12, kMaxCode = 24;
-  static constexpr Quarter kTable = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  static constexpr Quarter kTable = (Quarter)SignedQuarter{ISQ_E2M1_LEVELS} + (uint8_t)kCenter;
 };
 
 // iq4_nl, mxfp4: sixteen blocks, lane l = block l.

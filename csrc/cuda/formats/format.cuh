@@ -1,4 +1,5 @@
-// What the kernels know of a format. Each format has one struct (ggml32.cuh, kquants.cuh, stream.cuh, fp8.cuh), and
+// What the kernels know of a format. Each format has one struct (ggml32.cuh, kquants.cuh, codebook.cuh, stream.cuh,
+// fp8.cuh), and
 // only that knows the format's bytes.
 //
 // A struct offers three views. `decode` gives exact weights, equal to the reference in every bit: for dequantize,
@@ -44,7 +45,7 @@ struct Affine {
 //
 //   using Block                        its bytes, or uint8_t where Shape has the size
 //   static constexpr int kBlock        weights in a block; 0 where Shape says so
-//   static constexpr int kAlign        of every block's address: 2 or 4
+//   static constexpr int kAlign        of every block's address: 1, 2 or 4
 //   static constexpr int kGroup        16 or 32: weights that share scale and offset (32 also where more do)
 //   static constexpr Order kOrder      kQuads if kGroup is 16
 //   static constexpr int kMaxChunkBytes
@@ -76,11 +77,14 @@ ISQ_DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const 
 template <int kAlign>
 ISQ_DEVICE uint32_t load_u32(const uint8_t* p) {
   if constexpr (kAlign >= 4) return *reinterpret_cast<const uint32_t*>(p);
+  if constexpr (kAlign == 1) return p[0] | p[1] << 8 | p[2] << 16 | (uint32_t)p[3] << 24;
   return load_u16(p) | load_u16(p + 2) << 16;
 }
 
 template <class Block>
-constexpr int kAlignOf = sizeof(Block) % 4 ? 2 : 4;
+constexpr int kAlignOf = sizeof(Block) % 2   ? 1
+                         : sizeof(Block) % 4 ? 2
+                                             : 4;
 
 // Shifts bit `from` to bit `to`. If `from` is a constant, so is the shift.
 ISQ_DEVICE uint32_t move_bit(uint32_t word, int from, int to) {

@@ -1,10 +1,12 @@
 // The formats of this backend, from the list in blocks.h.
 //
 // The files of instances/ instantiate the kernels for the structs of one family. They are compiled once for each
-// family, with ISQ_FAMILY defined as ISQ_GGML32, ISQ_KQUANTS, ISQ_STREAM or ISQ_FP8 (csrc/cuda/build.py).
+// family, with ISQ_FAMILY defined as ISQ_GGML32, ISQ_KQUANTS, ISQ_CODEBOOKS, ISQ_STREAM or ISQ_FP8
+// (csrc/cuda/build.py).
 #pragma once
 
 #include "blocks.h"
+#include "cuda/formats/codebook.cuh"
 #include "cuda/formats/fp8.cuh"
 #include "cuda/formats/ggml32.cuh"
 #include "cuda/formats/kquants.cuh"

@@ -1,6 +1,7 @@
 // `quantize` for the formats of ISQ_FAMILY, see formats/list.cuh.
 #include "cuda/formats/list.cuh"
 #include "cuda/kernels/quantize/blocks32.cuh"
+#include "cuda/kernels/quantize/codebook.cuh"
 #include "cuda/kernels/quantize/fp8.cuh"
 #include "cuda/kernels/quantize/kquants_affine.cuh"
 #include "cuda/kernels/quantize/kquants_symmetric.cuh"

@@ -4,6 +4,7 @@
 // The arithmetic is that of csrc/cpu/formats, operation by operation, so that the bytes are the same. faults [2] gets
 // the first block with a NaN or an infinity, and the first one whose 16-bit scale would be infinite.
 #include "metal/formats/format.h"
+#include "metal/formats/codebook.h"
 #include "metal/formats/fp8.h"
 #include "metal/formats/ggml32.h"
 #include "metal/formats/stream.h"
@@ -131,7 +132,8 @@ struct Quantizer<Bytes<sums>> {
     store_f16(out, stored);
     if (sums) store_f16(out + 2, half(d * float(sum)));
     for (int j = 0; j < 16; ++j) {
-      *(device ushort*)(out + (sums ? 4 : 2) + 2 * j) = ushort(uint(codes[2 * j] & 255) | uint(codes[2 * j + 1] & 255) << 8);
+      *(device ushort*)(out + (sums ? 4 : 2) + 2 * j) =
+          ushort(uint(codes[2 * j] & 255) | uint(codes[2 * j + 1] & 255) << 8);
     }
     return fits(stored) ? Fault::none : Fault::overflow;
   }
@@ -224,6 +226,38 @@ struct Quantizer<Fp8> {
     for (int j = 0; j < 64; ++j) {
       *(device ushort*)(out + 4 + 2 * j) = ushort(encode(x[2 * j] / scale) | encode(x[2 * j + 1] / scale) << 8);
     }
+    return Fault::none;
+  }
+};
+
+// ---- mxfp4 ----
+
+template <>
+struct Quantizer<MXFP4> {
+  static constant constexpr const bool f16_scales = false;
+
+  // floor(log2(largest)) - 2 + 127, as in csrc/searches/codebook.h: just below a power of two, the logarithm rounds up.
+  static int exponent_of(float largest) {
+    const uint bits = as_type<uint>(largest);
+    const int above = int(bits >> 23) - 126, n = above > 0 ? above - 1 : -above;
+    const float units = float(0x800000u - (bits & 0x7fffffu));
+    const float spacing = as_type<float>(as_type<uint>(float(n)) & 0x7f800000u);
+    const int e = above + 124 + (units <= 0.6931472f * spacing ? 1 : 0);
+    return largest > 0.0f ? max(e, 0) : 0;
+  }
+  static uint code(float f, float step) {
+    const float magnitude = fabs(f);
+    uint nearest = 0;
+    for (int i = 1; i < 8; ++i) {
+      nearest += magnitude > step * (0.5f * (kE2m1Levels[i - 1] + kE2m1Levels[i])) ? 1u : 0u;
+    }
+    return nearest > 0u && f < 0.0f ? nearest | 8u : nearest;
+  }
+  static Fault choose(const thread float* x, float largest, int, device uchar* out) {
+    const int e = exponent_of(largest);
+    const float step = MXFP4::power(uint(e));
+    out[0] = uchar(e);
+    for (int j = 0; j < 16; ++j) out[1 + j] = uchar(code(x[j], step) | code(x[j + 16], step) << 4);
     return Fault::none;
   }
 };

@@ -5,7 +5,7 @@ Needs `isqtorch[serve]`; otherwise the import raises an ImportError that says so
 
 from __future__ import annotations
 
-from isqtorch.app.model import needs_transformers
+from isqtorch.integrations.opening import needs_transformers
 
 with needs_transformers():
     from transformers.utils.import_utils import is_serve_available

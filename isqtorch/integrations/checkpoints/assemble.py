@@ -20,7 +20,13 @@ from isqtorch.inplace.host import announce
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
 from isqtorch.inplace.prepare import Prepared
-from isqtorch.integrations.transformers.skeleton import describe_unloaded, pack_on_meta, prepare_on_cpu
+from isqtorch.integrations.transformers.skeleton import (
+    Parents,
+    describe_unloaded,
+    pack_on_meta,
+    parents_of,
+    prepare_on_cpu,
+)
 from isqtorch.modules.activations import permit
 from isqtorch.modules.convert import owner_of, parameter_name, upright
 from isqtorch.modules.packed import ordinary_tensors
@@ -28,9 +34,11 @@ from isqtorch.modules.parameter import PackedParameter
 from isqtorch.modules.plausible import SWITCH, weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
 from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
+from isqtorch.progress import progress_bar
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
@@ -49,7 +57,13 @@ class _Stored:
     held: Held
 
 
-def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device: torch.device) -> QuantReport:
+def assemble(
+    model: Any,
+    checkpoint: Checkpoint,
+    request: Request | None,
+    device: torch.device,
+    progress: bool | None = False,
+) -> QuantReport:
     """Fill a model with the weights of a checkpoint.
 
     Args:
@@ -59,6 +73,7 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
         request: formats for packing anew. Weights that already have the format that it gives them, and weights that it
             leaves alone, stay as they are in the checkpoint. None: all do.
         device: where the weights go.
+        progress: whether to show a progress bar; None: if stderr is a terminal.
 
     Returns:
         The report. It is `model.isq_report` as well, if any weight is packed.
@@ -74,18 +89,25 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     jobs = {} if prepared is None else {name: job for job in prepared.jobs for name in job.names}
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
-    with ordinary_tensors():
-        for layer in inventory.layers:
-            if layer.tied_to is None and layer.name in jobs:
-                _pack(model, incoming, stored[layer.name], jobs[layer.name], device)
+    parents = parents_of(model)
+    with ordinary_tensors(), progress_bar(OP, "layer", progress, inventory.layers) as bar:
+        for layer in bar:
+            if layer.tied_to is None and layer.name in jobs and layer.name in stored:
+                _pack(model, parents, incoming, stored[layer.name], jobs[layer.name], device)
             elif layer.tied_to is None and layer.packed_as is not None:
-                _keep(model, incoming, stored[layer.name], layer.packed_as, device)
+                _keep(model, parents, incoming, stored[layer.name], layer.packed_as, device)
         _fill(model, incoming, device)
     incoming.release()
     if request is not None:
         permit(model.modules(), request.options.activations)
     report = QuantReport.of_packed(inventory) if prepared is None else prepared.report()
     _explain(report, stored, incoming, model)
+    anew = [name for name in jobs if name in stored and not stored[name].held.is_float()] if request is not None else []
+    if anew:
+        report.notes.append(
+            f"{len(anew)} weights are packed anew from the quantized ones of {incoming.where}: their errors stay, and more bits "
+            "gain nothing"
+        )
     origin = Origin(checkpoint.files) if request is None else Origin.made(checkpoint.files, None, request)
     origin.attach(model)
     announce(model, report)
@@ -93,6 +115,14 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
         warnings.warn(message, stacklevel=3)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def stored_inventory(model: Any, checkpoint: Checkpoint) -> Inventory:
+    """The inventory that a model without weights would have with all blocks of a checkpoint. No weight is read."""
+    incoming = checkpoint.weights(model)
+    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, incoming)
+    incoming.release()
+    return inventory
 
 
 # ---- what becomes of each weight ------------------------------------------------------------------------------------
@@ -115,7 +145,28 @@ def _as_stored(inventory: Inventory, model: Any, incoming: Incoming) -> tuple[In
         held = stored[layer.holder].held if layer.holder in stored else None
         takes = held is not None and held.fmt is not None and layer.kind != "other" and layer.keep is None
         layers.append(replace(layer, packed_as=held.fmt.name) if takes and held and held.fmt else layer)
-    return replace(inventory, layers=layers), stored
+    return replace(inventory, layers=_experts_together(layers, stored)), stored
+
+
+def _experts_together(layers: Sequence[LayerInfo], stored: dict[str, _Stored]) -> list[LayerInfo]:
+    """Make all stacks of fused experts float if one of them is: a module of experts computes only when all are packed."""
+    floats = {
+        layer.block: layer.name
+        for layer in layers
+        if layer.kind == "experts"
+        and layer.packed_as is None
+        and (layer.name not in stored or stored[layer.name].held.instead is None)
+    }
+    together = []
+    for layer in layers:
+        other = floats.get(layer.block) if layer.kind == "experts" else None
+        if other is None or layer.name not in stored or stored[layer.name].held.is_float():
+            together.append(layer)
+            continue
+        held = Held(note=f"decoded, because {other} of the same experts is float in the file")
+        stored[layer.name] = replace(stored[layer.name], held=held)
+        together.append(replace(layer, packed_as=None))
+    return together
 
 
 def _prepare(inventory: Inventory, stored: dict[str, _Stored], request: Request | None) -> Prepared | None:
@@ -136,11 +187,11 @@ def _prepare(inventory: Inventory, stored: dict[str, _Stored], request: Request 
 # ---- weight by weight -----------------------------------------------------------------------------------------------
 
 
-def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
+def _keep(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, format: str, device: torch.device) -> None:
     """Take over the blocks of one weight."""
     fmt = get_format(format)
     for name in stored.names:
-        pack_on_meta(model, name, fmt)
+        pack_on_meta(model, name, fmt, parents)
     module, leaf = owner_of(model, stored.names[0])
     shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
     blocks = incoming.blocks(stored.key)
@@ -155,7 +206,7 @@ def _keep(model: Any, incoming: Incoming, stored: _Stored, format: str, device: 
     _share(model, stored.names, PackedParameter(blocks.to(device)))
 
 
-def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
+def _pack(model: Any, parents: Parents, incoming: Incoming, stored: _Stored, job: Job, device: torch.device) -> None:
     """Pack one weight from its decoded values, which are rounded to the model's type as for `requantize_`."""
     module, leaf = owner_of(model, stored.names[0])
     expected = module._parameters[leaf]
@@ -164,7 +215,7 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     matrix = upright(module, weight)
     if device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
         matrix = matrix.to(device)
-    with naming_memory(OP, job, _STATE):
+    with naming_memory(OP, job.names[0], f"packed in {job.fmt.name}", _STATE):
         try:
             packed = pack_weight(matrix, job)
         except ValueError as error:
@@ -173,15 +224,16 @@ def _pack(model: Any, incoming: Incoming, stored: _Stored, job: Job, device: tor
     del weight, matrix
     incoming.release()
     for name in stored.names:
-        pack_on_meta(model, name, job.fmt)
+        pack_on_meta(model, name, job.fmt, parents)
     _share(model, stored.names, PackedParameter(packed.to(device)))
 
 
-def _share(model: Any, names: Sequence[str], parameter: nn.Parameter) -> None:
+def _share(model: Any, names: Sequence[str], parameter: PackedParameter) -> None:
     """Set the packed weight in all layers that share it."""
     for name in names:
         module, leaf = owner_of(model, name)
         module._parameters[leaf] = parameter
+        parameter.belongs_to(module, leaf)
 
 
 def _fill(model: Any, incoming: Incoming, device: torch.device) -> None:
@@ -239,6 +291,7 @@ def _explain(report: QuantReport, stored: dict[str, _Stored], incoming: Incoming
         held = stored[layer.tied_to or layer.name].held if (layer.tied_to or layer.name) in stored else None
         if held is not None and held.note:
             layer.reason = "; ".join(filter(None, [held.note, layer.reason]))
+    report.notes.extend(incoming.notes)
     unused = incoming.unused(model.state_dict(keep_vars=True))
     if unused:
         report.notes.append(

@@ -33,6 +33,9 @@ class Held:
     instead: QuantFormat | None = None
     note: str = ""
 
+    def is_float(self) -> bool:
+        return self.fmt is None and self.instead is None
+
 
 class Incoming(Source):
     """The weights of a checkpoint, by the names of a model's parameters and saved buffers.
@@ -40,9 +43,15 @@ class Incoming(Source):
     Attributes:
         where: the file or folder, for messages.
         files: absolute paths of the files.
+        notes: what the report says about the checkpoint as a whole.
     """
 
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        held = self.held(name)
+        return self.blocks(name) if held is not None and held.fmt is fmt else None
 
     @abstractmethod
     def held(self, name: str) -> Held | None:
@@ -72,11 +81,13 @@ class Checkpoint(ABC):
         where: the file or folder, for messages.
         files: absolute paths of all files with weights.
         kind: the name of the file format, for messages: "GGUF", "MLX".
+        notes: for the report: what the file has that the configuration cannot say; known after `config()`.
     """
 
     where: str
     files: tuple[str, ...]
     kind: str
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def config(self) -> Any:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import _assign_is_quantized
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files
 from isqtorch.inplace.source import Source
+from isqtorch.integrations.checkpoints.doors import checkpoint_of, open_checkpoint
+from isqtorch.integrations.checkpoints.incoming import Incoming
+from isqtorch.integrations.hub import cached_weights
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules.foreign import find_foreign
 from isqtorch.policy.inventory import inspect_model
@@ -27,8 +29,6 @@ from .config import IsqConfig
 from .quantizer import IsqHfQuantizer, record
 from .skeleton import packed_formats
 from .source import ConvertedSource
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class TransformersHost:
@@ -40,15 +40,23 @@ class TransformersHost:
             return None
         name = str(model.config.name_or_path or "")
         try:
+            other = open_checkpoint(name, local=True) if name else None
+            if other is not None:
+                return list(other.files)
             if Path(name).is_dir():
                 return [str(path) for path in checkpoint_files(Path(name), name)] if name else None
-            return _cached(name, getattr(model.config, "_commit_hash", None))
+            return cached_weights(name, getattr(model.config, "_commit_hash", None))
         except (OSError, ValueError):  # ValueError: also for names that are no valid repository ids
             return None
 
     def open(self, model: nn.Module, files: Sequence[str], remembered: bool) -> Source | None:
         if not isinstance(model, PreTrainedModel):
             return None
+        other = checkpoint_of(files)
+        if other is not None:
+            incoming = other.weights(model)
+            incoming.note = _about(model, incoming)
+            return incoming
         # The conversions of this load may include the user's own mapping. Other files may need other conversions.
         used = getattr(model, "_weight_conversions", None) if remembered else None
         return ConvertedSource(model, files, get_model_conversion_mapping(model) if used is None else used)
@@ -88,22 +96,22 @@ class TransformersHost:
         _assign_is_quantized(model)
 
 
+def records(model: object) -> bool:
+    """Whether `save_pretrained` of a model writes the formats of its packed layers into config.json."""
+    return isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), IsqHfQuantizer)
+
+
+def _about(model: PreTrainedModel, incoming: Incoming) -> str:
+    """What the report says about the weights of another program's checkpoint."""
+    held = [found for name in model.state_dict(keep_vars=True) if (found := incoming.held(name)) is not None]
+    formats = sorted({fmt.name for each in held if (fmt := each.fmt or each.instead) is not None})
+    if not formats:
+        return ""
+    return f"they are quantized there ({', '.join(formats)}), their errors stay, and more bits gain nothing"
+
+
 def tied(model: PreTrainedModel) -> None:
     """Update the record of a model after tying has changed the kind of some layers."""
     TransformersHost().changed(model, None)
     if packed_formats(model):
         model.isq_report = QuantReport.of_packed(inspect_model(model))
-
-
-def _cached(name: str, revision: str | None) -> list[str] | None:
-    """The files of a model in the local cache of the Hub, without network access; None if they are not complete."""
-    single = try_to_load_from_cache(name, _SINGLE, revision=revision) if name else None
-    if isinstance(single, str):  # before the index, as transformers does
-        return [single]
-    index = try_to_load_from_cache(name, _INDEX, revision=revision) if name else None
-    if not isinstance(index, str):
-        return None
-    mapping = read_json(Path(index)).get("weight_map")
-    names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-    found = [try_to_load_from_cache(name, file, revision=revision) for file in names]
-    return [str(file) for file in found] if found and all(isinstance(file, str) for file in found) else None

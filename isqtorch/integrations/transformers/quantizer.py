@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -46,6 +47,7 @@ from .skeleton import (
     describe_unloaded,
     pack_on_meta,
     packed_formats,
+    parents_of,
     prepare_on_cpu,
     restore,
     restore_activations,
@@ -53,6 +55,7 @@ from .skeleton import (
 )
 from .stored import Stack, StoredLoad
 
+_NO_MEMORY = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
 
@@ -68,7 +71,7 @@ class _Load:
     meter: Meter | None  # set in the first reading of "auto"
     started: float = field(default_factory=time.perf_counter)
     misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
-    failure: ValueError | None = None  # the first error; the loader would only log it
+    failure: Exception | None = None  # the first error; the loader would only log it
     stored: StoredLoad | None = None  # the weights that another program has quantized
 
 
@@ -129,10 +132,10 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 stored.keep(prepared.jobs)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
-        jobs = {}
+        jobs, parents = {}, parents_of(model)
         for job in prepared.jobs:
             for name in job.names:
-                pack_on_meta(model, name, job.fmt)
+                pack_on_meta(model, name, job.fmt, parents)
                 if stored is None or parameter_name(model, name) not in stored.kept:
                     jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
@@ -227,10 +230,14 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
+            job = load.jobs[name]
             try:
-                return pack(load)
+                with naming_memory("IsqConfig", job.names[0], f"packed in {job.fmt.name}", _NO_MEMORY):
+                    return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error}")
+            except Exception as error:
+                load.failure = error
         return torch.empty(0, dtype=torch.uint8)  # after a failure nothing is packed; it is raised after loading
 
     # ---- after the weights -------------------------------------------------------------------------------------------
@@ -240,7 +247,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         name_packed(model)
         mark_rows(model)
         if load is None:
-            _check_loaded(model, self._files)
+            with closing(self._files) as files:
+                _check_loaded(model, files)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -312,10 +320,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        state = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
-        with naming_memory(METHOD, job, state):
-            packed = pack_weight(source, job, importance)
-            job.watch.finish()  # reads the weight, whose pages are dropped now
+        packed = pack_weight(source, job, importance)
+        job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -329,13 +335,14 @@ def local(parameter: Any) -> Tensor:
 def _check_loaded(model: Any, files: MappedFiles) -> None:
     """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same.
 
-    Pages of `files` that the check has read are dropped again, so that they do not count as memory of this process.
+    Samples of weights that are views of `files` are read from there, so that no pages become memory of this process.
     """
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
             name, weight = name_of(path, leaf), module._parameters[leaf]
-            if weight.device.type == "meta":  # offloaded
+            data = plain_bytes(weight)
+            if data.device.type == "meta":  # offloaded
                 continue
             if not getattr(weight, "_is_hf_initialized", False):
                 raise ValueError(
@@ -343,8 +350,10 @@ def _check_loaded(model: Any, files: MappedFiles) -> None:
                     "It is damaged, or its files are of different models."
                 )
             if id(weight) not in first:
-                why = weight_fault(weight, get_format(format))
-                files.drop(plain_bytes(weight))
+                place = files.place(data)
+                why = weight_fault(data, get_format(format), place)
+                if place is None:
+                    files.drop(data)
                 if why is not None:
                     raise ValueError(
                         f"{METHOD}: config.json says that {name} is packed as {format}, and its bytes are not: read as {format}, {why}. "

@@ -57,8 +57,28 @@ def _device_type(name: str, device_map: object) -> str:
     return "cpu"
 
 
-def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
-    """Replace an ordinary layer by a packed one without values."""
+Parents = dict[int, list[tuple[nn.Module, str]]]
+"""id of a module -> the modules that hold it, and the names under which they do."""
+
+
+def parents_of(model: nn.Module) -> Parents:
+    """Who holds which module. To replace many layers, make it once: to look through all modules each time takes long."""
+    found: Parents = {}
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, leaf))
+    return found
+
+
+def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat, parents: Parents | None = None) -> None:
+    """Replace an ordinary layer by a packed one without values.
+
+    Args:
+        model: the model.
+        name: the layer.
+        fmt: its format.
+        parents: of the model's modules, kept up to date; None: they are looked for.
+    """
     old, leaf = owner_of(model, name)
     if isinstance(old, PackedModule) and leaf in old.packed:
         return  # a module with several names: replaced already
@@ -67,7 +87,7 @@ def pack_on_meta(model: nn.Module, name: str, fmt: QuantFormat) -> None:
     new = to_packed(old, PackedParameter(packed), fmt, leaf)
     # Else transformers would write random numbers into packed bytes that the checkpoint lacks; see `unpack_missing`.
     cast(Any, new)._is_hf_initialized = True
-    _replace_everywhere(model, old, new)
+    _replace_everywhere(model, old, new, parents)
 
 
 def restore(model: Any, layers: Mapping[str, str], files: Sequence[str]) -> None:
@@ -82,6 +102,7 @@ def restore(model: Any, layers: Mapping[str, str], files: Sequence[str]) -> None
         ValueError: neither the model nor the checkpoint has a layer, it cannot be packed, or the format does not fit it.
     """
     unknown = []
+    parents = parents_of(model)
     for stored, name in layers.items():
         path = _find(model, stored)
         if path is None:
@@ -106,7 +127,7 @@ def restore(model: Any, layers: Mapping[str, str], files: Sequence[str]) -> None
                 f"{METHOD}: config.json says that {stored} is packed as {fmt.name}, but its {columns} columns are not a multiple of "
                 f"{fmt.block}. The checkpoint was made from another model, or is damaged."
             )
-        pack_on_meta(model, path, fmt)
+        pack_on_meta(model, path, fmt, parents)
     _check_unknown(model, unknown, files)
     for name, module in model.named_modules():
         if isinstance(module, QuantExperts) and len(module.packed) < len(matrices(module)):
@@ -231,11 +252,14 @@ def _unpack_missing_experts(model: Any, name: str, module: QuantExperts) -> list
     return [name_of(name, leaf) for leaf in module.packed] if missing else []
 
 
-def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in model.modules():
-        for leaf, child in parent._modules.items():
-            if child is old:
-                parent._modules[leaf] = new
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module, parents: Parents | None = None) -> None:
+    if new is old:
+        return
+    parents = parents_of(model) if parents is None else parents
+    holders = parents.pop(id(old), [])
+    for parent, leaf in holders:
+        parent._modules[leaf] = new
+    parents[id(new)] = holders
 
 
 def _owner(model: Any, name: str) -> Any:

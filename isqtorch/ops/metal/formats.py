@@ -8,6 +8,7 @@ import torch
 
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.formats.affine import AffineFormat
+from isqtorch.formats.codebook import CodebookFormat
 from isqtorch.formats.fp8 import Fp8Format
 from isqtorch.formats.hqq import HqqFormat
 
@@ -22,6 +23,7 @@ class Struct(NamedTuple):
 
 
 _GGML32, _KQUANTS, _FP8 = "metal/formats/ggml32.h", "metal/formats/kquants.h", "metal/formats/fp8.h"
+_CODEBOOK = "metal/formats/codebook.h"
 
 
 def struct_of(name: str) -> Struct:
@@ -33,6 +35,8 @@ def struct_of(name: str) -> Struct:
         return _stream(fmt, "scale_zero_f16", False)
     if isinstance(fmt, Fp8Format):
         return Struct(_FP8, "Fp8", 16, True)
+    if isinstance(fmt, CodebookFormat):
+        return Struct(_CODEBOOK, name.upper(), 16 if fmt.block == 32 else 32, name == "mxfp4")
     if fmt.block == 32:
         return Struct(_GGML32, name.upper(), 16, True)
     assert fmt.block == 256, f"{name} has no Metal struct"

@@ -90,6 +90,8 @@ template <int kAlign>
 ISQ_DEVICE void store_u32(uint8_t* to, uint32_t value) {
   if constexpr (kAlign >= 4) {
     *reinterpret_cast<uint32_t*>(to) = value;
+  } else if constexpr (kAlign == 1) {
+    for (int i = 0; i < 4; ++i) to[i] = (uint8_t)(value >> (8 * i));
   } else {
     store_u16(to, value);
     store_u16(to + 2, value >> 16);
@@ -205,8 +207,8 @@ ISQ_DEVICE void write_tile(const uint8_t* packed, uint8_t* out, int bytes) {
     if (at >= shift && at + 16 <= end) {
       *reinterpret_cast<uint4*>(out - shift + at) = *reinterpret_cast<const uint4*>(packed + at);
     } else {
-      for (int i = at; i < at + 16; i += 2) {
-        if (i >= shift && i < end) store_u16(out - shift + i, load_u16(packed + i));
+      for (int i = at; i < at + 16; ++i) {
+        if (i >= shift && i < end) out[i - shift] = packed[i];
       }
     }
   }

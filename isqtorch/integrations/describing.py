@@ -1,0 +1,96 @@
+"""Describe a checkpoint for `plan`: as the model of transformers that it would be, on the meta device."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+
+import torch
+
+from isqtorch.files.checkpoints import Checkpoint
+from isqtorch.policy.headers import DTYPES
+from isqtorch.policy.inventory import Inventory
+from isqtorch.report.plan import Described
+
+from .checkpoints.doors import open_checkpoint
+from .classes import auto_class
+from .opening import Opened, empty_model, needs_transformers
+
+_MOST_BLOCKS = 4096  # of a configuration; each is made in Python
+_ENOUGH = 0.95  # share of a model's parameters that its files must hold: some are computed, or tied
+
+
+class TransformersDescriber:
+    """See `isqtorch.report.plan.Describer`. transformers is imported when it is first asked."""
+
+    def other(self, source: str | os.PathLike[str]) -> Described | None:
+        if not isinstance(source, (str, os.PathLike)) or open_checkpoint(source, local=True) is None:
+            return None
+        with needs_transformers():
+            import accelerate  # noqa: F401
+        from .checkpoints.assemble import stored_inventory
+
+        opened = Opened.of(source, local=True)
+        assert opened.checkpoint is not None
+        model = opened.empty(opened.own_dtype() or torch.float32)
+        inventory = stored_inventory(model, opened.checkpoint)
+        note = f"what is packed anew is made of decoded {opened.checkpoint.kind} weights: their errors stay"
+        packed = any(layer.packed_as for layer in inventory.layers)
+        return Described(inventory, [note] if packed else [], opened.config.to_dict())
+
+    def model(self, found: Checkpoint) -> Inventory | str:
+        missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+        if missing:
+            return f"{missing[0]} is not installed (pip install 'isqtorch[hf]')"
+        kind = found.config.get("model_type")
+        from transformers import CONFIG_MAPPING
+
+        from .transformers.skeleton import describe_unloaded
+
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            return f"transformers has no model_type {kind!r:.80}"
+        if _blocks(found.config) > _MOST_BLOCKS:
+            return "its config.json names more layers than a model has"
+        try:
+            config = CONFIG_MAPPING[kind].from_dict(dict(found.config))
+            auto, _ = auto_class(kind, config)
+            own = getattr(config, "dtype", None)
+            dtype = own if isinstance(own, torch.dtype) and own.is_floating_point else _common_type(found)
+            model = empty_model(auto, config, dtype)
+        except Exception as error:  # of any kind: the classes compute with the values of the configuration
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"no model can be made of its config.json ({type(error).__name__}: {why:.200})"
+        inventory = describe_unloaded(model, {"": "cpu"})
+        return inventory if _fits(found, model, inventory) else "its config.json does not fit its tensors"
+
+
+def _common_type(found: Checkpoint) -> torch.dtype:
+    """The float type of most values in the files."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, shape in found.headers.values():
+        dtype = DTYPES.get(name)
+        if dtype is not None and dtype.is_floating_point:
+            counts[dtype] += prod(shape)
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def _fits(found: Checkpoint, model: Any, inventory: Inventory) -> bool:
+    """Whether the files can hold the weights of this model: those of the same name have the same size."""
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict(keep_vars=True).items()}
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    for name, (_, shape) in found.headers.items():
+        own = next((each for each in (name, prefix + name, name.removeprefix(prefix)) if each in sizes), None)
+        if own is not None and sizes[own] != prod(shape):
+            return False
+    return sum(prod(shape) for _, shape in found.headers.values()) >= _ENOUGH * inventory.numel
+
+
+def _blocks(config: Mapping[str, Any], depth: int = 3) -> int:
+    """The largest number of layers or experts in a configuration and its parts."""
+    own = [value for name, value in config.items() if type(value) is int and ("layer" in name or "expert" in name)]
+    parts = [_blocks(value, depth - 1) for value in config.values() if isinstance(value, Mapping) and depth]
+    return max([*own, *parts], default=0)
