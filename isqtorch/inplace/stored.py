@@ -56,7 +56,7 @@ class QuantizedFiles:
                 raise ValueError(f"{tensor.file}: tensor {name} has the unknown type {tensor.dtype}")
             headers[name] = Header(_TYPES[tensor.dtype], tensor.shape)
         self._store = store
-        self.files = StoredFiles(headers, self._read)
+        self.files = StoredFiles(headers, self._read, store.metadata)
         self.method = method.name
         self.weights, self.hidden = method.find(self.files)
         self._done: Callable[[Tensor], None] = lambda tensor: None
