@@ -19,7 +19,8 @@ BUILD_STAMP   := $(VENV)/.stamp-build
 # Other programs that open our files have an environment of their own. Nothing in $(VENV) depends on them.
 ENGINES       ?= .venv-engines
 LLAMA         := llama-cpp-python==0.3.36
-ENGINES_STAMP := $(ENGINES)/.stamp-$(subst =,-,$(LLAMA))
+MLX           := mlx-lm==0.32.2 mlx[cpu]==0.32.4
+ENGINES_STAMP := $(ENGINES)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subst =,-,$(LLAMA) $(MLX)))))
 
 # Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
 # machines: decoding is then slower by a factor of 50. Threads that sleep cost little elsewhere.
@@ -53,7 +54,7 @@ test-integrations: build  ## the tests with transformers: loading, saving, memor
 test-all: build  ## the test suite with its slow tests, but for tests/engines
 	$(PYTHON) -m pytest -m "slow or not slow" --ignore tests/engines
 
-test-engines: build $(ENGINES_STAMP)  ## exported files in llama.cpp, which is compiled for that once: 4 minutes on 2 cores
+test-engines: build $(ENGINES_STAMP)  ## exported files in llama.cpp, which is compiled for that once (4 minutes on 2 cores), and in mlx-lm
 	ISQTORCH_ENGINES="$(abspath $(ENGINES))/bin/python" $(PYTHON) -m pytest tests/engines
 
 test-neon: build  ## the kernels for arm64, in an emulator (Debian: g++-aarch64-linux-gnu and qemu-user)
@@ -140,7 +141,7 @@ $(ENGINES_STAMP):
 	@command -v $${CXX:-c++} >/dev/null || { echo "isqtorch: no C++ compiler for llama.cpp. On Debian or Ubuntu: sudo apt install g++; on macOS: xcode-select --install"; exit 1; }
 	test -x $(ENGINES)/bin/python || $(PYTHON3) -m venv $(ENGINES)
 	@echo "compiling llama.cpp: 4 minutes on 2 cores"
-	$(ENGINES)/bin/python -m pip install --quiet '$(LLAMA)'
+	$(ENGINES)/bin/python -m pip install --quiet '$(LLAMA)' $(foreach each,$(MLX),'$(each)')
 	@rm -f $(ENGINES)/.stamp-*
 	@touch $@
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isqtorch.files.checkpoints import opened
+from isqtorch.files.storable import check_storable
 from isqtorch.files.writing import replacing
 from isqtorch.formats import QuantFormat, get_format
 from isqtorch.inplace.host import announce
@@ -86,7 +87,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write.
 
     Raises:
-        ValueError: the state dict holds something other than tensors, or a tensor on the meta device.
+        ValueError: the state dict holds something other than tensors, a tensor on the meta device, or one that no file of
+            tensors can hold, such as those of torchao.
         OSError: the file cannot be written.
 
     Example:
@@ -98,10 +100,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     shared: dict[str, str] = {}
     names: dict[object, str] = {}  # storage -> first name
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"save: {name} is a {type(tensor).__name__}; only tensors can be saved")
-        if tensor.device.type == "meta":
-            raise ValueError(f"save: {name} is on the meta device and has no values. Load the weights first.")
+        check_storable("save", name, tensor)
+        tensor = tensor.resolve_conj().resolve_neg()  # such views have memory in which other values are
         first = names.setdefault(storage_key(tensor), name)
         if first == name:
             kept[name] = tensor.detach()
@@ -294,11 +294,12 @@ def _check_fit(model: nn.Module, header: Header, shapes: Mapping[str, tuple[tupl
         owner, _, leaf = name.rpartition(".")
         packed = entries.get(name)
         want = tuple(tensor.shape) if packed is None else packed.packed_shape
-        integer = not tensor.dtype.is_floating_point if packed is None else True
+        integer = packed is not None or not (tensor.is_floating_point() or tensor.is_complex())
         if (
             shape != want
             or (packed is not None and dtype != "U8")
             or integer != dtype.startswith(("I", "U", "B0", "BOOL"))
+            or (packed is None and tensor.is_complex()) != dtype.startswith("C")
         ):
             raise ValueError(
                 f"{path}: tensor {name} is {dtype} {list(shape)}, must be {'U8' if packed else tensor.dtype} {list(want)}"

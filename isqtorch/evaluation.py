@@ -1,8 +1,10 @@
 """Quality of a model: perplexity on a text, and the KL divergence of its predictions from those of a reference model.
 
 Both run the model over non-overlapping windows of `context` tokens, each from an empty cache. Position i of a window
-predicts token i + 1, so the last position of a window has no target and is not scored. Differences between formats are
-far smaller than differences between texts: compare only numbers from the same ids and the same context.
+predicts token i + 1, so the last position of a window has no target and is not scored. If the tokenizer begins a text
+with a BOS token, every window begins with it: some models, such as Gemma, predict nothing useful without one.
+Differences between formats are far smaller than differences between texts: compare only numbers from the same ids, the
+same tokenizer and the same context.
 """
 
 from __future__ import annotations
@@ -99,11 +101,12 @@ def perplexity(
             or object with these logits. A module runs in eval mode and gets its training flags back.
         ids_or_text: token ids `[T]` or `[1, T]`, or a text. A text is tokenized with the tokenizer's usual special
             tokens.
-        tokenizer: needed for a text; in mode "llamacpp" also with ids, if the model expects a BOS token.
+        tokenizer: needed for a text; with ids it is needed if the model expects a BOS token, which they do not show.
         context: tokens per window, at least 2 (in mode "llamacpp" 3).
-        mode: "global" scores every token except the first one of each window, also in a shorter last window. "llamacpp"
-            computes the same number as llama-perplexity: whole windows only, the first token replaced by BOS if the
-            tokenizer adds one, and only the tokens after position context // 2 scored.
+        mode: "global" scores every token except the first one of each window, also in a shorter last window. If the
+            tokenizer adds a BOS token, it is that first one: windows have a BOS and context - 1 tokens of the text, all
+            of which are scored. "llamacpp" computes the same number as llama-perplexity: whole windows only, the first
+            token replaced by BOS if the tokenizer adds one, and only the tokens after position context // 2 scored.
         batch: windows per forward. Logits of `batch * context * vocabulary` values are held in memory.
         progress: show a progress bar.
 
@@ -122,15 +125,18 @@ def perplexity(
         raise ValueError(f"perplexity: mode must be 'global' or 'llamacpp', got {mode!r}")
     llamacpp = mode == "llamacpp"
     ids = token_ids(ids_or_text, tokenizer, "perplexity")
-    run = _Windows("perplexity", ids, context, batch, first=context // 2 if llamacpp else 0, whole_only=llamacpp)
-    bos = bos_token(tokenizer) if llamacpp else None
+    bos = bos_token(tokenizer)
+    if llamacpp:
+        run = _Windows("perplexity", ids, context, batch, first=context // 2, whole_only=True)
+    else:
+        run = _Windows("perplexity", ids, context, batch, bos)
     nll = torch.empty(run.tokens, dtype=torch.float64)
     done = 0
     with evaluating(model):
         for window in run.each(progress, model):
             inputs = window.clone()
             if bos is not None:
-                inputs[:, 0] = bos
+                inputs[:, 0] = bos  # in mode "global" it is there already
             logits = _scored_logits(model, inputs, run.first)  # [n, vocab]
             targets = window[:, run.first + 1 :].flatten().to(logits.device)  # [n]
             for piece in _pieces(logits):
@@ -169,7 +175,8 @@ def reference_logits(
         isqtorch.quantize_(model, "q4k")
         print(isqtorch.kl_divergence(model, reference, text, tokenizer))
     """
-    run = _Windows("reference_logits", token_ids(ids_or_text, tokenizer, "reference_logits"), context, batch)
+    ids = token_ids(ids_or_text, tokenizer, "reference_logits")
+    run = _Windows("reference_logits", ids, context, batch, bos_token(tokenizer))
     stored = torch.empty(0)
     done = 0
     with evaluating(model):
@@ -185,7 +192,7 @@ def reference_logits(
 class Recorded:
     """A model that returns the logits of `reference_logits` again, so that one run gives perplexity and divergence.
 
-    It can be used once, with the same ids and context, and with batch=1.
+    It can be used once, with the same ids, tokenizer and context, and with batch=1.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -213,8 +220,8 @@ def kl_divergence(
 
     Args:
         model: the model to judge, as for `perplexity`.
-        reference: the result of `reference_logits` for the same ids and context, or the reference model itself. A
-            model runs window by window, and its logits are not stored.
+        reference: the result of `reference_logits` for the same ids, tokenizer and context, or the reference model
+            itself. A model runs window by window, and its logits are not stored.
         ids_or_text, tokenizer, context, batch, progress: as for `perplexity`; the same tokens are scored as in its mode
             "global".
 
@@ -229,11 +236,12 @@ def kl_divergence(
         isqtorch.quantize_(model, "q4k")
         print(isqtorch.kl_divergence(model, reference, text, tokenizer))
     """
-    run = _Windows("kl_divergence", token_ids(ids_or_text, tokenizer, "kl_divergence"), context, batch)
+    ids = token_ids(ids_or_text, tokenizer, "kl_divergence")
+    run = _Windows("kl_divergence", ids, context, batch, bos_token(tokenizer))
     if isinstance(reference, Tensor) and (reference.ndim != 2 or len(reference) != run.tokens):
         raise ValueError(
             f"kl_divergence: the reference has shape {list(reference.shape)}, but these ids in windows of {context} have "
-            f"{run.tokens} scored positions. Make it with reference_logits for the same ids and the same context."
+            f"{run.tokens} scored positions. Make it with reference_logits for the same ids, tokenizer and context."
         )
     divergence = torch.empty(run.tokens, dtype=torch.float64)
     same_top = done = 0
@@ -282,22 +290,34 @@ def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 class _Windows:
-    """The windows of a text: the number of scored tokens, and an iterator over batches of ids `[B, T]`."""
+    """The windows of a text: the number of scored tokens, and an iterator over batches of ids `[B, T]`.
+
+    With `bos`, each window begins with this token. `first` is the first position that is scored.
+    """
 
     def __init__(
-        self, op: str, ids: Tensor, context: int, batch: int, first: int = 0, whole_only: bool = False
+        self,
+        op: str,
+        ids: Tensor,
+        context: int,
+        batch: int,
+        bos: int | None = None,
+        *,
+        first: int = 0,
+        whole_only: bool = False,
     ) -> None:
-        self.op, self.ids, self.context, self.batch, self.first = op, ids, context, batch, first
+        self.op, self.context, self.batch, self.first = op, context, batch, first
         least = 3 if whole_only else 2  # the first half of a window of 2 would leave nothing to score
         if not isinstance(context, int) or context < least:
             raise ValueError(f"{op}: context must be an integer of {least} or more, got {context!r}")
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"{op}: batch must be a positive integer, got {batch!r}")
         needed = context if whole_only else 2
-        if len(ids) < needed:
+        self.ids = ids if bos is None else _with_bos(ids, bos, context)
+        if len(self.ids) < needed:
             raise ValueError(f"{op}: {len(ids)} tokens are too few, at least {needed} are needed. Use a longer text.")
-        self.whole = len(ids) // context
-        tail = len(ids) % context
+        self.whole = len(self.ids) // context
+        tail = len(self.ids) % context
         self.tail = tail if tail >= 2 and not whole_only else 0
         self.tokens = self.whole * (context - 1 - first) + max(self.tail - 1, 0)
 
@@ -329,6 +349,15 @@ class _Windows:
                 f"{self.op}: token ids run from {low} to {high}, the model knows 0 to "
                 f"{vocabulary - 1 if isinstance(vocabulary, int) else '...'}. Use the model's own tokenizer."
             )
+
+
+def _with_bos(ids: Tensor, bos: int, context: int) -> Tensor:
+    """Put BOS before every context - 1 ids `[T]`, so that windows of `context` begin with it. No text stays as it is."""
+    text = ids[1:] if len(ids) and int(ids[0]) == bos else ids
+    if not len(text):
+        return ids
+    first = torch.tensor([bos])
+    return torch.cat([part for piece in text.split(context - 1) for part in (first, piece)])
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

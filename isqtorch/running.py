@@ -56,8 +56,15 @@ def _tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 def bos_token(tokenizer: Any) -> int | None:
-    """Return the BOS token if the tokenizer puts it before a text, else None."""
-    bos = getattr(tokenizer, "bos_token_id", None)
+    """Return the BOS token if the tokenizer puts it before a text, else None; also None if there is no tokenizer."""
+    if tokenizer is None:
+        return None
+    bos = getattr(tokenizer, "bos_token_id", None)  # transformers
+    if bos is None and callable(getattr(tokenizer, "bos_id", None)):
+        bos = tokenizer.bos_id()  # sentencepiece
+    elif bos is None and not callable(tokenizer):  # tokenizers.Tokenizer, which only says which tokens are special
+        encoded = tokenizer.encode("a")
+        return int(encoded.ids[0]) if list(getattr(encoded, "special_tokens_mask", ()))[:1] == [1] else None
     return bos if bos is not None and _tokenize(tokenizer, "a")[:1] == [bos] else None
 
 

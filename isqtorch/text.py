@@ -21,6 +21,11 @@ def first_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def cause(error: Exception) -> str:
+    """The message of an error of the operator `quantize` without that name, for a message that begins with another."""
+    return str(error).removeprefix("quantize: ")
+
+
 _IN_PATH = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a path
 _IN_SENTENCE = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=[.,;:)\s]|$)")  # the same for a path in a sentence; not the 5 of 4.5
 

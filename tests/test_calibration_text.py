@@ -10,6 +10,7 @@ from models import tiny_llama
 from torch import Tensor
 
 import isqtorch
+from isqtorch.auto.curvature import measure_curvature
 
 # ---- a text ----------------------------------------------------------------------------------------------------------
 
@@ -90,3 +91,14 @@ def test_calibration_file_is_refused_before_it_runs(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             isqtorch.quantize_(model, "q4k", calibration_file=path, **options)
     assert not any(isinstance(module, isqtorch.QuantLinear) for module in model.modules())
+
+
+def test_chunks_of_the_probe_begin_with_bos() -> None:
+    model = tiny_llama(layers=1).float()
+    batches: list[Tensor] = []
+    model.model.register_forward_pre_hook(lambda m, a, k: batches.append(k["input_ids"]), with_kwargs=True)
+    for tokenizer in (Words(), None):
+        text = torch.arange(2, 302) % 512 if tokenizer is None else "abcdefghij" * 30
+        measure_curvature(model, ["lm_head"], tokenizer, text, progress=False)
+    assert [int(ids[0, 0]) for ids in batches] == [1, 1, 2, 174]
+    assert batches[1][0, 1:].tolist() == [2 + ord("abcdefghij"[i % 10]) for i in range(173, 300)]

@@ -160,6 +160,97 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
         save(mlp(), tmp_path / "nowhere" / "x.safetensors")
 
 
+class Pair(torch.Tensor):
+    """A tensor made of two others, as those of torchao: it has no memory of its own."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scales: torch.Tensor) -> Pair:
+        self = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scales.dtype, device=codes.device)
+        self.codes, self.scales = codes, scales
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scales"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Pair:
+        assert func.overloadpacket.__name__ in ("detach", "alias"), func
+        return Pair(args[0].codes, args[0].scales)
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": 3}
+
+
+def unstorable() -> dict[str, tuple[nn.Module, str]]:
+    """Layers whose state no file of tensors can hold, and what is said of their weight."""
+    made: dict[str, tuple[nn.Module, str]] = {}
+
+    def add(name: str, weight: torch.Tensor, message: str) -> None:
+        layer = nn.Module()
+        layer.register_buffer("weight", weight)
+        made[name] = (
+            layer,
+            rf"^save: 2\.weight is {message}, which a .safetensors file cannot hold\. Turn the layer into",
+        )
+
+    add(
+        "wrapper",
+        Pair(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1)),
+        "a Pair of the package test_checkpoint, .*",
+    )
+    add("sparse", torch.eye(3).to_sparse(), "a tensor of the layout sparse_coo")
+    add(
+        "quantized",
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        r"a quantized tensor of torch \(qint8\)",
+    )
+    add("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor")
+    add("complex128", torch.ones(3, dtype=torch.complex128), "a tensor of complex128")
+    made["lazy"] = nn.LazyLinear(3), r"^save: 2\.weight has no shape yet\. Run the model once"
+    made["meta"] = nn.Linear(3, 3, device="meta"), r"^save: 2\.weight is on the meta device and has no values\. Load"
+    made["no tensor"] = Extra(3, 3), r"^save: 2\._extra_state is a dict; only tensors can be saved\. Remove it"
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls nested and lazy tensors, and its own quantization, prototypes
+@pytest.mark.parametrize("kind", "wrapper sparse quantized nested complex128 lazy meta".split() + ["no tensor"])
+def test_what_no_file_can_hold_is_named(tmp_path: Path, kind: str) -> None:
+    layer, message = unstorable()[kind]
+    model = mlp(depth=2)
+    quantize_(model, "q8_0")
+    model.append(layer)
+    with pytest.raises(ValueError, match=message):
+        save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_with_other_values_than_their_memory(tmp_path: Path) -> None:
+    def build(values: torch.Tensor) -> nn.Module:
+        model = mlp()
+        model.register_buffer("base", values)
+        model.register_buffer("conjugate", values.conj())
+        model.register_buffer("negative", values.conj().imag)
+        return model
+
+    values = torch.tensor([1 + 2j, 3 - 1j])
+    model, again = build(values), build(torch.zeros_like(values).clone())
+    again.negative, again.conjugate = torch.zeros(2), torch.zeros_like(values)
+    assert model.conjugate.is_conj() and model.negative.is_neg()
+    quantize_(model, "q8_0")
+    save(model, tmp_path / "m.safetensors")
+    load_(again, tmp_path / "m.safetensors")
+    for name, buffer in model.named_buffers():
+        assert torch.equal(again.get_buffer(name), buffer), name
+    again.conjugate = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"tensor conjugate is C64 \[2\], must be torch.float32"):
+        load_(again, tmp_path / "m.safetensors")
+
+
 def test_partly_shared_memory_can_be_saved(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False))
     whole = torch.randn(16, 64)

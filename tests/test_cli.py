@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +239,44 @@ def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 # ---- quantize, perplexity --------------------------------------------------------------------------------------------
+
+
+def test_perplexity_and_divergence_have_windows_with_bos(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isqtorch.app import model as app
+    from isqtorch.integrations.opening import Opened
+
+    class WithBos:
+        bos_token_id = 3
+
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [3, *self.tokenizer(text, **options)["input_ids"]]}
+
+    options = [MODEL, "--text", TEXT, "--isq", "q4k", "--kl", "--tokens", "100", "--context", "32"]
+    plain = run_json(capsys, "perplexity", *options)
+    real = Opened.companions.func
+    monkeypatch.setattr(
+        Opened,
+        "companions",
+        property(lambda self: replace(real(self), tokenizer=WithBos(real(self).tokenizer))),
+    )
+    seen: list[list[int]] = []
+
+    class Watched(app.LoadedModel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.model.model.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs["input_ids"][:, 0].tolist()), with_kwargs=True
+            )
+
+    monkeypatch.setattr(app, "LoadedModel", Watched)
+    with_bos = run_json(capsys, "perplexity", *options)
+    assert plain["tokens"] == 100 - 4 and with_bos["tokens"] == 99
+    assert len(seen) == 3 * 4 and all(first == [3] for first in seen)  # perplexity, model and reference: 4 windows each
 
 
 def test_quantize_and_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

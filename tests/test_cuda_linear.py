@@ -221,7 +221,7 @@ def test_nothing_to_do() -> None:
     assert run(fmt, torch.randn(4, 32), packed_weight(fmt, 0, 32)).shape == (4, 0)
 
 
-@some("q4_0", "q4k", "afq3g32")
+@some("q4_0", "q4k", "mxfp4", "afq3g32")
 def test_tiny(fmt: QuantFormat) -> None:
     """What the sanitizers run."""
     k = fmt.block * max(1, 288 // fmt.block)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.evaluation import Perplexity, kl_divergence, perplexity, reference_logits
+from isqtorch.running import bos_token
 
 VOCAB = 11
 
@@ -101,16 +102,84 @@ def test_llamacpp(length: int, context: int, adds_bos: bool) -> None:
     assert got == pytest.approx(math.exp(want.mean()), rel=1e-6)
 
 
-def test_llamacpp_replaces_the_first_token_by_bos() -> None:
-    """A model that repeats the first token of the window for ever sees the replacement."""
+def repeating(ids: Tensor) -> Tensor:
+    """A model that repeats the first token of the window for ever, so it shows what that token is."""
+    return 20.0 * nn.functional.one_hot(ids[:, :1].expand_as(ids), VOCAB).float()
 
-    def model(ids: Tensor) -> Tensor:
-        return 20.0 * nn.functional.one_hot(ids[:, :1].expand_as(ids), VOCAB).float()
 
+@pytest.mark.parametrize("mode", ["llamacpp", "global"])
+def test_windows_begin_with_bos(mode: Any) -> None:
     ids = torch.full((16,), 3)
-    assert perplexity(model, ids, Tokenizer(adds_bos=False), context=8, mode="llamacpp") == pytest.approx(1, abs=1e-6)
-    assert perplexity(model, ids, Tokenizer(adds_bos=True), context=8, mode="llamacpp") > 1e8
-    assert perplexity(model, ids, Tokenizer(adds_bos=True), context=8) == pytest.approx(1, abs=1e-6)
+    assert perplexity(repeating, ids, Tokenizer(adds_bos=False), context=8, mode=mode) == pytest.approx(1, abs=1e-6)
+    assert perplexity(repeating, ids, Tokenizer(adds_bos=True), context=8, mode=mode) > 1e8
+    assert perplexity(repeating, ids, context=8, mode=mode) == pytest.approx(1, abs=1e-6)  # ids do not show it
+
+
+def with_bos_by_hand(ids: Tensor, context: int) -> list[Tensor]:
+    """BOS and context - 1 tokens of the text in each window."""
+    step = context - 1
+    return [torch.cat([torch.tensor([10]), ids[start : start + step]]) for start in range(0, len(ids), step)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 14, 15, 16, 30, 31, 47])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("in_front", [False, True])
+def test_global_with_bos_scores_every_token_of_the_text(length: int, batch: int, in_front: bool) -> None:
+    model, ids = Bigram(), text(length)
+    windows = with_bos_by_hand(ids, 16)
+    want = torch.cat([nll_by_hand(model, window, 16) for window in windows])
+    given = torch.cat([torch.tensor([10]), ids]) if in_front else ids  # as the tokenizer gives them, or only the text
+    got = perplexity(model, given, Tokenizer(adds_bos=True), context=16, batch=batch)
+    assert got.tokens == len(want) == length
+    assert got == pytest.approx(math.exp(want.mean()), rel=1e-6)
+    assert all(shape[1] <= 16 for shape in model.shapes), "no window is longer than the context"
+
+
+def test_one_window_with_bos_is_as_without() -> None:
+    ids = torch.cat([torch.tensor([10]), text(15)])
+    want = perplexity(Bigram(), ids, context=16)
+    assert perplexity(Bigram(), ids, Tokenizer(adds_bos=True), context=16) == want
+
+
+@pytest.mark.parametrize("measure", [perplexity, reference_logits])
+def test_a_tokenizer_without_bos_changes_nothing(measure: Any) -> None:
+    got = measure(Bigram(), text(50), Tokenizer(adds_bos=False), context=16)
+    assert torch.equal(torch.as_tensor(got), torch.as_tensor(measure(Bigram(), text(50), context=16)))
+
+
+BOS_TOKENIZERS = {
+    "transformers": Tokenizer(adds_bos=True),
+    "tokenizers": SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[10, 0], special_tokens_mask=[1, 0])),
+    "sentencepiece": SimpleNamespace(bos_id=lambda: 10, encode=lambda text: [10, 0]),
+}
+
+
+@pytest.mark.parametrize("tokenizer", BOS_TOKENIZERS.values(), ids=BOS_TOKENIZERS)
+def test_each_kind_of_tokenizer_tells_its_bos(tokenizer: Any) -> None:
+    assert bos_token(tokenizer) == 10
+    assert perplexity(repeating, torch.full((16,), 3), tokenizer, context=8) > 1e8
+
+
+def test_no_bos_where_the_tokenizer_adds_none() -> None:
+    assert bos_token(None) is None
+    assert bos_token(Tokenizer(adds_bos=False)) is None
+    assert bos_token(SimpleNamespace(encode=lambda text: SimpleNamespace(ids=[0], special_tokens_mask=[0]))) is None
+    assert bos_token(SimpleNamespace(bos_id=lambda: 10, encode=lambda text: [0])) is None
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_divergence_with_bos(stored: bool) -> None:
+    """The same windows as in `perplexity`, and logits made without the tokenizer are refused."""
+    a, b, ids, tokenizer = Bigram(0), Bigram(1), text(47), Tokenizer(adds_bos=True)
+    reference = reference_logits(b, ids, tokenizer, context=16) if stored else b
+    got = kl_divergence(a, reference, ids, tokenizer, context=16)
+    flat = torch.cat(with_bos_by_hand(ids, 16))
+    assert got.tokens == 47 and got.mean == pytest.approx(kl_by_hand(b, a, flat, 16).mean().item(), rel=1e-6)
+    if stored:
+        with pytest.raises(
+            ValueError, match="44 scored positions. Make it with .* the same ids, tokenizer and context"
+        ):
+            kl_divergence(a, reference, ids, context=16)
 
 
 def test_uniform_model_has_the_vocabulary_as_perplexity() -> None:
@@ -270,8 +339,8 @@ def test_kl_with_masked_tokens() -> None:
 def test_kl_of_text() -> None:
     a, b = Bigram(0), Bigram(1)
     got = kl_divergence(a, b, "abcdefghij" * 5, Tokenizer(adds_bos=True), context=16)
-    assert got.tokens == 3 * 15 + 2
-    assert "KL" in str(got) and "47 tokens" in str(got)
+    assert got.tokens == 50
+    assert "KL" in str(got) and "50 tokens" in str(got)
     logits = reference_logits(b, "abcdefghij" * 5, Tokenizer(adds_bos=True), context=16)
     assert kl_divergence(a, logits, "abcdefghij" * 5, Tokenizer(adds_bos=True), context=16) == got
 
@@ -298,6 +367,8 @@ def configured(**config: Any) -> Bigram:
         (Bigram(), text(50), {"context": 51, "mode": "llamacpp"}, "50 tokens are too few, at least 51"),
         (Bigram(), "a text", {}, "a text needs tokenizer"),
         (Bigram(), "", {"tokenizer": Tokenizer(False)}, "0 tokens are too few"),
+        (Bigram(), "", {"tokenizer": Tokenizer(True)}, "1 tokens are too few"),
+        (configured(vocab_size=10), text(50), {"tokenizer": Tokenizer(True)}, "0 to 10, the model knows 0 to 9"),
         (Bigram(), text(50).view(2, 25), {}, r"shape \[T\] or \[1, T\], got \[2, 25\]"),
         (Bigram(), text(50).float(), {}, "must be integers, got torch.float32"),
         (

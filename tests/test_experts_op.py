@@ -211,7 +211,7 @@ FAULTS: dict[str, tuple[type[Exception], str, Any]] = {
     "ids a vector": (ValueError, r"got int64 \[2\]", (x_q4k, packed_q4k, "q4k", one[:, 0])),
     "id too large": (
         IndexError,
-        r"ids\[1, 0\] is 4, but there are 3 experts; 3 itself",
+        r"ids\[1, 0\] is 4, but the weight has 3 experts, 0 to 2\. .*; 3 marks an expert that another process holds",
         (x_q4k, packed_q4k, "q4k", one + torch.tensor([[0], [4]])),
     ),
     "id negative": (IndexError, r"ids\[0, 0\] is -1", (x_q4k, packed_q4k, "q4k", one - 1)),

@@ -100,6 +100,8 @@ MISUSES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("dequantize first", lambda d: dequantize_(mlp()), ValueError, r"dequantize_: the model holds no quantized layer"),
     ("dequantize to integers", lambda d: dequantize_(quantized(), torch.int8), ValueError, r"dtype must be a float type, got torch\.int8"),
     ("NaN in a model", lambda d: quantize_(spoiled(float("nan")), 4), ValueError, r"quantize_: 1\.weight\[3, 17\] is nan; weights must be finite"),
+    ("too large for auto", lambda d: quantize_(spoiled(3e38), "auto", target_bpw=5), ValueError, r"^quantize_: 1: the block of q2k"),
+    ("too large", lambda d: quantize_(spoiled(3e38), "q4k"), ValueError, r"^quantize_: 1: the block of q4k"),
     ("infinity in a model", lambda d: quantize_(spoiled(float("-inf")), 4), ValueError, r"1\.weight\[3, 17\] is -inf"),
     ("meta weights", lambda d: quantize_(meta_model(), 4), ValueError, r"0\.weight is on the meta device .* isqtorch\.plan works without"),
     # options
@@ -111,6 +113,7 @@ MISUSES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("exclude a number", lambda d: quantize_(mlp(), 4, exclude=[3]), ValueError, r"exclude: must be a string or a list of strings, got 3 in the list"),
     ("missing device", lambda d: quantize_(mlp(), 4, device="cuda:99"), ValueError, r"device 'cuda:99' is not available"),
     ("meta device", lambda d: quantize_(mlp(), 4, device="meta"), ValueError, r"'meta' holds no weights"),
+    ("lazy layers", lambda d: quantize_(nn.Sequential(nn.LazyLinear(4)), "q4k"), ValueError, r"0\.weight has no shape yet"),
     ("rule of another family", lambda d: quantize_(mlp(), "q4k", rule="mlx"), ValueError, r"quantize_: .*rule"),
     # topology
     ("unknown topology key", lambda d: quantize_(mlp(), 4, topology={"lm_head": 4}), ValueError, r"topology: unknown key 'lm_head'"),

@@ -184,7 +184,7 @@ FAULTS = {
     ),
     "id of an expert": (
         IndexError,
-        r"experts_linear: ids\[1, 0\] is 3, but there are 2 experts",
+        r"experts_linear: ids\[1, 0\] is 3, but the weight has 2 experts, 0 to 1\.",
         lambda o: o.experts_linear(torch.ones(2, 256), stack_q4k, "q4k", torch.tensor([[2], [3]])),
     ),
     "id of an expert, without rows": (
@@ -204,7 +204,7 @@ FAULTS = {
     ),
     "id of an expert, backward": (
         IndexError,
-        r"experts_linear_dx: ids\[0, 1\] is 9, but there are 2 experts",
+        r"experts_linear_dx: ids\[0, 1\] is 9, but the weight has 2 experts, 0 to 1\.",
         lambda o: o.experts_linear_dx(torch.ones(1, 2, 6), stack_q4k, "q4k", torch.tensor([[0, 9]])),
     ),
     "dy of experts": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import isqtorch
-from isqtorch.inplace import pack
+from isqtorch.inplace import dequantize, pack
 
 ON_CPU = (
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -58,6 +59,29 @@ def test_requantize(error: Exception) -> None:
     assert [m[0], m[2]] == before
 
 
+@each_error
+def test_dequantize(error: Exception) -> None:
+    m = model()
+    isqtorch.quantize_(m, "q8_0")
+    calls, real = iter(range(100)), dequantize.float_weight
+
+    def float_weight(*args: Any) -> nn.Parameter:
+        if next(calls) == 1:
+            raise error
+        return real(*args)
+
+    with mock.patch("isqtorch.inplace.dequantize.float_weight", float_weight):
+        with pytest.raises(
+            type(error), match=r"^dequantize_: 2: .* it was decoded\. 1 of 2 .* call dequantize_"
+        ) as caught:
+            isqtorch.dequantize_(m)
+    assert type(caught.value) is type(error) and "\n" not in str(caught.value)
+    assert type(m[0]) is nn.Linear and isinstance(m[2], isqtorch.QuantLinear)
+    assert m(torch.ones(1, 64)).isfinite().all()
+    isqtorch.dequantize_(m)  # as the message says
+    assert type(m[0]) is type(m[2]) is nn.Linear
+
+
 NO_MACHINE = torch.ones(1, 1).expand(1 << 40, 256)
 """A weight of 1 PB."""
 
@@ -68,7 +92,7 @@ def test_memory_that_no_machine_has() -> None:
     with pytest.raises(
         MemoryError, match=r"quantize_: wide: memory ran out.*q8_0\. State\. \(isqtorch: no memory for a"
     ):
-        with pack.naming_memory("quantize_", job, "State."):
+        with pack.naming_memory("quantize_", "wide", "packed in q8_0", "State."):
             pack.pack_weight(NO_MACHINE, job)
 
 

@@ -157,6 +157,18 @@ def test_reasons_known_from_the_module_come_first() -> None:
     assert one(info("x", rows=0)).reason == "its weight is empty"
 
 
+@pytest.mark.parametrize("option", ["include", "exclude", "modules_to_not_convert"])
+def test_an_empty_string_is_no_pattern(option: str) -> None:
+    decision = one(info("layers.0.up"), "q4k", **{option: ""})
+    assert decision.format is not None and decision.format.name == "q4k"
+    with pytest.raises(ValueError, match=rf"{option} has an empty entry, which would match every layer\. Leave it out"):
+        one(info("layers.0.up"), "q4k", **{option: ["down", ""]})
+
+
+def test_an_empty_list_includes_nothing() -> None:
+    assert one(info("layers.0.up"), "q4k", include=[]).reason == "no include pattern matches"
+
+
 def test_include_and_exclude_search_the_path() -> None:
     layers = [info(f"layers.{i}.{leaf}") for i in range(2) for leaf in ("q_proj", "up_proj")]
     verdict = decide(layers, Request("q4k", Options(include=[r"_proj$"], exclude=[r"^layers\.1\.", "q_"])))

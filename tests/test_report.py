@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from models import ConvNet, tiny_llama
 from torch import nn
 
+import isqtorch
 from isqtorch.inplace.quantize import quantize_
 from isqtorch.report.layer import LayerReport
 from isqtorch.report.report import QuantReport
@@ -94,6 +96,29 @@ def test_quantize_warns_about_nothing_else() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize_(tiny_llama(tied=True), 4)
+
+
+@pytest.mark.parametrize("call", ["quantize_", "requantize_", "IsqConfig"])
+def test_a_device_without_kernels_is_said_at_once(
+    call: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Not only in the report: the model will be many times slower than it could be."""
+    model = tiny_llama(layers=1)
+    if call == "IsqConfig":
+        model.save_pretrained(tmp_path)
+    elif call == "requantize_":
+        quantize_(model, "q8_0")
+    monkeypatch.setattr("isqtorch.inplace.prepare.NATIVE_DEVICES", ("cuda",))
+    recwarn.clear()
+    if call == "IsqConfig":
+        report = type(model).from_pretrained(tmp_path, quantization_config=isqtorch.IsqConfig("q4k")).isq_report
+    elif call == "requantize_":
+        report = isqtorch.requantize_(model, "q4k", source="stored")
+    else:
+        report = quantize_(model, "q4k")
+    [message] = {str(warning.message) for warning in recwarn if "native kernels" in str(warning.message)}
+    assert message.startswith("there are no native kernels for cpu") and "slow; `isqtorch doctor` says more" in message
+    assert message in report.notes
 
 
 def test_the_report_says_where_the_reference_runs() -> None:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from helpers import same_bits
 from models import EXPERTS, HIDDEN, FusedMoE, everything, mlp, quantized, state_bytes, stored
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isqtorch import checkpoint, dequantize_, quantize_, requantize_
-from isqtorch.inplace import requantize
+from isqtorch.inplace import requantize, source
 from isqtorch.report.report import QuantReport
 
 # ---- from the source -------------------------------------------------------------------------------------------------
@@ -109,6 +110,33 @@ def test_the_first_request_holds_until_another_one_says_otherwise(tmp_path: Path
     assert formats(requantize_(model, "q8_0", include="")) == ["q8_0"] * 3
     with pytest.raises(ValueError, match=r"entry '0' names a device, and requantize_ moves no layer"):
         requantize_(model, "q8_0", topology={0: {"device": "cpu"}})
+
+
+@pytest.mark.parametrize(
+    ("option", "before", "empty"),
+    [
+        *[("include", "^1$", empty) for empty in ((), [], "")],
+        *[("exclude", ["^0$", "2"], empty) for empty in ((), [], "")],
+        *[("topology", {"/^[02]$/": None}, empty) for empty in ({}, "")],
+    ],
+)
+def test_an_empty_value_drops_a_remembered_option(tmp_path: Path, option: str, before: Any, empty: Any) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q4k", **{option: before})
+    assert [layer.stored for layer in requantize_(model, "q3k", source=tmp_path).layers] == [None, "q3k", None]
+    report = requantize_(model, "q5k", **{option: empty})
+    assert [layer.stored for layer in report.layers] == ["q5k"] * 3
+    assert [layer.stored for layer in requantize_(model, "q4k").layers] == ["q4k"] * 3  # it stays dropped
+
+
+@pytest.mark.parametrize("option", ["organization", "fallback"])
+def test_an_option_that_is_never_none_cannot_be_empty(tmp_path: Path, option: str) -> None:
+    stored(mlp(), tmp_path)
+    model = quantized(mlp(), "q4k")
+    before = everything(model)
+    with pytest.raises(ValueError, match=f"requantize_: {option} must be one of .*; got ''"):
+        requantize_(model, "q5k", **{option: ""})
+    assert everything(model) == before
 
 
 def test_ties_and_shared_modules(tmp_path: Path) -> None:
@@ -251,6 +279,22 @@ def test_what_stayed_whole_is_compared(tmp_path: Path, name: str, place: int) ->
         model.state_dict()[name].reshape(-1)[-1 if name == "table.weight" else place] += 0.5
     with pytest.raises(ValueError, match=rf"{re.escape(name)} \(by up to 0\.5\) is not what"):
         requantize_(model, "q8_0")
+
+
+@pytest.mark.parametrize(("mapped", "times"), [(1 << 24, 1), (1, 12)], ids=["small", "large"])
+def test_files_are_opened_once_until_many_bytes_may_be_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: int, times: int
+) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 300, bias=False) for _ in range(12)))
+    opened: list[Path] = []
+    checkpoint = source.Source([stored(model, tmp_path)])
+    monkeypatch.setattr(source, "_MAPPED", mapped)
+    monkeypatch.setattr(source, "safe_open", lambda path, framework: opened.append(path) or safe_open(path, framework))
+    assert source.difference(model, checkpoint) is None
+    assert len(opened) == times
+    with torch.no_grad():
+        model[11].weight[299, 255] += 0.5
+    assert source.difference(model, checkpoint) == "11.weight (by up to 0.5)"
 
 
 def test_the_checkpoint_of_another_model_is_noticed_when_all_is_packed(tmp_path: Path) -> None:

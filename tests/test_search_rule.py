@@ -170,9 +170,45 @@ def test_a_rule_goes_to_the_formats_that_have_it() -> None:
     assert torch.equal(stored(model, "2"), ops.quantize(stored(mlp(), "2"), "q8_0"))
     assert "1 layers have formats without a rule 'search': 2" in report.notes
     assert report.rule == "search" and report.to_dict()["rule"] == "search"
-    for rule in ("mlx", "search"):
-        with pytest.raises(ValueError, match=f"quantize_: .*q8_0 has no rule '{rule}'"):
-            isqtorch.quantize_(mlp(), "q8_0", rule=rule)
+
+
+NO_RULE = {
+    "promoted": (
+        "q4k",
+        {"rule": "search"},
+        "^quantize_: q4k has no rule 'search', only afq2 .* hqq8 have. .*leave rule",
+    ),
+    "of another family": (
+        "hqq4",
+        {"rule": "mlx"},
+        "^quantize_: hqq4 has no rule 'mlx', only afq2 afq3 [a-z0-9 ]* have",
+    ),
+    "several": (
+        "q8_0",
+        {"rule": "mlx", "topology": {"/2/": "q5_0"}},
+        "^quantize_: q8_0, q5_0 have no rule 'mlx', only",
+    ),
+    "by bits": (8, {"rule": "search"}, "^quantize_: q8_0 has no rule 'search'"),
+    "unknown": ("afq4", {"rule": "best"}, "^quantize_: rule must be None, which .*, or one of search, mlx; got 'best'"),
+    "not a name": ("q4k", {"rule": 3}, "^quantize_: rule must be None, .*; got 3"),
+}
+
+
+@pytest.mark.parametrize("case", NO_RULE)
+def test_a_rule_that_no_format_has(case: str) -> None:
+    """The message names what was asked for, and not the format that a layer was promoted to."""
+    fmt, options, message = NO_RULE[case]
+    head = torch.nn.Linear(256, 64)
+    model = torch.nn.ModuleDict({"0": mlp(), "lm_head": head})  # a head of q4k is promoted to q6k
+    with pytest.raises(ValueError, match=message) as caught:
+        isqtorch.quantize_(model, fmt, progress=False, **options)
+    assert "q6k" not in str(caught.value) and "quantize: " not in str(caught.value)
+    assert model["lm_head"] is head and type(model["0"][0]) is torch.nn.Linear
+
+
+def test_a_rule_of_layers_that_are_not_packed_again_is_no_fault() -> None:
+    model, _ = packed_mlp(rule="search")
+    assert isqtorch.requantize_(model, "afq3", source="stored", rule="mlx").layers
 
 
 def test_importance_is_used_with_the_search_and_only_then() -> None:

@@ -24,8 +24,8 @@ NAME = "ggml"
 INSTALL = "pip install llama-cpp-python, or set ISQTORCH_GGML_LIB to a folder with libggml*"
 
 TYPES = {"f32": 0, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8}
-TYPES |= {"q2k": 10, "q3k": 11, "q4k": 12, "q5k": 13, "q6k": 14}
-FORMATS = tuple(name for name in TYPES if name.startswith("q"))
+TYPES |= {"q2k": 10, "q3k": 11, "q4k": 12, "q5k": 13, "q6k": 14, "iq4_nl": 20, "iq4_xs": 23, "mxfp4": 39}
+FORMATS = tuple(name for name in TYPES if name not in ("f32", "bf16"))
 PLAIN = "plain"
 TAKES_NOT = "takes no such format or shape"  # said of a path; not worth a line in the report
 _LEVELS = ("avx2", "avx512", "avx512_vnni", "amx_int8")

@@ -78,11 +78,11 @@ class Session:
         self.ids: Tensor = token_ids(text, self.tokenizer, "quality")[: settings.tokens]
         model = self._load()
         self.numel = model_size(model)[1]
-        self.reference = isqtorch.reference_logits(model, self.ids, context=settings.context)
+        self.reference = isqtorch.reference_logits(model, self.ids, self.tokenizer, context=settings.context)
         self.imatrix = self._importance(model)
         base = Recorded(self.reference)
         tokens = getattr(self.imatrix, "tokens", None)  # a file does not say
-        score = isqtorch.perplexity(base, self.ids, context=settings.context)
+        score = isqtorch.perplexity(base, self.ids, self.tokenizer, context=settings.context)
         name = str(model.dtype).removeprefix("torch.")
         size = model_size(model)[0]
         self.results.rows.append(Quality(name, "", size, 8 * size / self.numel, float(score)))
@@ -108,9 +108,9 @@ class Session:
             self.results.skipped[row.name] = str(error)
             return None
         seconds = time.perf_counter() - began
-        logits = isqtorch.reference_logits(model, self.ids, context=self.settings.context)
+        logits = isqtorch.reference_logits(model, self.ids, self.tokenizer, context=self.settings.context)
         context = self.settings.context
-        divergence = isqtorch.kl_divergence(Recorded(logits), self.reference, self.ids, context=context)
+        divergence = isqtorch.kl_divergence(Recorded(logits), self.reference, self.ids, self.tokenizer, context=context)
         stored: dict[str, int] = {}
         for layer in report.layers:
             if layer.stored and layer.tied_to is None:
@@ -121,7 +121,7 @@ class Session:
             how=row.how,
             size=size,
             bits_per_weight=8 * size / self.numel,
-            perplexity=float(isqtorch.perplexity(Recorded(logits), self.ids, context=context)),
+            perplexity=float(isqtorch.perplexity(Recorded(logits), self.ids, self.tokenizer, context=context)),
             kl=divergence.mean,
             kl_p99=divergence.p99,
             top1=divergence.top1_agreement,

@@ -15,7 +15,13 @@ from .measure import Quality, Results
 
 _STYLES = {"": ("o", ":"), "imatrix": ("o", "-"), "search": ("s", "--"), "search+imatrix": ("s", "-")}
 _OTHER = ("D", "")
-_FAMILIES = {"absmax": "q4_0 to q8_0", "minmax": "q4_1, q5_1", "kquants": "K-quants", "affine": "afq"}
+_FAMILIES = {
+    "absmax": "q4_0 to q8_0",
+    "minmax": "q4_1, q5_1",
+    "kquants": "K-quants",
+    "affine": "afq",
+    "codebook": "iq4, mxfp4",
+}
 _RIGHT = ("afq", "hqq", "fp8")
 
 

@@ -38,8 +38,9 @@ void check_expert_ids(const Id* ids, int64_t tokens, int64_t slots, int64_t expe
   for (int64_t i = 0; i < tokens * slots; ++i) {
     const int64_t id = ids[i];
     if (id < 0 || id > experts) {
-      out_of_range("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but there are ", experts,
-                   " experts; ", experts, " itself is allowed and stands for one that is not here.");
+      out_of_range("experts_linear: ids[", i / slots, ", ", i % slots, "] is ", id, ", but the weight has ", experts,
+                   " experts, 0 to ", experts - 1, ". Give ids of these; ", experts,
+                   " marks an expert that another process holds, and adds zeros.");
     }
   }
 }

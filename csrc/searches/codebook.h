@@ -9,31 +9,37 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// Functions with local arrays, because device code cannot read arrays outside of it. Unrolled loops make constants of
-// their results.
-ISQ_INLINE constexpr int iq4_level(int i) {
-  constexpr int8_t levels[16] = {ISQ_IQ4_LEVELS};
-  return levels[i];
-}
-ISQ_INLINE constexpr int e2m1_level(int i) {
-  constexpr int8_t levels[16] = {ISQ_E2M1_LEVELS};
-  return levels[i];
-}
+constexpr int8_t kIq4Levels[16] = {ISQ_IQ4_LEVELS}, kE2m1Levels[16] = {ISQ_E2M1_LEVELS};
 
-// The middle between the iq4 levels i - 1 and i. A number there gets level i.
-ISQ_INLINE constexpr float iq4_middle(int i) { return 0.5f * (float)(iq4_level(i - 1) + iq4_level(i)); }
+// Variables and not elements of arrays, which device code cannot read. The middle is that between levels i - 1 and i; a
+// number there gets level i of iq4.
+template <int i>
+constexpr float kIq4Level = kIq4Levels[i];
+template <int i>
+constexpr float kIq4Middle = 0.5f * (kIq4Levels[i - 1] + kIq4Levels[i]);
+template <int i>
+constexpr float kE2m1Middle = 0.5f * (kE2m1Levels[i - 1] + kE2m1Levels[i]);
 
-template <class T>
-ISQ_INLINE T nearest_iq4_level(T scaled) {
-  T level = splat<T>((float)iq4_level(15));
-  ISQ_GPU_UNROLL for (int i = 15; i > 0; --i) level = select(scaled < iq4_middle(i), (float)iq4_level(i - 1), level);
+// Folded, so that every middle and level is a constant; GCC keeps loops over them.
+template <class T, int... i>
+ISQ_INLINE T nearest_iq4_level(T scaled, std::integer_sequence<int, i...>) {
+  T level = splat<T>(kIq4Level<15>);
+  ((level = select(scaled < kIq4Middle<15 - i>, kIq4Level<14 - i>, level)), ...);
   return level;
 }
+template <class T>
+ISQ_INLINE T nearest_iq4_level(T scaled) {
+  return nearest_iq4_level(scaled, std::make_integer_sequence<int, 15>{});
+}
 // The number of that level.
-ISQ_INLINE LaneInts nearest_iq4_code(LaneFloats scaled) {
+template <int... i>
+ISQ_INLINE LaneInts nearest_iq4_code(LaneFloats scaled, std::integer_sequence<int, i...>) {
   LaneInts code = splat<LaneInts>(15);
-  ISQ_GPU_UNROLL for (int i = 15; i > 0; --i) code = code + (scaled < iq4_middle(i));
+  ((code = code + (scaled < kIq4Middle<15 - i>)), ...);
   return code;
+}
+ISQ_INLINE LaneInts nearest_iq4_code(LaneFloats scaled) {
+  return nearest_iq4_code(scaled, std::make_integer_sequence<int, 15>{});
 }
 
 // x ~ scale * level. Returns the scale. The first try maps the extreme to 127, the others to -120 .. -134.
@@ -78,12 +84,14 @@ ISQ_INLINE LaneFloats mxfp4_step(LaneInts e) {
   return as_float(select(e > 1, (e - 1) << 23, select(e > 0, splat<LaneInts>(0x400000), splat<LaneInts>(0x200000))));
 }
 // The nearest level, the smaller of two that are equally near. Zero has no sign.
-ISQ_INLINE LaneInts mxfp4_code(LaneFloats x, LaneFloats step) {
+template <int... i>
+ISQ_INLINE LaneInts mxfp4_code(LaneFloats x, LaneFloats step, std::integer_sequence<int, i...>) {
   LaneInts code = splat<LaneInts>(0);
-  ISQ_GPU_UNROLL for (int i = 1; i < 8; ++i) {
-    code = code - (abs(x) > step * (0.5f * (float)(e2m1_level(i - 1) + e2m1_level(i))));
-  }
+  ((code = code - (abs(x) > step * kE2m1Middle<i + 1>)), ...);
   return code | (select(code > 0, as_int(x), splat<LaneInts>(0)) >> 28 & 8);
+}
+ISQ_INLINE LaneInts mxfp4_code(LaneFloats x, LaneFloats step) {
+  return mxfp4_code(x, step, std::make_integer_sequence<int, 7>{});
 }
 
 }  // namespace isqtorch::ISQ_ISA

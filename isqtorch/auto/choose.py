@@ -32,7 +32,7 @@ from isqtorch.policy.request import Assigned, Request
 from isqtorch.progress import progress_bar
 from isqtorch.report.choice import Choice, Measured
 from isqtorch.report.report import QuantReport
-from isqtorch.text import human_size
+from isqtorch.text import cause, human_size
 
 from .budget import Budget
 from .curvature import measure_curvature
@@ -251,7 +251,9 @@ def measure_items(
                 try:
                     parts.append(measure_errors(weight, formats, weighing, *importance, options.rule))
                 except ValueError as error:
-                    raise ValueError(f"{auto.request.op}: {sharing[0].name}: {error} Nothing was changed.") from None
+                    raise ValueError(
+                        f"{auto.request.op}: {sharing[0].name}: {cause(error)} Nothing was changed."
+                    ) from None
                 del weight  # free it before the next one is read
         errors.append(errors_of(parts))
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"

@@ -24,7 +24,7 @@ from isqtorch.importance.calibration import read_calibration_text
 from isqtorch.modules.convert import locate, upright
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.progress import progress_bar
-from isqtorch.running import Ids, context_length, evaluating, run_model, token_ids
+from isqtorch.running import Ids, bos_token, context_length, evaluating, run_model, token_ids
 
 from .sensitivity import Weighing
 
@@ -61,7 +61,7 @@ def measure_curvature(
         OSError: the file cannot be read.
     """
     content, _ = read_calibration_text(text)
-    ids = token_ids(content, tokenizer, "probe")
+    ids, bos = token_ids(content, tokenizer, "probe"), bos_token(tokenizer)
     longest = context_length(model)
     size = min(CHUNK, len(ids), *([longest] if longest is not None else []))
     if size < 2:
@@ -71,7 +71,10 @@ def measure_curvature(
     generator = torch.Generator().manual_seed(0)
     with evaluating(model), torch.enable_grad(), _watched(model, meters):
         for start in progress_bar("probe", "chunk", progress, starts):
-            _sampled_loss(model, ids[None, start : start + size], generator).backward()
+            chunk = ids[None, start : start + size].clone()
+            if bos is not None:
+                chunk[:, 0] = bos  # as in calibration; the labels are sampled, so no target is lost
+            _sampled_loss(model, chunk, generator).backward()
     tokens = size * len(starts)
     found = {name: weighing for name, meter in meters.items() if (weighing := meter.weighing(name, tokens)) is not None}
     if not found:

@@ -154,16 +154,16 @@ class Measure:
             model = copy.deepcopy(self.model)
             quantize_(model, name, progress=False)
         size, _ = model_size(model)
-        logits = reference_logits(model, self.ids, context=_CONTEXT)  # [scored positions, vocabulary]
+        logits = reference_logits(model, self.ids, self.tokenizer, context=_CONTEXT)  # [scored positions, vocabulary]
         if self.reference is None:
             self.reference = logits
-        divergence = kl_divergence(Recorded(logits), self.reference, self.ids, context=_CONTEXT)
+        divergence = kl_divergence(Recorded(logits), self.reference, self.ids, self.tokenizer, context=_CONTEXT)
         speed, text = self.decode(model)
         return Row(
             format=name or self.name,
             size_mb=size / 1e6,
             bits_per_weight=8 * size / self.numel,
-            perplexity=float(perplexity(Recorded(logits), self.ids, context=_CONTEXT)),
+            perplexity=float(perplexity(Recorded(logits), self.ids, self.tokenizer, context=_CONTEXT)),
             kl=divergence.mean,
             top1_agreement=divergence.top1_agreement,
             tokens_per_second=speed,

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "perplexity_stderr": score.stderr,
     }
     if reference is not None:
-        divergence = kl_divergence(model, reference, ids, context=args.context, progress=sys.stderr.isatty())
+        divergence = kl_divergence(model, reference, ids, tokenizer, context=args.context, progress=sys.stderr.isatty())
         result |= {"kl_mean": divergence.mean, "kl_p99": divergence.p99, "top1_agreement": divergence.top1_agreement}
     if args.json:
         print(json.dumps(result, indent=2))

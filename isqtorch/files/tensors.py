@@ -58,15 +58,11 @@ class TensorStore:
         self.release()
 
     def read(self, name: str) -> Tensor:
-        """A tensor, which may be a view of a mapped file: do not write to it."""
-        return self.parts(name, [...])[0]
-
-    def parts(self, name: str, indices: Sequence[Any]) -> list[Tensor]:
-        """Some parts of a tensor; only their bytes are read."""
+        """A tensor, which is a view of the mapped file: pages are read when they are used. Do not write to it."""
         stored = self.tensors[name]
         with complete(stored.file):
-            piece = self._file(stored.file).get_slice(name)
-            return [piece[index] for index in indices]
+            tensor: Tensor = self._file(stored.file).get_tensor(name)
+        return tensor
 
     def release(self) -> None:
         """Close the files, so that pages that were read do not stay in memory. They are opened again when needed."""

@@ -2,10 +2,11 @@
 
 from . import ggml, kquants, codebook, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
 from .base import Fields, Part, QuantFormat, formats, get_format, mix_name, register
-from .choices import AUTO, Spec, resolve_format
+from .choices import AUTO, KEEP, Spec, resolve_format
 
 __all__ = [
     "AUTO",
+    "KEEP",
     "Fields",
     "Part",
     "QuantFormat",

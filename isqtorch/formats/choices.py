@@ -10,6 +10,7 @@ Spec = int | str | QuantFormat
 """A number of bits, a name, or a format."""
 
 AUTO = "auto"  # the rule that measures the layers and chooses (isqtorch.auto)
+KEEP = "keep"  # the rule that takes over what a checkpoint has quantized already
 _BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
 _BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
 
@@ -46,3 +47,4 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
 
 
 register_mix(AUTO)
+register_mix(KEEP)

@@ -259,7 +259,7 @@ def collect_imatrix(
     longest = context_length(model)
     size = min(chunk, len(ids), *([max(longest - 1, 1)] if longest is not None else []))
     chunks = ids[: len(ids) // size * size].view(-1, size).clone()  # [chunks, size]
-    bos = bos_token(tokenizer) if tokenizer is not None else None
+    bos = bos_token(tokenizer)
     if bos is not None:
         chunks[:, 0] = bos
 

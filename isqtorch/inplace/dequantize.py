@@ -13,6 +13,7 @@ from isqtorch.policy.inventory import check_model, packed_names, storage_key
 
 from .host import announce
 from .origin import forget
+from .pack import naming_memory
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -28,6 +29,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     Raises:
         TypeError: `model` is not an nn.Module.
         ValueError: the model has no quantized layer or is itself one, or `dtype` is not a float type.
+        MemoryError, torch.OutOfMemoryError, RuntimeError: memory ran out while a layer was decoded. The layers before it
+            are floats, the others are still packed, and the model runs; call `dequantize_` again.
 
     Example:
         isqtorch.quantize_(model, "q4k")
@@ -44,26 +47,36 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         module = model.get_submodule(name)
         key = id(module) if isinstance(module, QuantExperts) else storage_key(_weight(model, name))
         groups.setdefault(key, []).append(name)
-    for group in groups.values():
-        weights: dict[bool, nn.Parameter] = {}  # by orientation
-        done: dict[int, nn.Module] = {}
-        for name in group:
-            old = model.get_submodule(name)
-            if not isinstance(old, PackedModule):
-                continue  # a module with several names: replaced already
-            if id(old) not in done and isinstance(old, QuantExperts):
-                new = experts_to_float(old, dtype)
-                done[id(old)] = new if dtype is None else new.to(dtype)
-            elif id(old) not in done:
-                assert isinstance(old, (QuantLinear, QuantEmbedding))
-                transposed = old.origin not in (nn.Linear, nn.Embedding)
-                if transposed not in weights:
-                    weights[transposed] = float_weight(old, dtype)
-                new = to_float(old, weights[transposed])
-                done[id(old)] = new if dtype is None else new.to(dtype)
-            put_module(model, name, done[id(old)])
+    for number, group in enumerate(groups.values()):
+        state = (
+            f"{number} of {len(groups)} weights are floats again, the others are packed as before, and the model runs. Free "
+            "memory, and call dequantize_ again."
+        )
+        with naming_memory("dequantize_", group[0], "decoded", state):
+            _decode(model, group, dtype)
     forget(model)
     announce(model, None)
+
+
+def _decode(model: nn.Module, names: list[str], dtype: torch.dtype | None) -> None:
+    """Put float layers in the place of packed ones that share one weight."""
+    weights: dict[bool, nn.Parameter] = {}  # by orientation
+    done: dict[int, nn.Module] = {}
+    for name in names:
+        old = model.get_submodule(name)
+        if not isinstance(old, PackedModule):
+            continue  # a module with several names: replaced already
+        if id(old) not in done and isinstance(old, QuantExperts):
+            new = experts_to_float(old, dtype)
+            done[id(old)] = new if dtype is None else new.to(dtype)
+        elif id(old) not in done:
+            assert isinstance(old, (QuantLinear, QuantEmbedding))
+            transposed = old.origin not in (nn.Linear, nn.Embedding)
+            if transposed not in weights:
+                weights[transposed] = float_weight(old, dtype)
+            new = to_float(old, weights[transposed])
+            done[id(old)] = new if dtype is None else new.to(dtype)
+        put_module(model, name, done[id(old)])
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

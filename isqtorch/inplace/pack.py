@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isqtorch.formats import QuantFormat
 from isqtorch.policy.options import Options
+from isqtorch.text import cause
 
 from .damage import Damage, Watch
 
@@ -33,12 +34,13 @@ class Job:
 
 
 @contextmanager
-def naming_memory(op: str, job: Job, state: str) -> Iterator[None]:
+def naming_memory(op: str, layer: str, doing: str, state: str) -> Iterator[None]:
     """Raise an error about memory that ran out again, of the same class, with the layer and the way out.
 
     Args:
         op: the public function, for the message.
-        job: the weight that is packed in the block.
+        layer: name of the layer that the block works on.
+        doing: what the block does with it: "packed in q4k".
         state: sentences about what was done so far, and what the user can do.
     """
     try:
@@ -49,7 +51,7 @@ def naming_memory(op: str, job: Job, state: str) -> Iterator[None]:
             raise
         told = str(error).partition("\n")[0]
         raise kind(
-            f"{op}: {job.names[0]}: memory ran out while it was packed in {job.fmt.name}. {state}{f' ({told})' if told else ''}"
+            f"{op}: {layer}: memory ran out while it was {doing}. {state}{f' ({told})' if told else ''}"
         ) from error
 
 
@@ -85,7 +87,10 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expe
 
 
 def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None) -> Tensor:
-    packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+    try:
+        packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+    except ValueError as error:  # the callers name the operation and the layer; the operator would name itself
+        raise ValueError(cause(error)) from None
     job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
     return packed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isqtorch.auto import Auto, Budget, choose_formats
 from isqtorch.auto.choose import WeightOf
-from isqtorch.formats import QuantFormat
+from isqtorch.formats import QuantFormat, formats, get_format
 from isqtorch.importance.calibration import collect
 from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of, load_imatrix
 from isqtorch.modules import PackedModule
@@ -148,15 +148,19 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     verdict = decide(inventory.layers, request)
     permissions = check_activations(inventory.layers, verdict, request)
     jobs = _jobs(inventory, verdict, request, imatrix, again)
-    notes = [*_kernel_notes(inventory, verdict), *_rule_notes(jobs, rule), *permissions]
+    kernels = _kernel_notes(inventory, verdict)
+    notes = [*kernels, *_rule_notes(jobs, rule), *permissions]
     if imatrix is not None:
         notes += _importance_notes(jobs, imatrix, op)
     alarms = _dead_columns(jobs)
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{op} quantized nothing; the report has the reasons")
-    _check_kernels(jobs, rule, op)
+    _check_rule(jobs, verdict, rule, op)
+    _check_kernels(jobs, op)
     source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
-    return Prepared(request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *alarms])
+    return Prepared(
+        request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *kernels, *alarms]
+    )
 
 
 def check_devices(request: Request) -> None:
@@ -209,7 +213,7 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
         if decision.format is not None
     }
     return [
-        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow"
+        f"{missing_kernels(device)}: the plain PyTorch reference runs there, correct and slow; `isqtorch doctor` says more"
         for device in sorted(devices - {*NATIVE_DEVICES, "meta"})
     ]
 
@@ -315,11 +319,22 @@ def _first_bad(weight: Tensor) -> tuple[int, ...]:
     raise AssertionError("all weights are finite")
 
 
-def _check_kernels(jobs: list[Job], rule: str | None, op: str) -> None:
-    """Pack one block in each format: a missing rule or kernel must raise before the first layer changes."""
-    known = any(job.rule == rule for job in jobs)
+def _check_kernels(jobs: list[Job], op: str) -> None:
+    """Pack one block in each format: a missing kernel must raise before the first layer changes."""
     for job in {job.fmt.name: job for job in jobs}.values():
         try:
-            torch.ops.isqtorch.quantize(torch.zeros(1, job.fmt.block), job.fmt.name, None, job.rule if known else rule)
+            pack_weight(torch.zeros(1, job.fmt.block), replace(job, importance=None, watch=Watch(), damages=[]))
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
+
+
+def _check_rule(jobs: list[Job], verdict: Verdict, rule: str | None, op: str) -> None:
+    """ValueError if no weight to pack has the requested rule; the message names the formats that were asked for."""
+    if not jobs or any(job.rule == rule for job in jobs):
+        return
+    names = list(dict.fromkeys(each.requested for each in verdict.decisions if each.format and each.requested))
+    able = [name for name in formats() if has_rule(get_format(name), rule)]
+    raise ValueError(
+        f"{op}: {first_names(names)} {'has' if len(names) == 1 else 'have'} no rule {rule!r}, only {' '.join(able)} have. Use one "
+        "of these, or leave rule out: other formats have one rule, the default."
+    )

@@ -84,7 +84,8 @@ def quantize_(
             instead of `imatrix`. "auto" takes both and then uses the text only for its measurements. The model must be
             a causal language model that can run on its device.
         tokenizer: the tokenizer of the model, for `calibration_file`.
-        include: regexes, searched in the module path; only layers that match one of them are quantized.
+        include: regexes, searched in the module path; only layers that match one of them are quantized. An empty list
+            selects none.
         exclude: regexes, searched in the module path; layers that match one of them are left as they are.
         fallback: what to do if K is not a multiple of the format's block size: "up" takes the next larger format that
             fits, "skip" leaves the layer as it is, "error" raises before anything is changed.
@@ -148,9 +149,9 @@ def quantize_(
             f"quantize_: {packed[0]} is quantized already ({len(packed)} layers are). Use requantize_ to change formats, or "
             "dequantize_ first."
         )
-    check_foreign(model, request)
-    check_devices(request)
     inventory = inspect_model(model).on(request.device)
+    check_foreign(inventory.foreign, request)
+    check_devices(request)
     prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
     origin = Origin.before(model, request)
     for message in prepared.warnings:
@@ -180,7 +181,7 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
                 f"{number} of {len(prepared.jobs)} weights are packed, the others are as they were, and the model runs. To pack all, "
                 "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
             )
-            with naming_memory(request.op, job, state):
+            with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
                 error = _replace(model, job, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))

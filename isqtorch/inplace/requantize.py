@@ -83,7 +83,7 @@ def requantize_(
             `load`, `IsqConfig` and `quantize_` remember. The packed weights of a GGUF file or an MLX folder are taken
             over where they have the format already, and are decoded and packed anew elsewhere.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
-            `{}` drops a topology, `""` or `()` drops include or exclude.
+            `{}` drops a topology, `""` or `()` drops include or exclude: then all layers are selected.
         imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
             again. Calibration runs the model in its present formats.
         activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the
@@ -132,7 +132,8 @@ def requantize_(
         measure_error=measure_error,
     )
     request = Request(fmt, options, _OP)
-    check_foreign(model, request)
+    inventory = inspect_model(model)
+    check_foreign(inventory.foreign, request)
     _check(model, probe)
     _check_no_device(request)
     weights = Weights.find(model, source, origin)
@@ -147,7 +148,7 @@ def requantize_(
             check_weights(model, prepared)
 
     again = weights.source is not None
-    prepared, choice = settle(model, inspect_model(model), request, check, weights.of, again)
+    prepared, choice = settle(model, inventory, request, check, weights.of, again)
     for message in [*weights.alarms, *prepared.warnings]:
         warnings.warn(message, stacklevel=2)
     swaps, errors = _new_layers(model, prepared, weights)
@@ -209,7 +210,8 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
         for job in prepared.jobs:
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
-            with naming_memory(_OP, job, "Nothing was changed. Free memory, or exclude some of the layers."):
+            state = "Nothing was changed. Free memory, or exclude some of the layers."
+            with naming_memory(_OP, job.names[0], f"packed in {job.fmt.name}", state):
                 parameter, error = _packed(model, job, weights)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))

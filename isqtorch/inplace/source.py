@@ -10,7 +10,9 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +25,15 @@ from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
 
+from .stored import QuantizedFiles
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
 _ROWS = 16  # compared of larger ones
+_MAPPED = 1 << 24  # bytes of tensors, after which the files are closed: the system may map megabytes around each row
 _PACKED = 8  # packed layers that are compared, spread over the model
 _ALIKE = 0.3  # correlation; with 2 bits it is above 0.9, with another model's weights about 0
+_OURS = "isq"  # quant_method of a model that isqtorch has packed
 _ELSE = "Give source=..., the original model's folder or .safetensors file, or source='stored' to start from the quantized weights"
 
 
@@ -53,7 +59,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """Some rows of a tensor, see `sampled`; None if its shape differs or reading them takes as long as all of it."""
 
     @abstractmethod
@@ -66,11 +72,12 @@ class Source(ABC):
 
 
 class TensorFiles(Source):
-    """The float tensors of some safetensors files.
+    """The float tensors of some safetensors files. Weights that another program has quantized are decoded.
 
     Attributes:
         where: the folder or file, for messages.
-        tensors: {name in the files: the tensor there}.
+        tensors: {name: the tensor in the files}; a quantized weight has the name that it has in a checkpoint of floats.
+        quantized: reads the quantized weights; None if the checkpoint has floats.
 
     Raises:
         ValueError: a file is damaged, a tensor is in two files, or the files hold packed weights.
@@ -82,18 +89,29 @@ class TensorFiles(Source):
         self.where = str(paths[0].parent if len(paths) > 1 or paths[0].name == "model.safetensors" else paths[0])
         self._store = TensorStore(paths, _ELSE)
         self.tensors = self._store.tensors
-        method = "isqtorch" if "isqtorch" in self._store.metadata else _quantized_by(paths[0].parent)
-        if method is not None:
-            raise ValueError(f"{self.where}: is quantized by {method} itself. {_ELSE}.")
+        self.quantized: QuantizedFiles | None = None
+        entry = quantization_of(paths[0].parent)
+        method = None if entry is None else str(entry.get("quant_method"))
+        ours = "isqtorch" if "isqtorch" in self._store.metadata else method
+        if ours in ("isqtorch", _OURS):
+            raise ValueError(f"{self.where}: is quantized by {ours} itself. {_ELSE}.")
+        if entry is not None:
+            try:
+                self.quantized = QuantizedFiles(self._store, entry)
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{self.where}: is quantized by {method} itself, and cannot be decoded: {error} {_ELSE}."
+                ) from None
+            self.tensors = self.quantized.tensors()
 
     def read(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
 
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         key = self._plain(name)
         if key is None or self.tensors[key].shape != shape or self.tensors[key].dtype not in FLOATS:
             return None
-        return self._store.parts(key, [part or ... for part in sampled(shape)])
+        return self.tensor(key)[sampled(shape)]  # a view of the mapped file: only pages of these rows are read
 
     def _plain(self, name: str) -> str | None:
         """Name of the tensor that is loaded as this parameter without any conversion, or None."""
@@ -102,6 +120,8 @@ class TensorFiles(Source):
     def tensor(self, key: str) -> Tensor:
         """A tensor by its name in the files."""
         stored = self.tensors[key]
+        if self.quantized is not None and key in self.quantized.weights:
+            return self.quantized.tensor(self.quantized.weights[key])
         if stored.dtype not in FLOATS:
             raise ValueError(f"{stored.file}: {key} is {stored.dtype}, must be one of {', '.join(FLOATS)}. {_ELSE}.")
         return self._store.read(key)
@@ -143,6 +163,7 @@ def difference(model: nn.Module, source: Source) -> str | None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.device.type != "meta" and type(tensor) in (nn.Parameter, Tensor):
             shared.setdefault(id(tensor), []).append(name)
+    mapped = 0
     try:
         for names in shared.values():
             own = tensors[names[0]].detach()
@@ -150,8 +171,10 @@ def difference(model: nn.Module, source: Source) -> str | None:
             found = [_distance(own, rows) for rows in stored if rows is not None]
             if found and all(found):
                 return f"{names[0]} (by up to {min(filter(None, found)):.3g})"
-            if tensors[names[0]].numel() > _WHOLE:
-                source.release()  # the system may map megabytes around each row
+            mapped += own.nbytes
+            if mapped > _MAPPED:
+                source.release()
+                mapped = 0
         packed = [(path, module) for path, module in model.named_modules() if isinstance(module, PackedModule)]
         for path, module in packed[:: -(-len(packed) // _PACKED)] if packed else ():
             for leaf, fmt in module.packed.items():
@@ -164,15 +187,18 @@ def difference(model: nn.Module, source: Source) -> str | None:
     return None
 
 
-def sampled(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
-    """The parts of a tensor that `difference` compares: all of it, or 16 rows, from the first to the last."""
+@cache
+def sampled(shape: tuple[int, ...]) -> Any:
+    """The index of the part of a tensor that `difference` compares: all of it, or 16 rows, from the first to the last.
+
+    The length of a row does not count, so the index also finds these rows in packed form. It is made of numpy arrays,
+    for torch would make tensors on its default device.
+    """
     if math.prod(shape) <= _WHOLE or len(shape) < 2:
-        return [tuple(slice(None) for _ in shape)]
+        return ...
     rows = math.prod(shape[:-1])
-    steps = min(rows, _ROWS) - 1
-    chosen = sorted({round(i * (rows - 1) / max(steps, 1)) for i in range(steps + 1)})
-    places = (np.unravel_index(row, shape[:-1]) for row in chosen)
-    return [(*(slice(int(i), int(i) + 1) for i in place), slice(None)) for place in places]
+    chosen = np.linspace(0, rows - 1, min(rows, _ROWS)).round().astype(np.int64)
+    return np.unravel_index(chosen, shape[:-1])
 
 
 def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Source) -> float | None:
@@ -184,30 +210,30 @@ def _likeness(module: PackedModule, leaf: str, fmt: str, name: str, source: Sour
     stored = source.sample(name, shape)
     if stored is None:
         return None
-    products = torch.zeros(3, dtype=torch.float64)
-    for part, other in zip(sampled(shape), stored, strict=True):
-        rows = weight.detach()[part[:-1]].to("cpu").reshape(-1, weight.shape[-1])
-        mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
-        theirs = other.to("cpu", torch.float64).reshape(-1)
-        products += torch.stack([mine @ theirs, mine @ mine, theirs @ theirs])
-    product, mine_squared, theirs_squared = products.tolist()
+    rows = weight.detach()[sampled(shape)].to("cpu").reshape(-1, weight.shape[-1])
+    mine = torch.ops.isqtorch.dequantize(rows, fmt, torch.float32).double().reshape(-1)
+    theirs = stored.to("cpu", torch.float64).reshape(-1)
+    product, mine_squared, theirs_squared = (float(x) for x in (mine @ theirs, mine @ mine, theirs @ theirs))
     scale = math.sqrt(mine_squared * theirs_squared)
     return product / scale if 0 < scale < math.inf else None  # all zeros are like anything
 
 
-def _distance(own: Tensor, stored: list[Tensor]) -> float:
+def _distance(own: Tensor, stored: Tensor) -> float:
     """The largest absolute difference of the rows; 0 if they agree bit for bit in the type of the model."""
-    most = 0.0
-    for part, other in zip(sampled(tuple(own.shape)), stored, strict=True):
-        mine, theirs = (each.to("cpu", own.dtype).reshape(-1).contiguous() for each in (own[part], other))
-        if not torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)):
-            apart = (mine.double() - theirs.double()).abs().max().item()
-            most = max(most, math.inf if math.isnan(apart) else apart or math.ulp(0.0))  # 0 and -0 are different bits
-    return most
+    part = own[sampled(tuple(own.shape))]
+    mine, theirs = (each.to("cpu", own.dtype).reshape(-1).contiguous() for each in (part, stored))
+    if np.array_equal(mine.view(torch.uint8).numpy(), theirs.view(torch.uint8).numpy()):
+        return 0.0
+    apart = (mine.double() - theirs.double()).abs().max().item()
+    return math.inf if math.isnan(apart) else apart or math.ulp(0.0)  # 0 and -0 are different bits
 
 
-def _quantized_by(folder: Path) -> str | None:
-    """Quantization method of the checkpoint in a folder according to its config.json, or None."""
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` in the config.json of a folder, or None."""
     config = folder / "config.json"
-    entry = read_json(config).get("quantization_config") if config.exists() else None
-    return str(entry.get("quant_method")) if isinstance(entry, dict) else None
+    content = read_json(config) if config.exists() else {}
+    for part in (content, content.get("text_config")):
+        entry = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(entry, dict):
+            return entry
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ class Companions:
         """Load what the model has files for.
 
         Raises:
+            ValueError: the files of the tokenizer are damaged.
             OSError: the Hub cannot be reached.
         """
-        from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+        from transformers import AutoProcessor, PreTrainedTokenizerBase
 
         names = file_names(source, local=local)
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local}
@@ -69,7 +71,7 @@ class Companions:
                 tokenizer, processor = processor, None
             tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         if tokenizer is None and has_tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = _tokenizer(source, options)
         return cls(tokenizer, processor)
 
     def save(self, folder: Path) -> None:
@@ -79,6 +81,28 @@ class Companions:
             writer.save_pretrained(folder)
         if self.tokenizer is not None and not any(_TOKENIZER.fullmatch(path.name) for path in folder.iterdir()):
             self.tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(source: str, options: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model; None for one that knows no word. Many classes of transformers make such a one of nothing."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # damaged files raise anything
+        if (
+            isinstance(error, ImportError)
+            or not Path(source).expanduser().is_dir()
+            or "trust_remote_code" in str(error)
+        ):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"the tokenizer in {source} cannot be loaded ({type(error).__name__}: {reason:.300}). Copy its files again from the "
+            "original model."
+        ) from error
+    known = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if known else None
 
 
 def copy_files(source: str, folder: Path, *, local: bool) -> None:

@@ -38,7 +38,7 @@ class TransformersDescriber:
         assert opened.checkpoint is not None
         model = opened.empty(opened.own_dtype() or torch.float32)
         inventory = stored_inventory(model, opened.checkpoint)
-        note = f"its weights are quantized already; what is packed anew is made of decoded {opened.checkpoint.kind} weights"
+        note = f"what is packed anew is made of decoded {opened.checkpoint.kind} weights: their errors stay"
         packed = any(layer.packed_as for layer in inventory.layers)
         return Described(inventory, [note] if packed else [], opened.config.to_dict())
 

@@ -130,9 +130,16 @@ def snapshot(repository: str, patterns: Sequence[str], *, local: bool) -> Path:
 
 @contextmanager
 def naming_hub(source: str) -> Iterator[None]:
-    """Turn errors of the Hub into one line with the reason; errors of folders are clear already."""
+    """Turn errors of the Hub, and about code of a model, into one line; other errors of folders are clear already."""
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} is a model with Python code of its own, which is not run unless you trust it: "
+            "isqtorch.load(..., trust_remote_code=True); the commands never run it"
+        ) from error
     except OSError as error:
         if os.path.isdir(os.path.expanduser(source)):
             raise

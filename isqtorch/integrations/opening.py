@@ -119,7 +119,11 @@ class Opened:
         """ValueError if the model has no tokenizer. `what` needs it, for the message."""
         if self.companions.tokenizer is None:
             why = f" ({self.companions.why})" if self.companions.why else ""
-            raise ValueError(f"{self.source} has no tokenizer, and {what} needs one{why}")
+            way = (
+                f". Copy the tokenizer files of the original model there (tokenizer.json and tokenizer_config.json), or write "
+                f"them: tokenizer.save_pretrained({self.source!r})."
+            )
+            raise ValueError(f"{self.source} has no tokenizer, and {what} needs one{why}{way if self.home else ''}")
 
     @cached_property
     def companions(self) -> Companions:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,6 +137,7 @@ def _by_package(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+@lru_cache(4096)
 def _maker(path: str) -> str | None:
     """The quantizer that a Python module belongs to, or None."""
     match = _OF_TRANSFORMERS.match(path)

@@ -14,6 +14,7 @@ from isqtorch.formats import QuantFormat, get_format
 
 from .parameter import PackedParameter
 from .plausible import unknown_fault
+from .savers import check_saver
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute with
 _TWIN = "_isqtorch_packed"  # attribute of a plain parameter: the packed one that took its place
@@ -128,7 +129,12 @@ class PackedModule(nn.Module):
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save as nn.Module does, and store the formats in the metadata of the state dict, beside the version."""
+        """Save as nn.Module does, and store the formats in the metadata of the state dict, beside the version.
+
+        Functions that would write the bytes without the metadata get a ValueError; see `savers.py`.
+        """
+        for name, format in self.packed.items():
+            check_saver(f"{prefix}{name}", format)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat
+
+from .parameter import plain_bytes
 
 SWITCH = "ISQTORCH_CHECK_WEIGHTS"
 """Environment variable; "0" skips the check."""
@@ -28,33 +30,55 @@ _BLOCKS_OF_A_RUN = 64  # at most
 _state = threading.local()
 
 
-def weight_fault(packed: Tensor, fmt: QuantFormat) -> str | None:
+class Place(NamedTuple):
+    """Where the bytes of a contiguous weight lie in an open file."""
+
+    path: str
+    descriptor: int
+    start: int  # position of the first byte
+
+
+def weight_fault(packed: Tensor, fmt: QuantFormat, place: Place | None = None) -> str | None:
     """Say why a packed weight cannot be in format `fmt`, or return None if it can or the check is switched off.
 
     Args:
         packed: uint8 `[..., row_bytes]`, on any device. A weight on meta or of another size is not judged.
         fmt: the format.
+        place: where the weight lies in the file that it is mapped from. The sample is then read from there, which takes
+            less time and memory than mapping its pages.
+
+    Raises:
+        OSError: the file cannot be read, or became shorter.
     """
-    packed = getattr(packed, "_local_tensor", packed)  # the shard of a DTensor
+    packed = plain_bytes(
+        getattr(packed, "_local_tensor", packed)
+    )  # the shard of a DTensor; a packed parameter's memory
     if os.environ.get(SWITCH) == "0" or packed.device.type == "meta" or packed.dtype != torch.uint8:
         return None
     if packed.dim() < 2 or packed.numel() == 0 or packed.shape[-1] % fmt.block_bytes:
         return None
-    return fmt.fault(_sample(packed.detach(), fmt))
+    return fmt.fault(_sample(packed.detach(), fmt, place))
 
 
-def _sample(packed: Tensor, fmt: QuantFormat) -> Tensor:
+def _sample(packed: Tensor, fmt: QuantFormat, place: Place | None) -> Tensor:
     """Runs of blocks, spread evenly over the weight: uint8 `[n, block_bytes]`, on the CPU."""
     if not packed.is_contiguous():
         packed = packed[:: max(1, len(packed) // _RUNS)].contiguous()
-    blocks = packed.view(-1, fmt.block_bytes)
-    step, length = len(blocks) // _RUNS, min(_BYTES_OF_A_RUN // fmt.block_bytes, _BLOCKS_OF_A_RUN)
-    if step > length:
-        blocks = blocks[: step * _RUNS].view(_RUNS, step, fmt.block_bytes)[:, :length]
+    size = fmt.block_bytes
+    count = packed.numel() // size
+    step, length = count // _RUNS, min(_BYTES_OF_A_RUN // size, _BLOCKS_OF_A_RUN)
+    runs, length = (_RUNS, length) if step > length else (1, count)
+    if place is not None:
+        starts = [place.start + i * step * size for i in range(runs)]
+        read = bytearray().join([os.pread(place.descriptor, length * size, start) for start in starts])
+        if len(read) != runs * length * size:
+            raise OSError(f"{place.path}: became shorter while it was read")
+        return torch.from_numpy(np.frombuffer(read, np.uint8).reshape(-1, size))
+    blocks = packed.as_strided((runs, length * size), (step * size, 1))
     if blocks.device.type != "cpu":
-        return blocks.reshape(-1, fmt.block_bytes).cpu()
+        return blocks.reshape(-1, size).cpu()
     # numpy, for torch copies with all its threads, which takes longer
-    return torch.from_numpy(np.ascontiguousarray(blocks.numpy()).reshape(-1, fmt.block_bytes))
+    return torch.from_numpy(np.ascontiguousarray(blocks.numpy()).reshape(-1, size))
 
 
 def unknown_fault(key: str, incoming: Any, fmt: QuantFormat, call: list[str]) -> str | None:

@@ -345,8 +345,8 @@ def check_expert_ids(op: str, ids: Tensor, experts: int) -> None:
     first = _first((wide < 0) | (wide > experts))
     if first is not None:
         raise IndexError(
-            f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but there are {experts} experts; "
-            f"{experts} itself is allowed and stands for one that is not here."
+            f"{op}: ids[{_position(first, ids.shape)}] is {int(ids.reshape(-1)[first])}, but the weight has {experts} experts, "
+            f"0 to {experts - 1}. Give ids of these; {experts} marks an expert that another process holds, and adds zeros."
         )
 
 

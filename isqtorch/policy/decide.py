@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from isqtorch.formats import AUTO, QuantFormat, Spec, get_format, mix_name, resolve_format
+from isqtorch.formats import AUTO, KEEP, QuantFormat, Spec, get_format, mix_name, resolve_format
 from isqtorch.modules.packed import FLOAT_DTYPES
 
 from .layers import LayerInfo
@@ -91,8 +91,13 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
 def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Assigned] | None:
     """The format that a rule for whole models gives each layer; None if the request names a single format."""
     mix = mix_name(request.fmt)
-    if mix != AUTO:
+    if mix not in (AUTO, KEEP):
         return None if mix is None else assign(mix, layers)
+    if request.assigned is None and mix == KEEP:
+        raise ValueError(
+            f"{request.op}: 'keep' takes over what a checkpoint has quantized already, which {request.op} does not do. Load such a "
+            "checkpoint with quantization_config=isqtorch.IsqConfig('keep')."
+        )
     if request.assigned is None:
         raise ValueError(
             f"{request.op}: 'auto' chooses formats by measuring weights, which {request.op} does not do. Use quantize_ (or `isqtorch "
@@ -166,6 +171,8 @@ def _reason_not_asked(layer: LayerInfo, request: Request, spec: Spec | None) -> 
         return "no include pattern matches"
     if request.options.organization == "moqe" and not _is_expert(layer):
         return "organization moqe: not a routed expert"
+    if spec is None and mix_name(request.fmt) == KEEP:
+        return "the checkpoint has it in floats"
     if spec is None:
         return "not in the topology, and there is no default format"
     return None

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from isqtorch.modules.foreign import find_foreign
+from isqtorch.modules.foreign import Foreign
 
 from .request import Request
 
 
-def check_foreign(model: nn.Module, request: Request) -> None:
-    """ValueError if another quantizer holds layers.
+def check_foreign(foreign: Foreign | None, request: Request) -> None:
+    """ValueError if another quantizer holds layers; `foreign` is that of the model's inventory.
 
     Both quantizers in one model are allowed if the request leaves out each of these layers by name and the result can
     be stored. transformers has a place for one quantizer only, and special tensors fit in no file of tensors.
     """
-    foreign = find_foreign(model)
     if foreign is None:
         return
     can_mix = foreign.plain and not foreign.recorded

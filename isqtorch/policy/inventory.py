@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 from isqtorch.modules.convert import layer_kind, matrices, name_of, obstacle, weight_matrix
-from isqtorch.modules.foreign import find_foreign
+from isqtorch.modules.foreign import Foreign, find_foreign
 from isqtorch.modules.parameter import PackedParameter
 
 from .layers import LayerInfo, Role, head_by_name
@@ -36,6 +36,7 @@ class Inventory:
     layers: list[LayerInfo]
     rest_bytes: int  # vectors (norms, biases) and saved buffers
     rest_numel: int
+    foreign: Foreign | None = None  # the layers that another quantizer holds
 
     @property
     def numel(self) -> int:
@@ -86,7 +87,7 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
                 first[key] = len(layers)
             layers.append(info)
     layers = _spread_over_ties(layers)
-    return Inventory(layers, sum(size for size, _ in rest.values()), sum(count for _, count in rest.values()))
+    return Inventory(layers, sum(size for size, _ in rest.values()), sum(count for _, count in rest.values()), foreign)
 
 
 def storage_key(tensor: Tensor) -> object:
@@ -276,7 +277,7 @@ def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
 
 
 def check_model(model: nn.Module, op: str) -> None:
-    """Raise unless `model` is a module around the layers: a layer itself cannot be replaced in place."""
+    """Raise unless `model` is a module around the layers, with shapes: a layer itself cannot be replaced in place."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     if layer_kind(model) is not None or isinstance(model, PackedModule):
@@ -284,3 +285,6 @@ def check_model(model: nn.Module, op: str) -> None:
             f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "
             "isqtorch.quantize on its weight."
         )
+    lazy = next((name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{op}: {lazy} has no shape yet, because its layer is lazy. Run the model once before.")

@@ -7,7 +7,7 @@ new option needs a field here, the code that uses it, and an argument in each fu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,12 +60,16 @@ class Options:
     def lasting(self, **given: Any) -> Options:
         """The options that a later `requantize_` keeps: those that select layers.
 
-        Values in `given` replace them, unless None. A new `exclude` also replaces `modules_to_not_convert`.
+        Values in `given` replace them, unless None. An empty value drops an option that may be None. A new `exclude`
+        also replaces `modules_to_not_convert`.
         """
         kept = {name: getattr(self, name) for name in LASTING}
         changed = {name: value for name, value in given.items() if value is not None}
         if "exclude" in changed:
             kept["modules_to_not_convert"] = None
+        for name in ("topology", "include", "exclude"):
+            if isinstance(changed.get(name), Sized) and not changed[name]:
+                changed[name] = None
         return Options(**(kept | changed))
 
     def changed(self, **options: Any) -> Options:
@@ -78,7 +82,13 @@ LASTING = ("topology", "organization", "include", "exclude", "modules_to_not_con
 
 
 def checked_names(op: str, option: str, names: Names | None) -> list[str]:
-    """Names as a list; a single string is one name. ValueError unless all are strings, and few enough to be tried."""
+    """Names as a list; a single string is one name, and "" is none.
+
+    Raises:
+        ValueError: an entry is no string or is empty, or there are too many to be tried.
+    """
+    if isinstance(names, str) and not names:
+        return []
     try:
         found = listed(names)
     except ValueError as error:
@@ -86,6 +96,10 @@ def checked_names(op: str, option: str, names: Names | None) -> list[str]:
     if len(found) > MAX_NAMES:
         raise ValueError(
             f"{op}: {option} has {len(found)} entries, the limit is {MAX_NAMES}. Join entries: one regex matches many layers."
+        )
+    if "" in found:
+        raise ValueError(
+            f"{op}: {option} has an empty entry, which would match every layer. Leave it out, or write '.*'."
         )
     return found
 

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 if sys.version_info >= (3, 11):
-    from re import _constants as ops  # type: ignore[attr-defined]  # private, but there is no other parser of regexes
+    from re import _compiler as compiler  # type: ignore[attr-defined]  # private, but no other module parses regexes
+    from re import _constants as ops  # type: ignore[attr-defined]
     from re import _parser as parser  # type: ignore[attr-defined]
 else:  # the same modules under their older names
+    import sre_compile as compiler
     import sre_constants as ops
     import sre_parse as parser
 
@@ -39,7 +41,8 @@ SECONDS = 30.0  # for all regexes of a request together; ordinary ones take mill
 _LENGTH = 128  # characters of a path; few models have longer ones
 _MOST_WAYS = 1e6
 _MOST_FOLDED = 1 << 10  # characters in a range that ignores case: `re` compiles them one by one
-_ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+_FOLDS = int(re.IGNORECASE)  # an operation on the enum itself takes long
+_CHARACTERS = {ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.AT}  # and places between them: one way each
 
 
 class Patience:
@@ -79,9 +82,9 @@ class PathRegex:
         if len(self.text) > MAX_REGEX:
             raise ValueError(f"{self.what} has {len(self.text)} characters, the limit is {MAX_REGEX}")
         try:
-            # Without any of these characters there is one way from each start, and nothing to analyse.
-            ways = _search_ways(parser.parse(self.text)) if set("(|*+?{") & set(self.text) else _Ways(1, 1)
-            compiled = re.compile(self.text)
+            tree = parser.parse(self.text)
+            ways = _search_ways(tree)
+            compiled = compiler.compile(tree)  # `re.compile` would parse again, which takes longer than the rest
         except _TooManyWaysError as error:
             raise ValueError(f"{self.what}: this regex could take too long: {error}") from None
         except (re.error, OverflowError, RecursionError, ValueError) as error:
@@ -114,6 +117,10 @@ class PathRegex:
             )
         return found
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the compiled regex, which does not know its text."""
+        return PathRegex, (self.text, self.what, self.patience)
+
 
 class _TooManyWaysError(ValueError):
     pass
@@ -132,9 +139,12 @@ class _Ways(NamedTuple):
         return _Ways(min(self.fixed * other.fixed, 1e300), self.free + other.free)
 
 
+_ONE = _Ways()
+
+
 def _search_ways(tree: Any) -> _Ways:
     """The ways of a search. The last item, if it can match nothing, ends the search and is never tried again."""
-    items = list(tree)
+    items = list(tree.data)
     ignores_case = bool(tree.state.flags & re.IGNORECASE)
     if items and items[-1][0] in (ops.MAX_REPEAT, ops.MIN_REPEAT) and items[-1][1][0] == 0:
         _ways_of_item(items[-1], None, ignores_case)  # only for what it refuses
@@ -144,12 +154,15 @@ def _search_ways(tree: Any) -> _Ways:
     return _ways_of(items, None, ignores_case) * _Ways(1, 0 if anchored else 1)
 
 
-def _ways_of(items: Sequence[Any], follower: Any, ignores_case: bool) -> _Ways:
-    """The ways of a sequence. `follower` is the item after it, None if that is not known."""
-    ways = _Ways()
+def _ways_of(items: list[Any], follower: Any, ignores_case: bool) -> _Ways:
+    """The ways of a sequence, the `data` of a parsed part. `follower` is the item after it, None if that is not known."""
+    ways = _ONE
     for i, item in enumerate(items):
-        after = items[i + 1] if i + 1 < len(items) else follower
-        ways = ways * _ways_of_item(item, after, ignores_case)
+        if item[0] not in _CHARACTERS:  # most items are
+            after = items[i + 1] if i + 1 < len(items) else follower
+            factor = _ways_of_item(item, after, ignores_case)
+            if factor is not _ONE:
+                ways = factor if ways is _ONE else ways * factor
     return ways
 
 
@@ -157,45 +170,46 @@ def _ways_of_item(item: Any, follower: Any, ignores_case: bool) -> _Ways:
     op, value = item
     if op is ops.SUBPATTERN:
         _, added, removed, inner = value
-        return _ways_of(inner, follower, (ignores_case or bool(added & re.IGNORECASE)) and not removed & re.IGNORECASE)
+        return _ways_of(inner.data, follower, (ignores_case or bool(added & _FOLDS)) and not removed & _FOLDS)
     if op is ops.BRANCH:
         return _ways_of_branches(value[1], follower, ignores_case)
     if op in (ops.ASSERT, ops.ASSERT_NOT):
-        return _ways_of(value[1], None, ignores_case)
+        return _ways_of(value[1].data, None, ignores_case)
     if op is ops.GROUPREF_EXISTS:
         return _ways_of_branches([part for part in value[1:] if part is not None], follower, ignores_case)
     if op in _REPEATS:
         least, most, inner = value
         return _ways_of_repeat(least, most, inner, follower, ignores_case)
     if op is _ATOMIC:
-        return _ways_of(value, None, ignores_case)
+        return _ways_of(value.data, None, ignores_case)
     if op is ops.IN and ignores_case:
         for kind, characters in value:
             if kind is ops.RANGE and characters[1] - characters[0] > _MOST_FOLDED:
                 raise _TooManyWaysError("a class that ignores case has a range of thousands of characters")
-    return _Ways()
+    return _ONE
 
 
 def _ways_of_branches(branches: Sequence[Any], follower: Any, ignores_case: bool) -> _Ways:
     """The ways of alternatives. Of plain texts, only those that continue each other can match at one place."""
-    texts = [tuple(branch) for branch in branches]
+    texts = [tuple(branch.data) for branch in branches]
     if all(op is ops.LITERAL for text in texts for op, _ in text) and len(set(texts)) == len(texts):
-        return _Ways(len({len(text) for text in texts}))
-    each = [_ways_of(branch, follower, ignores_case) for branch in branches]
+        lengths = len({len(text) for text in texts})
+        return _ONE if lengths == 1 else _Ways(lengths)
+    each = [_ways_of(branch.data, follower, ignores_case) for branch in branches]
     return _Ways(sum(ways.fixed for ways in each), max((ways.free for ways in each), default=0))
 
 
 def _ways_of_repeat(least: int, most: int, inner: Any, follower: Any, ignores_case: bool) -> _Ways:
-    once = _ways_of(inner, None, ignores_case)
+    once = _ways_of(inner.data, None, ignores_case)
     shortest = inner.getwidth()[0]
     if most <= 1:
         return _Ways(once.fixed + (least == 0), once.free)
-    if once != _Ways() or shortest == 0:
+    if once != _ONE or shortest == 0:
         if most <= 8:
-            return math.prod([_Ways(once.fixed + 1, once.free)] * most, start=_Ways())
+            return math.prod([_Ways(once.fixed + 1, once.free)] * most, start=_ONE)
         raise _TooManyWaysError("a repetition (* + {}) is repeated itself, or repeats nothing")
     if least == most or _is_ended(inner, follower, ignores_case):
-        return _Ways()
+        return _ONE
     return _Ways(1, 1)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from isqtorch.formats import Spec, mix_name, resolve_format
+from isqtorch.quantizers import Rule
 
 from .options import Activations, Fallback, Names, Options, Organization, checked_names
 from .patterns import PathRegex, Patience
@@ -73,15 +74,19 @@ class Request:
                 )
         if options.activations not in (None, *get_args(Activations)):
             raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r:.200}')
-        if options.rule is not None and not isinstance(options.rule, str):
-            raise ValueError(f"{op}: rule must be None or the name of a rule; got {options.rule!r:.80}")
+        if options.rule not in (None, *get_args(Rule)):
+            raise ValueError(
+                f"{op}: rule must be None, which is the default of each format, or one of {', '.join(get_args(Rule))}; "
+                f"got {options.rule!r:.80}"
+            )
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()
+        all_names = options.include is None or (isinstance(options.include, str) and not options.include)
         parsed: dict[str, Any] = {
             "topology": topology,
             "device": None if options.device is None else parsed_device(options.device, f"{op}: device"),
-            "included": None if options.include is None else _patterns(op, "include", options.include, patience),
+            "included": None if all_names else _patterns(op, "include", options.include, patience),
             "excluded": [
                 *_patterns(op, "exclude", options.exclude, patience),
                 *_exact(op, options.modules_to_not_convert, patience),

@@ -78,8 +78,9 @@ def plan(
     request = Request(fmt, options, "plan")
     if isinstance(model, nn.Module):
         check_model(model, "plan")
-        check_foreign(model, request)
-        return planned(inspect_model(model), request)
+        inventory = inspect_model(model)
+        check_foreign(inventory.foreign, request)
+        return planned(inventory, request)
     inventory, notes, _ = read_checkpoint(model)
     return planned(inventory, request, notes)
 

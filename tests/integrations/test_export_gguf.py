@@ -146,6 +146,7 @@ def test_what_the_file_cannot_say(tmp_path: Path) -> None:
         ("starcoder2", {"use_bias": False}, "has no blk.0.attn_output.bias"),
         ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ("qwen3_5_text", {"linear_key_head_dim": 16}, "linear_key_head_dim and linear_value_head_dim differ"),
         ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank is None"),
         ("ernie4_5", {"use_bias": True}, "use_bias is True"),
         ("llama with yarn positions", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,

@@ -249,3 +249,29 @@ def test_a_missing_tokenizer_is_an_error_that_names_the_way_out(tmp_path: Path) 
     with pytest.raises(OSError, match=r"export_mlx: no tokenizer is found .* tokenizer=False"):
         isqtorch.export_mlx(llama(layers=1), tmp_path / "mlx")
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_that_mlx_lm_has_otherwise(tmp_path: Path) -> None:
+    """It has no head for gpt2, and always one for phi."""
+    from tests.tiny_decoders import tiny
+
+    with pytest.raises(
+        ValueError, match=r"head has weights of its own, and mlx-lm uses the embedding for models of type 'gpt2'"
+    ):
+        export(tiny("gpt2"), tmp_path / "mlx")
+    source = quantized(tiny("stablelm, tied"), "afq4g32")
+    _, tensors = read(export(source, tmp_path / "mlx"))
+    for leaf in ("weight", "scales", "biases"):
+        assert torch.equal(tensors[f"lm_head.{leaf}"], tensors[f"model.embed_tokens.{leaf}"])
+    model, report = opened(tmp_path / "mlx")
+    assert state_bytes(model) == state_bytes(source) and not report.notes
+
+
+def test_models_that_mlx_lm_computes_otherwise_are_refused(tmp_path: Path) -> None:
+    from tests.tiny_decoders import tiny
+
+    with pytest.raises(NotImplementedError, match=r"'glm' cannot be written for mlx-lm, which turns all of a head"):
+        export(tiny("glm"), tmp_path / "mlx")
+    with pytest.raises(NotImplementedError, match=r"'gpt_neox' cannot be written for mlx-lm, whose hidden layers"):
+        export(tiny("gpt_neox"), tmp_path / "mlx")
+    assert not list(tmp_path.iterdir())

@@ -95,7 +95,7 @@ def widen(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (poison, r"layers.1.mlp.experts.gate_up_proj: expert 5: quantize: weight\[3, 7\] is nan"),
+        (poison, r"layers.1.mlp.experts.gate_up_proj: expert 5: weight\[3, 7\] is nan"),
         (lose, r"layers.0.mlp.experts.down_proj: the checkpoint has 7 experts where the model has 8"),
         (widen, r"layers.0.mlp.experts.gate_up_proj: expert 7 is \[64, 160\] in the checkpoint; it does not fit"),
     ],

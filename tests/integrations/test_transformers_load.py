@@ -182,9 +182,7 @@ def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 7] = torch.nan
     model.save_pretrained(tmp_path)
-    expected = (
-        r"^IsqConfig: model\.layers\.1\.mlp\.up_proj\.weight: quantize: weight\[3, 7\] is nan; q4k needs finite values"
-    )
+    expected = r"^IsqConfig: model\.layers\.1\.mlp\.up_proj\.weight: weight\[3, 7\] is nan; q4k needs finite values"
     with pytest.raises(ValueError, match=expected):
         load(tmp_path, quantization_config=IsqConfig("q4k"))
     load(tmp_path, quantization_config=IsqConfig("q4k", exclude=r"1\.mlp\.up_proj"))

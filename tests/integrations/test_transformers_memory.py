@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,50 @@ def test_weights_that_the_caller_passes_are_left_alone(folder: Path) -> None:
     )
     assert float(state["lm_head.weight"][5].min()) == 7.0
     assert float(model.lm_head.dequantize()[5].float().mean()) == pytest.approx(7.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("fmt", "rows"), [("q4k", 3), ("q4k", 3000), ("q8_0", 900), ("fp8", 2000), ("afq4", 1111)])
+def test_the_sample_of_a_mapped_weight_is_read_from_its_file(tmp_path: Path, fmt: str, rows: int) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from isqtorch import get_format
+    from isqtorch.integrations.transformers.mapped import MappedFiles
+    from isqtorch.modules.plausible import _sample, weight_fault
+
+    format, path = get_format(fmt), tmp_path / "model.safetensors"
+    before = torch.zeros(7, dtype=torch.uint8)
+    weight = torch.ops.isqtorch.quantize(torch.randn(rows, 1024), fmt, None, None)
+    save_file({"a": before, "b": weight}, path)
+    with safe_open(path, "pt", backend="mmap") as file:
+        view = file.get_tensor("b")
+    with closing(MappedFiles([str(path)])) as files:
+        assert files.place(weight) is None and files.place(view[:, ::2]) is None
+        place = files.place(view)
+        assert place is not None and place.path == str(path)
+        assert torch.equal(_sample(view, format, place), _sample(weight, format, None))
+        tail, place_of_tail = view[rows // 2 :], files.place(view[rows // 2 :])
+        assert torch.equal(_sample(tail, format, place_of_tail), _sample(tail.clone(), format, None))
+        assert weight_fault(view, format, place) is None
+        os.truncate(path, 300)  # to read the memory would end the process now
+        with pytest.raises(OSError, match=r"model\.safetensors: became shorter while it was read"):
+            weight_fault(view, format, place)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(place.descriptor)
+
+
+def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from isqtorch.integrations.transformers.mapped import MappedFiles
+
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(5000, dtype=torch.uint8)}, path)
+    save_file({"a": torch.zeros(5000, dtype=torch.uint8)}, tmp_path / "other")
+    with safe_open(path, "pt", backend="mmap") as file:
+        view = file.get_tensor("a")
+    with closing(MappedFiles([str(path)])) as files:
+        assert files.holds(view)
+        os.replace(tmp_path / "other", path)
+        assert files.place(view) is None and bool(view.all())

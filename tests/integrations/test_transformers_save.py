@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hf import MODELS, load, logits
 from models import state_bytes
+from safetensors.torch import load_file
 
 import isqtorch
 from isqtorch import IsqConfig, checkpoint
+from isqtorch.integrations.transformers.skeleton import packed_formats
 
 Folders = Callable[[str], Path]
 
@@ -167,6 +170,68 @@ def test_quantize_leaves_a_model_as_loading_does(checkpoints: Folders, tmp_path:
     assert deferred.config.to_dict() == immediate.config.to_dict()
     assert deferred.config._is_quantized and type(deferred.hf_quantizer) is type(immediate.hf_quantizer)
     reload(deferred, tmp_path)
+
+
+def whole_trunk(model: Any) -> None:
+    """A trunk that was quantized by itself, in the model around it."""
+    trunk = copy.deepcopy(model.model)
+    isqtorch.quantize_(trunk, "q4k")
+    model.model = trunk
+
+
+def one_block(model: Any) -> None:
+    isqtorch.quantize_(model.model.layers[1], "q8_0")
+
+
+def half_way(model: Any) -> None:
+    """Memory ran out while the model was quantized."""
+    from isqtorch.inplace import quantize
+
+    calls, real = iter(range(100)), quantize.pack_weight
+
+    def pack_weight(*args: Any) -> torch.Tensor:
+        if next(calls) == 3:
+            raise MemoryError
+        return real(*args)
+
+    with mock.patch.object(quantize, "pack_weight", pack_weight), pytest.raises(MemoryError):
+        isqtorch.quantize_(model, "q5k")
+
+
+@pytest.mark.parametrize("change", [whole_trunk, one_block, half_way])
+def test_layers_that_came_into_the_model_by_hand(llama: Path, tmp_path: Path, change: Callable[[Any], None]) -> None:
+    """Nothing has recorded them yet: the model around them was never quantized."""
+    model = load(llama)
+    change(model)
+    assert not hasattr(model, "hf_quantizer")
+    reload(model, tmp_path)
+    assert stored_config(tmp_path)["layers"] == packed_formats(model) != {}
+
+
+def test_a_class_of_ones_own_around_a_model(llama: Path, tmp_path: Path) -> None:
+    """Its save_pretrained leaves the packed part to transformers, which records it."""
+
+    class Own(torch.nn.Module):
+        def __init__(self, part: Any) -> None:
+            super().__init__()
+            self.part, self.head = part, torch.nn.Linear(8, 8)
+
+        def save_pretrained(self, folder: Path) -> None:
+            self.part.save_pretrained(folder)
+
+    model = Own(load(llama, quantization_config=IsqConfig("q4k")))
+    model.save_pretrained(tmp_path)
+    assert state_bytes(load(tmp_path)) == state_bytes(model.part)
+
+
+def test_adapters_are_saved_by_themselves(llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load(llama)
+    isqtorch.quantize_(model.model.layers[0], "q4k")  # and nothing has recorded it
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved and all("lora" in name for name in saved)
 
 
 def test_importance_and_rule_are_recorded(llama: Path, tmp_path: Path) -> None:

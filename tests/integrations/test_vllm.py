@@ -202,3 +202,12 @@ def test_layers_of_small_weights_are_said() -> None:
         layer.weight.weight_loader(layer.weight, tensor * 1e-6, part)
     with pytest.warns(UserWarning, match=r"isq in vLLM: 1 layer lost much more than usual: .*qkv_proj \(q6k\)"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_weights_that_cannot_be_packed_are_named_once() -> None:
+    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj", rank=0, ranks=1)
+    for part, tensor in enumerate(weights()):
+        layer.weight.weight_loader(layer.weight, tensor, part)
+    layer.weight.data[0, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"^isq in vLLM: .*qkv_proj: weight\[0, 3\] is nan"):
+        layer.quant_method.process_weights_after_loading(layer)

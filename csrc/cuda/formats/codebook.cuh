@@ -136,6 +136,21 @@ struct Mxfp4 : LevelFormat<Mxfp4, BlockMxfp4, E2m1Levels> {
   static ISQ_DEVICE Affine affine(const Row&, const uint8_t* chunk, int group, const Shape&) {
     return {scale(chunk[group * sizeof(Block)]), 0.0f};
   }
+  // Levels are 4-bit floats times two. Shifted into place, a code is a bf16 or f16 number with another exponent bias,
+  // which a product with a power of two corrects. That takes fewer instructions than looking up.
+  template <Element element>
+  static ISQ_DEVICE void codes(const uint8_t* chunk, int slice, int t, const Shape&, uint32_t (&pairs)[1][4]) {
+    const uint32_t both = quads(chunk, slice, 4 * t);
+    for (int i = 0; i < 4; ++i) pairs[0][i] = pair<element>(both >> (8 * (i % 2) + 4 * (i / 2)));
+  }
+  static ISQ_DEVICE void floats(const uint8_t* chunk, int slice, int t, const Shape&, float (&to)[8]) {
+    const uint32_t both = quads(chunk, slice, 4 * t);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t two = pair<Element::kBf16>(both >> (8 * (i % 2) + 4 * (i / 2)));
+      to[i / 2 * 4 + i % 2] = __uint_as_float(two << 16);
+      to[i / 2 * 4 + i % 2 + 2] = __uint_as_float(two & 0xffff0000u);
+    }
+  }
   // Blocks begin at odd addresses, too.
   static ISQ_DEVICE uint32_t quads(const uint8_t* chunk, int slice, int at) {
     const uint8_t* const from = chunk + slice * sizeof(Block) + offsetof(Block, qs) + at;
@@ -148,6 +163,17 @@ struct Mxfp4 : LevelFormat<Mxfp4, BlockMxfp4, E2m1Levels> {
   }
 
  private:
+  // The codes in the low nibbles of both halves.
+  template <Element element>
+  static ISQ_DEVICE uint32_t pair(uint32_t word) {
+    if constexpr (element == Element::kBf16) {
+      const uint32_t moved = (word & 0x000f000f) * 0x1040;   // to bits 12 and 6 at once
+      return multiply_bf16(moved & 0x81c081c0, 0x7f007f00);  // 2^127
+    } else {
+      const uint32_t size = word << 9 & 0x0e000e00;
+      return multiply_f16(lop3<0xea>(word << 12, 0x80008000, size), 0x78007800);  // 2^15
+    }
+  }
   static ISQ_DEVICE float scale(uint32_t e) { return __uint_as_float(e > 1 ? (e - 1) << 23 : 0x200000u << e); }
 };
 

@@ -11,7 +11,7 @@ import inspect
 import time
 from typing import Any
 
-from openai.types import Completion, CompletionChoice
+from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat.chat_completion_message_function_tool_call import ChatCompletionMessageFunctionToolCall, Function
 from starlette.responses import JSONResponse, Response
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -19,7 +19,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import Modality, ReasoningText, ToolCall, build_response_parser
 
 from .connection import TICKET, Ticket
-from .served import ApiError, Generations, Served
+from .served import ApiError, Finish, Served
 
 
 class _OneModel:
@@ -35,12 +35,15 @@ class _OneModel:
         model, tokenizer = served.loaded.model, served.loaded.tokenizer
         config = self._build_generation_config(body, model.generation_config)
         served.admit(inputs["input_ids"].shape[-1], config)
-        reply: Any = self._streaming if body.get("stream") else self._non_streaming  # type: ignore[attr-defined]
-        answer = reply(
-            request_id, model, tokenizer, served.name, inputs, config, served.generations, self._own_field(body)
-        )
-        response: Response = await answer if inspect.isawaitable(answer) else answer
-        return response
+        own = self._own_field(body)
+        if body.get("stream"):
+            response: Response = self._streaming(  # type: ignore[attr-defined]
+                request_id, model, tokenizer, served.name, inputs, config, served.generations, own
+            )
+            return response
+        parser = self._parser(model, tokenizer, inputs, own)
+        parts, usage, finish = await served.generations.generate_whole(tokenizer, inputs, config, parser)
+        return JSONResponse(self._answer(request_id, parts, usage, finish, own))
 
     def _inputs(self, body: dict[str, Any]) -> Any:
         """The tokens of the prompt; runs on the reading thread."""
@@ -48,6 +51,14 @@ class _OneModel:
 
     def _own_field(self, body: dict[str, Any]) -> Any:
         """The field that only this endpoint has, and that its reply needs."""
+        raise NotImplementedError
+
+    def _parser(self, model: Any, tokenizer: Any, inputs: Any, own: Any) -> Any:
+        """What splits a reply into its parts; None: it is all text."""
+        return None
+
+    def _answer(self, request_id: str, parts: list[Any], usage: CompletionUsage, finish: Finish, own: Any) -> Any:
+        """The body of a whole reply, as JSON."""
         raise NotImplementedError
 
     def _build_generation_config(self, body: dict[str, Any], base: Any, use_cb: bool = False) -> Any:
@@ -101,19 +112,10 @@ class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
     def _own_field(self, body: dict[str, Any]) -> Any:
         return body.get("tools")
 
-    async def _non_streaming(
-        self,
-        request_id: str,
-        model: Any,
-        processor: Any,
-        model_id: str,
-        inputs: Any,
-        gen_config: Any,
-        gen_manager: Generations,
-        tools: Any = None,
-    ) -> Response:
-        parser = build_response_parser(processor, model, inputs["input_ids"], tools=tools)
-        parts, usage, finish = await gen_manager.generate_whole(processor, inputs, gen_config, parser)
+    def _parser(self, model: Any, tokenizer: Any, inputs: Any, own: Any) -> Any:
+        return build_response_parser(tokenizer, model, inputs["input_ids"], tools=own)
+
+    def _answer(self, request_id: str, parts: list[Any], usage: CompletionUsage, finish: Finish, own: Any) -> Any:
         calls = [
             ChatCompletionMessageFunctionToolCall(
                 id=f"{request_id}_tool_call_{i}",
@@ -122,16 +124,15 @@ class Chat(_OneModel, ChatCompletionHandler):  # type: ignore[misc]
             )
             for i, call in enumerate(part for part in parts if isinstance(part, ToolCall))
         ]
-        answer = self._build_completion(
+        return self._build_completion(
             request_id,
             "".join(part for part in parts if type(part) is str),
-            model_id,
+            self.model_manager.name,
             finish_reason="tool_calls" if calls else finish,
             usage=usage,
             tool_calls=calls or None,
             reasoning_content="".join(part for part in parts if isinstance(part, ReasoningText)) or None,
         )
-        return JSONResponse(answer)
 
 
 class Completions(_OneModel, CompletionHandler):  # type: ignore[misc]
@@ -146,25 +147,14 @@ class Completions(_OneModel, CompletionHandler):  # type: ignore[misc]
     def _own_field(self, body: dict[str, Any]) -> Any:
         return body.get("suffix")
 
-    async def _non_streaming(
-        self,
-        request_id: str,
-        model: Any,
-        processor: Any,
-        model_id: str,
-        inputs: Any,
-        gen_config: Any,
-        gen_manager: Generations,
-        suffix: str | None = None,
-    ) -> Response:
-        parts, usage, finish = await gen_manager.generate_whole(processor, inputs, gen_config)
-        choice = CompletionChoice(text="".join(parts) + (suffix or ""), index=0, logprobs=None, finish_reason=finish)
+    def _answer(self, request_id: str, parts: list[Any], usage: CompletionUsage, finish: Finish, own: Any) -> Any:
+        choice = CompletionChoice(text="".join(parts) + (own or ""), index=0, logprobs=None, finish_reason=finish)
         answer = Completion(
             id=request_id,
             created=int(time.time()),
-            model=model_id,
+            model=self.model_manager.name,
             choices=[choice],
             object="text_completion",
             usage=usage,
         )
-        return JSONResponse(answer.model_dump(exclude_none=True))
+        return answer.model_dump(exclude_none=True)

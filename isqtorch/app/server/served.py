@@ -28,6 +28,9 @@ _LONG = 512  # tokens of a prompt after which memory is given back to the system
 _PIECE = 32_768  # characters of a long prompt that are read at a time, to find out whether it can fit
 _CUT = 16  # tokens that cutting a text into pieces adds at most, per piece
 
+Finish = Literal["stop", "length"]
+"""Why a reply ended: a stop string or the end of the text, or the limit of tokens."""
+
 
 class ApiError(Exception):
     """An error that is sent to the client, with its HTTP status."""
@@ -166,7 +169,7 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
 
     async def generate_whole(
         self, processor: Any, inputs: Any, gen_config: Any, response_parser: Any = None
-    ) -> tuple[list[Any], CompletionUsage, Literal["stop", "length"]]:
+    ) -> tuple[list[Any], CompletionUsage, Finish]:
         """Queue a reply and wait for it: its parts, the numbers of tokens, and why it ended."""
         parts: list[Any] = []
         turn = _Turn(self.served)

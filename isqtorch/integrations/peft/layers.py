@@ -23,6 +23,7 @@ from isqtorch.formats import QuantFormat
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantLinear
 from isqtorch.modules.convert import to_packed
 from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.text import cause
 
 from .floats import Floats
 from .record import Record, attach, record_of
@@ -178,7 +179,8 @@ def _merged(record: Record, safe_merge: bool, running: Session) -> PackedModule:
             packed = torch.ops.isqtorch.quantize(after, fmt.name, None, floats.rule)
         except ValueError as error:
             raise ValueError(
-                f"merge: adapters {', '.join(names)} give {running.weights.name_of(original)} a weight that cannot be packed: {error}"
+                f"merge: adapters {', '.join(names)} give {running.weights.name_of(original)} a weight that cannot be packed: "
+                f"{cause(error)}"
             ) from None
         if not floats.original:
             packed = _only_changed(original, packed, fmt, before, after)

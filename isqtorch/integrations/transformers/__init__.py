@@ -20,15 +20,21 @@ if _found < MINIMUM:
     )
 
 from isqtorch.inplace.host import register_host  # noqa: E402
+from isqtorch.modules.savers import register_recorder  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
-from .host import TransformersHost, tied  # noqa: E402
+from .host import TransformersHost, records, tied  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
-from .resize import install  # noqa: E402
+from .resize import install as follow_resizing  # noqa: E402
+from .saving import install as record_when_saving  # noqa: E402
+from .stored import install as read_quantized  # noqa: E402
 from .ties import follow_ties  # noqa: E402
 
 register_host(TransformersHost())
-install()
+register_recorder(records)
+follow_resizing()
+record_when_saving()
+read_quantized()
 follow_ties(tied)
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]

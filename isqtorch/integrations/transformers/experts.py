@@ -21,6 +21,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 from isqtorch.inplace.pack import Job, pack_weight
 from isqtorch.modules import QuantExperts
 
+from .source import AsFloat
+
 Matrix = Callable[[], "Tensor | None"]
 """Reads a matrix; returns None if it belongs to another rank."""
 
@@ -28,24 +30,25 @@ Matrix = Callable[[], "Tensor | None"]
 class Packer(Protocol):
     """The part of IsqHfQuantizer that packs experts."""
 
-    def param_needs_quantization(self, model: Any, param_name: str) -> bool: ...
+    def packs(self, model: Any, name: str) -> bool: ...
 
     def pack_experts(self, model: Any, name: str, sources: Sequence[Sequence[Matrix]]) -> Tensor: ...
 
     def pack_turned(self, model: Any, name: str, read: Matrix) -> Tensor: ...
 
 
-class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers is not typed
-    """Collects matrices like the converter that it replaces, and packs them instead of joining them."""
+class FloatConverter(WeightConverter):  # type: ignore[misc]  # transformers is not typed
+    """A converter whose operations see a model of floats, also where a layer waits for packed bytes.
+
+    Some operations ask the model for the type or shape of the parameter that they convert for.
+    """
 
     __slots__ = ()
 
     @classmethod
     def of(cls, converter: Any) -> Any:
-        """The replacement of a converter; the converter itself if it does not join or transpose experts."""
-        joins = all(_joins(operation) for operation in converter.operations)
-        turns = [type(operation) for operation in converter.operations] == [Transpose]
-        if type(converter) is not WeightConverter or not (joins or turns) or len(converter.target_patterns) != 1:
+        """The replacement of a converter; the converter itself if it is of an unknown kind."""
+        if type(converter) is not WeightConverter:
             return converter
         new = cls(
             converter._original_source_patterns.copy(),
@@ -56,28 +59,38 @@ class ExpertsConverter(WeightConverter):  # type: ignore[misc]  # transformers i
         new.scope_prefix, new.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
         return new
 
+    def convert(self, layer_name: str, model: Any = None, **context: Any) -> dict[str, Any]:
+        face = None if model is None else AsFloat(model)
+        return super().convert(layer_name, model=face, **context)  # type: ignore[no-any-return]
+
+    def copy(self, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:
+        """An ordinary converter, used for saving: its operations see packed tensors."""
+        options.setdefault("force_cpu", self.force_cpu)
+        new = WeightConverter(source_patterns, target_patterns, **options)
+        new.scope_prefix, new.base_model_prefix = self.scope_prefix, self.base_model_prefix
+        return new
+
+
+class ExpertsConverter(FloatConverter):
+    """Collects matrices like the converter that it replaces, and packs them instead of joining them."""
+
+    __slots__ = ()
+
     def convert(self, layer_name: str, model: Any = None, hf_quantizer: Any = None, **context: Any) -> dict[str, Any]:
         path = layer_name.rpartition(".")[0]
         quantizer: Packer | None = hf_quantizer
-        if model is None or quantizer is None or not quantizer.param_needs_quantization(model, layer_name):
+        if model is None or quantizer is None or not quantizer.packs(model, layer_name):
             packs = False
         else:
             packs = isinstance(model.get_submodule(path), QuantExperts)
         if not packs:
-            return super().convert(layer_name, model=model, hf_quantizer=hf_quantizer, **context)  # type: ignore[no-any-return]
+            return super().convert(layer_name, model=model, hf_quantizer=hf_quantizer, **context)
         assert quantizer is not None, "checked above"
         sources = [[_reader(entry) for entry in self.collected_tensors.pop(key, [])] for key in self.source_patterns]
         if all(_joins(operation) for operation in self.operations):
             return {layer_name: quantizer.pack_experts(model, layer_name, sources)}
         [[read]] = sources
         return {layer_name: quantizer.pack_turned(model, layer_name, read)}
-
-    def copy(self, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:
-        """An ordinary converter, used for saving: the ordinary operations split packed stacks."""
-        options.setdefault("force_cpu", self.force_cpu)
-        new = WeightConverter(source_patterns, target_patterns, **options)
-        new.scope_prefix, new.base_model_prefix = self.scope_prefix, self.base_model_prefix
-        return new
 
 
 def pack_matrices(
@@ -89,7 +102,8 @@ def pack_matrices(
     """The packed stack of the matrices in `sources`.
 
     Args:
-        sources: for each part of the rows (gate, then up), the matrices of all experts in order.
+        sources: for each part of the rows (gate, then up), the matrices of all experts in order. Matrices of uint8 are
+            packed already.
         shape: `[E, N, row_bytes]`, this rank's part.
         job: format, rule and importance. The importance covers the experts of all ranks.
         done: called with a matrix that is no longer needed, and the number of its expert.
@@ -108,7 +122,9 @@ def pack_matrices(
             if matrix is None:
                 continue
             height = matrix.shape[0]
-            fits = matrix.dim() == 2 and fmt.row_bytes(matrix.shape[-1]) == row_bytes and start + height <= rows
+            is_packed = matrix.dtype == torch.uint8
+            width = matrix.shape[-1] if is_packed else fmt.row_bytes(matrix.shape[-1])
+            fits = matrix.dim() == 2 and width == row_bytes and start + height <= rows
             if not fits or here == experts:
                 raise ValueError(
                     f"expert {number} is {list(matrix.shape)} in the checkpoint; it does not fit into a stack of {experts} "
@@ -116,6 +132,10 @@ def pack_matrices(
                 )
             if out is None:
                 out = torch.empty(shape, dtype=torch.uint8, device=matrix.device)
+            if is_packed:
+                out[here, start : start + height] = matrix
+                here += 1
+                continue
             vector = importance[number] if importance is not None and importance.dim() == 2 else importance
             try:
                 out[here, start : start + height] = pack_weight(matrix, job, vector, number)
@@ -133,8 +153,20 @@ def pack_matrices(
 
 
 def replaced(converters: Iterable[Any]) -> list[Any]:
-    """The model's converters, with an ExpertsConverter in place of each one that joins experts."""
-    return [ExpertsConverter.of(entry) if isinstance(entry, WeightConverter) else entry for entry in converters]
+    """The model's converters, with an ExpertsConverter in place of each one that joins or transposes experts."""
+    return [_replacement(entry) if isinstance(entry, WeightConverter) else entry for entry in converters]
+
+
+def _replacement(converter: Any) -> Any:
+    turns = [type(operation) for operation in converter.operations] == [Transpose]
+    joins = all(_joins(operation) for operation in converter.operations)
+    experts = (joins or turns) and len(converter.target_patterns) == 1
+    return (ExpertsConverter if experts else FloatConverter).of(converter)
+
+
+def is_joined(converter: Any) -> bool:
+    """Whether a converter of the loader only joins matrices, so that the rows of each stay as they are."""
+    return len(converter.target_patterns) == 1 and all(map(_joins, converter.operations))
 
 
 def _joins(operation: Any) -> bool:

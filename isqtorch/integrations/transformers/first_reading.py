@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def choose_while_loading(
-    model: Any, config: IsqConfig, inventory: Inventory, checkpoint_files: list[str] | None
+    model: Any,
+    config: IsqConfig,
+    inventory: Inventory,
+    checkpoint_files: list[str] | None,
+    stored: dict[str, Any] | None = None,
 ) -> tuple[Request, Choice]:
     """Read a checkpoint once and choose the formats.
 
@@ -39,6 +43,7 @@ def choose_while_loading(
         config: the options.
         inventory: the inventory of the model.
         checkpoint_files: the files of the checkpoint.
+        stored: its `quantization_config`, if another program has quantized it.
 
     Returns:
         The request with the chosen formats, and the measurements.
@@ -67,6 +72,8 @@ def choose_while_loading(
     settings = copy.deepcopy(model.config)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
+    if stored is not None:
+        settings.quantization_config = stored
     with torch.device("cpu"):
         type(model).from_pretrained(
             Path(checkpoint_files[0]).parent, config=settings, dtype=model.dtype, quantization_config=first

@@ -96,6 +96,11 @@ class TransformersHost:
         _assign_is_quantized(model)
 
 
+def records(model: object) -> bool:
+    """Whether `save_pretrained` of a model writes the formats of its packed layers into config.json."""
+    return isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), IsqHfQuantizer)
+
+
 def _about(model: PreTrainedModel, incoming: Incoming) -> str:
     """What the report says about the weights of another program's checkpoint."""
     held = [found for name in model.state_dict(keep_vars=True) if (found := incoming.held(name)) is not None]

@@ -13,21 +13,27 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from isqtorch.files.binary import open_regular
+from isqtorch.modules.plausible import Place
+
 _MADV_DONTNEED = 4  # drop the pages from this process; reading them again reads the file
+_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
 class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
     """The loader's conversion: takes a float weight and returns the packed weight under the same name."""
 
-    def __init__(self, pack: Callable[[Any, str, Tensor], Tensor]) -> None:
+    def __init__(self, pack: Callable[[Any, str, Any], Tensor]) -> None:
         self._pack = pack
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        model = getattr(model, "real", model)  # see AsFloat
         return {
             name: self._pack(model, name, value[0] if isinstance(value, list) else value)
             for name, value in input_dict.items()
@@ -49,31 +55,60 @@ class Keep(ConversionOps):  # type: ignore[misc]  # transformers is not typed
         return self
 
 
+class _Range(NamedTuple):
+    """Addresses that a part of a file is mapped to."""
+
+    low: int
+    high: int
+    offset: int  # of the first byte, in the file
+    inode: int
+    path: str
+
+
 class MappedFiles:
     """The memory that some safetensors files are mapped to. Does nothing on other systems than Linux."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self._paths = {os.path.realpath(file) for file in files if file.endswith(".safetensors")}
-        self._ranges: list[tuple[int, int]] | None = None
+        self._ranges: list[_Range] | None = None
+        self._opened: dict[str, int | None] = {}  # path -> descriptor; None if another file has the path now
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a view of one of the files. All files must be mapped before the first call."""
-        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
-            return False
-        if self._ranges is None:
-            self._ranges = self._read_ranges()
-        start = tensor.data_ptr()
-        return any(low <= start < high for low, high in self._ranges)
+        return self._range(tensor) is not None
+
+    def place(self, tensor: Tensor) -> Place | None:
+        """Where a tensor lies in the file that it is a view of, to read a part without mapping its pages.
+
+        None if it is no view of one of the files or not contiguous, or if the file was replaced. The descriptor is valid
+        until `close`.
+        """
+        found = self._range(tensor)
+        if found is None or not tensor.is_contiguous():
+            return None
+        if found.path not in self._opened:
+            self._opened[found.path] = _opened(found)
+        descriptor = self._opened[found.path]
+        return (
+            None if descriptor is None else Place(found.path, descriptor, found.offset + tensor.data_ptr() - found.low)
+        )
+
+    def close(self) -> None:
+        """Close the files that `place` has opened."""
+        while self._opened:
+            _, descriptor = self._opened.popitem()
+            if descriptor is not None:
+                os.close(descriptor)
 
     def drop(self, tensor: Tensor) -> None:
         """Drop the pages of a contiguous tensor that is a view of a file. The tensor must not have been written to."""
-        if not self.holds(tensor):
+        if _madvise is None or not self.holds(tensor):
             return
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: others hold neighbours too
         stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+            _madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
 
     def release(self, model: nn.Module) -> None:
         """At the end of a load, copy all tensors that are still views of the files, so that these can be unmapped."""
@@ -83,14 +118,31 @@ class MappedFiles:
                 view, tensor.data = tensor.data, tensor.data.clone()
                 self.drop(view)
 
-    def _read_ranges(self) -> list[tuple[int, int]]:
+    def _range(self, tensor: Tensor) -> _Range | None:
+        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+            return None
+        if self._ranges is None:
+            self._ranges = self._read_ranges()
+        start = tensor.data_ptr()
+        return next((found for found in self._ranges if found.low <= start < found.high), None)
+
+    def _read_ranges(self) -> list[_Range]:
         if sys.platform != "linux" or not self._paths:
             return []
         ranges = []
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
-                fields = line.rstrip("\n").split(maxsplit=5)
-                if len(fields) == 6 and fields[5] in self._paths:
-                    low, _, high = fields[0].partition("-")
-                    ranges.append((int(low, 16), int(high, 16)))
+                start = line.find("/")  # of the path, which comes last
+                if start > 0 and line[start:-1] in self._paths:
+                    addresses, _, offset, _, inode = line[:start].split()
+                    low, _, high = addresses.partition("-")
+                    ranges.append(_Range(int(low, 16), int(high, 16), int(offset, 16), int(inode), line[start:-1]))
         return ranges
+
+
+def _opened(mapped: _Range) -> int | None:
+    """A descriptor of the file that is mapped; None if another file has its path now."""
+    with suppress(OSError, ValueError), open_regular(mapped.path) as file:
+        if os.fstat(file.fileno()).st_ino == mapped.inode:
+            return os.dup(file.fileno())
+    return None

@@ -10,7 +10,9 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from isqtorch.formats import get_format
+from isqtorch.formats import KEEP, get_format, mix_name
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
@@ -51,7 +53,9 @@ from .skeleton import (
     restore_activations,
     unpack_missing,
 )
+from .stored import Stack, StoredLoad
 
+_NO_MEMORY = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
 _NEW = "newly initialized, not quantized: the checkpoint has no weight of its name and shape"
 
 
@@ -67,7 +71,8 @@ class _Load:
     meter: Meter | None  # set in the first reading of "auto"
     started: float = field(default_factory=time.perf_counter)
     misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
-    failure: ValueError | None = None  # the first error; the loader would only log it
+    failure: Exception | None = None  # the first error; the loader would only log it
+    stored: StoredLoad | None = None  # the weights that another program has quantized
 
 
 @register_quantizer(METHOD)
@@ -81,6 +86,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self._load: _Load | None = None
         self._files = MappedFiles([])  # of the checkpoint that is loaded
         self._unchecked: nn.Module | None = None  # a model that may still be sharded over processes
+        self.stored: dict[str, Any] | None = None  # the quantization_config of a checkpoint by another program
 
     # ---- before the weights ------------------------------------------------------------------------------------------
 
@@ -110,22 +116,31 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             restore(model, config.layers, checkpoint_files or [])
             restore_activations(model, config.activations)
             return
+        with torch.device("cpu"):  # transformers makes meta the default device here
+            stored = None if self.stored is None else StoredLoad.open(model, self.stored, files)
         inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
         if config.measuring is not None:
             request = config.measuring.auto.smallest()
         elif config.budget() is not None:
-            request, choice = choose_while_loading(model, config, inventory, checkpoint_files)
+            request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
+        elif stored is not None and mix_name(request.fmt) == KEEP:
+            request = replace(request, assigned=stored.assigned(inventory))
         prepared = prepare_on_cpu(inventory, request)
+        if stored is not None:
+            stored.quantized.done = self._files.drop
+            if config.measuring is None:
+                stored.keep(prepared.jobs)
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
         jobs, parents = {}, parents_of(model)
         for job in prepared.jobs:
             for name in job.names:
                 pack_on_meta(model, name, job.fmt, parents)
-                jobs[parameter_name(model, name)] = job
+                if stored is None or parameter_name(model, name) not in stored.kept:
+                    jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring)
+        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring, stored=stored)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -138,6 +153,16 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         self._check_shards_once()
         return self._load is not None and param_name in self._load.jobs and param_name not in self._load.misfits
+
+    def packs(self, model: Any, name: str) -> bool:
+        """Whether a parameter becomes packed rows: of floats, or of blocks that the checkpoint has."""
+        stored = None if self._load is None else self._load.stored
+        return self.param_needs_quantization(model, name) or (stored is not None and name in stored.kept)
+
+    def as_floats(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of the files, with those of quantized weights replaced; see `StoredLoad`."""
+        load = self._load
+        return tensors if load is None or load.stored is None else load.stored.as_floats(tensors, load.jobs)
 
     def get_quantize_ops(self) -> Pack:
         return Pack(self._pack)
@@ -162,7 +187,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from the matrices of its experts, which are read one at a time."""
 
         def packed(load: _Load) -> Tensor:
-            job = load.jobs[name]
+            job = load.jobs[name] if load.stored is None else load.stored.kept.get(name) or load.jobs[name]
             shape = tuple(local(model.get_parameter(name)).shape)
             pieces = shape[0] * len(sources)
 
@@ -188,18 +213,31 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
 
         return self._attempt(name, packed)
 
-    def _pack(self, model: Any, name: str, weight: Tensor) -> Tensor:
+    def _pack(self, model: Any, name: str, weight: Tensor | Stack) -> Tensor:
         """Pack one weight; the loader calls this for each."""
+        if isinstance(weight, Stack):
+            return self._pack_stack(model, name, weight)
         return self._attempt(name, lambda load: _packed(load, model, name, weight))
+
+    def _pack_stack(self, model: Any, name: str, stack: Stack) -> Tensor:
+        """Pack a stack of experts that is decoded one by one."""
+        module = model.get_submodule(name.rpartition(".")[0])
+        if stack.turned != module.is_turned():  # its matrices are [K, N]
+            return self._attempt(name, lambda load: _packed(load, model, name, stack.whole()))
+        return self.pack_experts(model, name, [[partial(stack.matrix, n) for n in range(stack.weight.shape[0])]])
 
     def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
+            job = load.jobs[name]
             try:
-                return pack(load)
+                with naming_memory("IsqConfig", job.names[0], f"packed in {job.fmt.name}", _NO_MEMORY):
+                    return pack(load)
             except ValueError as error:
                 load.failure = ValueError(f"IsqConfig: {name}: {error}")
+            except Exception as error:
+                load.failure = error
         return torch.empty(0, dtype=torch.uint8)  # after a failure nothing is packed; it is raised after loading
 
     # ---- after the weights -------------------------------------------------------------------------------------------
@@ -209,7 +247,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         name_packed(model)
         mark_rows(model)
         if load is None:
-            _check_loaded(model, self._files)
+            with closing(self._files) as files:
+                _check_loaded(model, files)
             model.isq_report = QuantReport.of_packed(inspect_model(model))
             return model
         if load.failure is not None:
@@ -219,6 +258,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
+        if load.stored is not None:
+            load.stored.explain(model.isq_report, load.prepared.inventory)
         if load.meter is None:
             for message in load.prepared.alarms:
                 warnings.warn(message, stacklevel=2)
@@ -279,10 +320,8 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
             importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        state = "Nothing is loaded. Free memory, or load the model onto a device with more of it."
-        with naming_memory(METHOD, job, state):
-            packed = pack_weight(source, job, importance)
-            job.watch.finish()  # reads the weight, whose pages are dropped now
+        packed = pack_weight(source, job, importance)
+        job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)
 
@@ -296,13 +335,14 @@ def local(parameter: Any) -> Tensor:
 def _check_loaded(model: Any, files: MappedFiles) -> None:
     """ValueError unless all packed layers got a weight, of their format, and layers that share one have the same.
 
-    Pages of `files` that the check has read are dropped again, so that they do not count as memory of this process.
+    Samples of weights that are views of `files` are read from there, so that no pages become memory of this process.
     """
     first: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
         for leaf, format in module.packed.items() if isinstance(module, PackedModule) else ():
             name, weight = name_of(path, leaf), module._parameters[leaf]
-            if weight.device.type == "meta":  # offloaded
+            data = plain_bytes(weight)
+            if data.device.type == "meta":  # offloaded
                 continue
             if not getattr(weight, "_is_hf_initialized", False):
                 raise ValueError(
@@ -310,8 +350,10 @@ def _check_loaded(model: Any, files: MappedFiles) -> None:
                     "It is damaged, or its files are of different models."
                 )
             if id(weight) not in first:
-                why = weight_fault(weight, get_format(format))
-                files.drop(plain_bytes(weight))
+                place = files.place(data)
+                why = weight_fault(data, get_format(format), place)
+                if place is None:
+                    files.drop(data)
                 if why is not None:
                     raise ValueError(
                         f"{METHOD}: config.json says that {name} is packed as {format}, and its bytes are not: read as {format}, {why}. "

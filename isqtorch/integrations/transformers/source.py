@@ -8,7 +8,7 @@ changes; test_transformers_requantize.py notices.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,11 +24,11 @@ from transformers.core_model_loading import (
 
 from isqtorch.inplace.source import TensorFiles
 from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import float_shape
+from isqtorch.modules.convert import float_shape, matrices, upright
 
 
 @dataclass
-class _Group:
+class Group:
     """Tensors of the checkpoint that are converted together into one or more parameters."""
 
     converter: WeightConverter | None  # None: the tensor is only renamed
@@ -40,23 +40,8 @@ class ConvertedSource(TensorFiles):
 
     def __init__(self, model: Any, files: Sequence[str], conversions: Sequence[Any]) -> None:
         super().__init__(files)
-        self._model = _AsFloat(model)
-        self._groups: dict[str, _Group] = {}  # name of the first resulting parameter -> its group
-        self._first: dict[str, str] = {}  # parameter -> first parameter of its group
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        state = model.state_dict()
-        for key in sorted(self.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-            if name not in state and key in state:  # as in the loader: a key of the model is not renamed
-                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
-            converter = None if pattern is None else by_pattern[pattern]
-            group = self._groups.setdefault(name, _Group(converter))
-            group.collected.append((key if pattern is None else pattern, key))
-            targets = [""] if converter is None else converter.target_patterns
-            for target in targets:
-                self._first[name.replace(targets[0], target, 1)] = name
+        self._model = AsFloat(model)
+        self._groups, self._first = grouped(model, self.tensors, conversions)
 
     def read(self, name: str) -> Tensor | None:
         first = self._first.get(name)
@@ -64,7 +49,7 @@ class ConvertedSource(TensorFiles):
             return None
         group = self._groups[first]
         if group.converter is None:
-            return self.tensor(group.collected[-1][1])
+            return self._laid_out(name, group.collected[-1][1])
         converter = copy.deepcopy(group.converter)
         for pattern, key in group.collected:
             converter.add_tensor(first, key, pattern, partial(self.tensor, key))
@@ -85,24 +70,78 @@ class ConvertedSource(TensorFiles):
         tensor: Tensor | None = found[0] if isinstance(found, list) else found
         return tensor
 
+    def _laid_out(self, name: str, key: str) -> Tensor:
+        """A tensor in the layout of the parameter; decoded weights have the output features first."""
+        tensor = self.tensor(key)
+        weight = None if self.quantized is None else self.quantized.weights.get(key)
+        path, _, leaf = name.rpartition(".")
+        if weight is not None and weight.oriented and is_turned(self._model.get_submodule(path), leaf):
+            return tensor.transpose(-2, -1)
+        return tensor
+
     def _plain(self, name: str) -> str | None:
         group = self._groups.get(name)
         return None if group is None or group.converter is not None else group.collected[-1][1]
 
 
-class _AsFloat:
-    """Stands in for the model in conversions that read shapes of parameters: gives shapes of the float weights."""
+def grouped(model: Any, keys: Iterable[str], conversions: Sequence[Any]) -> tuple[dict[str, Group], dict[str, str]]:
+    """How the loader joins the tensors of a checkpoint to parameters.
+
+    Args:
+        model: the model.
+        keys: the names in the checkpoint.
+        conversions: the loader's conversions for this model.
+
+    Returns:
+        {name of the first parameter of a group: the group}, and {name of a parameter: the first of its group}.
+    """
+    groups: dict[str, Group] = {}
+    first: dict[str, str] = {}
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:  # as in the loader: a key of the model is not renamed
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        converter = None if pattern is None else by_pattern[pattern]
+        group = groups.setdefault(name, Group(converter))
+        group.collected.append((key if pattern is None else pattern, key))
+        targets = [""] if converter is None else converter.target_patterns
+        for target in targets:
+            first[name.replace(targets[0], target, 1)] = name
+    return groups, first
+
+
+def is_turned(module: Any, leaf: str = "weight") -> bool:
+    """Whether a layer stores its own weight with the output features last."""
+    if isinstance(module, PackedModule):
+        return module.is_turned()
+    parameter = module._parameters.get(leaf)
+    if leaf not in matrices(module) or parameter is None:
+        return False
+    probe = torch.empty(tuple(range(1, parameter.dim() + 1)), device="meta")
+    return upright(module, probe).shape != probe.shape
+
+
+class AsFloat:
+    """Stands in for the model in conversions that ask for its parameters: gives types and shapes of the float weights.
+
+    Attributes:
+        real: the model.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.real = model
 
     def get_parameter(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
+        module = self.real.get_submodule(path)
         if isinstance(module, PackedModule) and leaf in module.packed:
-            return torch.empty(float_shape(module, leaf), device="meta")
-        parameter: Tensor = self._model.get_parameter(name)
+            return torch.empty(float_shape(module, leaf), dtype=module.dtype, device="meta")
+        parameter: Tensor = self.real.get_parameter(name)
         return parameter
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self.real, name)

@@ -18,6 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 import isqtorch.ops  # noqa: F401  (registers torch.ops.isqtorch)
 from isqtorch.formats import QuantFormat
 from isqtorch.inplace.damage import damage, damage_alarms, damage_reason
+from isqtorch.text import cause
 
 _DIMENSIONS = {"input_dim": 1, "output_dim": 0}
 
@@ -109,7 +110,7 @@ class IsqOnlineMethod(_Method):
         try:
             packed = torch.ops.isqtorch.quantize(layer.weight.data, self.format.name)
         except ValueError as error:
-            raise ValueError(f"isq in vLLM: {self.prefix}: {error}") from None
+            raise ValueError(f"isq in vLLM: {self.prefix}: {cause(error)}") from None
         found = damage(layer.weight.data, packed, self.format)
         if found is not None:
             reasons = {f"{self.prefix} ({self.format.name})": damage_reason([found], self.format)}

@@ -8,6 +8,7 @@
 
 #include <cfloat>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/gpu.h"
 

@@ -31,7 +31,7 @@ _VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 _CAPPED = ("attn_logit_softcapping", "final_logit_softcapping")  # Gemma 2 has both; None is no number
 
 # Architectures in which layers with a sliding window have one in llama.cpp, too.
-_WINDOWS = frozenset({"cohere2", "gemma2", "gemma3", "gpt-oss"})
+_WINDOWS = frozenset({"cohere2", "gemma2", "gemma3", "gemma4", "gpt-oss"})
 
 # Tensors that llama.cpp reads in some architectures only, and these.
 _READ = (
@@ -78,6 +78,8 @@ def difference(architecture: str, config: Any, tensors: Mapping[str, str]) -> st
         return f"num_key_value_heads is {config.num_key_value_heads}, and llama.cpp computes with {config.num_attention_heads}"
     if architecture == "deepseek2" and config.q_lora_rank is None and config.num_hidden_layers not in _LITE:
         return f"q_lora_rank is None, and llama.cpp knows that only for models of {_LITE[0]} or {_LITE[1]} layers"
+    if architecture.startswith("qwen35") and config.linear_key_head_dim != config.linear_value_head_dim:
+        return "linear_key_head_dim and linear_value_head_dim differ, and llama.cpp computes with the first"
     if architecture in _WINDOWS and "sliding_attention" not in config.layer_types:
         return "no layer has a sliding window, and llama.cpp needs one"
     for pattern, known in _READ:

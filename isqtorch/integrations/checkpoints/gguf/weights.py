@@ -208,14 +208,14 @@ class GgufWeights(Incoming):
             value = value.reshape(shape)
         return value
 
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         found = self._find(name)
-        parts = sampled(shape)
+        chosen = sampled(shape)
         if found is None:
             return None
-        if len(parts) == 1:
+        if chosen is ...:
             value = self.read(name)
-            return None if value is None or tuple(value.shape) != shape else [value]
+            return None if value is None or tuple(value.shape) != shape else value
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         place, tensor = found.place, found.tensors[0]
@@ -224,16 +224,13 @@ class GgufWeights(Incoming):
         if (leaf in matrices(module) and _is_turned(module)) or tensor.shape != shape:
             return None
         order = found.place.rows(shape[-2]) if found.place.rows else None
-        values = []
-        for part in parts:
-            *stack, row = (int(each.start) for each in part[:-1])
-            row = row if order is None else int(order[row])
-            number = int(np.ravel_multi_index((*stack, row), shape[:-1]))
-            rows = self._file.read(tensor, slice(number, number + 1))
-            values.append(
-                types.decoded(rows, tensor.type, f"{self.where}: {tensor.name}").reshape(*([1] * (len(shape) - 1)), -1)
-            )
-        return values
+        *stack, rows = (np.asarray(index) for index in chosen)
+        rows = rows if order is None else np.asarray(order)[rows]
+        numbers = np.ravel_multi_index((*stack, rows), shape[:-1])
+        read = [self._file.read(tensor, slice(int(number), int(number) + 1)) for number in numbers]
+        return torch.stack(
+            [types.decoded(row, tensor.type, f"{self.where}: {tensor.name}").reshape(-1) for row in read]
+        )
 
     def release(self) -> None:
         self._file.release()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .outgoing import is_tied
 from .settings import KEYS, Setting
 
 Entries = dict[str, Any]
@@ -42,18 +43,13 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
     if kind in _PERIODS:
         entries |= _pattern(entries, kind, op)
     entries["architectures"] = [type(model).__name__]
-    entries["tie_word_embeddings"] = _is_tied(model)
+    entries["tie_word_embeddings"] = is_tied(model)
     if settings:
         (default, _), *_ = Counter(settings.values()).most_common(1)
         own = {path: setting.entry() for path, setting in settings.items() if setting != default}
         for key in KEYS:
             entries[key] = {**default.entry(), **own}
     return entries
-
-
-def _is_tied(model: Any) -> bool:
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and table is not None and head._parameters.get("weight") is table._parameters.get("weight")
 
 
 def _rope(entries: Entries) -> Entries:
@@ -127,6 +123,11 @@ _REFUSED: dict[str, Callable[[Entries], str | None]] = {
     "deepseek_v2": lambda entries: None if _scaling(_whole(entries)) else "which needs scaled (YaRN) rotary positions",
     "exaone": lambda entries: "which reads another configuration",
     "glm": lambda entries: _partial(entries),
+    "gpt_neox": lambda entries: (
+        None
+        if entries["intermediate_size"] == 4 * entries["hidden_size"]
+        else "whose hidden layers have four times the size of the model"
+    ),
     "jamba": lambda entries: "whose results differ from those of transformers",
     "qwen3_5_text": lambda entries: "which reads it as a part of a model with images only",
     "qwen3_5_moe_text": lambda entries: "which reads it as a part of a model with images only",

@@ -57,7 +57,7 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
             f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(LAYOUTS))}."
         )
     check_layers(OP, model, "an MLX folder")
-    parts = parts_of(model, layout)
+    parts = parts_of(model, layout, OP)
     pieces = [piece for part in parts for piece in pieces_of(part, layout, OP)]
     settings = {part.path: setting for part in parts if (setting := part.setting) is not None}
     entries = configuration(model, settings, OP)

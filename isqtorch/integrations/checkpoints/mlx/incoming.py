@@ -134,7 +134,7 @@ class MlxIncoming(Incoming):
         value = self._made[name].joined(lambda key: self._weights.decode(modules[key]))
         return self._as_in_model(name, value)
 
-    def sample(self, name: str, shape: tuple[int, ...]) -> list[Tensor] | None:
+    def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         keys = self._made[name].keys if name in self._made else []
         if len(keys) != 1 or self._targets[name].turned or name.endswith(self._layout.raised or "/"):
             return None

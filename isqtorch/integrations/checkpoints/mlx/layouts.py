@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class Layout:
         fused: {end of a parameter's path: ends of the paths of its parts}: weights of which mlx-lm makes several.
         raised: ends of names of vectors to which mlx-lm adds 1.
         stacks: the name of the module that holds the stacks of experts.
+        head: whether mlx-lm has an output head with weights of its own; None: as the configuration says.
     """
 
     names: tuple[tuple[str, str], ...] = ()
@@ -33,6 +34,7 @@ class Layout:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     raised: tuple[str, ...] = ()
     stacks: str = "switch_mlp"
+    head: bool | None = None
 
 
 _PLAIN = Layout()
@@ -88,6 +90,14 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3_5_moe": _QWEN3_5,
     "qwen3_5_text": Layout(raised=_NORMS),
     "qwen3_5_moe_text": Layout(raised=_NORMS),
+}
+
+LAYOUTS |= {
+    kind: replace(LAYOUTS[kind], head=False) for kind in "cohere cohere2 gemma gemma2 gpt2 lfm2 lfm2_moe".split()
+}
+LAYOUTS |= {
+    kind: replace(LAYOUTS[kind], head=True)
+    for kind in "deepseek_v2 glm4 glm4_moe gpt_neox gpt_oss gptj phi phimoe qwen2_moe solar_open stablelm".split()
 }
 
 

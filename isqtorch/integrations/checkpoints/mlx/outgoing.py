@@ -61,8 +61,12 @@ class Part:
         return tensor.chunk(self.count, dim)[self.number]
 
 
-def parts_of(model: Any, layout: Layout) -> list[Part]:
-    """All weights of a model, under their names in MLX."""
+def parts_of(model: Any, layout: Layout, op: str) -> list[Part]:
+    """All weights of a model, under their names in MLX.
+
+    Raises:
+        ValueError: the output head has weights of its own, and mlx-lm has none for this architecture.
+    """
     found = []
     names = _Names(model, layout)
     for source in sources(model):
@@ -83,7 +87,28 @@ def parts_of(model: Any, layout: Layout) -> list[Part]:
             found += [Part(source, f"{start}{end}.weight", number, len(ends)) for number, end in enumerate(ends)]
             continue
         found.append(Part(source, names.of(source.name)))
-    return found
+    return found + _head(model, layout, found, names, op)
+
+
+def _head(model: Any, layout: Layout, found: list[Part], names: _Names, op: str) -> list[Part]:
+    """The output head once more, if it shares the weight of the embedding and mlx-lm wants one of its own."""
+    head, tied = model.get_output_embeddings(), is_tied(model)
+    if layout.head is False and head is not None and not tied:
+        raise ValueError(
+            f"{op}: the output head has weights of its own, and mlx-lm uses the embedding for models of type "
+            f"{model.config.model_type!r}. Tie them (model.tie_weights()) before quantizing."
+        )
+    if not (layout.head and tied):
+        return []
+    path = next(path for path, module in model.named_modules(remove_duplicate=False) if module is head)
+    table = next(part.source for part in found if part.source.module is model.get_input_embeddings())
+    return [Part(table, names.of(f"{path}.weight"))]
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the output head of a model shares the weight of the embedding."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and table is not None and head._parameters.get("weight") is table._parameters.get("weight")
 
 
 def setting_of(fmt: QuantFormat) -> Setting | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,11 +182,11 @@ class MlxWeights:
             return decoded
         return self._decode(module, module.setting)
 
-    def sample(self, key: str, indices: list[tuple[slice, ...]]) -> list[Tensor] | None:
-        """Some parts of a float tensor; None if it is not float."""
+    def sample(self, key: str, index: Any) -> Tensor | None:
+        """A part of a float tensor; None if it is not float."""
         if self._store.tensors[key].dtype not in FLOATS:
             return None
-        return self._store.parts(key, [index or ... for index in indices])
+        return self._store.read(key)[index]
 
     def release(self) -> None:
         """Give back the memory of what was read."""
