@@ -214,9 +214,8 @@ def test_rows_that_are_read_alone_are_those_of_the_whole(kind: str, tmp_path: Pa
         rows, whole = weights.sample(name, shape), weights.read(name)
         if rows is None or whole is None:
             continue
-        for part, row in zip(sampled(shape), rows, strict=True):
-            assert torch.equal(whole[part].float(), row.float()), name
-        compared += len(rows) > 1
+        assert torch.equal(whole[sampled(shape)], rows), name
+        compared += sampled(shape) is not ...
         assert weights.sample(name, (*shape, 7)) is None
     assert compared >= (0 if kind == "gpt2" else 1)
 
