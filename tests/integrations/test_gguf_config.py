@@ -84,6 +84,14 @@ def test_factors_of_one_change_nothing(tmp_path: Path) -> None:
     assert GgufCheckpoint(path).config().rope_parameters["rope_type"] == "default"
 
 
+@pytest.mark.parametrize("kind", ["phi3", "starcoder2"])
+def test_a_window_of_zero_is_none(kind: str, tmp_path: Path) -> None:
+    for window, expected in ((0, None), (64, 64)):
+        metadata = {f"{kind}.attention.sliding_window": window}
+        path = write_model(tmp_path / "x.gguf", tiny_model(kind, sliding_window=None), metadata=metadata)
+        assert GgufCheckpoint(path).config().sliding_window == expected
+
+
 def test_the_largest_gemma_has_another_scale(tmp_path: Path) -> None:
     """transformers' own reader leaves it at 256."""
     options = {"num_hidden_layers": 46, "head_dim": 32, "intermediate_size": 32, "hidden_size": 32}

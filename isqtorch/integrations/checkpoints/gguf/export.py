@@ -119,9 +119,8 @@ def export_gguf(
     if tokenizer is False:
         metadata["tokenizer.ggml.model"] = "none"
     else:
-        found = vocabulary(
-            OP, tokenizer_of(OP, model) if tokenizer is None else tokenizer, _rows(tensors), pre_tokenizer
-        )
+        given = tokenizer_of(OP, model) if tokenizer is None else tokenizer
+        found = vocabulary(OP, given, _rows(tensors), pre_tokenizer, architecture.name)
         metadata |= found.metadata
         lost += [f"the tokenizer {loss}, which llama.cpp will not do" for loss in found.losses]
         metadata |= _end_of_turn(model, metadata)
