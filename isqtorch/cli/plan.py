@@ -1,10 +1,11 @@
-"""Predict what quantizing a model does, from its configuration and safetensors headers only: no weight is read.
+"""Predict what quantizing a model does, from its configuration and the headers of its files only: no weight is read.
 
     isqtorch plan -m examples/demo_model/model                     the size in every format, and whether it fits
     isqtorch plan -m examples/demo_model/model --isq 4             the layers, similar ones in one line
     isqtorch plan -m examples/demo_model/model --isq 4 --details   every layer
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
     isqtorch plan -m ./my-model --context 32768
+    isqtorch plan -m my-model.gguf                                 what packing its weights anew would give
     isqtorch plan -m ./my-model --isq q4k_m --plot bits.png
 
 A model fits into a memory if its weights and the key-value cache of one sequence are not larger than what is free now.

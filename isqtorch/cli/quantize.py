@@ -6,7 +6,8 @@
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
     isqtorch quantize -m my-model.gguf -o my-model-gguf                  keeps the packed weights of a GGUF file or MLX folder
 
-Each weight is packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
+A model of any class is written as its own class, with its processor and the files of a sentence embedder. Each weight is
+packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
 does `from_pretrained` if isqtorch is imported. --force replaces the model in a folder that this command wrote, and
 keeps files of other kinds there. It refuses a folder with another model, and one that holds MODEL or lies in it.
 """
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_format(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError if there is no format, and no packed weights of another program to keep."""
-    if args.isq is None and opened.checkpoint is None:
+    if args.isq is None and opened.checkpoint is None and not opened.is_decoded:
         if opened.quantized_by is not None:
             raise ValueError(f"{args.model} is quantized already by {opened.quantized_by}; give the original model")
         raise ValueError(f"{args.model} holds float weights: give --isq FORMAT, such as --isq q4k")

@@ -3,6 +3,7 @@
     isqtorch run -m examples/demo_model/model --isq 4 --prompt "The function returns"
     isqtorch run -m ./my-model --isq q4k --system "Answer in one sentence."
     isqtorch run -m ./my-model-q4k --temperature 0.7 --seed 1
+    isqtorch run -m my-model.gguf
     echo "The function returns" | isqtorch run -m examples/demo_model/model --isq q4k --max-new-tokens 20
     isqtorch run -m ./my-model --isq 4 --prompt "Why is the sky blue?" --json
 

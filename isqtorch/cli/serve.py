@@ -2,6 +2,7 @@
 
     isqtorch serve --port 1234 --isq 4 -m examples/demo_model/model
     isqtorch serve -m ./my-model-q4k --port 8080
+    isqtorch serve -m my-model.gguf
     ISQTORCH_API_KEY=... isqtorch serve -m ./my-model --isq q4k --host 0.0.0.0       also for other machines
 
 The server answers requests whose Host header names an address it listens on, localhost, or a name that was given

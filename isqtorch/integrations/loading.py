@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from isqtorch import checkpoint as own_file
 from isqtorch.auto import Budget
 from isqtorch.files.binary import regular
-from isqtorch.formats import AUTO, Spec, mix_name
-from isqtorch.importance.calibration import collect_imatrix
+from isqtorch.formats import AUTO, KEEP, Spec, mix_name
 from isqtorch.importance.imatrix import Imatrix
-from isqtorch.inplace.quantize import quantize_
-from isqtorch.inplace.requantize import requantize_
-from isqtorch.policy.inventory import inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.quantizers import Rule
-from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
-from isqtorch.text import first_names
 
-from .hub import naming_hub
-from .opening import Opened, needs_transformers
+from .opening import Opened
+from .pretrained import changed, from_transformers, runs_first
+from .record import METHOD
 
 _OP = "load"
 
@@ -94,15 +85,16 @@ def load(
         source: the folder of a transformers model, also one that isqtorch has written; a .gguf file, or the first one
             of several; an MLX folder; or the id of a model on the Hub, `owner/name:file.gguf` for a GGUF file there.
             What the local cache has is not looked up on the network.
-        isq: the format, as for `quantize_`. None: the weights stay as they are, packed or not. The packed weights of a
-            GGUF file or an MLX folder are decoded and packed anew, except those that have the format already; their
-            errors stay, and the report says so. A folder that is quantized in another way is refused.
+        isq: the format, as for `quantize_`. None or "keep": the weights stay as they are, packed or not. The weights of
+            a GGUF file, an MLX folder, or a folder that another library has quantized (FP8, MXFP4, GPTQ, AWQ, ...) are
+            decoded and packed anew, except those that have the format already; their errors stay, and the report says
+            so. A folder that isqtorch has quantized takes no format.
         topology, organization, imatrix, include, exclude, fallback, rule, activations: see `quantize_`. A topology
             cannot place layers on devices here.
         calibration_file: see `quantize_`. The model is loaded first, and runs over the text as it is; its float weights
             then have to fit into memory. From a GGUF file or an MLX folder it runs with the packed weights.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`.
-        progress: whether to show a progress bar while packing.
+        progress: whether to show progress bars; None: if stderr is a terminal.
         dtype: the float type in which the model computes: a torch.dtype or its name. None: that of the checkpoint; if it
             has none, float32 on the CPU and bfloat16 on other devices.
         device: where the model goes; None: the CPU.
@@ -140,7 +132,7 @@ def load(
     request = checked_request(isq, options)
     place = None if device is None else checked_device(device, f"{_OP}: device")
     found = Opened.of(source, trust_remote_code=trust_remote_code)
-    return load_opened(found, request, dtype=checked_dtype(dtype), device=place)
+    return load_opened(found, request, dtype=checked_dtype(dtype), device=place, progress=progress)
 
 
 def checked_request(isq: Spec | None, options: Options) -> Request | None:
@@ -184,144 +176,26 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def load_opened(
-    found: Opened, request: Request | None, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    found: Opened,
+    request: Request | None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: bool | None = False,
 ) -> Loaded:
     """`load` for a model that is open already. The request is checked."""
-    method = found.quantized_by
-    if request is not None and method is not None:
-        by = "" if method == "isq" else f" (by {method})"
-        raise ValueError(f"{found.source} is quantized already{by}; give no format, or give the original model")
+    if request is not None and found.quantized_by == METHOD:
+        raise ValueError(f"{found.source} is quantized already; give no format, or give the original model")
+    if found.checkpoint is not None and request is not None and mix_name(request.fmt) == KEEP:
+        request = Request(None, request.options, _OP) if request.topology else None
+    if found.is_decoded and request is None:
+        request = Request(KEEP, Options(), _OP)
     if request is not None and request.options.calibration_file is not None:
         found.check("continues" if mix_name(request.fmt) == AUTO else "reads", "calibration_file")
         found.check_tokenizer("calibration_file")
-    load = _from_transformers if found.checkpoint is None else _from_checkpoint
-    model, report, imatrix = load(found, request, dtype, device)
+    load = from_transformers if found.checkpoint is None else _from_checkpoint
+    model, report, imatrix = load(found, request, dtype, device, progress)
     return Loaded(model, found.companions.tokenizer, report, found.companions.processor, imatrix)
-
-
-# ---- folders and ids of transformers models --------------------------------------------------------------------------
-
-
-def _from_transformers(
-    found: Opened,
-    request: Request | None,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-) -> tuple[Any, QuantReport, Imatrix | None]:
-    if found.has_own_header:
-        return _from_own_file(found, dtype, device)
-    later = request is not None and _runs_first(request)
-    settings: dict[str, Any] = {} if device is None else {"device_map": str(device)}
-    if request is not None and not later:
-        from .transformers import IsqConfig
-
-        settings["quantization_config"] = IsqConfig(request.fmt, **_for_config(request.options))
-    model, info = _pretrained(found, dtype=dtype or "auto", **settings)
-    missing = sorted(info["missing_keys"])
-    without = ""
-    if missing and _is_pooler(found, missing):  # encoders for embeddings are often stored without it
-        del model
-        model, info = _pretrained(found, dtype=dtype or "auto", add_pooling_layer=False, **settings)
-        without, missing = "without the pooler, which the files do not have", sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{found} and loads as {type(model).__name__}, but it has no {first_names(missing, 2)}, which would be filled with random "
-            "numbers. Its config.json names another class than its weights are of, or files are missing."
-        )
-    model.eval()
-    imatrix = None
-    if later:
-        assert request is not None
-        report, imatrix = _calibrated(model, request, found.companions.tokenizer)
-    else:
-        report = getattr(model, "isq_report", None) or QuantReport.of_packed(inspect_model(model))
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected:
-        report.notes.append(
-            f"{len(unexpected)} tensors of {found.source} have no place in {type(model).__name__}: {first_names(unexpected)}"
-        )
-    if without:
-        report.notes.append(without)
-    return model, report, imatrix
-
-
-def _pretrained(found: Opened, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """The model and what transformers says about missing and unexpected keys."""
-    with needs_transformers():
-        from transformers import utils
-    try:
-        with naming_hub(found.source), _quiet(utils):
-            model, info = found.auto.from_pretrained(
-                found.source,
-                output_loading_info=True,
-                local_files_only=found.local,
-                adapter_kwargs={"local_files_only": found.local},  # else it asks the Hub for an adapter all the same
-                trust_remote_code=found.trust_remote_code,
-                **settings,
-            )
-    except SafetensorError as error:
-        raise ValueError(f"{found.source}: a file is damaged: {error}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(
-            f"{found.source}: its tensors have other shapes than its config.json says; the report of transformers above lists them"
-        ) from error
-    return model, info
-
-
-def _is_pooler(found: Opened, missing: Sequence[str]) -> bool:
-    """Whether only the pooler is missing, which the class can do without."""
-    optional = found.cls is not None and "add_pooling_layer" in inspect.signature(found.cls.__init__).parameters
-    return optional and all("pooler" in name.split(".") for name in missing)
-
-
-def _from_own_file(
-    found: Opened, dtype: torch.dtype | None, device: torch.device | None
-) -> tuple[Any, QuantReport, None]:
-    """A folder with a file of `isqtorch.checkpoint.save`."""
-    model = found.empty(dtype)
-    own_file.load_(model, Path(found.source))
-    model.eval()
-    if device is not None:
-        model.to(device)
-    report = getattr(model, "isq_report", None) or QuantReport.of_packed(inspect_model(model))
-    return model, report, None
-
-
-def _runs_first(request: Request) -> bool:
-    """Whether the model has to run, or to be whole, before it can be quantized."""
-    return request.options.calibration_file is not None or request.options.probe is not None
-
-
-def _for_config(options: Options) -> dict[str, Any]:
-    """The options that IsqConfig takes."""
-    names = ("topology", "organization", "imatrix", "include", "exclude", "fallback", "rule", "activations")
-    return {name: getattr(options, name) for name in (*names, "target_bpw", "max_size", "formats")}
-
-
-def _calibrated(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, Imatrix | None]:
-    """Quantize a float model that runs over the calibration file first."""
-    options, imatrix = request.options, None
-    given = _given(options)
-    if options.calibration_file is not None and options.imatrix is None:
-        if mix_name(request.fmt) != AUTO:
-            asked = {name: given[name] for name in given if name not in ("rule", "imatrix", "progress", "probe")}
-            plan(model, request.fmt, **asked)  # raises errors before minutes of calibration
-        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
-        given["imatrix"] = imatrix
-    if mix_name(request.fmt) == AUTO and options.calibration_file is not None:
-        given |= {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
-    return quantize_(model, request.fmt, **given), imatrix
-
-
-def _given(options: Options) -> dict[str, Any]:
-    """The options that are not defaults, without the calibration file."""
-    return {
-        field.name: getattr(options, field.name)
-        for field in fields(options)
-        if getattr(options, field.name) != field.default and field.name not in ("calibration_file", "tokenizer")
-    }
 
 
 # ---- checkpoints of other programs -----------------------------------------------------------------------------------
@@ -332,6 +206,7 @@ def _from_checkpoint(
     request: Request | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
+    progress: bool | None,
 ) -> tuple[Any, QuantReport, Imatrix | None]:
     from .checkpoints.assemble import assemble
 
@@ -341,38 +216,16 @@ def _from_checkpoint(
     model = found.empty(dtype or found.own_dtype() or other).eval()
     model.config.name_or_path = found.source
     if model.can_generate():
-        model.generation_config.update(**found.checkpoint.generation())
-    later = request is not None and (_runs_first(request) or mix_name(request.fmt) == AUTO)
-    report = assemble(model, found.checkpoint, None if later else request, device)
+        known = vars(model.generation_config)
+        settings = {name: value for name, value in found.checkpoint.generation().items() if name in known}
+        model.generation_config.update(**settings)
+    later = request is not None and (runs_first(request) or mix_name(request.fmt) == AUTO)
+    report = assemble(model, found.checkpoint, None if later else request, device, progress)
     imatrix = None
     if later:
         assert request is not None
-        report, imatrix = _changed(model, request, found.companions.tokenizer)
+        report, imatrix = changed(model, request, found.companions.tokenizer)
     report.notes += found.checkpoint.notes
     if found.companions.why:
         report.notes.append(f"without a tokenizer: {found.companions.why}")
     return model, report, imatrix
-
-
-def _changed(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, Imatrix | None]:
-    """Pack a model anew that has run with the weights of its file, or whose weights "auto" measures in the file."""
-    if not packed_names(model):
-        return _calibrated(model, request, tokenizer)
-    options, imatrix = request.options, None
-    given = _given(options)
-    if options.calibration_file is not None and options.imatrix is None:
-        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
-        given["imatrix"] = imatrix
-    return requantize_(model, request.fmt, **given), imatrix
-
-
-@contextmanager
-def _quiet(utils: Any) -> Iterator[None]:
-    """Without transformers' progress bars; its warnings stay."""
-    shown = utils.logging.is_progress_bar_enabled()
-    utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            utils.logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ _LINEAR = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [6, 5, 5],
                         "mrope_interleaved": True},
 }  # fmt: skip
+_ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+_LATENT = _ROUTED | {
+    "kv_lora_rank": 256, "q_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": 4,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+                        "mscale": 0.707, "mscale_all_dim": 0.707},
+}  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4},
@@ -60,6 +69,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": _LINEAR | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
                                    "shared_expert_intermediate_size": 256},
+    "deepseek_v2": _LATENT | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": _LATENT | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "glm4_moe": _ROUTED | {"head_dim": 64, "use_qk_norm": True, "norm_topk_prob": True},
+    "dots1": _ROUTED | {"head_dim": 64, "sliding_window": None},
+    "gemma4_text": {
+        "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 128, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "vocab_size_per_layer_input": 96, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+    "exaone4": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 256, "moe_num_shared_experts": 1, "head_dim": 64},
+    "lfm2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_dense_layers": 1,
+                 "layer_types": ["conv", "full_attention"]},
+    "gpt_bigcode": {"n_embd": 256, "n_layer": 2, "n_head": 4, "max_position_embeddings": 64},
+    "hunyuan_v1_dense": {"head_dim": 64},
     "stablelm": {"use_qkv_bias": True},
     "nemotron": {"head_dim": 64},
     "ministral3": {"head_dim": 64},
@@ -86,7 +111,7 @@ def tiny_model(kind: str, **options: Any) -> Any:
     if config.is_encoder_decoder:
         model.set_input_embeddings(model.get_input_embeddings())  # both halves have the same table, tied head or not
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.state_dict().items():
             if parameter.dim() == 1 or "bias" in name.rpartition(".")[2]:
                 if not name.endswith("A_log"):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -124,6 +149,9 @@ def write_model(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, Any] | None = None,
     fused_experts: bool = False,
+    without: tuple[str, ...] = (),
+    renamed: tuple[str, str] = ("", ""),
+    only: str = "",
 ) -> Path:
     """Write a model as the converter does.
 
@@ -134,6 +162,9 @@ def write_model(
         metadata: further or other keys.
         tensors: further tensors.
         fused_experts: gate and up in one tensor, as newer files have them.
+        without: tensors to leave out.
+        renamed: the start of keys, and another one.
+        only: regular expression for the start of tensors to write.
     """
     config = model.config.get_text_config()
     record = of_config(config)
@@ -181,7 +212,10 @@ def write_model(
         "tokenizer.ggml.padding_token_id": 0,
         **(metadata or {}),
     }
-    return write(path, named, out | (tensors or {}))
+    old, new = renamed
+    named = {new + key.removeprefix(old) if old and key.startswith(old) else key: value for key, value in named.items()}
+    out = {name: each for name, each in (out | (tensors or {})).items() if name not in without and re.match(only, name)}
+    return write(path, named, out)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:

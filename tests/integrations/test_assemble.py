@@ -181,8 +181,9 @@ def test_a_missing_weight_is_an_error_that_names_it() -> None:
     source = llama()
     shorter = llama(layers=1)
     model = empty(source)
-    with pytest.raises(ValueError, match=r"memory.test has no model\.layers\.1\."):
-        assemble(model, InMemory(shorter), None, CPU)
+    for request in (None, Request("q4k", Options(), "load")):
+        with pytest.raises(ValueError, match=r"memory.test has no model\.layers\.1\."):
+            assemble(model, InMemory(shorter), request, CPU)
 
 
 def test_a_weight_of_another_shape_is_an_error_that_names_it() -> None:

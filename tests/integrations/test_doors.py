@@ -106,6 +106,8 @@ def test_float_weights_need_a_format(file: Path, tmp_path: Path, capsys: pytest.
     assert main(["quantize", "-m", str(tmp_path / "packed"), "-o", str(tmp_path / "out")]) == 1
     assert "is quantized already by isq" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(["quantize", "-m", str(file), "-o", str(file.parent), "--force"]) == 1
+    assert "holds the model" in capsys.readouterr().err and file.is_file()
 
 
 def test_a_gguf_file_of_floats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

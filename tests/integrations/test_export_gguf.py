@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 import transformers
 from helpers import ALL_FORMATS
 from hf import logits
+from tiny_decoders import tiny
 from torch import Tensor, nn
 
 import isqtorch
 from isqtorch.cli import main
-from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES
+from isqtorch.integrations.checkpoints.gguf.layout import COLUMN, Place
+from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES, entries, sources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = str(ROOT / "examples" / "demo_model" / "model")
@@ -123,6 +126,48 @@ def test_what_the_file_cannot_say(tmp_path: Path) -> None:
     refused(model, tmp_path, "rope_type is 'dynamic'")
 
 
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and llama.cpp computes with 'silu'"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
+        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers"),
+        ("cohere2", {"layer_types": ["full_attention"] * 5}, "no layer has a sliding window"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("qwen3", {"attention_bias": True}, "does not read model.layers.0.self_attn.o_proj.bias"),
+        ("arcee", {"mlp_bias": True}, "does not read model.layers.0.mlp"),
+        ("falcon", {"bias": True}, "does not read transformer.h.0.self_attention"),
+        ("mamba", {"use_bias": True}, "does not read backbone.layers.0.mixer.in_proj.bias"),
+        ("mamba", {"use_conv_bias": False}, "has no blk.0.ssm_conv1d.bias"),
+        ("starcoder2", {"use_bias": False}, "has no blk.0.attn_output.bias"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
+        ("qwen3_5_text", {"linear_key_head_dim": 16}, "linear_key_head_dim and linear_value_head_dim differ"),
+        ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank is None"),
+        ("ernie4_5", {"use_bias": True}, "use_bias is True"),
+        ("llama with yarn positions", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+         "original_max_position_embeddings": 32, "beta_fast": 16.0}}, "beta_fast of rope_parameters is 16.0"),
+    ],
+)  # fmt: skip
+def test_what_llama_cpp_computes_in_another_way(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    refused(tiny(case, **changes), tmp_path, message)
+
+
+@pytest.mark.parametrize("case", ["mistral", "mixtral", "starcoder2", "phi3"])
+def test_sliding_windows_that_llama_cpp_lacks(case: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="attend to the last 100 tokens, and in llama.cpp to all"):
+        isqtorch.export_gguf(tiny(case, sliding_window=100), tmp_path / "x.gguf", tokenizer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        isqtorch.export_gguf(tiny(case, sliding_window=128), tmp_path / "x.gguf", tokenizer=False)
+
+
 def test_an_untied_head_where_files_have_none(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.GemmaConfig(
@@ -132,16 +177,34 @@ def test_an_untied_head_where_files_have_none(tmp_path: Path) -> None:
 
 
 def test_packed_weights_whose_values_change(tmp_path: Path) -> None:
-    """The convolution of Mamba is stored with other dims; a packed one could not be."""
-    from isqtorch.integrations.checkpoints.gguf.layout import COLUMN, Place
-    from isqtorch.integrations.checkpoints.gguf.outgoing import entries, sources
-
     model = models.tiny_llama()
     isqtorch.quantize_(model, "q8_0", progress=False)
     source = next(source for source in sources(model) if source.name.endswith("up_proj.weight"))
-    for place in (Place(("x",), changes=(COLUMN,)), Place(("x",), columns=lambda count: torch.arange(count))):
-        with pytest.raises(ValueError, match=r"up_proj.weight is packed.*exclude="):
-            entries("export_gguf", [(source, place)])
+    with pytest.raises(ValueError, match=r"up_proj.weight is packed.*a last dim of 1 is added.*exclude="):
+        entries("export_gguf", [(source, Place(("x",), changes=(COLUMN,)))])
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4k"])
+def test_packed_columns_in_another_order(format: str, tmp_path: Path) -> None:
+    """Whole blocks move; columns inside of a block cannot. Qwen 3.5 has such a layer."""
+    torch.manual_seed(0)
+    fmt = isqtorch.get_format(format)
+    layer = nn.Sequential(nn.Linear(4 * fmt.block, 8, bias=False))
+    isqtorch.quantize_(layer, format, progress=False)
+    (source,) = sources(layer)
+    turn = torch.tensor([2, 0, 3, 1])
+
+    def blocks(count: int) -> Tensor:
+        return torch.arange(count).view(4, -1)[turn].flatten()
+
+    (entry,) = entries("export_gguf", [(source, Place(("x",), columns=blocks))])
+    assert entry.read is not None
+    stored = torch.frombuffer(bytearray(b"".join(entry.read())), dtype=torch.uint8).view(8, -1)
+    decoded = torch.ops.isqtorch.dequantize(stored, format, torch.float32)
+    assert torch.equal(decoded[:, blocks(decoded.shape[1])], layer[0].dequantize())
+    halves = Place(("x",), columns=lambda count: torch.arange(count).view(8, -1).flip(0).flatten())
+    with pytest.raises(ValueError, match=f"0.weight is {format}.*cuts the blocks of {fmt.block}.*topology="):
+        entries("export_gguf", [(source, halves)])
 
 
 def test_the_text_part_of_a_model_with_images(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import time
 from pathlib import Path
@@ -37,13 +39,12 @@ LONG = {
         ("llama", LLAMA3, {"max_position_embeddings": 131072}),
         ("llama", LLAMA3 | {"factor": 32.0}, {"max_position_embeddings": 131072}),
         ("qwen2", YARN, {}),
-        ("qwen3", YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}, {}),
         ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, {}),
         ("gemma3_text", GEMMA, {}),
         ("phi3", LONG, {"original_max_position_embeddings": 64}),
         ("stablelm", {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}, {}),
     ],
-    ids=["llama3", "llama3.2", "yarn", "yarn with all", "linear", "gemma3", "longrope", "partial"],
+    ids=["llama3", "llama3.2", "yarn", "linear", "gemma3", "longrope", "partial"],
 )
 def test_rotary_embeddings_come_back(kind: str, rope: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(kind, rope_parameters=rope, **options)
@@ -58,6 +59,18 @@ def test_rotary_embeddings_come_back(kind: str, rope: dict[str, Any], options: d
     model.load_state_dict(decoded(packed))
     long = torch.arange(96)[None]  # longer than the original length of some
     assert torch.allclose(logits(packed, long), logits(model, long), rtol=1e-5, atol=1e-5)
+
+
+def test_all_settings_of_yarn_are_read(tmp_path: Path) -> None:
+    """llama.cpp multiplies the factor of attention by its own one, 1 + ln(factor) / 10."""
+    keys = {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "attn_factor": 1.25}
+    metadata = {f"qwen3.rope.scaling.{key}": value for key, value in keys.items()}
+    config = GgufCheckpoint(
+        write_model(tmp_path / "x.gguf", tiny_model("qwen3", rope_parameters=YARN), metadata=metadata)
+    ).config()
+    found = config.rope_parameters
+    assert (found["beta_fast"], found["beta_slow"]) == (16.0, 2.0)
+    assert found["attention_factor"] == pytest.approx(1.25 * (1 + 0.1 * math.log(4.0)), rel=1e-6)
 
 
 def test_factors_that_no_configuration_has_are_refused(tmp_path: Path) -> None:
@@ -199,6 +212,23 @@ def test_wrong_types_and_numbers_are_refused(key: str, value: Any, tmp_path: Pat
         GgufCheckpoint(path).config()
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text", "gpt_oss"])
+def test_flags_of_layers_are_one_for_each(kind: str, tmp_path: Path) -> None:
+    name = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "gpt_oss": "gpt-oss"}[kind]
+    model = tiny_model(kind)
+    count = model.config.num_hidden_layers
+    for wrong in ([True] * (count + 1), [2] * count, ["a"] * count, "x", 1.5, True, [0.5] * count, [], -1):
+        metadata = {f"{name}.attention.sliding_window_pattern": wrong}
+        path = write_model(tmp_path / "x.gguf", model, metadata=metadata)
+        with pytest.raises(ValueError, match="attention.sliding_window_pattern"):
+            GgufCheckpoint(path).config()
+    flags = [True] * (count - 1) + [False]
+    path = write_model(tmp_path / "x.gguf", model, metadata={f"{name}.attention.sliding_window_pattern": flags})
+    if kind != "gemma4_text":  # its last layers reuse the keys of layers of the same kind
+        kinds = GgufCheckpoint(path).config().layer_types
+        assert kinds == ["sliding_attention"] * (count - 1) + ["full_attention"]
+
+
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "padding_token_id"])
 def test_ids_of_tokens_are_rows_of_the_table(key: str, tmp_path: Path) -> None:
     for wrong in (96, 1 << 31, "a", True, 1.5):
@@ -227,6 +257,13 @@ def test_settings_for_generation(tmp_path: Path) -> None:
         "top_k": 20,
         "do_sample": True,
     }
+
+
+def test_the_guide_lists_every_architecture() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    listed = guide.partition("GGUF files of these architectures can be opened:")[2].partition('"mmproj"')[0]
+    names = {record.name for record in ARCHITECTURES}
+    assert names == names & set(re.split(r"[\s,;.]+", listed)), names - set(re.split(r"[\s,;.]+", listed))
 
 
 def test_every_record_is_reached_and_has_one_reader() -> None:

@@ -77,7 +77,9 @@ def test_the_packed_model_is_the_one_that_transformers_decodes(kind: str, tied: 
 OWN = [
     "llama", "mistral", "mixtral", "gemma", "gemma2", "phi", "gpt_oss", "falcon", "granite", "granitemoe", "smollm3", "arcee",
     "ministral3", "seed_oss", "ernie4_5", "olmo", "olmo2", "olmoe", "cohere", "cohere2", "glm", "glm4", "gpt_neox", "t5", "falcon_mamba",
-    "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text",
+    "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "dots1", "gemma4_text", "exaone4", "olmo3", "ernie4_5_moe", "lfm2_moe",
+    "gpt_bigcode", "hunyuan_v1_dense",
 ]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
@@ -87,10 +89,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OWN)
+# Other models of the same architectures.
+MORE: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "num_hidden_layers": 2, "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256, "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 4},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "t5": {"feed_forward_proj": "relu"},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "lfm2": {"layer_types": ["full_attention", "conv"], "conv_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*OWN, *(f"{kind} too" for kind in MORE)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_packed_model_is_the_one_that_was_written(kind: str, tied: bool, tmp_path: Path) -> None:
-    model = tiny_model(kind, tie_word_embeddings=tied, **OPTIONS.get(kind, {}))
+    kind, _, more = kind.partition(" ")
+    model = tiny_model(kind, tie_word_embeddings=tied, **(MORE if more else OPTIONS).get(kind, {}))
     path = write_model(tmp_path / f"{kind}.gguf", model, mixed)
     packed, _ = opened(path)
     expected = dict(model.state_dict())

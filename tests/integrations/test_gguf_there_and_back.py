@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 import transformers
 from helpers import relative_error
 from hf import logits
+from made_tokenizers import PAGE, byte_level, unigram, with_byte_fallback
 from tiny_decoders import CONFIGS, tiny
 
 import isqtorch
+from isqtorch.integrations.checkpoints.gguf.splits import NAMES
 
+RULES = [(steps, name, bool(ignore)) for steps, names in NAMES.items() for ignore, name in enumerate(names) if name]
 DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "demo_model"
 
 
@@ -49,6 +53,33 @@ def test_the_same_file_again(isq: str | None, tmp_path: Path) -> None:
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
     assert _facts(first) == _facts(second)
     assert first.read_bytes()[-first.stat().st_size // 2 :] == second.read_bytes()[-second.stat().st_size // 2 :]
+
+
+def with_tokenizer(tokenizer: Any) -> Any:
+    """A tiny model that has a row for each token, and three without."""
+    return tiny("llama", vocab_size=len(tokenizer) + 3)
+
+
+@pytest.mark.parametrize(("steps", "name", "ignore_merges"), RULES, ids=[name for _, name, _ in RULES])
+def test_byte_level_tokenizers(steps: tuple[str, ...], name: str, ignore_merges: bool, tmp_path: Path) -> None:
+    """The same tokens, and the same metadata when the model is written again."""
+    tokenizer = byte_level(list(steps), ignore_merges=ignore_merges, bos=ignore_merges)
+    model = with_tokenizer(tokenizer)
+    isqtorch.export_gguf(model, tmp_path / "a.gguf", tokenizer, name="x")
+    loaded = isqtorch.load(tmp_path / "a.gguf")
+    assert loaded.tokenizer(PAGE)["input_ids"] == tokenizer(PAGE)["input_ids"]
+    isqtorch.export_gguf(model, tmp_path / "b.gguf", loaded.tokenizer, name="x")
+    assert _facts(tmp_path / "a.gguf") == _facts(tmp_path / "b.gguf")
+    assert _facts(tmp_path / "a.gguf")["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize("make", [lambda: with_byte_fallback(True), lambda: with_byte_fallback(False), unigram])
+def test_tokenizers_of_sentencepiece(make: Callable[[], Any], tmp_path: Path) -> None:
+    tokenizer = make()
+    page = [text for text in PAGE if text and "  " not in text and not set(text) & set("<\n\t")]
+    isqtorch.export_gguf(with_tokenizer(tokenizer), tmp_path / "a.gguf", tokenizer)
+    again = isqtorch.load(tmp_path / "a.gguf").tokenizer
+    assert again(page)["input_ids"] == tokenizer(page)["input_ids"]
 
 
 def test_not_over_the_file_it_was_loaded_from(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_packed_anew_is_what_quantize_makes_of_the_values(source: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, isqtorch.QuantLinear) and "lm_head" not in name:
             assert module.format == "q4k" and state[f"{name}.weight"].equal(other[f"{name}.weight"])
-    assert report.requested == "q4k"
+    assert report.requested == "q4k" and any("their errors stay" in note for note in report.notes)
+    assert not any("their errors stay" in note for note in isqtorch.load(source).report.notes)
 
 
 def test_the_format_changes_later_and_back(source: str) -> None:

@@ -38,6 +38,7 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology
+from isqtorch.progress import progress_bar
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
@@ -56,7 +57,13 @@ class _Stored:
     held: Held
 
 
-def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device: torch.device) -> QuantReport:
+def assemble(
+    model: Any,
+    checkpoint: Checkpoint,
+    request: Request | None,
+    device: torch.device,
+    progress: bool | None = False,
+) -> QuantReport:
     """Fill a model with the weights of a checkpoint.
 
     Args:
@@ -66,6 +73,7 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
         request: formats for packing anew. Weights that already have the format that it gives them, and weights that it
             leaves alone, stay as they are in the checkpoint. None: all do.
         device: where the weights go.
+        progress: whether to show a progress bar; None: if stderr is a terminal.
 
     Returns:
         The report. It is `model.isq_report` as well, if any weight is packed.
@@ -82,9 +90,9 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
     parents = parents_of(model)
-    with ordinary_tensors():
-        for layer in inventory.layers:
-            if layer.tied_to is None and layer.name in jobs:
+    with ordinary_tensors(), progress_bar(OP, "layer", progress, inventory.layers) as bar:
+        for layer in bar:
+            if layer.tied_to is None and layer.name in jobs and layer.name in stored:
                 _pack(model, parents, incoming, stored[layer.name], jobs[layer.name], device)
             elif layer.tied_to is None and layer.packed_as is not None:
                 _keep(model, parents, incoming, stored[layer.name], layer.packed_as, device)
@@ -94,6 +102,12 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
         permit(model.modules(), request.options.activations)
     report = QuantReport.of_packed(inventory) if prepared is None else prepared.report()
     _explain(report, stored, incoming, model)
+    anew = [name for name in jobs if name in stored and not stored[name].held.is_float()] if request is not None else []
+    if anew:
+        report.notes.append(
+            f"{len(anew)} weights are packed anew from the quantized ones of {incoming.where}: their errors stay, and more bits "
+            "gain nothing"
+        )
     origin = Origin(checkpoint.files) if request is None else Origin.made(checkpoint.files, None, request)
     origin.attach(model)
     announce(model, report)
@@ -105,7 +119,9 @@ def assemble(model: Any, checkpoint: Checkpoint, request: Request | None, device
 
 def stored_inventory(model: Any, checkpoint: Checkpoint) -> Inventory:
     """The inventory that a model without weights would have with all blocks of a checkpoint. No weight is read."""
-    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, checkpoint.weights(model))
+    incoming = checkpoint.weights(model)
+    inventory, _ = _as_stored(describe_unloaded(model, {"": "cpu"}), model, incoming)
+    incoming.release()
     return inventory
 
 

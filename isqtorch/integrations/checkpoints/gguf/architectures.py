@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dense, hybrids, others, sparse
+from . import dense, gemma4, hybrids, others, routed, sparse, windowed
 from .facts import Facts
 from .record import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = (
+    *windowed.RECORDS,
     *dense.RECORDS,
     *sparse.RECORDS,
+    *routed.RECORDS,
+    *gemma4.RECORDS,
     *hybrids.RECORDS,
     *others.RECORDS,
 )

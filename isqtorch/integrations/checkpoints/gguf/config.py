@@ -16,7 +16,7 @@ from isqtorch.text import first_names
 
 from .facts import Facts, as_written
 from .record import Architecture
-from .rope import FACTORS, LONG, SHORT, llama3_parameters
+from .rope import FACTORS, LONG, SHORT, llama3_parameters, proportional_share
 
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 # Keys that say nothing about the numbers, or that another key or a tensor says as well.
@@ -126,7 +126,13 @@ def _read_factors(facts: Facts, values: dict[str, Any], model: GgufModel) -> Non
     if not isinstance(parameters, dict):
         return
     target = parameters.get("full_attention", parameters)
-    if FACTORS in facts.shapes and target["rope_type"] == "default":
+    if target["rope_type"] == "proportional":
+        facts.shape(FACTORS)
+        share = proportional_share(floats_of(model, FACTORS))
+        if share is None:
+            raise facts.error(f"{FACTORS} must have 1 for frequencies that turn, and then 1e30. The file is damaged.")
+        target["partial_rotary_factor"] = share
+    elif FACTORS in facts.shapes and target["rope_type"] == "default":
         factors = floats_of(model, FACTORS)
         if not np.all(factors == 1.0):
             found = llama3_parameters(factors, target["rope_theta"])

@@ -20,6 +20,7 @@ from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_
 from isqtorch.text import first_names
 
 from .architectures import ARCHITECTURES, of_config
+from .assumptions import difference, losses
 from .layout import Place
 from .outgoing import Source, entries, sources
 from .record import Architecture
@@ -99,6 +100,11 @@ def export_gguf(
     except ValueError as error:
         raise ValueError(f"{OP}: {error}") from None
     placed, left = _place(model, architecture, config)
+    why = difference(
+        architecture.name, config, {name: source.name for source, place in placed for name in place.tensors}
+    )
+    if why is not None:
+        raise ValueError(f"{OP}: {type(model).__name__} cannot be written as GGUF: {why}")
     tensors = [*entries(OP, placed), *(_extra(name, values) for name, values in extras.items())]
     metadata: dict[str, Value] = {
         "general.architecture": architecture.name,
@@ -108,7 +114,8 @@ def export_gguf(
         "general.file_type": _file_type(placed),
         **{f"{architecture.name}.{key}": value for key, value in keys.items()},
     }
-    losses = [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
+    lost = losses(architecture.name, config)
+    lost += [f"{len(left)} weights of images or sound are left out: {first_names(left)}"] if left else []
     if tokenizer is False:
         metadata["tokenizer.ggml.model"] = "none"
     else:
@@ -116,9 +123,9 @@ def export_gguf(
             OP, tokenizer_of(OP, model) if tokenizer is None else tokenizer, _rows(tensors), pre_tokenizer
         )
         metadata |= found.metadata
-        losses += [f"the tokenizer {loss}, which llama.cpp will not do" for loss in found.losses]
+        lost += [f"the tokenizer {loss}, which llama.cpp will not do" for loss in found.losses]
         metadata |= _end_of_turn(model, metadata)
-    for loss in losses:
+    for loss in lost:
         warnings.warn(f"{OP}: {loss}", stacklevel=2)
     write_gguf(path, metadata, tensors)
 

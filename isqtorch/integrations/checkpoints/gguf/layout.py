@@ -56,6 +56,7 @@ class Place:
         changes: what was done to the values, first change first.
         part: the parameter is this entry of the first dimension of the tensor; None: all of it.
         is_bias: the rows are the last dimension, also of a stack.
+        build: makes the parameter of the decoded tensors, where joining them is not enough.
     """
 
     tensors: tuple[str, ...]
@@ -64,6 +65,7 @@ class Place:
     changes: tuple[Change, ...] = ()
     part: int | None = None
     is_bias: bool = False
+    build: Callable[[list[Tensor]], Tensor] | None = None
 
     def row_axis(self, dims: int) -> int:
         """The dimension of the rows in tensors of so many dimensions."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.files.gguf_writing import Entry
-from isqtorch.formats import formats
+from isqtorch.formats import formats, get_format
 from isqtorch.formats.gguf_types import GGUF_TYPES, GgufType
 from isqtorch.modules.convert import matrices, upright
 from isqtorch.modules.packed import PackedModule
 from isqtorch.modules.parameter import plain_bytes
 from isqtorch.text import first_names
 
-from .layout import Place, back
+from .layout import Place, Rows, back
 
 _NOT_IN_FILES = ("q8_1", "q8k")  # of activations, inside of ggml; no program reads a file with them
 TYPES = {row.format: row for row in GGUF_TYPES.values() if row.format in formats() and row.format not in _NOT_IN_FILES}
@@ -95,7 +95,7 @@ def entries(op: str, found: Sequence[tuple[Source, Place]]) -> list[Entry]:
                 raise ValueError(
                     f"{op}: {source.name} would be a second {name!r} in the file: the model is of another architecture"
                 )
-            written[name] = _entry(name, [source], _Transform(place, i))
+            written[name] = _entry(name, [source], _Transform(place, i, _blocks(source, place)))
     for name, parts in stacks.items():
         written[name] = _stack(op, name, parts)
     return list(written.values())
@@ -109,12 +109,32 @@ def _check(op: str, source: Source, place: Place) -> None:
             f"{op}: {source.name} is {source.format}, which GGUF does not have; it has {', '.join(TYPES)}. Pack the model again, from "
             "its float weights: requantize_(model, 'q4k'), or --isq q4k on the command line."
         )
-    if place.columns is not None or place.changes:
-        what = place.changes[0].name if place.changes else "its columns have another order"
+    layer = source.name.removesuffix(".weight")
+    if place.changes:
         raise ValueError(
-            f"{op}: {source.name} is packed, and in the file its values are others ({what}). Leave this layer in float: quantize_(..., "
-            f"exclude=[{re.escape(source.name)!r}])."
+            f"{op}: {source.name} is packed, and in the file its values are others ({place.changes[0].name}). Leave this layer in float: "
+            f"quantize_(..., exclude=[{re.escape(layer)!r}])."
         )
+    if place.columns is not None and _order_of_blocks(source, place.columns) is None:
+        kind = re.escape(re.sub(r"\.\d+\.", ".*.", layer).rpartition(".*.")[2])
+        raise ValueError(
+            f"{op}: {source.name} is {source.format}, and the file has its columns in an order that cuts the blocks of "
+            f"{get_format(source.format).block}. Give these layers blocks of 32 columns, topology={{'/{kind}$/': 'q8_0'}}, or leave them "
+            f"in float, exclude=['{kind}$']."
+        )
+
+
+def _order_of_blocks(source: Source, columns: Rows) -> Tensor | None:
+    """For each block of a row in the file, its number in the model; None if the order of columns cuts blocks.
+
+    `columns` is the order of single columns: see `Place`.
+    """
+    assert source.format is not None
+    fmt = get_format(source.format)
+    order = back(columns(fmt.in_features(source.tensor.shape[-1]))).view(-1, fmt.block)
+    starts = order[:, :1]
+    whole = bool((order == starts + torch.arange(fmt.block)).all()) and not bool((starts % fmt.block).any())
+    return starts.flatten() // fmt.block if whole else None
 
 
 def _stack(op: str, name: str, parts: list[tuple[Source, Place]]) -> Entry:
@@ -130,19 +150,30 @@ def _stack(op: str, name: str, parts: list[tuple[Source, Place]]) -> Entry:
         raise ValueError(
             f"{op}: {first_names([s.name for s, _ in parts])} are one tensor of the file, and have {has}. Give them one format."
         )
-    return _entry(name, [source for source, _ in parts], _Transform(parts[0][1], 0), stacked=True)
+    return _entry(name, [source for source, _ in parts], _Transform(parts[0][1], 0, _blocks(*parts[0])), stacked=True)
+
+
+def _blocks(source: Source, place: Place) -> Tensor | None:
+    return None if source.format is None or place.columns is None else _order_of_blocks(source, place.columns)
 
 
 @dataclass(frozen=True)
 class _Transform:
-    """What becomes of a parameter, or of the matrices of a stack, on the way to tensor `number` of its place."""
+    """What becomes of a parameter, or of the matrices of a stack, on the way to tensor `number` of its place.
+
+    `blocks` is the order of the blocks of a packed row; None: the parameter is float, or they stay in order.
+    """
 
     place: Place
     number: int
+    blocks: Tensor | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         place, device = self.place, tensor.device
-        if place.columns is not None:
+        if self.blocks is not None:
+            split = tensor.unflatten(-1, (len(self.blocks), -1))
+            tensor = split.index_select(-2, self.blocks.to(device)).flatten(-2)
+        elif place.columns is not None:
             tensor = tensor.index_select(-1, back(place.columns(tensor.shape[-1])).to(device))
         for change in place.changes:
             tensor = change.to_file(tensor.float())

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from .facts import MOST, REQUIRED, Facts
 
 Values = dict[str, Any]
@@ -105,7 +107,7 @@ class Always(Part):
 
 @dataclass(frozen=True)
 class Present(Part):
-    """A flag that a file does not state: a tensor is there, or it is not."""
+    """A flag that a file does not state: a tensor is there, or it is not. "*" is any block that has it."""
 
     attribute: str
     tensor: str
@@ -113,7 +115,11 @@ class Present(Part):
     if_not: Any = False
 
     def read(self, facts: Facts, values: Values) -> None:
-        values[self.attribute] = self.if_there if self.tensor in facts.shapes else self.if_not
+        start, any_block, end = self.tensor.partition("*")
+        there = self.tensor in facts.shapes
+        if any_block:
+            there = any(name.startswith(start) and name.endswith(end) for name in facts.shapes)
+        values[self.attribute] = self.if_there if there else self.if_not
 
     def write(self, config: Any, keys: Values) -> None:
         pass  # the tensors say it
@@ -228,10 +234,10 @@ class Layers(Part):
         )
         count = values["num_hidden_layers"]
         pattern = facts.value(self.key, self.every) if self.key else self.every
-        if isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:
+        if self.key is not None and isinstance(pattern, (list, np.ndarray)):
+            full = [not window for window in facts.flags(self.key, count)]
+        elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:
             full = [self._is_full(layer, pattern) for layer in range(count)]
-        elif not isinstance(pattern, (int, float, str)) and len(pattern) >= count:
-            full = [not flag for flag in pattern[:count]]  # a flag says that the layer has a window
         else:
             raise facts.wrong(str(self.key), pattern, "a number, or a flag for each layer")
         values["layer_types"] = ["full_attention" if each else "sliding_attention" for each in full]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
+
+from torch import Tensor
 
 from .facts import Facts
 from .layout import Change, Place, Rows
@@ -31,11 +33,13 @@ class Names:
         tensors: one or more alternatives, the one to write first. Each has one name, or several that are joined along
             the rows. "{}" is the number of the block.
         part: the last group of the pattern is the number of the entry that the parameter is in the tensor.
+        build: makes the parameter of several tensors, which joining them does not; see `Place`.
     """
 
     pattern: str
     tensors: tuple[tuple[str, ...], ...]
     part: bool = False
+    build: Callable[[list[Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,25 +136,32 @@ class Architecture:
                 changes += treatment.changes
         is_bias = parameter.rpartition(".")[2].endswith("bias")
         return [
-            Place(tensors, rows, columns, changes, part, is_bias)
-            for tensors, part in self._tensors(parameter, _block_count(config))
+            replace(place, rows=rows, columns=columns, changes=changes, is_bias=is_bias)
+            for place in self._tensors(parameter, _block_count(config))
         ]
 
-    def _tensors(self, parameter: str, blocks: int) -> list[tuple[tuple[str, ...], int | None]]:
+    def _tensors(self, parameter: str, blocks: int) -> list[Place]:
         for names, pattern in zip(self.names, self._named, strict=True):
             match = pattern.fullmatch(parameter)
             if match is not None:
                 groups = match.groups()
                 number = groups[0] if groups else ""
                 part = int(groups[-1]) if names.part else None
-                return [(tuple(each.format(number) for each in tensors), part) for tensors in names.tensors]
+                return [
+                    Place(
+                        tuple(each.format(number) for each in tensors),
+                        part=part,
+                        build=names.build if len(tensors) > 1 else None,
+                    )
+                    for tensors in names.tensors
+                ]
         known = _table(self.tables or self.name, blocks)
         path, _, leaf = parameter.rpartition(".")
         stem, suffix = (path, f".{leaf}") if leaf in ("weight", "bias") else (parameter, ".weight")
         for start in _STARTS:
             found = known.get(stem.removeprefix(start))
             if found is not None:
-                return [((found + suffix,), None)]
+                return [Place((found + suffix,))]
         return []
 
     @cached_property

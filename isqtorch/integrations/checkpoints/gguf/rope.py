@@ -17,7 +17,9 @@ FACTORS = "rope_freqs.weight"  # factors of Llama 3, one for each frequency
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of Phi 3
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _HEAD = HeadDim()
+_NEVER = 1e30
 _YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
+_USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Rope(Part):
                 value = facts.number(key, None)
                 if value is not None:
                     found[name] = value
-            if attention is not None and attention != 1.0:
-                found["attention_factor"] = attention
+            if attention is not None and attention != 1.0:  # times the usual factor
+                found["attention_factor"] = float(f"{attention * _by_length(found['factor']):.7g}")
             return found | dict(self.always or {})
         if kind == "longrope":
             if attention is not None:
@@ -100,9 +102,9 @@ class Rope(Part):
         share = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
         keys["rope.dimension_count"] = int(width * (share or 1.0)) if self.partial else width
         kind = parameters.get("rope_type", "default")
-        if kind in ("default", "llama3", "longrope"):  # llama3 and longrope are tensors: `tensors_of`
-            if kind == "longrope" and parameters.get("attention_factor") is not None:
-                keys["rope.scaling.attn_factor"] = float(parameters["attention_factor"])
+        if kind in ("default", "llama3", "longrope", "proportional"):  # the last three are tensors: `tensors_of`
+            if kind == "longrope":
+                keys["rope.scaling.attn_factor"] = attention_factor(parameters, config)
             return
         if kind not in ("linear", "yarn"):
             raise ValueError(
@@ -118,10 +120,37 @@ class Rope(Part):
             original = parameters.get("original_max_position_embeddings")
             keys["rope.scaling.original_context_length"] = int(original or config.max_position_embeddings)
             for name, key in _YARN.items():
-                if parameters.get(name) is not None:
-                    keys[key] = float(parameters[name])
-            if parameters.get("attention_factor") is not None:
-                keys["rope.scaling.attn_factor"] = float(parameters["attention_factor"])
+                value = parameters.get(name)
+                if value is not None and value != _USUAL[name] and not self.always:
+                    raise ValueError(
+                        f"{name} of rope_parameters is {value!r}, and llama.cpp computes with {_USUAL[name]}"
+                    )
+                if value is not None:
+                    keys[key] = float(value)
+            # llama.cpp multiplies this by its own factor. Where mscale is always the same, it has the rule for that.
+            attention = attention_factor(parameters, config) / _by_length(float(parameters["factor"]))
+            if not self.always and abs(attention - 1.0) > 1e-6:
+                keys["rope.scaling.attn_factor"] = attention
+
+
+def _by_length(factor: float, scale: float = 1.0) -> float:
+    """The usual factor of YaRN for attention over texts that are longer by `factor`."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def attention_factor(parameters: Mapping[str, Any], config: Any) -> float:
+    """What queries and keys are multiplied by after YaRN or LongRoPE, as transformers computes it."""
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if parameters["rope_type"] == "yarn":
+        factor, scale, all_dim = float(parameters["factor"]), parameters.get("mscale"), parameters.get("mscale_all_dim")
+        if scale and all_dim:
+            return _by_length(factor, scale) / _by_length(factor, all_dim)
+        return _by_length(factor)
+    original = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    factor = parameters.get("factor") or config.max_position_embeddings / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def llama3_factors(parameters: Mapping[str, Any], width: int) -> NDArray[np.float32]:
@@ -161,6 +190,21 @@ def llama3_parameters(factors: NDArray[np.float32], theta: float) -> dict[str, A
     return None
 
 
+def proportional_factors(share: float, width: int) -> NDArray[np.float32]:
+    """The factors of Gemma 4: 1 for the frequencies that turn, and so large a number that the others do not."""
+    turning = int(share * width // 2)
+    return np.asarray([1.0] * turning + [_NEVER] * (width // 2 - turning), dtype=np.float32)
+
+
+def proportional_share(factors: NDArray[np.float32]) -> float | None:
+    """The share of a head that turns, if these are `proportional_factors`; else None."""
+    turning = int((factors == 1.0).sum())
+    rest = factors[turning:]
+    return (
+        turning / len(factors) if len(factors) and np.all(factors[:turning] == 1.0) and np.all(rest >= 1e20) else None
+    )
+
+
 def tensors_of(config: Any, head: HeadDim) -> dict[str, NDArray[np.float32]]:
     """The tensors that a file needs for the rotary embedding of a config, by name."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
@@ -168,6 +212,8 @@ def tensors_of(config: Any, head: HeadDim) -> dict[str, NDArray[np.float32]]:
     kind = parameters.get("rope_type", "default")
     if kind == "llama3":
         return {FACTORS: llama3_factors(parameters, head.of(config))}
+    if kind == "proportional":
+        return {FACTORS: proportional_factors(parameters["partial_rotary_factor"], head.of(config))}
     if kind == "longrope":
         return {
             LONG: np.asarray(parameters["long_factor"], dtype=np.float32),

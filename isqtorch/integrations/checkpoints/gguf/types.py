@@ -32,9 +32,9 @@ def type_name(number: int) -> str:
     return GGUF_TYPES[number].name
 
 
-def is_float(number: int) -> bool:
-    """Whether a tensor of this type has plain numbers."""
-    return number in _FLOATS
+def is_plain(number: int) -> bool:
+    """Whether a tensor of this type has plain numbers: floats, or integers, which are no weights."""
+    return number in _FLOATS or number in _INTEGERS
 
 
 def format_of(number: int) -> QuantFormat | None:

@@ -60,14 +60,16 @@ class GgufWeights(Incoming):
         if found is None:
             return None
         names = sorted({types.type_name(number) for number in found.types})
-        if all(types.is_float(number) for number in found.types):
+        if all(types.is_plain(number) for number in found.types):
             return Held()
         columns = found.tensors[0].shape[-1]
-        quantized = [number for number in found.types if not types.is_float(number)]
+        quantized = [number for number in found.types if not types.is_plain(number)]
         options = [types.format_of(number) or types.instead_of(number, columns) for number in quantized]
         best = max(options, key=lambda fmt: fmt.bits_per_weight)
         if len(quantized) < len(found.types):
             best = get_format("q8_0")
+        if found.place.build is not None:
+            return Held(None, best, f"{' and '.join(names)} in the file in parts, one of which is transposed")
         if len(found.types) > 1:
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
         if types.format_of(next(iter(found.types))) is None:
@@ -81,6 +83,7 @@ class GgufWeights(Incoming):
     def unused(self, names: Iterable[str]) -> list[str]:
         found = (self._find(name) for name in names)
         used = {tensor.name for each in found if each is not None for tensor in each.tensors}
+        used |= {scale.name for scale in map(self._scale, map(self._file.tensors.get, used)) if scale is not None}
         ignored = re.compile(self._record.ignored)
         return sorted(name for name in self._file.tensors if name not in used and not ignored.fullmatch(name))
 
@@ -104,10 +107,7 @@ class GgufWeights(Incoming):
         found = self._find(name)
         if found is None:
             return None
-        parts = [
-            types.decoded(self._file.read(tensor), tensor.type, f"{self.where}: {tensor.name}")
-            for tensor in found.tensors
-        ]
+        parts = [self._values(tensor) for tensor in found.tensors]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.float() for part in parts]
         value = self._joined(found, parts)
@@ -116,6 +116,33 @@ class GgufWeights(Incoming):
         for change in reversed(found.place.changes):
             value = change.to_model(value.float())
         return self._shaped(name, value)
+
+    def _values(self, tensor: StoredTensor) -> Tensor:
+        """The decoded rows of a tensor, `[rows of all matrices, columns]`."""
+        value = types.decoded(self._file.read(tensor), tensor.type, f"{self.where}: {tensor.name}")
+        scale = self._scale(tensor)
+        if scale is None:
+            return value
+        factors = types.decoded(self._file.read(scale), scale.type, f"{self.where}: {scale.name}").float().reshape(-1)
+        if len(factors) not in (1, tensor.shape[0]) or (len(factors) > 1 and len(tensor.shape) < 3):
+            raise ValueError(
+                f"load: {self.where}: {scale.name} has {len(factors)} numbers, must be one for each matrix of {tensor.name}. The file "
+                "is damaged."
+            )
+        return value * factors.repeat_interleave(tensor.rows // len(factors)).unsqueeze(1)
+
+    def _scale(self, tensor: StoredTensor | None) -> StoredTensor | None:
+        """The tensor with the second scale of an NVFP4 tensor: one number for each matrix."""
+        if tensor is None or types.type_name(tensor.type) != "NVFP4":
+            return None
+        scale = self._file.tensors.get(tensor.name.removesuffix("weight") + "scale")
+        parameters = {name for names in self._record.names for place in names.tensors for name in place}
+        if scale is not None and re.sub(r"\d+", "{}", scale.name, count=1) in parameters:
+            raise ValueError(
+                f"load: {self.where}: {scale.name} is both a scale of {tensor.name}, which is NVFP4, and a parameter of the model. Files "
+                "that mix the two cannot be opened; give one with another type."
+            )
+        return scale
 
     def _joined(self, found: _Found, parts: list[Tensor]) -> Tensor:
         """The rows of all tensors of a parameter, in the model's order.
@@ -128,6 +155,11 @@ class GgufWeights(Incoming):
         for tensor, part in zip(found.tensors, parts, strict=True):
             value = part.reshape(*tensor.shape[:-1], -1)
             shaped.append(value if found.place.part is None else self._part(found, value, tensor))
+        if found.place.build is not None:
+            try:
+                return found.place.build(shaped).contiguous()
+            except RuntimeError:
+                raise self._error(found, "do not fit together") from None
         axis = found.place.row_axis(shaped[0].dim())
         if any(part.dim() != shaped[0].dim() for part in shaped):
             raise self._error(found, "have different numbers of dimensions")
@@ -178,9 +210,9 @@ class GgufWeights(Incoming):
             return None if value is None or tuple(value.shape) != shape else value
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
-        if len(found.tensors) > 1 or found.place.columns or found.place.changes or found.place.part is not None:
+        place, tensor = found.place, found.tensors[0]
+        if len(found.tensors) > 1 or place.columns or place.changes or place.part is not None or self._scale(tensor):
             return None
-        tensor = found.tensors[0]
         if (leaf in matrices(module) and _is_turned(module)) or tensor.shape != shape:
             return None
         order = found.place.rows(shape[-2]) if found.place.rows else None
