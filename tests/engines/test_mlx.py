@@ -23,7 +23,20 @@ DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "demo_model"
 IDS = [int(i) for i in torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(1))]
 FLOAT = 1e-3  # some activation functions are approximations there
 PACKED = 0.03  # MLX rounds decoded weights to the type of the scales
-CASES = [case for case in CONFIGS if case.replace(",", " ").split()[0] in LAYOUTS and case != "glm"]
+# What mlx-lm computes otherwise.
+REFUSED = (
+    "glm",
+    "llama with yarn positions, a factor for attention",
+    "gemma3_text with linear positions",
+    "phi3 with longrope positions",
+    "gpt_neox, sequential",
+    "deepseek_v2",
+    "deepseek_v2, lite",
+    "lfm2",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)
+CASES = [case for case in CONFIGS if case.replace(",", " ").split()[0] in LAYOUTS and case not in REFUSED]
 # gemma2: mlx-lm attends to the whole text, however long it is. The others are as the real models are.
 OTHERWISE = {
     "gemma2": {"sliding_window": 64},
@@ -62,6 +75,12 @@ def test_float(case: str, tmp_path: Path) -> None:
     model = tiny(case)
     found = ask_mlx(exported(model, tmp_path / "mlx"), ids=[IDS])
     assert relative_error(found["logits0"], logits(model)) < FLOAT
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_mlx_lm_computes_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    with pytest.raises((NotImplementedError, ValueError), match="export_mlx: .*mlx-lm"):
+        exported(tiny(case), tmp_path / "mlx")
 
 
 @pytest.mark.parametrize("case", CASES)
