@@ -84,6 +84,19 @@ def test_a_float_model_there_and_back(tmp_path: Path) -> None:
     assert state_bytes(opened(tmp_path / "mlx")[0]) == state_bytes(source)
 
 
+def test_a_float_folder_is_recognized_by_who_wrote_its_weights(tmp_path: Path) -> None:
+    """MLX turns the weights of convolutions, and config.json does not tell."""
+    from tests.tiny_decoders import tiny
+
+    source = tiny("mamba")
+    _, tensors = read(export(source, tmp_path / "mlx"))
+    name = "backbone.layers.0.mixer.conv1d.weight"
+    assert torch.equal(tensors[name], source.state_dict()[name].transpose(1, 2))
+    found = isqtorch.load(tmp_path / "mlx", dtype="float32")
+    assert state_bytes(found.model) == state_bytes(source)
+    assert isqtorch.load(tmp_path / "mlx", "q8_0").report.quantized
+
+
 def test_the_tensors_are_those_that_mlx_defines(tmp_path: Path) -> None:
     """Decoded with the packing that the tests write themselves."""
     source = quantized(llama(), "afq4")

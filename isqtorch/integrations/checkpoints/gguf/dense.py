@@ -96,6 +96,15 @@ class _Temperature(Part):
             keys["attention.temperature_scale"] = float(beta)
 
 
+_GPT2 = (
+    Key("n_positions", "context_length"),
+    Blocks("n_layer"),
+    Key("n_embd", "embedding_length"),
+    Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),
+    Key("n_head", "attention.head_count"),
+    Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
+    *trunk()[:1],
+)
 _GRANITE = (
     Key("attention_multiplier", "attention.scale", "number"),
     Key("embedding_multiplier", "embedding_scale", "number"),
@@ -178,15 +187,13 @@ RECORDS = (
     Architecture(
         "gpt2",
         ("gpt2",),
-        (
-            Key("n_positions", "context_length"),
-            Blocks("n_layer"),
-            Key("n_embd", "embedding_length"),
-            Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),
-            Key("n_head", "attention.head_count"),
-            Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
-            *trunk()[:1],
-        ),
+        _GPT2,
+        written=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
+    ),
+    Architecture(
+        "starcoder",
+        ("gpt_bigcode",),
+        (*_GPT2, Always("multi_query", True), Only("attention.head_count_kv", (1,), 1)),
         written=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
     ),
     Architecture(
@@ -296,6 +303,7 @@ RECORDS = (
         written=lambda config: {"rope.scaling.yarn_log_multiplier": 1.0},
         harmless=frozenset({"rope.scaling.yarn_log_multiplier"}),
     ),
+    Architecture("hunyuan-dense", ("hunyuan_v1_dense",), (*decoder(), _ATTENTION_BIAS), HEAD),
     Architecture("seed_oss", ("seed_oss",), (*decoder(), _ATTENTION_BIAS), HEAD),
     Architecture("ernie4_5", ("ernie4_5",), (*decoder(), Always("use_bias", False)), HEAD),
     Architecture(
