@@ -93,7 +93,8 @@ def gptq(bits: int, group: int, *, act_order: bool = False, less_one: bool = Tru
         if bits == 3:
             stored = words((zeros - int(less_one) & 7).t(), bits)
         else:
-            stored = words(zeros.t(), bits) - (less_one and sum(1 << shift for shift in range(0, 32, bits)))
+            one = sum(1 << shift for shift in range(0, 32, bits)) if less_one else 0
+            stored = words(zeros.t(), bits) - one
         stem = name.removesuffix("weight")
         tensors = {
             f"{stem}qweight": words(codes, bits).t(),
