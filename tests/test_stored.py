@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -87,3 +88,66 @@ def test_kept(case: str) -> None:
         blocks = [weight.blocks(weight.matrix(files, expert), fmt) for expert in experts]
         values = torch.stack([reference.dequantize(rows, fmt.name, torch.float32) for rows in blocks])
         assert torch.equal(values.reshape(weight.shape), DATA[f"{case}/values"]), fmt.name
+
+
+# ---- damaged tensors -------------------------------------------------------------------------------------------------
+
+TYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.bool,
+)
+
+
+def damaged(tensors: dict[str, Tensor], chance: random.Random) -> dict[str, Tensor]:
+    """The tensors with one or two faults: a tensor is missing, has another type or shape, or other contents."""
+    out = dict(tensors)
+    for _ in range(chance.choice((1, 1, 2))):
+        name = chance.choice(sorted(out))
+        tensor, fault = out[name], chance.randrange(7)
+        if fault == 0 and len(out) > 1:
+            del out[name]
+        elif fault == 1:
+            out[name] = tensor.float().to(chance.choice(TYPES))
+        elif fault == 2:
+            out[name] = tensor.flatten()
+        elif fault == 3 and tensor.dim():
+            out[name] = tensor[: chance.randrange(tensor.shape[0] + 1)]
+        elif fault == 4 and tensor.dim():
+            out[name] = tensor[..., : chance.randrange(tensor.shape[-1] + 1)]
+        elif fault == 5:
+            out[name] = tensor[None]
+        elif fault == 6 and tensor.numel():
+            octets = tensor.contiguous().flatten().view(torch.uint8).clone()
+            for _ in range(chance.choice((1, 8))):
+                octets[chance.randrange(len(octets))] = chance.choice((0, 127, 128, 255, chance.randrange(256)))
+            out[name] = octets.view(tensor.dtype).view(tensor.shape)
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_damage_is_a_clear_error_or_harmless(case: str) -> None:
+    """Never another kind of error, and never values of another shape."""
+    chance = random.Random(case)
+    prefix = f"{case}/tensors/"
+    whole = {key.removeprefix(prefix): tensor for key, tensor in DATA.items() if key.startswith(prefix)}
+    refused = 0
+    for _ in range(60):
+        files = files_of(damaged(whole, chance), {})
+        try:
+            weights, _ = method_of(ENTRIES[case]).find(files)
+            for weight in weights.values():
+                assert tuple(decoded(files, weight).shape) == weight.shape
+                for fmt in weight.kept(files).formats[:1]:
+                    experts = range(weight.shape[0]) if len(weight.shape) == 3 else [None]
+                    blocks = [weight.blocks(weight.matrix(files, expert), fmt) for expert in experts]
+                    assert all(rows.shape == (weight.shape[-2], fmt.row_bytes(weight.shape[-1])) for rows in blocks)
+        except (ValueError, NotImplementedError) as error:
+            assert "a" in str(error)
+            refused += 1
+    assert refused > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ class QuantizedFiles:
         self._store = store
         self.files = StoredFiles(headers, self._read, store.metadata)
         self.method = method.name
-        self.weights, self.hidden = method.find(self.files)
+        try:
+            self.weights, self.hidden = method.find(self.files)
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{next(iter(store.tensors.values())).file.parent}: {error}") from None
         self._done: Callable[[Tensor], None] = lambda tensor: None
 
     def dropping(self, done: Callable[[Tensor], None]) -> None:
@@ -71,17 +75,12 @@ class QuantizedFiles:
         plain = {name: tensor for name, tensor in self._store.tensors.items() if name not in self.hidden}
         decoded = {}
         for name, weight in self.weights.items():
-            file = self._store.tensors[next(iter(weight.parts.values()))].file
-            decoded[name] = Stored(file, self.method, weight.shape)
+            decoded[name] = Stored(self._file_of(weight), self.method, weight.shape)
         return plain | decoded
 
     def matrix(self, weight: StoredWeight, expert: int | None = None) -> Tensor:
         """The float32 values of a weight, or of one of its experts: `[N, K]`."""
-        parts = weight.matrix(self.files, expert)
-        try:
-            return weight.decode(parts)
-        finally:
-            self._drop(parts)
+        return self._computed(weight, expert, weight.decode)
 
     def tensor(self, weight: StoredWeight) -> Tensor:
         """The float32 values of a whole weight: `[N, K]` or `[E, N, K]`."""
@@ -96,22 +95,29 @@ class QuantizedFiles:
         """The weight as blocks of a format that holds it exactly: uint8 `[N, row_bytes]` or `[E, N, row_bytes]`."""
         *rows, columns = weight.shape
         if len(rows) == 1:
-            return self._blocks(weight, fmt, None)
+            return self._computed(weight, None, lambda parts: weight.blocks(parts, fmt))
         out = torch.empty(*rows, fmt.row_bytes(columns), dtype=torch.uint8)
         for expert in range(rows[0]):
-            out[expert] = self._blocks(weight, fmt, expert)
+            out[expert] = self._computed(weight, expert, lambda parts: weight.blocks(parts, fmt))
         return out
 
-    def _blocks(self, weight: StoredWeight, fmt: QuantFormat, expert: int | None) -> Tensor:
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        self._store.release()
+
+    def _computed(self, weight: StoredWeight, expert: int | None, compute: Callable[[Parts], Tensor]) -> Tensor:
+        """What `compute` makes of the tensors of one matrix."""
         parts = weight.matrix(self.files, expert)
         try:
-            return weight.blocks(parts, fmt)
+            return compute(parts)
+        except ValueError as error:
+            raise ValueError(f"{self._file_of(weight)}: {error}") from None
         finally:
-            self._drop(parts)
+            for part in parts.values():
+                self._done(part)
 
-    def _drop(self, parts: Parts) -> None:
-        for part in parts.values():
-            self._done(part)
+    def _file_of(self, weight: StoredWeight) -> Path:
+        return self._store.tensors[next(iter(weight.parts.values()))].file
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         return self._store.read(name)[... if expert is None else expert]

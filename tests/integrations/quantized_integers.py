@@ -89,10 +89,16 @@ def gptq(bits: int, group: int, *, act_order: bool = False, less_one: bool = Tru
         order = torch.randperm(columns) if act_order else torch.arange(columns)
         codes, scales, zeros = quantized(weight[:, order], bits, group, False)
         codes, where = codes[:, order.argsort()], where[order.argsort()]
+        zeros[::3, 0] = 0  # of words that are decremented, it borrows from the next
+        if bits == 3:
+            stored = words((zeros - int(less_one) & 7).t(), bits)
+        else:
+            one = sum(1 << shift for shift in range(0, 32, bits)) if less_one else 0
+            stored = words(zeros.t(), bits) - one
         stem = name.removesuffix("weight")
         tensors = {
             f"{stem}qweight": words(codes, bits).t(),
-            f"{stem}qzeros": words((zeros - int(less_one)).t(), bits),
+            f"{stem}qzeros": stored,
             f"{stem}scales": scales.t().half(),
         }
         if index:

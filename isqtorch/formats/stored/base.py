@@ -148,6 +148,10 @@ class StoredMethod(ABC):
         for name in files.headers:
             found = self.weight(name, files)
             if found is not None:
+                if min(found.shape) < 1:
+                    raise ValueError(
+                        f"{name} belongs to a weight of shape {list(found.shape)}. The checkpoint is damaged."
+                    )
                 weights[found.name] = found
                 used.update(found.parts.values())
         extra = {name for name in files.headers if name not in used and self.is_extra(name)}

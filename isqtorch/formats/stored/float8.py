@@ -16,6 +16,7 @@ from isqtorch.formats.base import QuantFormat, get_format
 
 from .base import FLOATS, Kept, Parts, StoredFiles, StoredMethod, StoredWeight, check_type, companion
 
+_MX = 32  # columns of a block of MXFP8, also beside blocks of another size
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _EXTRA = (
     *("activation_scale", "input_scale", "input_scale_ub", "qscale_act", "k_scale", "v_scale", "q_scale", "kv_scale"),
@@ -149,11 +150,13 @@ def _grid(
         count *= each
     if block is not None and scales == (-(-rows // block[0]), -(-columns // block[1])):
         return (scales[0], scales[1]), block
-    if count == 1:
+    if count == 1 and (block is None or len(scales) < 2):
         return (1, 1), (rows, columns)
     if scales in ((rows,), (rows, 1)):
         return (rows, 1), (1, columns)
-    if len(scales) == 2 and 0 not in scales and rows % scales[0] == 0 and columns % scales[1] == 0:
+    if scales == (rows, -(-columns // _MX)):
+        return (rows, scales[1]), (1, _MX)
+    if block is None and len(scales) == 2 and 0 not in scales and rows % scales[0] == 0 and columns % scales[1] == 0:
         return (scales[0], scales[1]), (rows // scales[0], columns // scales[1])
     return None, (0, 0)
 

@@ -25,9 +25,13 @@ class GptqWeight(IntWeight):
         return unpack_words(parts["codes"].t(), self.width, self.shape[1])
 
     def scales(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        zeros = unpack_words(parts["zeros"], self.width, self.shape[0])
-        if self.zeros_less_one:
-            zeros = zeros + 1 & (1 << self.width) - 1
+        words = parts["zeros"]
+        if self.zeros_less_one and self.width != 3:
+            # GPTQModel subtracts from whole words, and a zero of 0 borrows from its neighbour: adding gives it back.
+            words = words + sum(1 << shift for shift in range(0, 32, self.width))
+        zeros = unpack_words(words, self.width, self.shape[0])
+        if self.zeros_less_one and self.width == 3:  # here it subtracts from each
+            zeros = zeros + 1 & 7
         return parts["scale"].t(), zeros.t()
 
     def groups(self, parts: Parts) -> Tensor | None:

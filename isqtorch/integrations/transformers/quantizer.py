@@ -74,6 +74,11 @@ class _Load:
     failure: Exception | None = None  # the first error; the loader would only log it
     stored: StoredLoad | None = None  # the weights that another program has quantized
 
+    def job(self, name: str) -> Job:
+        """How a parameter is packed, or taken over."""
+        kept = None if self.stored is None else self.stored.kept.get(name)
+        return self.jobs[name] if kept is None else kept
+
 
 @register_quantizer(METHOD)
 class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
@@ -187,7 +192,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from the matrices of its experts, which are read one at a time."""
 
         def packed(load: _Load) -> Tensor:
-            job = load.jobs[name] if load.stored is None else load.stored.kept.get(name) or load.jobs[name]
+            job = load.job(name)
             shape = tuple(local(model.get_parameter(name)).shape)
             pieces = shape[0] * len(sources)
 
@@ -230,7 +235,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         load = self._load
         assert load is not None, "packing outside of a load"
         if load.failure is None:
-            job = load.jobs[name]
+            job = load.job(name)
             try:
                 with naming_memory("IsqConfig", job.names[0], f"packed in {job.fmt.name}", _NO_MEMORY):
                     return pack(load)

@@ -30,7 +30,6 @@ from isqtorch.inplace.stored import QuantizedFiles
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules.convert import matrices, parameter_name
 from isqtorch.policy.inventory import Inventory
-from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.request import Assigned
 from isqtorch.report.report import QuantReport
 
@@ -105,13 +104,14 @@ class StoredLoad:
         try:
             quantized = QuantizedFiles(TensorStore([Path(file) for file in files]), entry)
         except (ValueError, NotImplementedError) as error:
-            raise type(error)(f"IsqConfig: {Path(files[0]).parent}: {error}") from None
+            raise type(error)(f"IsqConfig: {error}") from None
         groups, first = grouped(model, quantized.tensors(), get_model_conversion_mapping(model))
         holdings = {}
         for name in first:
             weights = [quantized.weights.get(key) for _, key in groups[first[name]].collected]
             if any(weights):
                 holdings[name] = _holding(model, name, groups[first[name]], weights, quantized)
+        quantized.release()
         return cls(model, quantized, groups, holdings)
 
     # ---- decisions ---------------------------------------------------------------------------------------------------
@@ -119,8 +119,9 @@ class StoredLoad:
     def assigned(self, inventory: Inventory) -> dict[str, Assigned]:
         """The formats of the rule "keep", by layer."""
         given = {}
+        held = self._held(inventory)
         for layer in inventory.layers:
-            holding = self._of(inventory, layer)
+            holding = held.get(layer.holder)
             if holding is None or layer.kind == "other":
                 continue
             if holding.formats:
@@ -138,11 +139,11 @@ class StoredLoad:
 
     def explain(self, report: QuantReport, inventory: Inventory) -> None:
         """Add to a report what the checkpoint had."""
-        layers = {layer.name: layer for layer in inventory.layers}
+        held = self._held(inventory)
         kept = anew = 0
         methods = []
         for row in report.layers:
-            holding = self._of(inventory, layers[row.name])
+            holding = held.get(row.tied_to or row.name)
             if holding is None:
                 continue
             methods.append(holding.what)
@@ -161,11 +162,14 @@ class StoredLoad:
                 note += f", {anew} are packed anew, and the errors of both add up"
             report.notes.append(note)
 
-    def _of(self, inventory: Inventory, layer: LayerInfo) -> Holding | None:
-        """How the checkpoint holds a layer, under any of the names of its weight."""
-        names = [layer.name, *(other.name for other in inventory.layers if other.holder == layer.holder)]
-        found = (self.holdings.get(parameter_name(self.model, name)) for name in names)
-        return next((holding for holding in found if holding is not None), None)
+    def _held(self, inventory: Inventory) -> dict[str, Holding]:
+        """{first layer that has a weight: how the checkpoint holds it, under any of the names of the weight}."""
+        held: dict[str, Holding] = {}
+        for layer in inventory.layers:
+            holding = self.holdings.get(parameter_name(self.model, layer.name))
+            if holding is not None:
+                held.setdefault(layer.holder, holding)
+        return held
 
     # ---- the loader --------------------------------------------------------------------------------------------------
 
@@ -347,6 +351,8 @@ def _taken_entry(config: Any) -> dict[str, Any] | None:
         entry = getattr(part, "quantization_config", None)
         if entry is None:
             continue
+        if not isinstance(entry, Mapping) and not hasattr(entry, "to_dict"):
+            raise ValueError(f"IsqConfig: quantization_config in config.json is {entry!r:.80}, must be an object")
         entry = dict(entry if isinstance(entry, Mapping) else entry.to_dict())
         if entry.get("quant_method") == METHOD:
             return None
