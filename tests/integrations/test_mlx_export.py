@@ -16,6 +16,7 @@ import isqtorch
 from isqtorch.formats import formats, get_format
 from isqtorch.formats.codebook import mxfp4_codes
 from isqtorch.modules.parameter import plain_bytes
+from tests.integrations.gguf_models import tiny_model, write_model
 from tests.models import logits, quantized, state_bytes, tiny_gpt2, tiny_llama, tiny_moe
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "demo_model" / "model"
@@ -319,3 +320,12 @@ def test_the_command_refuses_before_it_loads(
     arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx"), "-m", str(tmp_path / "glm"), "--isq", "afq4"]
     assert main(arguments) == 1
     assert "cannot be written for mlx-lm" in capsys.readouterr().err
+
+
+def test_a_folder_beside_the_gguf_file_that_the_model_is_from(tmp_path: Path) -> None:
+    write_model(tmp_path / "model.gguf", tiny_model("llama"))
+    (tmp_path / "notes.txt").write_text("other things")
+    model, _, _ = isqtorch.load(tmp_path / "model.gguf", "afq4")
+    read(export(model, tmp_path / "model-mlx"))
+    with pytest.raises(FileExistsError, match="holds the model"):
+        export(model, tmp_path)
