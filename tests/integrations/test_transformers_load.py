@@ -141,7 +141,7 @@ def test_a_new_head_stays_float(llama: Path) -> None:
     """Layers that the checkpoint lacks are initialized as transformers does, and reported."""
     from transformers import AutoModelForSequenceClassification as Auto
 
-    model = Auto.from_pretrained(llama, num_labels=3, quantization_config=IsqConfig("q4k"))
+    model = Auto.from_pretrained(llama, num_labels=300, quantization_config=IsqConfig("q4k"))
     assert type(model.score) is torch.nn.Linear and 0.01 < float(model.score.weight.detach().float().std()) < 0.04
     assert model.isq_report["score"].reason.startswith("newly initialized, not quantized")
     assert model.isq_report["score"].stored is None and "score" not in model.config.quantization_config.layers
