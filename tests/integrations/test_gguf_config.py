@@ -205,6 +205,16 @@ def test_blocks_are_counted_and_not_taken_from_a_name(kind: str, key: str, tmp_p
         assert time.process_time() - began < 0.5
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_bigcode"])
+def test_positions_are_the_rows_of_their_table(kind: str, tmp_path: Path) -> None:
+    name = {"gpt_bigcode": "starcoder"}.get(kind, kind)
+    model = tiny_model(kind, max_position_embeddings=64)
+    path = write_model(tmp_path / "x.gguf", model, metadata={f"{name}.context_length": 96})
+    with pytest.raises(ValueError, match="64, the rows of position_embd.weight"):
+        GgufCheckpoint(path).config()
+    assert GgufCheckpoint(write_model(path, model)).config().n_positions == 64
+
+
 _MODELS: list[Any] = []
 
 
