@@ -33,7 +33,7 @@ _T5 = (
     Blocks("num_layers"),
     Derived(
         "num_decoder_layers",
-        lambda facts, values: facts.integer("decoder_block_count", values["num_layers"], most=facts.blocks),
+        lambda facts, values: facts.integer("decoder_block_count", values["num_layers"], 1, facts.blocks),
     ),
     Key("d_model", "embedding_length"),
     Key("d_ff", "feed_forward_length"),
