@@ -37,15 +37,18 @@ KEPT = {
 }
 
 
-def files_of(tensors: dict[str, Tensor]) -> StoredFiles:
+def files_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> StoredFiles:
     headers = {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return StoredFiles(headers, lambda name, expert: tensors[name] if expert is None else tensors[name][expert])
+    return StoredFiles(
+        headers, lambda name, expert: tensors[name] if expert is None else tensors[name][expert], metadata
+    )
 
 
 def opened(case: str) -> tuple[StoredFiles, StoredWeight]:
     prefix = f"{case}/tensors/"
     tensors = {key.removeprefix(prefix): tensor for key, tensor in DATA.items() if key.startswith(prefix)}
-    files = files_of(tensors)
+    metadata = {"a.weight": ENTRIES[case]["of_weight"]} if "of_weight" in ENTRIES[case] else {}
+    files = files_of(tensors, metadata)
     weights, hidden = method_of(ENTRIES[case]).find(files)
     assert hidden == tensors.keys()  # nothing is left over that a model would not know
     [weight] = weights.values()

@@ -19,6 +19,7 @@ from isqtorch.inplace.weights import STORED
 from isqtorch.integrations.classes import Need
 from isqtorch.integrations.loading import Loaded, checked_request, load_opened
 from isqtorch.integrations.opening import Opened
+from isqtorch.integrations.record import METHOD
 from isqtorch.policy.inventory import packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import checked_device
@@ -33,7 +34,7 @@ class LoadedModel:
         model: the model of transformers, of the class that its configuration names, in evaluation mode.
         tokenizer: its tokenizer; None: it has none, and the command needs none.
         isq: the format requested last; None: the weights are as in the checkpoint.
-        packed: whether the checkpoint is quantized by isqtorch or another library of transformers.
+        packed: whether the checkpoint was written by isqtorch, so that nothing has the weights before they were packed.
         report: the report, if any weight is packed; else None.
         load_seconds: wall time of loading, including quantizing.
         opened: the model before its weights were read.
@@ -71,7 +72,7 @@ class LoadedModel:
         """
         self.source, self.isq, self.device, self.options = source, isq, device, dict(options or {})
         self.opened = opened or check_request(source, isq, device, self.options)
-        self.packed = self.opened.quantized_by is not None
+        self.packed = self.opened.quantized_by == METHOD
         if need is not None:
             self.opened.check(need, command)
         began = time.perf_counter()
@@ -175,10 +176,8 @@ def check_request(
             "--topology, --imatrix, --calibration-file, --rule, --activations and the options of auto need --isq FORMAT"
         )
     found = Opened.of(source)
-    method = found.quantized_by
-    if isq is not None and method is not None:
-        by = "" if method == "isq" else f" (by {method})"
-        raise ValueError(f"{source} is quantized already{by}; leave out --isq, or give the original model")
+    if isq is not None and found.quantized_by == METHOD:
+        raise ValueError(f"{source} is quantized already; leave out --isq, or give the original model")
     return found
 
 

@@ -26,7 +26,7 @@ def add_isq(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--isq",
         required=required,
         metavar="FORMAT",
-        help="bits (2 3 4 5 6 8: the best format for the device), a name (`isqtorch formats` lists them), a mix (q4k_m), or auto",
+        help="bits (2 3 4 5 6 8: the best format for the device), a name (`isqtorch formats` lists them), a mix (q4k_m), auto, or keep",
     )
 
 

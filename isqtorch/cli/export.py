@@ -125,11 +125,10 @@ def _write_gguf(args: argparse.Namespace, loaded: LoadedModel) -> None:
 
 def _check_mlx(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError or OSError if the folder could not be written, or would destroy anything."""
-    from isqtorch.integrations.checkpoints.mlx.export import OP
-    from isqtorch.integrations.checkpoints.mlx.layouts import layout_of
+    from isqtorch.integrations.checkpoints.mlx.export import check_config
     from isqtorch.integrations.checkpoints.mlx.outgoing import known_formats
 
-    layout_of(opened.config.model_type, OP)
+    check_config(opened.config)
     _check_format(args, "MLX", known_formats())
     if args.name is not None or args.pre_tokenizer is not None:
         raise ValueError("--name and --pre-tokenizer are for --to gguf")

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_format(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError if there is no format, and no packed weights of another program to keep."""
-    if args.isq is None and opened.checkpoint is None:
+    if args.isq is None and opened.checkpoint is None and not opened.is_decoded:
         if opened.quantized_by is not None:
             raise ValueError(f"{args.model} is quantized already by {opened.quantized_by}; give the original model")
         raise ValueError(f"{args.model} holds float weights: give --isq FORMAT, such as --isq q4k")

@@ -68,6 +68,11 @@ class TensorStore:
         """Close the files, so that pages that were read do not stay in memory. They are opened again when needed."""
         self._open.clear()
 
+    def open(self) -> None:
+        """Open all files now. Until they are released, nothing is opened again, and each has one mapping."""
+        for path in self._seen:
+            self._file(path)
+
     def _file(self, path: Path) -> Any:
         if path not in self._open:
             if not path.exists():

@@ -111,9 +111,9 @@ def mxfp4_blocks(codes: Tensor, scales: Tensor) -> Tensor:
             f"mxfp4_blocks: expected uint8 codes [..., K / 2] or [..., K / 32, 16] and uint8 scales [..., K / 32], got "
             f"{codes.dtype} {list(codes.shape)} and {scales.dtype} {list(scales.shape)}."
         )
-    q = unpack_stream(flat.reshape(scales.numel(), 16), bits=4)  # [n, 32]
-    qs = pack_planes(q, bits=4, width=16)
-    return torch.cat([scales.reshape(-1, 1), qs], dim=1).view(*scales.shape[:-1], 17 * scales.shape[-1])
+    first, second = flat.reshape(scales.numel(), 2, 8).unbind(1)  # 16 weights each
+    qs = torch.stack([first & 15 | second << 4, first >> 4 | second & 0xF0], dim=-1)  # weights 2j and 2j + 1 of both
+    return torch.cat([scales.reshape(-1, 1), qs.flatten(1)], dim=1).view(*scales.shape[:-1], 17 * scales.shape[-1])
 
 
 def mxfp4_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,8 @@ def mxfp4_codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
         )
     lead, count = blocks.shape[:-1], blocks.shape[-1] // 17
     each = blocks.reshape(blocks.numel() // 17, 17)
-    codes = pack_stream(unpack_planes(each[:, 1:], bits=4, width=16), bits=4)
+    even, odd = each[:, 1::2], each[:, 2::2]
+    codes = torch.cat([even & 15 | odd << 4, even >> 4 | odd & 0xF0], dim=1)
     return codes.view(*lead, 16 * count), each[:, 0].reshape(*lead, count)
 
 

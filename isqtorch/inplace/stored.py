@@ -42,7 +42,6 @@ class QuantizedFiles:
         method: name of the method, for messages.
         weights: {name in a checkpoint of floats: the weight}.
         hidden: names of the tensors in the files that a checkpoint of floats does not have.
-        done: called with each tensor that was read and is no longer needed.
 
     Raises:
         ValueError: a weight is not complete, or a tensor has a wrong type or shape.
@@ -57,10 +56,15 @@ class QuantizedFiles:
                 raise ValueError(f"{tensor.file}: tensor {name} has the unknown type {tensor.dtype}")
             headers[name] = Header(_TYPES[tensor.dtype], tensor.shape)
         self._store = store
-        self.files = StoredFiles(headers, self._read)
+        self.files = StoredFiles(headers, self._read, store.metadata)
         self.method = method.name
         self.weights, self.hidden = method.find(self.files)
-        self.done: Callable[[Tensor], None] = lambda tensor: None
+        self._done: Callable[[Tensor], None] = lambda tensor: None
+
+    def dropping(self, done: Callable[[Tensor], None]) -> None:
+        """Call `done` with each tensor that was read and is no longer needed. All files are mapped from here on."""
+        self._done = done
+        self._store.open()
 
     def tensors(self) -> dict[str, Stored]:
         """{name in a checkpoint of floats: the tensor}. That of a quantized weight has the name of the method as type."""
@@ -107,7 +111,7 @@ class QuantizedFiles:
 
     def _drop(self, parts: Parts) -> None:
         for part in parts.values():
-            self.done(part)
+            self._done(part)
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
         return self._store.read(name)[... if expert is None else expert]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from isqtorch.files.checkpoints import Checkpoint
+from isqtorch.files.checkpoints import Checkpoint, checkpoint_files, read_json
 from isqtorch.policy.headers import DTYPES
 from isqtorch.policy.inventory import Inventory
 from isqtorch.report.plan import Described
 
 from .checkpoints.doors import open_checkpoint
 from .classes import auto_class
-from .opening import Opened, empty_model, needs_transformers
+from .opening import Opened, empty_model, needs_transformers, stored_entry
 
 _MOST_BLOCKS = 4096  # of a configuration; each is made in Python
 _ENOUGH = 0.95  # share of a model's parameters that its files must hold: some are computed, or tied
@@ -27,9 +29,11 @@ _ENOUGH = 0.95  # share of a model's parameters that its files must hold: some a
 class TransformersDescriber:
     """See `isqtorch.report.plan.Describer`. transformers is imported when it is first asked."""
 
-    def other(self, source: str | os.PathLike[str]) -> Described | None:
-        if not isinstance(source, (str, os.PathLike)) or open_checkpoint(source, local=True) is None:
+    def other(self, source: object) -> Described | None:
+        if not isinstance(source, (str, os.PathLike)):
             return None
+        if open_checkpoint(source, local=True) is None:
+            return _stored(Path(source).expanduser())
         with needs_transformers():
             import accelerate  # noqa: F401
         from .checkpoints.assemble import stored_inventory
@@ -66,6 +70,34 @@ class TransformersDescriber:
             return f"no model can be made of its config.json ({type(error).__name__}: {why:.200})"
         inventory = describe_unloaded(model, {"": "cpu"})
         return inventory if _fits(found, model, inventory) else "its config.json does not fit its tensors"
+
+
+def _stored(folder: Path) -> Described | None:
+    """Describe a folder that another library has quantized in a way that is read here; None for every other source."""
+    if not (folder / "config.json").is_file() or "quantization_config" not in read_json(folder / "config.json"):
+        return None
+    if any(find_spec(name) is None for name in ("transformers", "accelerate")):
+        return None  # `plan` refuses it
+    opened = Opened.of(folder, local=True)
+    entry = stored_entry(opened.config)
+    if entry is None:
+        return None
+    from .transformers.skeleton import describe_unloaded
+    from .transformers.stored import StoredLoad
+
+    for part in (opened.config, opened.config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    model = opened.empty(opened.own_dtype() or torch.bfloat16)
+    inventory = describe_unloaded(model, {"": "cpu"})
+    load = StoredLoad.open(model, entry, [str(file) for file in checkpoint_files(folder, "plan")])
+    kept = load.assigned(inventory)
+    layers = [
+        replace(layer, packed_as=str(kept[layer.name].format)) if layer.name in kept and layer.keep is None else layer
+        for layer in inventory.layers
+    ]
+    note = f"what is packed anew is made of weights that {entry.get('quant_method')} has quantized: their errors stay"
+    return Described(replace(inventory, layers=layers), [note], opened.config.to_dict())
 
 
 def _common_type(found: Checkpoint) -> torch.dtype:

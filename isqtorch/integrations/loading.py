@@ -12,11 +12,8 @@ import torch
 
 from isqtorch.auto import Budget
 from isqtorch.files.binary import regular
-from isqtorch.formats import AUTO, Spec, mix_name
-from isqtorch.importance.calibration import collect_imatrix
+from isqtorch.formats import AUTO, KEEP, Spec, mix_name
 from isqtorch.importance.imatrix import Imatrix
-from isqtorch.inplace.requantize import requantize_
-from isqtorch.policy.inventory import packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.policy.topology import TopologyLike
@@ -24,7 +21,8 @@ from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
 from .opening import Opened
-from .pretrained import calibrated, from_transformers, given_options, runs_first
+from .pretrained import changed, from_transformers, runs_first
+from .record import METHOD
 
 _OP = "load"
 
@@ -87,9 +85,10 @@ def load(
         source: the folder of a transformers model, also one that isqtorch has written; a .gguf file, or the first one
             of several; an MLX folder; or the id of a model on the Hub, `owner/name:file.gguf` for a GGUF file there.
             What the local cache has is not looked up on the network.
-        isq: the format, as for `quantize_`. None: the weights stay as they are, packed or not. The packed weights of a
-            GGUF file or an MLX folder are decoded and packed anew, except those that have the format already; their
-            errors stay, and the report says so. A folder that is quantized in another way is refused.
+        isq: the format, as for `quantize_`. None or "keep": the weights stay as they are, packed or not. The weights of
+            a GGUF file, an MLX folder, or a folder that another library has quantized (FP8, MXFP4, GPTQ, AWQ, ...) are
+            decoded and packed anew, except those that have the format already; their errors stay, and the report says
+            so. A folder that isqtorch has quantized takes no format.
         topology, organization, imatrix, include, exclude, fallback, rule, activations: see `quantize_`. A topology
             cannot place layers on devices here.
         calibration_file: see `quantize_`. The model is loaded first, and runs over the text as it is; its float weights
@@ -185,10 +184,12 @@ def load_opened(
     progress: bool | None = False,
 ) -> Loaded:
     """`load` for a model that is open already. The request is checked."""
-    method = found.quantized_by
-    if request is not None and method is not None:
-        by = "" if method == "isq" else f" (by {method})"
-        raise ValueError(f"{found.source} is quantized already{by}; give no format, or give the original model")
+    if request is not None and found.quantized_by == METHOD:
+        raise ValueError(f"{found.source} is quantized already; give no format, or give the original model")
+    if found.checkpoint is not None and request is not None and mix_name(request.fmt) == KEEP:
+        request = Request(None, request.options, _OP) if request.topology else None
+    if found.is_decoded and request is None:
+        request = Request(KEEP, Options(), _OP)
     if request is not None and request.options.calibration_file is not None:
         found.check("continues" if mix_name(request.fmt) == AUTO else "reads", "calibration_file")
         found.check_tokenizer("calibration_file")
@@ -223,20 +224,8 @@ def _from_checkpoint(
     imatrix = None
     if later:
         assert request is not None
-        report, imatrix = _changed(model, request, found.companions.tokenizer)
+        report, imatrix = changed(model, request, found.companions.tokenizer)
     report.notes += found.checkpoint.notes
     if found.companions.why:
         report.notes.append(f"without a tokenizer: {found.companions.why}")
     return model, report, imatrix
-
-
-def _changed(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, Imatrix | None]:
-    """Pack a model anew that has run with the weights of its file, or whose weights "auto" measures in the file."""
-    if not packed_names(model):
-        return calibrated(model, request, tokenizer)
-    options, imatrix = request.options, None
-    given = given_options(options)
-    if options.calibration_file is not None and options.imatrix is None:
-        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
-        given["imatrix"] = imatrix
-    return requantize_(model, request.fmt, **given), imatrix

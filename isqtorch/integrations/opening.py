@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from isqtorch.files.checkpoints import opened
+from isqtorch.formats.stored import method_of
 
 from .checkpoints.doors import open_checkpoint
 from .checkpoints.incoming import Checkpoint
 from .classes import Need, auto_class, described, unable
 from .companions import Companions
 from .hub import check_source, is_cached, naming_hub
+from .record import METHOD
 
 _NEEDED: dict[Need, str] = {
     "reads": "a model of text that is an encoder or a decoder alone",
@@ -86,7 +88,12 @@ class Opened:
         """The method by which the folder of a transformers model is quantized; None: it is not."""
         if self.checkpoint is not None:
             return None
-        return "isq" if self.has_own_header else quantized_by(self.config)
+        return METHOD if self.has_own_header else quantized_by(self.config)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether another library has quantized the folder of a transformers model in a way that is read here."""
+        return self.checkpoint is None and stored_entry(self.config) is not None
 
     @property
     def has_own_header(self) -> bool:
@@ -163,11 +170,29 @@ def empty_model(auto: Any, config: Any, dtype: torch.dtype | None = None, trust_
         return auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **settings)
 
 
-def quantized_by(config: Any) -> str | None:
-    """The quantization method in a model's configuration, or None."""
-    found = getattr(config.get_text_config(), "quantization_config", None) or getattr(
+def stored_entry(config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a method that is read here, as a dict; None for others and for our own."""
+    found = _quantization(config)
+    entry = None if found is None else dict(found if isinstance(found, Mapping) else found.to_dict())
+    if entry is None or entry.get("quant_method") == METHOD:
+        return None
+    try:
+        method_of(entry)
+    except (ValueError, NotImplementedError):
+        return None
+    return entry
+
+
+def _quantization(config: Any) -> Any:
+    """The `quantization_config` in a model's configuration, or None."""
+    return getattr(config.get_text_config(), "quantization_config", None) or getattr(
         config, "quantization_config", None
     )
+
+
+def quantized_by(config: Any) -> str | None:
+    """The quantization method in a model's configuration, or None."""
+    found = _quantization(config)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError
 
 from isqtorch import checkpoint as own_file
-from isqtorch.formats import AUTO, mix_name
+from isqtorch.formats import AUTO, KEEP, mix_name
 from isqtorch.importance.calibration import collect_imatrix
 from isqtorch.importance.imatrix import Imatrix
 from isqtorch.inplace.quantize import quantize_
-from isqtorch.policy.inventory import inspect_model
+from isqtorch.inplace.requantize import requantize_
+from isqtorch.policy.inventory import inspect_model, packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from isqtorch.report.plan import plan
@@ -41,10 +42,11 @@ def from_transformers(
         return _from_own_file(found, dtype, device)
     later = request is not None and runs_first(request)
     settings: dict[str, Any] = {} if device is None else {"device_map": str(device)}
-    if request is not None and not later:
+    if found.is_decoded or (request is not None and not later):
         from .transformers import IsqConfig
 
-        settings["quantization_config"] = IsqConfig(request.fmt, **_for_config(request.options))
+        first = Request(KEEP, Options(), "load") if later or request is None else request
+        settings["quantization_config"] = IsqConfig(first.fmt, **_for_config(first.options))
     model, info = _pretrained(found, progress, dtype=dtype or "auto", **settings)
     missing = sorted(info["missing_keys"])
     without = ""
@@ -61,7 +63,7 @@ def from_transformers(
     imatrix = None
     if later:
         assert request is not None
-        report, imatrix = calibrated(model, request, found.companions.tokenizer)
+        report, imatrix = changed(model, request, found.companions.tokenizer)
     else:
         report = getattr(model, "isq_report", None) or QuantReport.of_packed(inspect_model(model))
     unexpected = sorted(info["unexpected_keys"])
@@ -142,6 +144,18 @@ def calibrated(model: Any, request: Request, tokenizer: Any) -> tuple[QuantRepor
     if mix_name(request.fmt) == AUTO and options.calibration_file is not None:
         given |= {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
     return quantize_(model, request.fmt, **given), imatrix
+
+
+def changed(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, Imatrix | None]:
+    """Pack a model anew that has run with the weights of its file, or whose weights "auto" measures in the file."""
+    if not packed_names(model):
+        return calibrated(model, request, tokenizer)
+    options, imatrix = request.options, None
+    given = given_options(options)
+    if options.calibration_file is not None and options.imatrix is None:
+        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
+        given["imatrix"] = imatrix
+    return requantize_(model, request.fmt, **given), imatrix
 
 
 def given_options(options: Options) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Described(NamedTuple):
 class Describer(Protocol):
     """A library that knows classes of models. It describes a checkpoint as the model that it would be."""
 
-    def other(self, source: str | os.PathLike[str]) -> Described | None:
+    def other(self, source: object) -> Described | None:
         """Describe a checkpoint of another program, such as a GGUF file; None for every other source."""
 
     def model(self, found: Checkpoint) -> Inventory | str:

@@ -68,6 +68,18 @@ def compressed_bytes(name: str, weight: Tensor) -> Encoded:
     return tensors, values(codes, scales, zeros, torch.zeros(weight.shape[1], dtype=torch.long))
 
 
+def torchao_bytes(name: str, weight: Tensor) -> Encoded:
+    """torchao, 4-bit codes in bytes, groups of 64."""
+    codes, scales, zeros = quantized(weight, 4, 64, False)
+    stem = name.removesuffix("weight")
+    tensors = {
+        f"{stem}_weight_qdata": (codes - 8).to(torch.int8),
+        f"{stem}_weight_scale": scales,
+        f"{stem}_weight_zero_point": (zeros - 8).to(torch.int8),
+    }
+    return tensors, values(codes, scales, zeros, torch.arange(weight.shape[1]) // 64)
+
+
 def gptq(bits: int, group: int, *, act_order: bool = False, less_one: bool = True, index: bool = True) -> Encoder:
     """GPTQ; with `act_order`, the columns of a group lie anywhere."""
 

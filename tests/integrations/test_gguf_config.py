@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import time
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_factors_that_no_configuration_has_are_refused(tmp_path: Path) -> None:
 def test_factors_of_one_change_nothing(tmp_path: Path) -> None:
     path = write_model(tmp_path / "x.gguf", tiny_model("llama"), tensors={"rope_freqs.weight": f32([1.0] * 32)})
     assert GgufCheckpoint(path).config().rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("kind", ["phi3", "starcoder2"])
+def test_a_window_of_zero_is_none(kind: str, tmp_path: Path) -> None:
+    for window, expected in ((0, None), (64, 64)):
+        metadata = {f"{kind}.attention.sliding_window": window}
+        path = write_model(tmp_path / "x.gguf", tiny_model(kind, sliding_window=None), metadata=metadata)
+        assert GgufCheckpoint(path).config().sliding_window == expected
 
 
 def test_the_largest_gemma_has_another_scale(tmp_path: Path) -> None:
@@ -211,6 +220,23 @@ def test_wrong_types_and_numbers_are_refused(key: str, value: Any, tmp_path: Pat
         GgufCheckpoint(path).config()
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text", "gpt_oss"])
+def test_flags_of_layers_are_one_for_each(kind: str, tmp_path: Path) -> None:
+    name = {"gemma3_text": "gemma3", "gemma4_text": "gemma4", "gpt_oss": "gpt-oss"}[kind]
+    model = tiny_model(kind)
+    count = model.config.num_hidden_layers
+    for wrong in ([True] * (count + 1), [2] * count, ["a"] * count, "x", 1.5, True, [0.5] * count, [], -1):
+        metadata = {f"{name}.attention.sliding_window_pattern": wrong}
+        path = write_model(tmp_path / "x.gguf", model, metadata=metadata)
+        with pytest.raises(ValueError, match="attention.sliding_window_pattern"):
+            GgufCheckpoint(path).config()
+    flags = [True] * (count - 1) + [False]
+    path = write_model(tmp_path / "x.gguf", model, metadata={f"{name}.attention.sliding_window_pattern": flags})
+    if kind != "gemma4_text":  # its last layers reuse the keys of layers of the same kind
+        kinds = GgufCheckpoint(path).config().layer_types
+        assert kinds == ["sliding_attention"] * (count - 1) + ["full_attention"]
+
+
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "padding_token_id"])
 def test_ids_of_tokens_are_rows_of_the_table(key: str, tmp_path: Path) -> None:
     for wrong in (96, 1 << 31, "a", True, 1.5):
@@ -239,6 +265,13 @@ def test_settings_for_generation(tmp_path: Path) -> None:
         "top_k": 20,
         "do_sample": True,
     }
+
+
+def test_the_guide_lists_every_architecture() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    listed = guide.partition("GGUF files of these architectures can be opened:")[2].partition('"mmproj"')[0]
+    names = {record.name for record in ARCHITECTURES}
+    assert names == names & set(re.split(r"[\s,;.]+", listed)), names - set(re.split(r"[\s,;.]+", listed))
 
 
 def test_every_record_is_reached_and_has_one_reader() -> None:

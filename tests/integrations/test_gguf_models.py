@@ -78,7 +78,8 @@ OWN = [
     "llama", "mistral", "mixtral", "gemma", "gemma2", "phi", "gpt_oss", "falcon", "granite", "granitemoe", "smollm3", "arcee",
     "ministral3", "seed_oss", "ernie4_5", "olmo", "olmo2", "olmoe", "cohere", "cohere2", "glm", "glm4", "gpt_neox", "t5", "falcon_mamba",
     "qwen2_moe", "qwen3_moe", "stablelm", "lfm2", "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3",
-    "glm4_moe", "dots1", "gemma4_text",
+    "glm4_moe", "dots1", "gemma4_text", "exaone4", "olmo3", "ernie4_5_moe", "lfm2_moe",
+    "gpt_bigcode", "hunyuan_v1_dense",
 ]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
@@ -98,6 +99,7 @@ MORE: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 4},
     "phi3": {"partial_rotary_factor": 0.5},
     "t5": {"feed_forward_proj": "relu"},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "lfm2": {"layer_types": ["full_attention", "conv"], "conv_bias": True},
 }  # fmt: skip
 

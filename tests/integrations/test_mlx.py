@@ -21,6 +21,7 @@ from isqtorch.modules.convert import owner_of
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 from tests.models import logits, tiny_gpt2, tiny_llama, tiny_moe
+from tests.tiny_decoders import tiny
 
 CPU = torch.device("cpu")
 BF16, F16 = torch.bfloat16, torch.float16
@@ -336,6 +337,21 @@ def test_layers_that_the_model_stores_transposed(tmp_path: Path) -> None:
     assert torch.equal(block.mlp.c_fc.weight, original.mlp.c_fc.weight)  # float in the folder
     meant = affine(original.attn.c_attn.weight.t(), 4, 64, BF16)[1]
     assert torch.equal(block.attn.c_attn.dequantize(), meant)
+
+
+def test_the_text_model_of_a_model_of_images(tmp_path: Path) -> None:
+    """mlx-lm drops the tower and leaves the configuration as it was."""
+    source = tiny("gemma3_text")
+    tensors, meant = converted(source, lambda path: {"bits": 4, "group_size": 32})
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    config = {"model_type": "gemma3", "text_config": source.config.to_dict(), "vision_config": {"hidden_size": 64}}
+    quantization = {"bits": 4, "group_size": 32, "language_model.lm_head": False}
+    folder = write(tmp_path, tensors, config, quantization=quantization)
+    model, report = opened(folder)
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    assert not report.notes
+    assert torch.equal(model.model.layers[0].mlp.up_proj.dequantize(), meant["model.layers.0.mlp.up_proj.weight"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ---- requests -------------------------------------------------------------------------------------------------------

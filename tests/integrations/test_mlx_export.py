@@ -84,6 +84,19 @@ def test_a_float_model_there_and_back(tmp_path: Path) -> None:
     assert state_bytes(opened(tmp_path / "mlx")[0]) == state_bytes(source)
 
 
+def test_a_float_folder_is_recognized_by_who_wrote_its_weights(tmp_path: Path) -> None:
+    """MLX turns the weights of convolutions, and config.json does not tell."""
+    from tests.tiny_decoders import tiny
+
+    source = tiny("mamba")
+    _, tensors = read(export(source, tmp_path / "mlx"))
+    name = "backbone.layers.0.mixer.conv1d.weight"
+    assert torch.equal(tensors[name], source.state_dict()[name].transpose(1, 2))
+    found = isqtorch.load(tmp_path / "mlx", dtype="float32")
+    assert state_bytes(found.model) == state_bytes(source)
+    assert isqtorch.load(tmp_path / "mlx", "q8_0").report.quantized
+
+
 def test_the_tensors_are_those_that_mlx_defines(tmp_path: Path) -> None:
     """Decoded with the packing that the tests write themselves."""
     source = quantized(llama(), "afq4")
@@ -204,9 +217,7 @@ def test_formats_that_mlx_lacks_are_refused(tmp_path: Path) -> None:
 def test_architectures_that_mlx_lm_lacks_are_refused(tmp_path: Path) -> None:
     from tests.models import tiny_bert
 
-    with pytest.raises(
-        ValueError, match=r"export_mlx: it is not known how MLX stores the weights of model_type 'bert'"
-    ):
+    with pytest.raises(NotImplementedError, match=r"export_mlx: models of type 'bert' cannot be written\. .*llama"):
         export(tiny_bert(), tmp_path / "mlx")
     with pytest.raises(ValueError, match=r"export_mlx: the model is a Linear, must be a model of transformers"):
         export(torch.nn.Linear(64, 64), tmp_path / "mlx")
@@ -275,3 +286,36 @@ def test_models_that_mlx_lm_computes_otherwise_are_refused(tmp_path: Path) -> No
     with pytest.raises(NotImplementedError, match=r"'gpt_neox' cannot be written for mlx-lm, whose hidden layers"):
         export(tiny("gpt_neox"), tmp_path / "mlx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from isqtorch.cli import main
+
+    arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx")]
+    assert main([*arguments, "-m", str(DEMO), "--isq", "afq4"]) == 0
+    source = AutoModelForCausalLM.from_pretrained(DEMO, dtype="auto")
+    isqtorch.quantize_(source, "afq4", progress=False)
+    found = isqtorch.load(tmp_path / "mlx")
+    assert state_bytes(found.model) == state_bytes(source)
+    assert found.tokenizer is not None
+    assert main([*arguments, "-m", str(DEMO), "--isq", "afq4"]) == 1
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_the_command_refuses_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isqtorch.app.model import LoadedModel
+    from isqtorch.cli import main
+    from tests.tiny_decoders import tiny
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("loaded")
+
+    tiny("glm").save_pretrained(tmp_path / "glm")
+    monkeypatch.setattr(LoadedModel, "__init__", fail)
+    arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx"), "-m", str(tmp_path / "glm"), "--isq", "afq4"]
+    assert main(arguments) == 1
+    assert "cannot be written for mlx-lm" in capsys.readouterr().err

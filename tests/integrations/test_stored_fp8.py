@@ -214,6 +214,60 @@ def test_auto(tmp_path: Path) -> None:
     assert model.isq_report.choice is not None
 
 
+def fused(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() == 3
+
+
+@pytest.mark.parametrize("isq", ["q8_0", "keep"])
+def test_stacks_of_experts_in_fp8(tmp_path: Path, isq: str) -> None:
+    """As transformers saves them: the stack under its own name, and a stack of scales."""
+    quantized, floats = write(build("llama4"), tmp_path, BLOCK, fp8_block(), fused)
+    model = packed(quantized, isq)
+    row = model.isq_report["model.layers.0.feed_forward.experts.gate_up_proj"]
+    if isq == "q8_0":
+        assert same(model, packed(floats, isq))
+    else:  # [E, K, N]: the scales lie along the output features
+        assert row.stored == "q8_0"
+        assert "output features last" in row.reason
+
+
+def e8m0(name: str, weight: Tensor) -> Any:
+    """MXFP8: a power of two for 32 weights."""
+    groups = weight.reshape(weight.shape[0], -1, 32)
+    exponents = torch.ceil(torch.log2(groups.abs().amax(-1) / 448))
+    codes = (groups / torch.exp2(exponents)[..., None]).to(torch.float8_e4m3fn)
+    values = (codes.float() * torch.exp2(exponents)[..., None]).reshape(weight.shape)
+    tensors = {name: codes.reshape(weight.shape), f"{name}_scale_inv": (exponents + 127).to(torch.uint8)}
+    return tensors, values
+
+
+def renamed(suffix: str) -> Any:
+    """Block FP8 whose scales have the name that another program gives them."""
+
+    def encode(name: str, weight: Tensor) -> Any:
+        tensors, values = fp8_block()(name, weight)
+        scales = tensors.pop(f"{name}_scale_inv")
+        return {**tensors, f"{name.removesuffix('weight')}{suffix}": scales}, values
+
+    return encode
+
+
+@pytest.mark.parametrize(
+    ("entry", "encode", "stored"),
+    [
+        ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, e8m0, "q8_0"),
+        (BLOCK, renamed("scale"), "fp8"),
+        (BLOCK, renamed("qscale_weight"), "fp8"),
+        (BLOCK, renamed("weight_scale"), "fp8"),
+        ({**BLOCK, "weight_block_size": None}, fp8_block(), "fp8"),
+    ],
+)
+def test_other_names_and_scales(tmp_path: Path, entry: dict[str, Any], encode: Any, stored: str) -> None:
+    quantized, floats = write(models.tiny_llama(layers=1), tmp_path, entry, encode, projections)
+    assert same(packed(quantized, "q4k"), packed(floats, "q4k"))
+    assert packed(quantized, "keep").isq_report["model.layers.0.mlp.up_proj"].stored == stored
+
+
 # ---- what is damaged, or of another kind -----------------------------------------------------------------------------
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -291,6 +345,15 @@ def test_an_unknown_method(tmp_path: Path) -> None:
         (quantized / "config.json").write_text(json.dumps(config))
         with pytest.raises(NotImplementedError, match=f"quantized by '{method}', which is not read here. Known .*fp8"):
             packed(quantized, "q4k")
+
+
+def test_an_entry_without_a_method(tmp_path: Path) -> None:
+    quantized, _ = folders(tmp_path, "block")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"group_size": 64, "bits": 4}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no quant_method"):
+        packed(quantized, "q4k")
 
 
 @pytest.mark.parametrize("block", [[0, 128], [128], "128", [128, 1.5]])

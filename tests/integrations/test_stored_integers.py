@@ -13,7 +13,8 @@ import torch
 from hf import logits
 from moe_models import build
 from quantized_folders import fp8_rows, packed, rewrite, same, write
-from quantized_integers import awq, compressed, compressed_bytes, gptq
+from quantized_integers import awq, compressed, compressed_bytes, gptq, torchao_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +65,12 @@ KINDS: dict[str, tuple[dict[str, Any], Any, str | None]] = {
     "gptq_2": (of_gptq(2, 64), gptq(2, 64), "hqq4"),
     "gptq_act_order": (of_gptq(4, 64, desc_act=True), gptq(4, 64, act_order=True), None),
     "awq": (OF_AWQ, awq(128), "hqq4g128"),
+    "auto_round": (
+        of_gptq(4, 64, quant_method="auto-round", packing_format="auto_round:auto_gptq"),
+        gptq(4, 64),
+        "hqq4",
+    ),
+    "torchao": ({"quant_method": "torchao", "quant_type": {}}, torchao_bytes, "hqq8"),
     "awq_g32": ({**OF_AWQ, "group_size": 32}, awq(32), "hqq4g32"),
 }
 INSTEAD = {"gptq_act_order": "q6k", "int8_f32": "q8_0"}
@@ -122,6 +129,32 @@ def test_other_formats_that_hold_the_same(tmp_path: Path) -> None:
         assert row.stored == fmt
         assert "blocks of the checkpoint" in row.reason
         assert torch.equal(values_of(model, row), exact.get_submodule(row.name).weight)
+
+
+def test_classes_of_torchao(tmp_path: Path) -> None:
+    """The class of a tensor is in the metadata."""
+    quantized, _ = folders(tmp_path, "torchao", lambda: models.tiny_llama(layers=1))
+    path, name = quantized / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(path)
+
+    def describe(text: str) -> None:
+        save_file(tensors, path, {"format": "pt", name: text})
+
+    describe(json.dumps({"_type": "Int8Tensor"}))
+    packed(quantized, "q4k")
+    describe(json.dumps({"_type": "Int4Tensor"}))
+    with pytest.raises(
+        NotImplementedError, match="torchao's Int4Tensor of int8 is not read, only Float8Tensor, Int8Tensor"
+    ):
+        packed(quantized, "q4k")
+    for text in ("[", "3", json.dumps({"_type": 1})):
+        describe(text)
+        with pytest.raises(ValueError, match="no description of a tensor"):
+            packed(quantized, "q4k")
+    tensors["model.layers.0.mlp.gate_proj.weight:_data"] = torch.zeros(2, 2)
+    describe(json.dumps({"_type": "Int8Tensor"}))
+    with pytest.raises(NotImplementedError, match="older layout"):
+        packed(quantized, "q4k")
 
 
 @pytest.mark.parametrize("kind", ["int4", "gptq_g64", "awq_g32"])
@@ -217,6 +250,12 @@ def test_damaged(tmp_path: Path, kind: str, change: Callable[[dict[str, Tensor]]
         ("gptq", {"checkpoint_format": "bitblas"}, NotImplementedError, "format 'bitblas' is not read, only 'gptq'"),
         ("gptq", {"pack_dtype": "int8"}, NotImplementedError, "words of int8"),
         ("awq", {"version": "gemv"}, NotImplementedError, "version 'gemv' is not read, only 'gemm'"),
+        (
+            "auto_round",
+            {"packing_format": "auto_round"},
+            NotImplementedError,
+            "packing 'auto_round' is not read, only auto",
+        ),
         ("awq", {"bits": 3}, ValueError, "bits is 3, must be 4"),
     ],
 )

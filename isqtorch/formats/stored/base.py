@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -48,10 +48,12 @@ class StoredFiles:
     Attributes:
         headers: {name of a tensor: its type and shape}.
         read: reads a tensor, or the part of it that belongs to one expert.
+        metadata: the metadata of the files.
     """
 
     headers: Mapping[str, Header]
     read: Callable[[str, int | None], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

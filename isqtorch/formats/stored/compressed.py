@@ -118,7 +118,8 @@ class CompressedTensors(StoredMethod):
             scale = companion(files, name, (f"{name}_scale",), self.name)
             return fp8_weight(name, scale, files, self.block, self.name)
         if header.dtype == torch.int8:
-            return self._bytes(name, files)
+            scale = companion(files, name, (f"{name}_scale",), self.name)
+            return bytes_weight(name, name, scale, f"{name}_zero_point", files, self.name)
         return None
 
     def is_extra(self, name: str) -> bool:
@@ -175,17 +176,27 @@ class CompressedTensors(StoredMethod):
             )
         return shape
 
-    def _bytes(self, name: str, files: StoredFiles) -> StoredWeight:
-        parts = {"codes": name, "scale": companion(files, name, (f"{name}_scale",), self.name)}
-        check_type(files, parts["scale"], *FLOATS)
-        shape, scales = files.headers[name].shape, files.headers[parts["scale"]].shape
-        if len(shape) != 2:
-            raise ValueError(f"{name} is {list(shape)}, must have two dimensions. The checkpoint is damaged.")
-        groups = scales[1] if len(scales) == 2 and scales != (1, 1) else 1
-        check_shape(files, parts["scale"], (), (1,), (1, 1), (shape[0],), (shape[0], max(groups, 1)))
-        if f"{name}_zero_point" in files.headers:
-            parts["zeros"] = f"{name}_zero_point"
-            check_type(files, parts["zeros"], torch.int8)
-            check_shape(files, parts["zeros"], scales)
-        group = -(-shape[1] // groups)
-        return ByteWeight(name, tuple(shape), parts, f"{self.name} (8 bits, groups of {group})", 8, group)
+
+def bytes_weight(name: str, codes: str, scale: str, zeros: str, files: StoredFiles, method: str) -> StoredWeight:
+    """The weight of signed bytes.
+
+    Args:
+        name: of the weight in a checkpoint of floats.
+        codes, scale: names of the tensors.
+        zeros: name of the tensor of zero points, which may be missing.
+        files: the checkpoint.
+        method: for messages.
+    """
+    parts = {"codes": codes, "scale": scale}
+    check_type(files, scale, *FLOATS)
+    shape, scales = files.headers[codes].shape, files.headers[scale].shape
+    if len(shape) != 2:
+        raise ValueError(f"{codes} is {list(shape)}, must have two dimensions. The checkpoint is damaged.")
+    groups = scales[1] if len(scales) == 2 and scales != (1, 1) else 1
+    check_shape(files, scale, (), (1,), (1, 1), (shape[0],), (shape[0], max(groups, 1)))
+    if zeros in files.headers:
+        parts["zeros"] = zeros
+        check_type(files, zeros, torch.int8)
+        check_shape(files, zeros, scales)
+    group = -(-shape[1] // groups)
+    return ByteWeight(name, tuple(shape), parts, f"{method} (8 bits, groups of {group})", 8, group)

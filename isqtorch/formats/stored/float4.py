@@ -17,6 +17,7 @@ from .base import FLOATS, Kept, Parts, StoredFiles, StoredMethod, StoredWeight, 
 from .float8 import as_scales
 
 _GROUP, _SMALL_GROUP = 32, 16
+_AT_ONCE = 1 << 20  # weights whose nibbles are sorted at a time
 
 
 def e2m1(codes: Tensor) -> Tensor:
@@ -43,7 +44,12 @@ class Mxfp4Weight(StoredWeight):
         scale = parts["scale"].view(torch.uint8)
         if bool((scale == 255).any()):
             raise ValueError(f"{self.parts['scale']} has scales that are not numbers. The checkpoint is damaged.")
-        return mxfp4_blocks(parts["codes"].reshape(rows, columns // 2), scale)
+        codes = parts["codes"].reshape(rows, columns // 2)
+        out = torch.empty(rows, fmt.row_bytes(columns), dtype=torch.uint8)
+        step = max(1, _AT_ONCE // columns)
+        for start in range(0, rows, step):
+            out[start : start + step] = mxfp4_blocks(codes[start : start + step], scale[start : start + step])
+        return out
 
 
 class Mxfp4(StoredMethod):

@@ -68,13 +68,17 @@ class Fp8Weight(StoredWeight):
         scales = self._scales(parts)
         if bool((scales < 0).any()):
             raise ValueError(f"{self.parts['scale']} has negative values. The checkpoint is damaged.")
-        per_block = scales if self.grid[1] == 1 else scales.repeat_interleave(self.block[1] // fmt.block, 1)
-        per_block = per_block[:, : columns // fmt.block].expand(-1, columns // fmt.block)
-        per_block = per_block.repeat_interleave(self.block[0], 0)[:rows]
-        codes = parts["codes"].contiguous().view(torch.uint8).reshape(-1, fmt.block)
+        codes = parts["codes"].contiguous().view(torch.uint8).view(-1, fmt.block)
         if bool((codes & 127 == 127).any()):
             raise ValueError(f"{self.parts['codes']} has codes that are not numbers. The checkpoint is damaged.")
-        return fmt.pack({"scale": per_block.reshape(-1).contiguous(), "q": codes}).reshape(rows, -1)
+        per_block = scales if self.grid[1] == 1 else scales.repeat_interleave(self.block[1] // fmt.block, 1)
+        per_block = per_block[:, : columns // fmt.block].expand(-1, columns // fmt.block)
+        per_block = per_block.repeat_interleave(self.block[0], 0)[:rows].reshape(-1, 1)
+        out = torch.empty(len(codes), fmt.block_bytes, dtype=torch.uint8)  # the codes are not copied twice
+        scale, qs = fmt.parts
+        out[:, scale.offset : scale.offset + scale.nbytes] = per_block.view(torch.uint8)
+        out[:, qs.offset : qs.offset + qs.nbytes] = codes
+        return out.view(rows, -1)
 
 
 def as_scales(scales: Tensor) -> Tensor:

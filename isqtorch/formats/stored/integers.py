@@ -95,7 +95,9 @@ class IntWeight(StoredWeight):
         index = torch.arange(0, columns, fmt.block) // self.group
         scales, zeros = (each[:, index].half().reshape(-1) for each in self._checked(parts))
         codes = self.codes(parts).reshape(-1, fmt.block)
-        return fmt.pack({"scale": scales, "zero": zeros, "q": codes}).reshape(rows, -1)
+        if fmt.bits == 4:
+            codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        return fmt.join({"scale": scales, "zero": zeros, "qs": codes}).reshape(rows, -1)
 
     def _scattered(self, parts: Parts) -> Tensor | None:
         """The group of each column, if groups are not runs of `group` columns."""
@@ -120,6 +122,9 @@ class IntWeight(StoredWeight):
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """Codes from 32-bit words, which are one stream of bits from the lowest on: int32 `[n, words]` -> uint8 `[n, count]`."""
     octets = words.contiguous().view(torch.uint8)
+    if bits in (1, 2, 4, 8):  # the stream in general needs 64-bit numbers
+        mask = (1 << bits) - 1
+        return torch.stack([octets >> shift & mask for shift in range(0, 8, bits)], -1).flatten(1)[:, :count]
     whole = -(-count // 8) * bits  # bytes of whole runs of eight codes
     if octets.shape[1] < whole:
         octets = torch.nn.functional.pad(octets, (0, whole - octets.shape[1]))

@@ -13,6 +13,7 @@ from .float8 import Fp8
 from .half_quadratic import Hqq
 from .modelopt import ModelOpt
 from .packed_integers import Awq, Gptq
+from .torchao import TorchAo
 
 Entry = Mapping[str, Any]
 """The `quantization_config` in config.json."""
@@ -49,6 +50,17 @@ def _fp8(entry: Entry) -> StoredMethod:
     return Fp8(str(entry["quant_method"]), _block(entry))
 
 
+def _auto_round(entry: Entry) -> StoredMethod:
+    """AutoRound writes the tensors of GPTQ or AWQ."""
+    packing = str(entry.get("packing_format") or "")
+    kinds: dict[str, Callable[[Entry], StoredMethod]] = {"auto_round:auto_gptq": Gptq, "auto_round:auto_awq": Awq}
+    if packing not in kinds:
+        raise NotImplementedError(
+            f"an AutoRound checkpoint in the packing {packing[:80]!r} is not read, only {' and '.join(kinds)}"
+        )
+    return kinds[packing](entry)
+
+
 def _block(entry: Entry) -> tuple[int, int] | None:
     """Rows and columns of a block; None if the entry names none."""
     block = entry.get("weight_block_size")
@@ -70,4 +82,7 @@ _READERS: dict[str, Callable[[Entry], StoredMethod]] = {
     "bitsandbytes": lambda entry: BitsAndBytes(),
     "hqq": lambda entry: Hqq(),
     "modelopt": ModelOpt,
+    "torchao": lambda entry: TorchAo(),
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
 }

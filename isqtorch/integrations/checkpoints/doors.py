@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from isqtorch.files.checkpoints import gguf_in, read_json
+from isqtorch.files.checkpoints import checkpoint_files, gguf_in, opened, read_json
 from isqtorch.integrations.hub import cached_folder, download, is_id, naming_hub, snapshot
 
 from .incoming import Checkpoint
@@ -82,12 +82,24 @@ def shards(name: str) -> list[str]:
     return [f"{stem}-{number:05}-of-{count}{end}" for number in range(1, int(count) + 1)]
 
 
+def _saved_by_mlx(folder: Path) -> bool:
+    """Whether MLX has written the weights of a folder. If they are float, config.json does not tell, but they are changed.
+
+    False if they are not here, or damaged: whoever loads them says so.
+    """
+    try:
+        with opened(checkpoint_files(folder, "load")[0], "np") as file:
+            return (file.metadata() or {}).get("format") == "mlx"
+    except (OSError, ValueError):
+        return False
+
+
 def _mlx_folder(source: str, *, local: bool) -> Path | None:
     """The folder of an MLX model, on the Hub with all its files on this machine; None for other models."""
     path = Path(source).expanduser()
     if path.is_dir():
         config = path / "config.json"
-        return path if config.is_file() and is_mlx(read_json(config)) else None
+        return path if config.is_file() and (is_mlx(read_json(config)) or _saved_by_mlx(path)) else None
     if path.exists() or not is_id(source):
         return None
     folder = cached_folder(source)
@@ -96,6 +108,6 @@ def _mlx_folder(source: str, *, local: bool) -> Path | None:
             return None
         with naming_hub(source):  # every model has it, so there is no need to ask for anything else
             folder = download(source, "config.json").parent
-    if not is_mlx(read_json(folder / "config.json")):
+    if not is_mlx(read_json(folder / "config.json")) and not _saved_by_mlx(folder):
         return None
     return snapshot(source, _MLX_FILES, local=local)

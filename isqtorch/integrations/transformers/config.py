@@ -34,7 +34,8 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
     Args:
         isq: a format name ("q4k", "afq4", "hqq8", "fp8", ...), a number of bits, a mix ("q4k_m", ...) or "auto". None
-            quantizes only the layers that the topology names.
+            quantizes only the layers that the topology names. "keep" is for checkpoints that another program has
+            quantized: it takes over, without any rounding, what one of our formats holds exactly.
         topology, organization, imatrix, include, exclude, fallback, rule, activations: see `isqtorch.quantize_`. A
             topology cannot place layers on devices; `device_map` does that.
         target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice, once to
@@ -45,6 +46,8 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         format_version, layers, isqtorch_version, quant_method: written by `save_pretrained`; do not pass them. `layers`
             maps the path of every packed layer to its format. In a saved model only `layers` decides, and `activations`
             may be a list: the layers in fp8 that have the permission, if not all have it.
+
+    `from_pretrained` raises NotImplementedError if the checkpoint is quantized in a way that is not read here.
 
     Raises:
         ValueError: an option is unknown or has a bad value.

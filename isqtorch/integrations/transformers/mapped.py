@@ -22,8 +22,11 @@ from transformers.core_model_loading import ConversionOps
 from isqtorch.files.binary import open_regular
 from isqtorch.modules.plausible import Place
 
+_TRIM_EVERY = 8 << 20  # bytes that are consumed
 _MADV_DONTNEED = 4  # drop the pages from this process; reading them again reads the file
-_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+_library = ctypes.CDLL(None) if sys.platform == "linux" else None
+_madvise = None if _library is None else _library.madvise
+_trim = getattr(_library, "malloc_trim", None)  # glibc has it
 
 
 class Pack(ConversionOps):  # type: ignore[misc]  # transformers is not typed
@@ -72,6 +75,7 @@ class MappedFiles:
         self._paths = {os.path.realpath(file) for file in files if file.endswith(".safetensors")}
         self._ranges: list[_Range] | None = None
         self._opened: dict[str, int | None] = {}  # path -> descriptor; None if another file has the path now
+        self._consumed = 0  # bytes since memory was given back
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is a view of one of the files. All files must be mapped before the first call."""
@@ -109,6 +113,19 @@ class MappedFiles:
         stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
             _madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
+
+    def consume(self, tensor: Tensor) -> None:
+        """Drop the pages of a tensor from which something was computed, and at times give back freed memory.
+
+        What is computed takes many times more than the tensor. Packed weights that stay are allocated between such
+        blocks, and the C library keeps the holes: without this, half of the model's size.
+        """
+        self.drop(tensor)
+        self._consumed += tensor.nbytes
+        if self._consumed > _TRIM_EVERY:
+            self._consumed = 0
+            if _trim is not None:
+                _trim(ctypes.c_size_t(0))
 
     def release(self, model: nn.Module) -> None:
         """At the end of a load, copy all tensors that are still views of the files, so that these can be unmapped."""

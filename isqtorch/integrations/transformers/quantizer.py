@@ -127,7 +127,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request = replace(request, assigned=stored.assigned(inventory))
         prepared = prepare_on_cpu(inventory, request)
         if stored is not None:
-            stored.quantized.done = self._files.drop
+            stored.quantized.dropping(self._files.consume)
             if config.measuring is None:
                 stored.keep(prepared.jobs)
         for message in prepared.warnings:

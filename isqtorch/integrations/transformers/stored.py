@@ -342,6 +342,7 @@ def _converted(original: Any) -> Any:
 
 def _taken_entry(config: Any) -> dict[str, Any] | None:
     """The entry of another method, which is removed from a configuration, and checked; None if there is none."""
+    found = None
     for part in (config, config.get_text_config(decoder=True)):
         entry = getattr(part, "quantization_config", None)
         if entry is None:
@@ -354,5 +355,5 @@ def _taken_entry(config: Any) -> dict[str, Any] | None:
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"IsqConfig: {error}") from None
         del part.quantization_config
-        return entry
-    return None
+        found = found or entry
+    return found

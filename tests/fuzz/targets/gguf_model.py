@@ -38,6 +38,7 @@ def seeds() -> dict[str, dict[str, Any]]:
         for kind in record.model_types:
             options = SIZES | ({"norm_topk_prob": False} if record.name in ("qwen2moe", "olmoe") else {})
             options = {name: value for name, value in options.items() if (kind, name) != ("falcon", "head_dim")}
+            options |= {"layer_types": ["conv", "full_attention"]} if kind == "lfm2_moe" else {}
             try:
                 found[record.name] = record.keys(AutoConfig.for_model(kind, **options))
             except ValueError:  # a config that a file cannot state

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dense, gemma4, hybrids, others, routed, sparse
+from . import dense, gemma4, hybrids, others, routed, sparse, windowed
 from .facts import Facts
 from .record import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = (
+    *windowed.RECORDS,
     *dense.RECORDS,
     *sparse.RECORDS,
     *routed.RECORDS,

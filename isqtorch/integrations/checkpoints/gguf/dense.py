@@ -32,6 +32,17 @@ class _LongRope(Part):
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
 
 
+class _Window(Part):
+    """The sliding window of all layers, which not all models have; 0 in the file means none."""
+
+    def read(self, facts: Facts, values: Values) -> None:
+        values["sliding_window"] = facts.integer("attention.sliding_window", 0, most=MOST) or None
+
+    def write(self, config: Any, keys: Values) -> None:
+        if config.sliding_window is not None:
+            keys["attention.sliding_window"] = config.sliding_window
+
+
 def _gemma_scalar(largest: int) -> Derived:
     """The scale of attention is not in the file. llama.cpp takes the width of a head, but not for the largest model.
 
@@ -96,6 +107,15 @@ class _Temperature(Part):
             keys["attention.temperature_scale"] = float(beta)
 
 
+_GPT2 = (
+    Key("n_positions", "context_length"),
+    Blocks("n_layer"),
+    Key("n_embd", "embedding_length"),
+    Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),
+    Key("n_head", "attention.head_count"),
+    Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
+    *trunk()[:1],
+)
 _GRANITE = (
     Key("attention_multiplier", "attention.scale", "number"),
     Key("embedding_multiplier", "embedding_scale", "number"),
@@ -165,7 +185,7 @@ RECORDS = (
         (
             *decoder(_PARTIAL_IMPLIED, IMPLIED),
             _LongRope(),
-            Key("sliding_window", "attention.sliding_window", default=None, least=0, most=MOST),
+            _Window(),
         ),
         IMPLIED,
     ),
@@ -178,15 +198,13 @@ RECORDS = (
     Architecture(
         "gpt2",
         ("gpt2",),
-        (
-            Key("n_positions", "context_length"),
-            Blocks("n_layer"),
-            Key("n_embd", "embedding_length"),
-            Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),
-            Key("n_head", "attention.head_count"),
-            Key("layer_norm_epsilon", "attention.layer_norm_epsilon", "number"),
-            *trunk()[:1],
-        ),
+        _GPT2,
+        written=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
+    ),
+    Architecture(
+        "starcoder",
+        ("gpt_bigcode",),
+        (*_GPT2, Always("multi_query", True), Only("attention.head_count_kv", (1,), 1)),
         written=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
     ),
     Architecture(
@@ -195,7 +213,7 @@ RECORDS = (
         (
             *decoder(Rope(IMPLIED), IMPLIED, eps="norm_epsilon", rms=False),
             Present("use_bias", "blk.0.attn_q.bias"),
-            Key("sliding_window", "attention.sliding_window", default=None, most=MOST),
+            _Window(),
         ),
         IMPLIED,
     ),
@@ -296,6 +314,7 @@ RECORDS = (
         written=lambda config: {"rope.scaling.yarn_log_multiplier": 1.0},
         harmless=frozenset({"rope.scaling.yarn_log_multiplier"}),
     ),
+    Architecture("hunyuan-dense", ("hunyuan_v1_dense",), (*decoder(), _ATTENTION_BIAS), HEAD),
     Architecture("seed_oss", ("seed_oss",), (*decoder(), _ATTENTION_BIAS), HEAD),
     Architecture("ernie4_5", ("ernie4_5",), (*decoder(), Always("use_bias", False)), HEAD),
     Architecture(

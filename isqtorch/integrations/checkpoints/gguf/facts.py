@@ -107,6 +107,14 @@ class Facts:
             raise self.wrong(key, value, "true or false")
         return bool(value)
 
+    def flags(self, key: str, count: int) -> list[bool]:
+        """One flag for each of `count` layers."""
+        value = self.value(key)
+        many = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(many, list) or len(many) != count or any(each not in (0, 1) for each in many):
+            raise self.wrong(key, value, f"{count} flags, one for each layer")
+        return [bool(each) for each in many]
+
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.value(key, default)
         if value is default and not self.has(key):

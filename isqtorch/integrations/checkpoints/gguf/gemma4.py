@@ -41,9 +41,7 @@ class _Layers(Part):
 
     def read(self, facts: Facts, values: Values) -> None:
         count = values["num_hidden_layers"]
-        pattern = list(facts.value("attention.sliding_window_pattern"))
-        if len(pattern) != count or any(flag not in (0, 1) for flag in pattern):
-            raise facts.wrong("attention.sliding_window_pattern", pattern, f"{count} flags, one for each layer")
+        pattern = facts.flags("attention.sliding_window_pattern", count)
         kinds = [_WINDOW if flag else _FULL for flag in pattern]
         values["layer_types"] = kinds
         values["sliding_window"] = facts.integer("attention.sliding_window", least=1, most=MOST)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .common import HEAD, IMPLIED, STACKS, STATES, KeyValueHeads, experts, trunk
-from .facts import Facts
+from .common import HEAD, HEAD_NAME, IMPLIED, STACKS, STATES, KeyValueHeads, experts, trunk
+from .facts import MOST, Facts
 from .layout import MINUS_EXP, ONE_ADDED, SQUEEZED, Rows, turned
-from .parts import Key, Part, Present, Values
+from .parts import Key, Only, Part, Present, Values
 from .record import Architecture, Names, Treatment
 from .rope import Rope
 
@@ -144,8 +144,39 @@ _DENSE35 = Architecture(
     ),
 )
 
+_LFM2, _LFM2_MOE = _lfm2("lfm2", "lfm2"), _lfm2("lfm2moe", "lfm2_moe")
+
+
+class _Sigmoid(Part):
+    """Scores of experts are sigmoids, and the weights of the chosen ones are divided by their sum."""
+
+    def read(self, facts: Facts, values: Values) -> None:
+        Only("expert_gating_func", (2,)).read(facts, values)
+        values["norm_topk_prob"] = facts.flag("expert_weights_norm", True)
+        values["routed_scaling_factor"] = facts.number("expert_weights_scale", 1.0) or 1.0
+        values["use_expert_bias"] = any(name.endswith("exp_probs_b.bias") for name in facts.shapes)
+
+    def write(self, config: Any, keys: Values) -> None:
+        if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
+            raise ValueError(
+                "norm_topk_prob and routed_scaling_factor must be True and 1, which llama.cpp computes with"
+            )
+        keys["expert_gating_func"] = 2
+
+
 RECORDS = (
-    _lfm2("lfm2", "lfm2"),
+    _LFM2,
+    replace(
+        _LFM2_MOE,
+        parts=(
+            *(part for part in _LFM2_MOE.parts if not isinstance(part, _Lfm2Width)),
+            Key("intermediate_size", "feed_forward_length"),
+            *experts("num_experts"),
+            Key("num_dense_layers", "leading_dense_block_count", least=0, most=MOST),
+            _Sigmoid(),
+        ),
+        names=(*STACKS, HEAD_NAME, Names(r"layers\.(\d+)\.feed_forward\.expert_bias", (("blk.{}.exp_probs_b.bias",),))),
+    ),
     _DENSE35,
     replace(
         _DENSE35,

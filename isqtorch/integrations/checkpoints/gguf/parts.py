@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from .facts import MOST, REQUIRED, Facts
 
 Values = dict[str, Any]
@@ -232,10 +234,10 @@ class Layers(Part):
         )
         count = values["num_hidden_layers"]
         pattern = facts.value(self.key, self.every) if self.key else self.every
-        if isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:
+        if self.key is not None and isinstance(pattern, (list, np.ndarray)):
+            full = [not window for window in facts.flags(self.key, count)]
+        elif isinstance(pattern, int) and not isinstance(pattern, bool) and 0 < pattern < 1 << 16:
             full = [self._is_full(layer, pattern) for layer in range(count)]
-        elif not isinstance(pattern, (int, float, str)) and len(pattern) >= count:
-            full = [not flag for flag in pattern[:count]]  # a flag says that the layer has a window
         else:
             raise facts.wrong(str(self.key), pattern, "a number, or a flag for each layer")
         values["layer_types"] = ["full_attention" if each else "sliding_attention" for each in full]

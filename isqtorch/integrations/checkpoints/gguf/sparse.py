@@ -7,7 +7,7 @@ from typing import Any
 from .common import HEAD, HEADS, IMPLIED, PAIRED, STACKS, decoder, experts, has_experts, trunk
 from .facts import MOST, Facts
 from .layout import alternating
-from .parts import Always, Key, Layers, Only, Part, Present, Values
+from .parts import Always, Derived, Key, Layers, Only, Part, Present, Values
 from .record import Architecture, Names, Treatment
 from .rope import Rope
 
@@ -76,6 +76,11 @@ _GRANITE = (
     Key("logits_scaling", "logit_scale", "number"),
 )
 
+
+def _last_layer(config: Any) -> int:
+    return int(config.num_hidden_layers) - 1
+
+
 RECORDS = (
     Architecture(
         "llama",
@@ -108,6 +113,7 @@ RECORDS = (
             Rope(always={"truncate": False}),
             Layers(2),
             *experts("num_local_experts", width="intermediate_size"),
+            Only("expert_gating_func", (3,)),  # the softmax of the chosen experts
         ),
         HEAD,
         names=(
@@ -134,6 +140,28 @@ RECORDS = (
         (*decoder(Rope(IMPLIED), IMPLIED), *experts("num_experts", width=None), _Normed(False), _ATTENTION_BIAS),
         IMPLIED,
         names=STACKS,
+    ),
+    Architecture(
+        "ernie4_5-moe",
+        ("ernie4_5_moe",),
+        (
+            *decoder(),
+            *experts("moe_num_experts", "moe_k"),
+            Key("moe_num_shared_experts", "expert_shared_count", least=0, default=0),
+            Only("interleave_moe_layer_step", (1,), 1),
+            Always("moe_layer_interval", 1),
+            Key("moe_layer_start_index", "leading_dense_block_count", least=0, default=0, most=MOST),
+            Derived("moe_layer_end_index", lambda facts, values: values["num_hidden_layers"] - 1, _last_layer),
+            Always("use_bias", False),
+            _SOFTMAX,
+            _PLAIN_WEIGHTS,
+        ),
+        HEAD,
+        names=STACKS,
+        written=lambda config: {
+            "expert_shared_feed_forward_length": config.moe_intermediate_size * config.moe_num_shared_experts
+        },
+        harmless=frozenset({"expert_shared_feed_forward_length"}),
     ),
     Architecture(
         "minimax-m2",

@@ -13,6 +13,9 @@ from .layouts import layout_of
 from .settings import KEYS, read_settings
 from .weights import MlxWeights
 
+_TEXT = "language_model."
+"""The prefix of the text model in a model of images or sound."""
+
 
 class MlxCheckpoint(Checkpoint):
     """A folder as mlx-lm writes it: config.json, safetensors files, tokenizer.
@@ -33,11 +36,18 @@ class MlxCheckpoint(Checkpoint):
         if not path.exists():
             raise FileNotFoundError(f"{self.where}: no config.json, so it is no MLX folder")
         self._config = read_json(path)
-        self._layout = layout_of(self._config.get("model_type"), self.where)
         settings = read_settings(self._config, path)
         files = checkpoint_files(self._folder, "load")
         self.files = tuple(os.path.abspath(file) for file in files)
         self._weights = MlxWeights(self.where, files, settings)
+        self._prefix = ""
+        text = self._config.get("text_config")
+        if isinstance(text, dict) and all(key.startswith(_TEXT) for key in self._weights.keys):
+            # mlx-lm drops what is not text, and leaves the configuration as it was.
+            tied = self._config.get("tie_word_embeddings")
+            self._config = ({} if tied is None else {"tie_word_embeddings": tied}) | text
+            self._prefix = _TEXT
+        self._layout = layout_of(self._config.get("model_type"), self.where)
 
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
@@ -75,7 +85,7 @@ class MlxCheckpoint(Checkpoint):
     def weights(self, model: Any) -> Incoming:
         from .incoming import MlxIncoming
 
-        return MlxIncoming(model, self._weights, self._layout, self.files)
+        return MlxIncoming(model, self._weights, self._layout, self.files, self._prefix)
 
 
 def _numbers(value: Any) -> Any:

@@ -26,16 +26,12 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
         op: name of the calling function, for messages.
 
     Raises:
-        NotImplementedError: mlx-lm computes the model otherwise.
         ValueError: mlx-lm cannot be told a setting of the model.
     """
-    entries: Entries = json.loads(model.config.to_json_string(use_diff=False))
+    entries = _entries(model.config)
     for key in KEYS:
         entries.pop(key, None)  # the record of isqtorch
     kind = str(entries.get("model_type"))
-    why = _REFUSED[kind](entries) if kind in _REFUSED else None
-    if why is not None:
-        raise NotImplementedError(f"{op}: a model of type {kind!r} cannot be written for mlx-lm, {why}")
     older = _rope(entries) | {name: entries.get(own) for name, own in type(model.config).attribute_map.items()}
     entries |= {name: value for name, value in older.items() if entries.get(name) is None}
     if kind in _OLDER:
@@ -49,6 +45,22 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
         own = {path: setting.entry() for path, setting in settings.items() if setting != default}
         for key in KEYS:
             entries[key] = {**default.entry(), **own}
+    return entries
+
+
+def refusal(config: Any) -> str | None:
+    """Why mlx-lm would compute a model otherwise, or None."""
+    entries, why = _entries(config), _REFUSED.get(config.model_type)
+    rope = _whole(entries)
+    if rope.get("rope_type") == "longrope":
+        return "which takes the factors of long texts for short ones too (longrope)"
+    if rope.get("attention_factor") is not None:
+        return "which has no attention_factor of rotary positions"
+    return None if why is None else why(entries)
+
+
+def _entries(config: Any) -> Entries:
+    entries: Entries = json.loads(config.to_json_string(use_diff=False))
     return entries
 
 

@@ -15,8 +15,8 @@ from isqtorch.inplace.host import files_of
 from isqtorch.inplace.origin import Origin
 from isqtorch.integrations.checkpoints.exporting import check_layers, tokenizer_of
 
-from .configuration import configuration
-from .layouts import LAYOUTS
+from .configuration import configuration, refusal
+from .layouts import LAYOUTS, Layout
 from .outgoing import parts_of, pieces_of
 
 OP = "export_mlx"
@@ -51,11 +51,7 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
         raise ValueError(
             f"{OP}: the model is a {type(model).__name__}, must be a model of transformers: MLX reads its configuration"
         )
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None:
-        raise NotImplementedError(
-            f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(LAYOUTS))}."
-        )
+    layout = check_config(config)
     check_layers(OP, model, "an MLX folder")
     parts = parts_of(model, layout, OP)
     pieces = [piece for part in parts for piece in pieces_of(part, layout, OP)]
@@ -72,6 +68,23 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
             generation.save_pretrained(new)
         if found is not False:
             found.save_pretrained(new)
+
+
+def check_config(config: Any) -> Layout:
+    """How MLX stores a model with this configuration.
+
+    Raises:
+        NotImplementedError: it is not known, or mlx-lm computes such a model otherwise.
+    """
+    layout = LAYOUTS.get(config.model_type)
+    if layout is None:
+        raise NotImplementedError(
+            f"{OP}: models of type {config.model_type!r} cannot be written. Those that can: {', '.join(sorted(LAYOUTS))}."
+        )
+    why = refusal(config)
+    if why is not None:
+        raise NotImplementedError(f"{OP}: a model of type {config.model_type!r} cannot be written for mlx-lm, {why}.")
+    return layout
 
 
 def _check(target: Path, model: Any) -> None:

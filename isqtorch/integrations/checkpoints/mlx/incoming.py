@@ -90,9 +90,11 @@ class _Made:
 class MlxIncoming(Incoming):
     """See `Incoming`."""
 
-    def __init__(self, model: Any, weights: MlxWeights, layout: Layout, files: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: Any, weights: MlxWeights, layout: Layout, files: tuple[str, ...], prefix: str = ""
+    ) -> None:
         self.where, self.files = weights.where, files
-        self._weights, self._layout = weights, layout
+        self._weights, self._layout, self._prefix = weights, layout, prefix
         self._targets = _targets(model)
         self._made: dict[str, _Made] = {}
         for key, name in self._names(model).items():
@@ -157,7 +159,7 @@ class MlxIncoming(Incoming):
         renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
         state, found = model.state_dict(), {}
         for key in self._weights.keys:
-            plain = _STACK.sub(".experts.", renamed(key, self._layout.names))
+            plain = _STACK.sub(".experts.", renamed(key.removeprefix(self._prefix), self._layout.names))
             name = rename_source_key(plain, renamings, [], model.base_model_prefix, state)[0]
             if name not in state and plain in state:  # as in the loader: a name of the model is not changed
                 name = rename_source_key(plain, [], [], model.base_model_prefix, state)[0]

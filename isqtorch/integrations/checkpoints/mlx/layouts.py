@@ -20,8 +20,8 @@ class Layout:
     """How the weights of an architecture are stored.
 
     Attributes:
-        names: ((pattern, replacement), ...), applied in this order to a name in the files, to get the name in a
-            checkpoint of Hugging Face.
+        names: ((pattern, replacement), ...): the first that matches a name in the files gives the name in a checkpoint of
+            Hugging Face.
         back: the same from a name of Hugging Face to the name in the files.
         fused: {end of a parameter's path: ends of the paths of its parts}: weights of which mlx-lm makes several.
         raised: ends of names of vectors to which mlx-lm adds 1.
@@ -46,12 +46,6 @@ _NORMS = (
     ".q_norm.weight",
     ".k_norm.weight",
 )
-_QWEN3_5 = Layout(
-    names=((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head.")),
-    back=((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
-    raised=_NORMS,
-)
-
 _DENSE = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 
 _SAME = """
@@ -86,8 +80,6 @@ LAYOUTS: dict[str, Layout] = {
         }
     ),
     "qwen3_next": Layout(raised=_NORMS),
-    "qwen3_5": _QWEN3_5,
-    "qwen3_5_moe": _QWEN3_5,
     "qwen3_5_text": Layout(raised=_NORMS),
     "qwen3_5_moe_text": Layout(raised=_NORMS),
 }
@@ -116,7 +108,7 @@ def layout_of(model_type: Any, where: str) -> Layout:
 
 
 def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    """Apply the first rule that matches."""
+    """Apply the first of the rules that matches."""
     for pattern, replacement in rules:
         new, count = re.subn(pattern, replacement, name, count=1)
         if count:
