@@ -194,6 +194,27 @@ def test_absurd_sizes_are_refused_before_a_model_is_built(key: str, tmp_path: Pa
         assert len(str(raised.value)) < 600
 
 
+@pytest.mark.parametrize(("kind", "key"), [("llama", "llama.block_count"), ("t5", "t5.decoder_block_count")])
+def test_blocks_are_counted_and_not_taken_from_a_name(kind: str, key: str, tmp_path: Path) -> None:
+    more = {"blk.999999.attn_q.weight": f32([1.0]), "dec.blk.888888.attn_q.weight": f32([1.0])}
+    for count in (999999, 500, 5):
+        path = write_model(tmp_path / "x.gguf", tiny_model(kind, vocab_size=640), metadata={key: count}, tensors=more)
+        began = time.process_time()
+        with pytest.raises(ValueError, match=key):
+            GgufCheckpoint(path).config()
+        assert time.process_time() - began < 0.5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_bigcode"])
+def test_positions_are_the_rows_of_their_table(kind: str, tmp_path: Path) -> None:
+    name = {"gpt_bigcode": "starcoder"}.get(kind, kind)
+    model = tiny_model(kind, max_position_embeddings=64)
+    path = write_model(tmp_path / "x.gguf", model, metadata={f"{name}.context_length": 96})
+    with pytest.raises(ValueError, match="64, the rows of position_embd.weight"):
+        GgufCheckpoint(path).config()
+    assert GgufCheckpoint(write_model(path, model)).config().n_positions == 64
+
+
 _MODELS: list[Any] = []
 
 

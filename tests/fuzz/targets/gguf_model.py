@@ -65,6 +65,7 @@ TENSORS = {
     "blk.1.ffn_up.weight": f32([[0.5] * 4] * 8),
     "enc.blk.0.attn_q.weight": f32([[0.5] * 4] * 4),
     "enc.blk.1.attn_q.weight": f32([[0.5] * 4] * 4),
+    "position_embd.weight": f32([[0.5] * 4] * 8),
     "rope_freqs.weight": f32([1.0, 2.0]),
 }
 LEAVES = tuple(leaf for leaf in mutate.LEAVES if leaf is not None and not isinstance(leaf, dict))

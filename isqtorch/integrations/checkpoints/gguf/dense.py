@@ -32,6 +32,21 @@ class _LongRope(Part):
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
 
 
+class _Positions(Part):
+    """The number of positions: the rows of their table. Some classes make a mask of its square."""
+
+    def read(self, facts: Facts, values: Values) -> None:
+        rows = facts.shape("position_embd.weight")[0]
+        if facts.integer("context_length", rows, least=1, most=MOST) != rows:
+            raise facts.wrong(
+                "context_length", facts.value("context_length"), f"{rows}, the rows of position_embd.weight"
+            )
+        values["n_positions"] = rows
+
+    def write(self, config: Any, keys: Values) -> None:
+        keys["context_length"] = config.n_positions
+
+
 class _Window(Part):
     """The sliding window of all layers, which not all models have; 0 in the file means none."""
 
@@ -108,7 +123,7 @@ class _Temperature(Part):
 
 
 _GPT2 = (
-    Key("n_positions", "context_length"),
+    _Positions(),
     Blocks("n_layer"),
     Key("n_embd", "embedding_length"),
     Derived("n_inner", lambda facts, values: facts.integer("feed_forward_length", 4 * values["n_embd"])),

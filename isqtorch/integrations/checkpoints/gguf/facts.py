@@ -39,7 +39,7 @@ class Facts:
         self.used: set[str] = set()
         self.largest = max((size for shape in shapes.values() for size in shape), default=0)
         numbers = (_BLOCK.match(name) for name in shapes)
-        self.blocks = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+        self.blocks = len({number[1] for number in numbers if number})
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
