@@ -246,6 +246,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_LINEAR, **_MOE, "shared_expert_intermediate_size": 48},
+    "olmo3": {
+        "sliding_window": 8,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "exaone4, windows": {
+        "sliding_window": 8,
+        "num_hidden_layers": 64,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+    },
+    "gpt_bigcode": _GPT,
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+        "conv_L_cache": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+    },
     "mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
     "falcon_mamba": {"intermediate_size": 128, "state_size": 8, "time_step_rank": 4, "num_hidden_layers": 2},
 }
@@ -263,7 +293,7 @@ def tiny(case: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     kind = kind_of(case)
     settings = {**_SIZES, **CONFIGS[case], **changes}
-    if kind == "gpt2":
+    if kind in ("gpt2", "gpt_bigcode"):
         settings = {
             key: value for key, value in settings.items() if not key.startswith(("hidden", "num_", "max_", "inter"))
         }

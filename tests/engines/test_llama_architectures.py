@@ -23,7 +23,7 @@ FLOAT = 1e-5
 # llama.cpp has tables of f16 for GELU. It rounds the borders of gpt-oss's YaRN, and has one epsilon for all norms of Falcon Mamba.
 LOOSE = {
     "gemma", "gemma2", "gemma3_text", "gemma4_text", "phi", "gpt2", "starcoder2", "falcon", "bloom", "gpt_neox", "gpt_oss",
-    "falcon_mamba",
+    "falcon_mamba", "gpt_bigcode",
 }  # fmt: skip
 PACKED = 0.1  # both round activations to int8, in other places; a token may get another expert for that
 

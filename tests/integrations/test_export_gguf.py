@@ -144,6 +144,7 @@ def test_what_the_file_cannot_say(tmp_path: Path) -> None:
         ("mamba", {"use_bias": True}, "does not read backbone.layers.0.mixer.in_proj.bias"),
         ("mamba", {"use_conv_bias": False}, "has no blk.0.ssm_conv1d.bias"),
         ("starcoder2", {"use_bias": False}, "has no blk.0.attn_output.bias"),
+        ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, "models of 64 layers"),
         ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ("qwen3_5_text", {"linear_key_head_dim": 16}, "linear_key_head_dim and linear_value_head_dim differ"),

@@ -20,6 +20,7 @@ _SAME = (
 )
 # type of model -> {attribute: the values that llama.cpp computes with}
 _VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt_bigcode": {"scale_attn_weights": (True,), "add_cross_attention": (False,)},
     "gpt2": {
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -31,16 +32,19 @@ _VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 _CAPPED = ("attn_logit_softcapping", "final_logit_softcapping")  # Gemma 2 has both; None is no number
 
 # Architectures in which layers with a sliding window have one in llama.cpp, too.
-_WINDOWS = frozenset({"cohere2", "gemma2", "gemma3", "gemma4", "gpt-oss"})
+_ALWAYS = frozenset({"cohere2", "gemma2", "gemma3", "gemma4", "gpt-oss"})  # in at least one layer
+_WINDOWS = _ALWAYS | {"exaone4", "olmo2"}
+_EXAONE = 64  # layers of the EXAONE 4 model with windows
 
 # Tensors that llama.cpp reads in some architectures only, and these.
+_MLP_BIAS = "bloom gpt2 gptneox granite granitemoe llama mistral3 nemotron phi2 starcoder starcoder2"
 _READ = (
-    (r"blk\.\d+\.attn_output\.bias", "bloom ernie4_5 gpt-oss gpt2 gptneox granite granitemoe llama mistral3 nemotron phi2 starcoder2"),
-    (r"blk\.\d+\.ffn_(?:up|down|gate)\.bias", "bloom gpt2 gptneox granite granitemoe llama mistral3 nemotron phi2 starcoder2"),
-    (r"blk\.\d+\.attn_qkv\.bias", "bloom gpt2 gptneox phi2 phi3 chatglm"),
+    (r"blk\.\d+\.attn_output\.bias", f"{_MLP_BIAS} ernie4_5 gpt-oss"),
+    (r"blk\.\d+\.ffn_(?:up|down|gate)\.bias", _MLP_BIAS),
+    (r"blk\.\d+\.attn_qkv\.bias", "bloom gpt2 gptneox phi2 phi3 chatglm starcoder"),
     (r"blk\.\d+\.ssm_(?:in|out)\.bias", ""),
     (r"output\.bias", "phi2"),
-)  # fmt: skip
+)
 _NEEDED = {
     "gptneox": "blk.0.attn_qkv.bias",
     "mamba": "blk.0.ssm_conv1d.bias",
@@ -80,7 +84,10 @@ def difference(architecture: str, config: Any, tensors: Mapping[str, str]) -> st
         return f"q_lora_rank is None, and llama.cpp knows that only for models of {_LITE[0]} or {_LITE[1]} layers"
     if architecture.startswith("qwen35") and config.linear_key_head_dim != config.linear_value_head_dim:
         return "linear_key_head_dim and linear_value_head_dim differ, and llama.cpp computes with the first"
-    if architecture in _WINDOWS and "sliding_attention" not in config.layer_types:
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if architecture == "exaone4" and windows != (config.num_hidden_layers == _EXAONE):
+        return f"llama.cpp takes models of {_EXAONE} layers, and no others, for ones with sliding windows"
+    if architecture in _ALWAYS and not windows:
         return "no layer has a sliding window, and llama.cpp needs one"
     for pattern, known in _READ:
         unread = [parameter for name, parameter in tensors.items() if re.fullmatch(pattern, name)]
