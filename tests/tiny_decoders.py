@@ -115,6 +115,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
         },
     },
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 32,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": 96,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "tie_word_embeddings": True,
+    },
+    "gemma4_text, experts": {
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": True,
+    },
     "phi3": {"sliding_window": None},
     "phi3 with longrope positions": {
         "rope_parameters": {
@@ -225,12 +251,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def kind_of(case: str) -> str:
+    """The type of the model of a case."""
+    return case.replace(",", " ").split()[0]
+
+
 def tiny(case: str, **changes: Any) -> Any:
     """The model of a case, in float32, with norms and biases that are not those of a new model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    kind = case.replace(",", " ").split()[0]
+    kind = kind_of(case)
     settings = {**_SIZES, **CONFIGS[case], **changes}
     if kind == "gpt2":
         settings = {
@@ -243,4 +274,5 @@ def tiny(case: str, **changes: Any) -> Any:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             else:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        nn.init.normal_(model.get_output_embeddings().weight)  # large logits, so that bounds of them show
     return model

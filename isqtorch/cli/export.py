@@ -82,8 +82,8 @@ def _check_format(args: argparse.Namespace, program: str, known: list[str]) -> N
 
 def _check_gguf(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError or OSError if the file could not be written, or would destroy anything but another GGUF file."""
-    from isqtorch.integrations.checkpoints.gguf.export import check_config
     from isqtorch.integrations.checkpoints.gguf.outgoing import TYPES
+    from isqtorch.integrations.checkpoints.gguf.writer import check_config
 
     check_config(opened.config.get_text_config())
     _check_format(args, "GGUF", list(TYPES))

@@ -79,10 +79,13 @@ def write_shards(folder: Path, pieces: Iterable[Piece], metadata: Mapping[str, s
     if twice:
         raise ValueError(f"{twice[0]} would be twice in {folder}")
     shards: list[list[Piece]] = [[]]
+    filled = 0
     for piece in pieces:
-        if shards[-1] and sum(each.nbytes for each in shards[-1]) + piece.nbytes > SHARD_BYTES:
+        if shards[-1] and filled + piece.nbytes > SHARD_BYTES:
             shards.append([])
+            filled = 0
         shards[-1].append(piece)
+        filled += piece.nbytes
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1

@@ -16,6 +16,7 @@ import torch
 from isqtorch.files.checkpoints import opened
 from isqtorch.formats.stored import method_of
 
+from .bounded import check_size, few_parameters
 from .checkpoints.doors import open_checkpoint
 from .checkpoints.incoming import Checkpoint
 from .classes import Need, auto_class, described, unable
@@ -151,8 +152,27 @@ class Opened:
         return Companions(found) if inner is None else Companions(inner, found)
 
     def empty(self, dtype: torch.dtype | None = None) -> Any:
-        """The model with parameters on the meta device, and with real buffers."""
-        return empty_model(self.auto, self.config, dtype, self.trust_remote_code)
+        """The model with parameters on the meta device, and with real buffers.
+
+        Raises:
+            ValueError: the configuration makes no model, or one that is much larger than the checkpoint.
+        """
+        try:
+            with few_parameters(self.source):
+                if self.checkpoint is not None:
+                    with torch.device("meta"):  # no memory is taken before the sizes are known
+                        trial = self.auto.from_config(copy.deepcopy(self.config))
+                    check_size(trial, self.checkpoint.elements, self.source)
+                return empty_model(self.auto, self.config, dtype, self.trust_remote_code)
+        except (ImportError, OSError):
+            raise
+        except Exception as error:  # of any kind: the classes compute with the values of the configuration
+            if isinstance(error, ValueError) and str(error).startswith(f"{self.source}:"):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.source}: transformers makes no model of its configuration ({type(error).__name__}: {reason:.300})"
+            ) from error
 
     def own_dtype(self) -> torch.dtype | None:
         """The float type that the configuration names, or None."""

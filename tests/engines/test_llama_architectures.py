@@ -12,14 +12,19 @@ import pytest
 import torch
 from helpers import relative_error
 from llama import ask
-from tiny_decoders import CONFIGS, tiny
+from tiny_decoders import CONFIGS, kind_of, tiny
 from torch import Tensor
 
 import isqtorch
 from isqtorch.integrations.checkpoints.gguf.architectures import ARCHITECTURES
 
 IDS = [int(i) for i in torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(1))]
-FLOAT = 1e-3  # llama.cpp computes some activation functions by tables of f16
+FLOAT = 1e-5
+# llama.cpp has tables of f16 for GELU. It rounds the borders of gpt-oss's YaRN, and has one epsilon for all norms of Falcon Mamba.
+LOOSE = {
+    "gemma", "gemma2", "gemma3_text", "gemma4_text", "phi", "gpt2", "starcoder2", "falcon", "bloom", "gpt_neox", "gpt_oss",
+    "falcon_mamba",
+}  # fmt: skip
 PACKED = 0.1  # both round activations to int8, in other places; a token may get another expert for that
 
 
@@ -32,7 +37,8 @@ def logits(model: Any) -> Tensor:
 def test_float(case: str, tmp_path: Path) -> None:
     model = tiny(case)
     isqtorch.export_gguf(model, tmp_path / "model.gguf", tokenizer=False)
-    assert relative_error(ask(tmp_path / "model.gguf", ids=[IDS]).logits, logits(model)) < FLOAT
+    bound = 1e-3 if kind_of(case) in LOOSE else FLOAT
+    assert relative_error(ask(tmp_path / "model.gguf", ids=[IDS]).logits, logits(model)) < bound
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -46,5 +52,5 @@ def test_packed(case: str, tmp_path: Path) -> None:
 
 def test_every_architecture_has_a_case() -> None:
     """Those with a model class of their own are encoders, and not exported."""
-    cases = {case.replace(",", " ").split()[0] for case in CONFIGS}
+    cases = {kind_of(case) for case in CONFIGS}
     assert cases == {kind for record in ARCHITECTURES for kind in record.model_types if record.model is None}

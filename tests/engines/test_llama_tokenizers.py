@@ -24,17 +24,17 @@ SIZES = {
 }
 
 
-def in_llama(tokenizer: Any, page: list[str], folder: Path, pre_tokenizer: str | None = None) -> Answers:
+def in_llama(tokenizer: Any, page: list[str], folder: Path, pre: str | None = None, architecture: str = "") -> Answers:
     """llama.cpp's tokens, by a file without weights. Three rows of the embedding have no token."""
-    said = vocabulary("export_gguf", tokenizer, len(tokenizer) + 3, pre_tokenizer)
+    said = vocabulary("export_gguf", tokenizer, len(tokenizer) + 3, pre, architecture)
     assert said.losses == []
     metadata = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in SIZES.items()}}
     write_gguf(folder / "tokens.gguf", metadata | said.metadata, [])
     return ask(folder / "tokens.gguf", page)
 
 
-def same(tokenizer: Any, page: list[str], folder: Path) -> Answers:
-    answers = in_llama(tokenizer, page, folder)
+def same(tokenizer: Any, page: list[str], folder: Path, architecture: str = "") -> Answers:
+    answers = in_llama(tokenizer, page, folder, architecture=architecture)
     assert answers.tokens == tokenizer(page, add_special_tokens=False)["input_ids"]
     assert answers.with_special == tokenizer(page)["input_ids"]
     assert answers.facts["vocabulary"] == len(tokenizer) + 3
@@ -60,6 +60,12 @@ def test_with_byte_fallback(prefix: bool, tmp_path: Path) -> None:
     page = [text for text in PAGE if text and "  " not in text and "<s>" not in text]
     answers = same(with_byte_fallback(prefix), page, tmp_path)
     assert answers.facts["metadata"]["tokenizer.ggml.model"] == "llama"
+
+
+def test_gemma_4(tmp_path: Path) -> None:
+    page = [text for text in PAGE if text and "  " not in text and "<s>" not in text]
+    answers = same(with_byte_fallback(False), page, tmp_path, "gemma4")
+    assert answers.facts["metadata"]["tokenizer.ggml.model"] == "gemma4"
 
 
 def test_unigram(tmp_path: Path) -> None:

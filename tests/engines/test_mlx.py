@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import relative_error
 from mlx_lm_engine import ask_mlx
+from models import tiny_llama
 from tiny_decoders import CONFIGS, tiny
 from torch import Tensor
 
@@ -22,12 +23,28 @@ DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "demo_model"
 IDS = [int(i) for i in torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(1))]
 FLOAT = 1e-3  # some activation functions are approximations there
 PACKED = 0.03  # MLX rounds decoded weights to the type of the scales
-CASES = [case for case in CONFIGS if case.replace(",", " ").split()[0] in LAYOUTS and case != "glm"]
+# What mlx-lm computes otherwise.
+REFUSED = (
+    "glm",
+    "llama with yarn positions, a factor for attention",
+    "gemma3_text with linear positions",
+    "phi3 with longrope positions",
+    "gpt_neox, sequential",
+    "deepseek_v2",
+    "deepseek_v2, lite",
+    "lfm2",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)
+CASES = [case for case in CONFIGS if case.replace(",", " ").split()[0] in LAYOUTS and case not in REFUSED]
 # gemma2: mlx-lm attends to the whole text, however long it is. The others are as the real models are.
 OTHERWISE = {
     "gemma2": {"sliding_window": 64},
     "gpt2": {"tie_word_embeddings": True},
     "gpt_neox": {"intermediate_size": 256},
+    "granite": {"intermediate_size": 128},  # mlx-lm quantizes it in groups of 64
+    "granitemoe": {"intermediate_size": 128},
+    "gpt_oss": {"intermediate_size": 128},
 }
 
 
@@ -40,6 +57,11 @@ def as_mlx_lm_can(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def logits(model: Any, ids: list[int] | None = None) -> Tensor:
     return model(torch.tensor([ids or IDS])).logits[0].float()
+
+
+def typical_error(got: Tensor, want: Tensor) -> float:
+    """The median over the positions: a rounding error may choose another expert at some of them."""
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
 
 
 def exported(model: Any, folder: Path) -> Path:
@@ -55,13 +77,19 @@ def test_float(case: str, tmp_path: Path) -> None:
     assert relative_error(found["logits0"], logits(model)) < FLOAT
 
 
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_mlx_lm_computes_otherwise_is_refused(case: str, tmp_path: Path) -> None:
+    with pytest.raises((NotImplementedError, ValueError), match="export_mlx: .*mlx-lm"):
+        exported(tiny(case), tmp_path / "mlx")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_packed(case: str, tmp_path: Path) -> None:
     model = tiny(case)
     isqtorch.quantize_(model, "afq8g32", progress=False)
     found = ask_mlx(exported(model, tmp_path / "mlx"), ids=[IDS])
     isqtorch.dequantize_(model)
-    assert relative_error(found["logits0"], logits(model)) < PACKED
+    assert typical_error(found["logits0"], logits(model)) < PACKED
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,7 +102,7 @@ def test_a_folder_that_mlx_lm_has_written(case: str, tmp_path: Path) -> None:
     opened = isqtorch.load(tmp_path / "theirs", dtype="float32")
     assert not [note for note in opened.report.notes if "no place" in note]
     isqtorch.dequantize_(opened.model)
-    assert relative_error(logits(opened.model), found["logits0"]) < PACKED
+    assert typical_error(logits(opened.model), found["logits0"]) < PACKED
 
 
 @pytest.mark.parametrize(
@@ -82,13 +110,14 @@ def test_a_folder_that_mlx_lm_has_written(case: str, tmp_path: Path) -> None:
 )
 def test_weights_decode_to_the_same_values(fmt: str, tmp_path: Path) -> None:
     """MLX rounds the product of code and scale, and the sum with the bias, to the type of the scales."""
-    model = tiny("llama")
-    topology = {"/embed_tokens|lm_head/": "afq6g32"} if fmt == "mxfp4" else None
-    isqtorch.quantize_(model, fmt, topology=topology, fallback="error" if "128" not in fmt else "up", progress=False)
+    model = tiny_llama(dtype=torch.float32)
+    topology = {"/embed_tokens|lm_head/": "afq6"} if fmt == "mxfp4" else None
+    isqtorch.quantize_(model, fmt, topology=topology, fallback="error", progress=False)
     folder = exported(model, tmp_path / "mlx")
     path = "model.layers.0.self_attn.q_proj"
     layer = model.get_submodule(path)
-    used = get_format(layer.format)
+    used = get_format(fmt)
+    assert layer.format == fmt
     mode = "mxfp4" if fmt == "mxfp4" else "affine"
     setting = {"group_size": used.block, "bits": used.bits, "mode": mode}
     theirs = ask_mlx(folder, decode=[path], settings={path: setting})[path]

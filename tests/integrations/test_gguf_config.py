@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import resource
 import struct
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from isqtorch.integrations.checkpoints.gguf.architectures import ARCHITECTURES
+import isqtorch
+from isqtorch.integrations.checkpoints.gguf.architectures import ARCHITECTURES, of_config
 from isqtorch.integrations.checkpoints.gguf.checkpoint import GgufCheckpoint
 from tests.gguf_files import U32, encode, f32, write
 from tests.integrations.gguf_models import logits, tiny_model, write_model
@@ -82,6 +84,14 @@ def test_factors_that_no_configuration_has_are_refused(tmp_path: Path) -> None:
 def test_factors_of_one_change_nothing(tmp_path: Path) -> None:
     path = write_model(tmp_path / "x.gguf", tiny_model("llama"), tensors={"rope_freqs.weight": f32([1.0] * 32)})
     assert GgufCheckpoint(path).config().rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("kind", ["phi3", "starcoder2"])
+def test_a_window_of_zero_is_none(kind: str, tmp_path: Path) -> None:
+    for window, expected in ((0, None), (64, 64)):
+        metadata = {f"{kind}.attention.sliding_window": window}
+        path = write_model(tmp_path / "x.gguf", tiny_model(kind, sliding_window=None), metadata=metadata)
+        assert GgufCheckpoint(path).config().sliding_window == expected
 
 
 def test_the_largest_gemma_has_another_scale(tmp_path: Path) -> None:
@@ -281,3 +291,40 @@ def test_a_file_without_its_table_of_embeddings_is_incomplete(tmp_path: Path) ->
     (tmp_path / "y.gguf").write_bytes(encode({"general.architecture": "llama"}, {"token_embd.weight": f32([1.0])}))
     with pytest.raises(ValueError, match="must have two dimensions"):
         GgufCheckpoint(tmp_path / "y.gguf").config()
+
+
+def test_the_blocks_of_tensors_are_counted(tmp_path: Path) -> None:
+    """The name of one tensor can have any number, and a file of tiny tensors any number of them."""
+    one = {"blk.999998.attn_q.weight": f32([[1.0]])}
+    many = {f"blk.{number}.x": f32([1.0]) for number in range(2000)}
+    for tensors, count in ((one, 999999), (many, 2000)):
+        metadata = {"llama.block_count": count}
+        path = write_model(tmp_path / "x.gguf", tiny_model_once(), metadata=metadata, tensors=tensors)
+        with pytest.raises(ValueError, match=f"llama.block_count is {count}, must be an integer from 1 to (3|512)"):
+            GgufCheckpoint(path).config()
+    path = write_model(tmp_path / "x.gguf", tiny_model("t5"), metadata={"t5.decoder_block_count": 3})
+    with pytest.raises(ValueError, match=r"t5.decoder_block_count is 3, must be an integer from 0 to 2"):
+        GgufCheckpoint(path).config()
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"),
+    [
+        ("qwen3_moe", "expert_count", 10**6, "numbers in its weights, and the files have"),
+        ("qwen3_moe", "attention.head_count", 10**6, "numbers in its weights, and the files have"),
+        ("gpt_oss", "expert_count", 10**6, "numbers in its weights, and the files have"),
+        ("gpt_oss", "rope.freq_base", 1.0, r"makes no model of its configuration \(ZeroDivisionError"),
+        ("llama", "embedding_length", 7, "refuses its configuration"),
+    ],
+)
+def test_a_model_that_no_file_fills_is_never_built(
+    kind: str, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    name = of_config(tiny_model(kind).config).name
+    large = {"large.weight": f32([[0.0] * 10**6])}  # one dimension that is large enough for any setting
+    path = write_model(tmp_path / "x.gguf", tiny_model(kind), metadata={f"{name}.{key}": value}, tensors=large)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message) as raised:
+        isqtorch.load(path)
+    assert "\n" not in str(raised.value) and "x.gguf" in str(raised.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
+from isqtorch.integrations.checkpoints.gguf.charsmap import charsmap_fault
 from isqtorch.integrations.checkpoints.gguf.checkpoint import GgufCheckpoint
 from isqtorch.integrations.checkpoints.gguf.pieces import SPLITS
 from tests.gguf_files import f32, write
@@ -258,3 +260,53 @@ def test_a_large_tokenizer_is_built_quickly(tmp_path: Path) -> None:
     began = time.process_time()
     file.tokenizer()
     assert time.process_time() - began < 4
+
+
+def charsmap(nodes: dict[int, int], texts: bytes = b"b\0", count: int = 512) -> bytes:
+    """A table for normalizing, as sentencepiece writes it: a trie in an array of nodes, and the texts."""
+    array = [nodes.get(number, 0) for number in range(count)]
+    return struct.pack(f"<I{count}I", 4 * count, *array) + texts
+
+
+LEAF, HAS_LEAF = 1 << 31, 1 << 8
+A_TO_B = {0: 256 << 10, 256 + ord("a"): 1 << 10 | HAS_LEAF | ord("a"), 256 + ord("a") ^ 1: LEAF | 0}
+
+
+def test_a_table_for_normalizing_is_used() -> None:
+    data = charsmap(A_TO_B)
+    assert charsmap_fault(data) is None
+    assert normalizers.Precompiled(data).normalize_str("xax") == "xbx"
+    assert charsmap_fault(charsmap(A_TO_B | {300: 0xFFFFFE00})) is None  # a node that no text reaches
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "take 0 of its 0 bytes"),
+        (b"\xff" * 40, "take 4294967295 of its 40 bytes"),
+        (charsmap(A_TO_B)[:100], "take 2048 of its 100 bytes"),
+        (charsmap({0: 0xFFFFFFFF}, count=1), "behind the last of its 1 nodes"),
+        (charsmap(A_TO_B | {256 + ord("a"): 4096 << 10 | ord("a")}), "behind the last of its 512 nodes"),
+        (charsmap(A_TO_B | {256 + ord("a") ^ 1: LEAF | 9}), "no place in its 2 bytes of texts"),
+        (charsmap(A_TO_B | {256 + ord("a") ^ 1: LEAF | 1}, "\u00e9\0".encode()), "no place in its 3 bytes of texts"),
+        (charsmap(A_TO_B, b"\xff\0"), "texts that are not UTF-8"),
+    ],
+)
+def test_a_table_for_normalizing_that_points_outside_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    """The library that uses it would panic in the middle of a text."""
+    assert message in str(charsmap_fault(data))
+    value = struct.pack("<IIQ", 9, 0, len(data)) + data
+    metadata = SENTENCEPIECE | {"tokenizer.ggml.model": "t5", "tokenizer.ggml.precompiled_charsmap": value}
+    if data:
+        with pytest.raises(ValueError, match="precompiled_charsmap .* The file is damaged"):
+            checkpoint(tmp_path, metadata).tokenizer()
+
+
+def test_tokens_without_end_are_refused(tmp_path: Path) -> None:
+    tokens = ["a" * 10**6, *PIECES[1:]]
+    began = time.process_time()
+    with pytest.raises(ValueError, match="tokens of up to 1000000 letters"):
+        checkpoint(
+            tmp_path, SENTENCEPIECE | {"tokenizer.ggml.token_type": [1] * len(PIECES)}, tokens=tokens
+        ).tokenizer()
+    assert time.process_time() - began < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -537,3 +538,28 @@ def test_two_tensors_of_one_parameter_are_an_error(tmp_path: Path) -> None:
         ValueError, match=r"experts\.up_proj\.weight and .*switch_mlp\.up_proj\.weight are both .*gate_up_proj"
     ):
         opened(write(tmp_path, tensors, source.config.to_dict(), quantization=entry))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers' is 1000000000, and can be at most 512"),
+        ({"head_dim": 10**9}, "'head_dim' is 1000000000, and can be at most"),
+        ({"vision_config": {"hidden_size": 1e30}}, "'hidden_size' is 1e[+]30, and can be at most"),
+        ({"head_dim": 10**5}, "numbers in its weights, and the files have"),
+        ({"vocab_size": 10**9}, "'vocab_size' is 1000000000, and can be at most"),
+        ({"hidden_act": "nope"}, "makes no model of its configuration .KeyError: 'nope'"),
+        ({"hidden_act": 5}, "config.json: StrictDataclass"),
+    ],
+)
+def test_a_configuration_of_absurd_size_is_refused_at_once(
+    entries: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = folder_with(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+    began = time.process_time()
+    with pytest.raises(ValueError, match=message) as raised:
+        isqtorch.load(folder)
+    assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
+    assert time.process_time() - began < 3

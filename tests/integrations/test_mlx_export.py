@@ -16,6 +16,7 @@ import isqtorch
 from isqtorch.formats import formats, get_format
 from isqtorch.formats.codebook import mxfp4_codes
 from isqtorch.modules.parameter import plain_bytes
+from tests.integrations.gguf_models import tiny_model, write_model
 from tests.models import logits, quantized, state_bytes, tiny_gpt2, tiny_llama, tiny_moe
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "demo_model" / "model"
@@ -286,3 +287,45 @@ def test_models_that_mlx_lm_computes_otherwise_are_refused(tmp_path: Path) -> No
     with pytest.raises(NotImplementedError, match=r"'gpt_neox' cannot be written for mlx-lm, whose hidden layers"):
         export(tiny("gpt_neox"), tmp_path / "mlx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from isqtorch.cli import main
+
+    arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx")]
+    assert main([*arguments, "-m", str(DEMO), "--isq", "afq4"]) == 0
+    source = AutoModelForCausalLM.from_pretrained(DEMO, dtype="auto")
+    isqtorch.quantize_(source, "afq4", progress=False)
+    found = isqtorch.load(tmp_path / "mlx")
+    assert state_bytes(found.model) == state_bytes(source)
+    assert found.tokenizer is not None
+    assert main([*arguments, "-m", str(DEMO), "--isq", "afq4"]) == 1
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_the_command_refuses_before_it_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isqtorch.app.model import LoadedModel
+    from isqtorch.cli import main
+    from tests.tiny_decoders import tiny
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("loaded")
+
+    tiny("glm").save_pretrained(tmp_path / "glm")
+    monkeypatch.setattr(LoadedModel, "__init__", fail)
+    arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx"), "-m", str(tmp_path / "glm"), "--isq", "afq4"]
+    assert main(arguments) == 1
+    assert "cannot be written for mlx-lm" in capsys.readouterr().err
+
+
+def test_a_folder_beside_the_gguf_file_that_the_model_is_from(tmp_path: Path) -> None:
+    write_model(tmp_path / "model.gguf", tiny_model("llama"))
+    (tmp_path / "notes.txt").write_text("other things")
+    model, _, _ = isqtorch.load(tmp_path / "model.gguf", "afq4")
+    read(export(model, tmp_path / "model-mlx"))
+    with pytest.raises(FileExistsError, match="holds the model"):
+        export(model, tmp_path)

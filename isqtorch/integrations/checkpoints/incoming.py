@@ -81,12 +81,14 @@ class Checkpoint(ABC):
         where: the file or folder, for messages.
         files: absolute paths of all files with weights.
         kind: the name of the file format, for messages: "GGUF", "MLX".
+        elements: how many numbers the files have, packed or not, or more than that. No model of them is much larger.
         notes: for the report: what the file has that the configuration cannot say; known after `config()`.
     """
 
     where: str
     files: tuple[str, ...]
     kind: str
+    elements: int
     notes: tuple[str, ...] = ()
 
     @abstractmethod

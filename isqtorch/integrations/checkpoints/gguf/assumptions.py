@@ -31,7 +31,7 @@ _VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 _CAPPED = ("attn_logit_softcapping", "final_logit_softcapping")  # Gemma 2 has both; None is no number
 
 # Architectures in which layers with a sliding window have one in llama.cpp, too.
-_WINDOWS = frozenset({"cohere2", "gemma2", "gemma3", "gpt-oss"})
+_WINDOWS = frozenset({"cohere2", "gemma2", "gemma3", "gemma4", "gpt-oss"})
 
 # Tensors that llama.cpp reads in some architectures only, and these.
 _READ = (

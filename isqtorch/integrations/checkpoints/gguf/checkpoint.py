@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from typing import Any
 
 from isqtorch.files.gguf_model import GgufModel
@@ -40,6 +41,7 @@ class GgufCheckpoint(Checkpoint):
                 f"load: {self.where}: has no 'general.architecture', so it is no model: an importance matrix, or a damaged file"
             )
         shapes = {tensor.name: tensor.shape for tensor in self._file.tensors.values()}
+        self.elements = sum(prod(shape) for shape in shapes.values())
         self._facts = Facts(self.where, name, self._file.metadata, shapes)
         kind = self._file.metadata.get("general.type", "model")
         if kind not in ("model", "mmproj"):

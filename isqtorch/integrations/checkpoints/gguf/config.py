@@ -58,7 +58,7 @@ def read_config(facts: Facts, record: Architecture, model: GgufModel) -> tuple[A
         config = AutoConfig.for_model(kind, **values)
     except Exception as error:  # each class checks its values in its own way, with errors of its own or of a library
         raise facts.error(
-            f"transformers refuses its configuration as {kind!r} ({type(error).__name__}: {str(error).strip():.300})"
+            f"transformers refuses its configuration as {kind!r} ({type(error).__name__}: {' '.join(str(error).split()):.300})"
         ) from None
     config.tie_word_embeddings = values[
         "tie_word_embeddings"

@@ -32,6 +32,17 @@ class _LongRope(Part):
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
 
 
+class _Window(Part):
+    """The sliding window of all layers, which not all models have; 0 in the file means none."""
+
+    def read(self, facts: Facts, values: Values) -> None:
+        values["sliding_window"] = facts.integer("attention.sliding_window", 0, most=MOST) or None
+
+    def write(self, config: Any, keys: Values) -> None:
+        if config.sliding_window is not None:
+            keys["attention.sliding_window"] = config.sliding_window
+
+
 def _gemma_scalar(largest: int) -> Derived:
     """The scale of attention is not in the file. llama.cpp takes the width of a head, but not for the largest model.
 
@@ -174,7 +185,7 @@ RECORDS = (
         (
             *decoder(_PARTIAL_IMPLIED, IMPLIED),
             _LongRope(),
-            Key("sliding_window", "attention.sliding_window", default=None, least=0, most=MOST),
+            _Window(),
         ),
         IMPLIED,
     ),
@@ -202,7 +213,7 @@ RECORDS = (
         (
             *decoder(Rope(IMPLIED), IMPLIED, eps="norm_epsilon", rms=False),
             Present("use_bias", "blk.0.attn_q.bias"),
-            Key("sliding_window", "attention.sliding_window", default=None, most=MOST),
+            _Window(),
         ),
         IMPLIED,
     ),

@@ -14,6 +14,7 @@ REQUIRED = _REQUIRED
 """The default of a key that a file must have."""
 MOST = (1 << 31) - 1
 """The largest number that is no size: of positions, tokens, ..."""
+_MOST_BLOCKS = 512  # llama.cpp reads no more either; a file of many tiny tensors would otherwise fill the memory
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,6})\.")
 
 
@@ -29,7 +30,7 @@ class Facts:
         shapes: {name of a tensor: its shape, rows before columns}.
         used: keys that were read.
         largest: the largest dimension of a tensor. No size that a key states can be larger.
-        blocks: the number of blocks that the tensors belong to.
+        blocks: how many blocks the tensors belong to. They are counted: the name of one tensor can have any number.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Facts:
         self.used: set[str] = set()
         self.largest = max((size for shape in shapes.values() for size in shape), default=0)
         numbers = (_BLOCK.match(name) for name in shapes)
-        self.blocks = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+        self.blocks = min(_MOST_BLOCKS, len({int(number[1]) for number in numbers if number}))
 
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata

@@ -152,6 +152,16 @@ class _Experts(Part):
             keys["expert_feed_forward_length"] = config.moe_intermediate_size
 
 
+class _Cap(Part):
+    """The bound of the logits: 0 in a file means none, and no key means 30."""
+
+    def read(self, facts: Facts, values: Values) -> None:
+        values["final_logit_softcapping"] = facts.number("final_logit_softcapping", 30.0) or None
+
+    def write(self, config: Any, keys: Values) -> None:
+        keys["final_logit_softcapping"] = float(config.final_logit_softcapping or 0.0)
+
+
 _HEAD = _FullHead()
 _BLOCK = r"layers\.(\d+)\."
 
@@ -167,7 +177,7 @@ RECORDS = (
             _Rotary(),
             _Tables(),
             _Experts(),
-            Key("final_logit_softcapping", "final_logit_softcapping", "number", None),
+            _Cap(),
         ),
         _HEAD,
         names=(

@@ -118,3 +118,13 @@ def by_group(heads: int, groups: int) -> Rows:
 def back(rows: Tensor) -> Tensor:
     """For each row of the file, the number of the row in the model."""
     return torch.argsort(rows)
+
+
+def of_blocks(columns: Tensor, block: int) -> Tensor | None:
+    """An order of columns as an order of blocks of so many columns; None if it cuts a block."""
+    if len(columns) % block:
+        return None
+    order = columns.view(-1, block)
+    starts = order[:, :1]
+    whole = bool((order == starts + torch.arange(block)).all()) and not bool((starts % block).any())
+    return starts.flatten() // block if whole else None

@@ -31,7 +31,10 @@ _T5 = (
     *trunk()[:1],
     Key("n_positions", "context_length", default=512, most=MOST),
     Blocks("num_layers"),
-    Derived("num_decoder_layers", lambda facts, values: facts.integer("decoder_block_count", values["num_layers"])),
+    Derived(
+        "num_decoder_layers",
+        lambda facts, values: facts.integer("decoder_block_count", values["num_layers"], most=facts.blocks),
+    ),
     Key("d_model", "embedding_length"),
     Key("d_ff", "feed_forward_length"),
     Key("num_heads", "attention.head_count"),

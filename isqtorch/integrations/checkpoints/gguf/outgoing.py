@@ -21,7 +21,7 @@ from isqtorch.modules.packed import PackedModule
 from isqtorch.modules.parameter import plain_bytes
 from isqtorch.text import first_names
 
-from .layout import Place, Rows, back
+from .layout import Place, Rows, back, of_blocks
 
 _NOT_IN_FILES = ("q8_1", "q8k")  # of activations, inside of ggml; no program reads a file with them
 TYPES = {row.format: row for row in GGUF_TYPES.values() if row.format in formats() and row.format not in _NOT_IN_FILES}
@@ -131,10 +131,7 @@ def _order_of_blocks(source: Source, columns: Rows) -> Tensor | None:
     """
     assert source.format is not None
     fmt = get_format(source.format)
-    order = back(columns(fmt.in_features(source.tensor.shape[-1]))).view(-1, fmt.block)
-    starts = order[:, :1]
-    whole = bool((order == starts + torch.arange(fmt.block)).all()) and not bool((starts % fmt.block).any())
-    return starts.flatten() // fmt.block if whole else None
+    return of_blocks(back(columns(fmt.in_features(source.tensor.shape[-1]))), fmt.block)
 
 
 def _stack(op: str, name: str, parts: list[tuple[Source, Place]]) -> Entry:

@@ -113,6 +113,7 @@ RECORDS = (
             Rope(always={"truncate": False}),
             Layers(2),
             *experts("num_local_experts", width="intermediate_size"),
+            Only("expert_gating_func", (3,)),  # the softmax of the chosen experts
         ),
         HEAD,
         names=(

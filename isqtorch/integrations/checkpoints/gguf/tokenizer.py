@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .charsmap import charsmap_fault
 from .config import special_id
 from .facts import MOST, Facts
 from .pieces import GPT2, SPLITS, STARTED, WHOLE_TOKENS
@@ -22,6 +23,7 @@ _NAMED = {
     "mask_token": "mask_token_id",
 }
 _SPACE = "\u2581"
+_MOST_WORK = 1 << 30  # letters to copy; a vocabulary of 256,000 tokens needs a twentieth
 
 
 def read_tokenizer(facts: Facts) -> Any:
@@ -96,7 +98,7 @@ def _sentencepiece(facts: Facts, tokens: list[str], kinds: np.ndarray[Any, Any])
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    merges = _merges(facts) or _implied_merges(tokens, kinds, _scores(facts, tokens))
+    merges = _merges(facts) or _implied_merges(facts, tokens, kinds, _scores(facts, tokens))
     unknown = next((tokens[number] for number in np.flatnonzero(kinds == _UNKNOWN)), None)
     backend = Tokenizer(
         BPE(
@@ -129,6 +131,9 @@ def _unigram(facts: Facts, tokens: list[str], kinds: np.ndarray[Any, Any]) -> An
     backend = Tokenizer(Unigram(list(zip(tokens, scores, strict=True)), unk_id=2 if unknown is None else unknown))
     charsmap = facts.metadata.get("tokenizer.ggml.precompiled_charsmap")
     if isinstance(charsmap, np.ndarray) and charsmap.dtype.itemsize == 1 and len(charsmap):
+        why = charsmap_fault(charsmap.tobytes())
+        if why is not None:
+            raise facts.error(f"tokenizer.ggml.precompiled_charsmap {why}. The file is damaged.")
         backend.normalizer = normalizers.Precompiled(charsmap.tobytes())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(_SPACE, "always", True)]
@@ -145,11 +150,22 @@ _BUILDERS: dict[Any, Callable[[Facts, list[str], np.ndarray[Any, Any]], Any]] = 
 }
 
 
-def _implied_merges(tokens: list[str], kinds: np.ndarray[Any, Any], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that a vocabulary with scores implies: all pairs of tokens that make a token, the best score first."""
+def _implied_merges(
+    facts: Facts, tokens: list[str], kinds: np.ndarray[Any, Any], scores: list[float]
+) -> list[tuple[str, str]]:
+    """The merges that a vocabulary with scores implies: all pairs of tokens that make a token, the best score first.
+
+    Raises:
+        ValueError: tokens are so long that it would take minutes; the work grows with the square of their lengths.
+    """
     whole = (kinds == _CONTROL) | (kinds == _USER_DEFINED) | (kinds == _UNKNOWN) | (kinds == _BYTE)
     made = [tokens[number] for number in np.argsort(-np.asarray(scores), kind="stable") if not whole[number]]
     known = frozenset(made)
+    if sum(len(token) ** 2 for token in made) > _MOST_WORK:
+        longest = max(map(len, made))
+        raise facts.error(
+            f"has tokens of up to {longest} letters, too long for merges to be found. The file is damaged."
+        )
     merges = []
     for token in made:
         for at in range(1, len(token)):

@@ -25,6 +25,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOWEST = -1e6  # the score of a token that no merge makes
+_GEMMA4 = "gemma4"
 _LEAVE_OUT = "tokenizer=False writes the file without a tokenizer."
 
 
@@ -48,7 +49,9 @@ class Vocabulary:
         self.metadata[f"tokenizer.ggml.{key}"] = value
 
 
-def vocabulary(op: str, tokenizer: Any, rows: int, pre_tokenizer: str | None = None) -> Vocabulary:
+def vocabulary(
+    op: str, tokenizer: Any, rows: int, pre_tokenizer: str | None = None, architecture: str = ""
+) -> Vocabulary:
     """Describe a tokenizer.
 
     Args:
@@ -56,6 +59,7 @@ def vocabulary(op: str, tokenizer: Any, rows: int, pre_tokenizer: str | None = N
         tokenizer: of transformers, or a processor with one.
         rows: rows of the model's embedding; the file lists as many tokens.
         pre_tokenizer: llama.cpp's name for the rule that splits text; None: look it up. Only for byte-level tokenizers.
+        architecture: name in the file. llama.cpp has a tokenizer of its own for Gemma 4.
 
     Raises:
         ValueError: the tokenizer is of a kind that GGUF or this function does not know, or does not fit the model.
@@ -81,6 +85,9 @@ def vocabulary(op: str, tokenizer: Any, rows: int, pre_tokenizer: str | None = N
         _word_piece(content, found)
     else:
         _sentencepiece(content, found, rows)
+        if kind == "llama" and architecture == _GEMMA4:  # the same, by merges in place of scores
+            found.put("model", _GEMMA4)
+            found.put("merges", [" ".join(pair) for pair in _merges(content["model"])])
     texts = [found.texts.get(i, _padding(i)) for i in range(rows)]
     _check_unique(op, texts)
     found.put("tokens", texts)

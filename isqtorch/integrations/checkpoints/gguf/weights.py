@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from isqtorch.files.gguf_model import GgufModel, StoredTensor
-from isqtorch.formats import get_format
+from isqtorch.formats import QuantFormat, get_format
 from isqtorch.inplace.source import sampled
 from isqtorch.integrations.checkpoints.incoming import Held, Incoming
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape, layer_kind, matrices, upright
 
 from . import types
-from .layout import Place
+from .layout import Place, of_blocks
 from .record import Architecture
 
 
@@ -74,9 +74,11 @@ class GgufWeights(Incoming):
             return Held(None, best, f"its parts are {' and '.join(names)} in the file, and one weight has one format")
         if types.format_of(next(iter(found.types))) is None:
             return Held(None, best, f"{names[0]} in the file, which is no format here")
-        if found.place.columns is not None or found.place.changes:
+        if found.place.changes or (found.place.columns is not None and _blocks_of(found, best) is None):
             return Held(
-                None, best, f"{names[0]} in the file with its columns in another order, which blocks cannot follow"
+                None,
+                best,
+                f"{names[0]} in the file with its columns in another order, which cuts blocks of {best.block}",
             )
         return Held(best)
 
@@ -101,7 +103,13 @@ class GgufWeights(Incoming):
     def blocks(self, name: str) -> Tensor:
         found = self._find(name)
         assert found is not None, "held() said that the file has it"
-        return self._joined(found, [torch.from_numpy(self._file.read(tensor)) for tensor in found.tensors])
+        packed = self._joined(found, [torch.from_numpy(self._file.read(tensor)) for tensor in found.tensors])
+        fmt = types.format_of(found.tensors[0].type)
+        assert fmt is not None, "held() said that the file has blocks"
+        order = None if found.place.columns is None else _blocks_of(found, fmt)
+        if order is not None:
+            packed = packed.unflatten(-1, (len(order), -1)).index_select(-2, order).flatten(-2)
+        return packed
 
     def read(self, name: str) -> Tensor | None:
         found = self._find(name)
@@ -230,6 +238,12 @@ class GgufWeights(Incoming):
     def _error(self, found: _Found, message: str) -> ValueError:
         names = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in found.tensors)
         return ValueError(f"load: {self.where}: {names} {message}. The file is damaged.")
+
+
+def _blocks_of(found: _Found, fmt: QuantFormat) -> Tensor | None:
+    """For each block of a row of the model, its number in the file; None if the order of columns cuts blocks."""
+    assert found.place.columns is not None
+    return of_blocks(found.place.columns(found.tensors[0].shape[-1]), fmt.block)
 
 
 def _moved(value: Tensor, axis: int, rows: Tensor) -> Tensor:

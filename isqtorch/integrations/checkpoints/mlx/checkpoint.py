@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from .weights import MlxWeights
 
 _TEXT = "language_model."
 """The prefix of the text model in a model of images or sound."""
+_LAYERS = re.compile(r"(?:.*_)?(?:n_?)?layers?|depth")
+_SIZE = re.compile(r"(?:.*_)?(?:heads?|experts?|dims?|rank|width|groups?|size|embd|d_model|labels)")
+_MOST_LAYERS = 512  # as in GGUF files
+_LEAST_LIMIT = 1 << 18  # some models have settings for parts that were dropped
 
 
 class MlxCheckpoint(Checkpoint):
@@ -40,6 +45,8 @@ class MlxCheckpoint(Checkpoint):
         files = checkpoint_files(self._folder, "load")
         self.files = tuple(os.path.abspath(file) for file in files)
         self._weights = MlxWeights(self.where, files, settings)
+        self.elements = self._weights.elements()
+        self._check_sizes(self._config, path)
         self._prefix = ""
         text = self._config.get("text_config")
         if isinstance(text, dict) and all(key.startswith(_TEXT) for key in self._weights.keys):
@@ -48,6 +55,15 @@ class MlxCheckpoint(Checkpoint):
             self._config = ({} if tied is None else {"tie_word_embeddings": tied}) | text
             self._prefix = _TEXT
         self._layout = layout_of(self._config.get("model_type"), self.where)
+
+    def _check_sizes(self, content: Any, path: Path) -> None:
+        """ValueError if config.json has a size that no tensor has: its class would make lists and tables of that size."""
+        largest = max(_LEAST_LIMIT, self._weights.largest())
+        for name, value in content.items() if isinstance(content, dict) else ():
+            most = _MOST_LAYERS if _LAYERS.fullmatch(name) else largest if _SIZE.fullmatch(name) else None
+            if most is not None and isinstance(value, (int, float)) and value > most:
+                raise ValueError(f"{path}: {name!r} is {value!r:.40}, and can be at most {most} with the tensors here")
+            self._check_sizes(value, path)
 
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
@@ -62,7 +78,8 @@ class MlxCheckpoint(Checkpoint):
         try:
             config = kind.from_dict({name: value for name, value in content.items() if name not in computed})
         except Exception as error:  # of any kind: the classes compute with the values
-            raise ValueError(f"{self.where}/config.json: {type(error).__name__}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.where}/config.json: {type(error).__name__}: {reason:.400}") from error
         config._name_or_path = self.where
         return config
 
@@ -75,7 +92,8 @@ class MlxCheckpoint(Checkpoint):
                 return auto.from_pretrained(self.where, local_files_only=True, trust_remote_code=False)
             except Exception as error:  # of any kind: the classes parse files of many layouts
                 errors.append(error)
-        raise ValueError(f"{self.where}: no tokenizer can be made of its files: {errors[-1]}") from errors[-1]
+        reason = " ".join(str(errors[-1]).split())
+        raise ValueError(f"{self.where}: no tokenizer can be made of its files: {reason:.400}") from errors[-1]
 
     def generation(self) -> dict[str, Any]:
         path = self._folder / "generation_config.json"

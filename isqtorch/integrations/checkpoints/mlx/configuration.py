@@ -50,8 +50,13 @@ def configuration(model: Any, settings: Mapping[str, Setting], op: str) -> Entri
 
 def refusal(config: Any) -> str | None:
     """Why mlx-lm would compute a model otherwise, or None."""
-    why = _REFUSED.get(config.model_type)
-    return None if why is None else why(_entries(config))
+    entries, why = _entries(config), _REFUSED.get(config.model_type)
+    rope = _whole(entries)
+    if rope.get("rope_type") == "longrope":
+        return "which takes the factors of long texts for short ones too (longrope)"
+    if rope.get("attention_factor") is not None:
+        return "which has no attention_factor of rotary positions"
+    return None if why is None else why(entries)
 
 
 def _entries(config: Any) -> Entries:

@@ -91,7 +91,9 @@ def _check(target: Path, model: Any) -> None:
     """OSError if writing the folder would destroy anything."""
     origin = Origin.of(model)
     files = (*files_of(model), *(origin.files if origin is not None else ()))
-    for place in sorted({str(model.config.name_or_path or ""), *map(os.path.dirname, files)}):
+    # A GGUF file is the whole model: what lies beside it has nothing to do with it.
+    places = (file if file.endswith(".gguf") else os.path.dirname(file) for file in files)
+    for place in sorted({str(model.config.name_or_path or ""), *places}):
         check_place(target, place)
     if target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{OP}: {target} exists and is not an empty folder; give a new one")

@@ -144,7 +144,8 @@ def pieces_of(part: Part, layout: Layout, op: str) -> list[Piece]:
     if setting is None:
         raise ValueError(
             f"{op}: {source.name} is {fmt.name}, which MLX does not have; it has {', '.join(known_formats())}. Pack the model again, "
-            "from its float weights: requantize_(model, 'afq4'), or --isq afq4 on the command line."
+            "from its float weights: requantize_(model, 'afq4'), or --isq afq4 on the command line. A topology gives single layers "
+            "another format."
         )
     *rows, row_bytes = part.rows(source.tensor).shape
     columns = fmt.in_features(row_bytes)

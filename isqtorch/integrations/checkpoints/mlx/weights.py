@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ class MlxWeights:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor in the files, or of its codes if it is quantized."""
         return self._store.tensors[key].shape
+
+    def elements(self) -> int:
+        """How many numbers the files have, or more: a word is counted as 32 codes of one bit."""
+        tensors = self._store.tensors.values()
+        return sum(prod(stored.shape) * (32 if stored.dtype == "U32" else 1) for stored in tensors)
+
+    def largest(self) -> int:
+        """The largest dimension of a tensor, with words counted as codes of one bit."""
+        shapes = (stored.shape for stored in self._store.tensors.values())
+        return 32 * max((size for shape in shapes for size in shape), default=0)
 
     def is_quantized(self, key: str) -> bool:
         return key.endswith(".weight") and key.removesuffix(".weight") in self._quantized
