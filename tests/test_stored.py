@@ -90,6 +90,41 @@ def test_kept(case: str) -> None:
         assert torch.equal(values.reshape(weight.shape), DATA[f"{case}/values"]), fmt.name
 
 
+def compressed_int4() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(tensors, codes less their zero, scales) of a weight of compressed-tensors with groups of 32."""
+    prefix = "ct_int4_g32_sym/tensors/"
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in DATA.items() if key.startswith(prefix)}
+    scales = tensors["a.weight_scale"].float()
+    return tensors, torch.round(DATA["ct_int4_g32_sym/values"] / scales.repeat_interleave(32, 1)), scales
+
+
+def test_columns_in_any_group() -> None:
+    """compressed-tensors with act-order: `weight_g_idx`. -1 everywhere means that it is not used."""
+    tensors, codes, scales = compressed_int4()
+    index = torch.arange(192).flip(0) // 32
+    for stored, group in ((index, index), (torch.full((192,), -1), torch.arange(192) // 32)):
+        files = files_of({**tensors, "a.weight_g_idx": stored.int()}, {})
+        weights, hidden = method_of(ENTRIES["ct_int4_g32_sym"]).find(files)
+        weight = weights["a.weight"]
+        assert "a.weight_g_idx" in hidden
+        assert torch.equal(decoded(files, weight), codes * scales[:, group])
+        assert bool(weight.kept(files).formats) == (stored is not index)
+
+
+def test_words_of_whole_codes() -> None:
+    """Older compressed-tensors: ten codes of 3 bits in a word, and two bits unused."""
+    codes = torch.randint(0, 8, (6, 192), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(codes, (0, 8)).view(6, 20, 10)
+    words = sum(padded[..., i] << 3 * i for i in range(10))
+    assert isinstance(words, Tensor)
+    scales = torch.full((6, 3), 0.5)
+    tensors = {"a.weight_packed": words.int(), "a.weight_scale": scales, "a.weight_shape": torch.tensor([6, 192])}
+    files = files_of(tensors, {})
+    entry = ENTRIES["ct_int3_g32_sym"]
+    weights, _ = method_of(entry).find(files)
+    assert torch.equal(decoded(files, weights["a.weight"]), (codes - 4) * 0.5)
+
+
 # ---- damaged tensors -------------------------------------------------------------------------------------------------
 
 TYPES = (

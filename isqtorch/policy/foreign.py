@@ -21,8 +21,8 @@ def check_foreign(foreign: Foreign | None, request: Request) -> None:
     if foreign.recorded:
         why = "Only the others would be packed, and what save_pretrained writes could not be read: it records one quantizer."
         ways = (
-            "Turn these layers into floats first (model.dequantize(), if the quantizer has that), or load the original model with "
-            "quantization_config=isqtorch.IsqConfig(...)."
+            "Turn these layers into floats first (model.dequantize(), if the quantizer has that), or load the checkpoint again with "
+            "quantization_config=isqtorch.IsqConfig(...), which decodes most methods weight by weight."
         )
     elif can_mix:
         why = "Only the others would be packed."

@@ -12,6 +12,7 @@ import torch
 from hf import logits
 from moe_models import build
 from quantized_folders import fp8_block, fp8_one, fp8_rows, mxfp4, packed, rewrite, same, write
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -352,6 +353,14 @@ def test_an_unknown_method(tmp_path: Path) -> None:
         (quantized / "config.json").write_text(json.dumps(config))
         with pytest.raises(NotImplementedError, match=f"quantized by '{method}', which is not read here. Known .*fp8"):
             packed(quantized, "q4k")
+
+
+def test_files_of_pickles(tmp_path: Path) -> None:
+    quantized, _ = folders(tmp_path, "block")
+    torch.save(load_file(quantized / "model.safetensors"), quantized / "pytorch_model.bin")
+    (quantized / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="quantized by fp8, and only safetensors files of such checkpoints are read"):
+        packed(quantized, "q4k")
 
 
 def test_an_entry_without_a_method(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def fp8_weight(
         raise ValueError(
             f"{scale} is {list(scales)}, which are not the scales of {codes} {list(shape)}{blocks}. The checkpoint is damaged."
         )
-    if size == tuple(shape[-2:]):
+    if size == block:
+        what = f"{method} (blocks of {size[0]} x {size[1]})"
+    elif size == tuple(shape[-2:]):
         what = f"{method} (one scale)"
     elif size == (1, shape[-1]):
         what = f"{method} (a scale for each row)"

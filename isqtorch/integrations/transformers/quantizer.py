@@ -227,9 +227,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _pack_stack(self, model: Any, name: str, stack: Stack) -> Tensor:
         """Pack a stack of experts that is decoded one by one."""
         module = model.get_submodule(name.rpartition(".")[0])
-        if stack.turned != module.is_turned():  # its matrices are [K, N]
-            return self._attempt(name, lambda load: _packed(load, model, name, stack.whole()))
-        return self.pack_experts(model, name, [[partial(stack.matrix, n) for n in range(stack.weight.shape[0])]])
+        upright = stack.turned == module.is_turned()  # else its matrices are [K, N]
+        experts = range(stack.weight.shape[0])
+        return self.pack_experts(model, name, [[partial(stack.matrix, number, upright) for number in experts]])
 
     def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load

@@ -248,17 +248,10 @@ class Stack:
         where = self.device if device is None else torch.device(device)
         return Stack(self.quantized, self.weight, self.turned, where, dtype or self.dtype)
 
-    def matrix(self, expert: int) -> Tensor:
-        """The matrix of one expert, with the output features first if the method says which they are."""
-        return self.quantized.matrix(self.weight, expert).to(device=self.device, dtype=self.dtype)
-
-    def whole(self) -> Tensor:
-        """The stack as the model has it."""
-        first = self.matrix(0)
-        out = first.new_empty((self.weight.shape[0], *first.shape))
-        for expert in range(len(out)):
-            out[expert] = self.matrix(expert)
-        return out.transpose(1, 2).contiguous() if self.turned else out
+    def matrix(self, expert: int, upright: bool) -> Tensor:
+        """The matrix of one expert, with the output features first; `upright` says whether it is stored so."""
+        matrix = self.quantized.matrix(self.weight, expert).to(device=self.device, dtype=self.dtype)
+        return matrix if upright else matrix.t()
 
 
 # ---- how a checkpoint holds a parameter ------------------------------------------------------------------------------
