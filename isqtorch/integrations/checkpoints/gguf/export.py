@@ -90,6 +90,7 @@ def export_gguf(
         isqtorch.quantize_(model, "q4k")
         isqtorch.export_gguf(model, "model-q4k.gguf", tokenizer)
     """
+    path = os.path.expanduser(path)
     _check_path(path, model)
     config = _text_config(model)
     architecture = check_config(config)
