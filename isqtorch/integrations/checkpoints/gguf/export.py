@@ -91,8 +91,8 @@ def export_gguf(
         isqtorch.export_gguf(model, "model-q4k.gguf", tokenizer)
     """
     path = os.path.expanduser(path)
-    _check_path(path, model)
     config = _text_config(model)
+    _check_path(path, model)
     architecture = check_config(config)
     check_layers(OP, model, "a GGUF file")
     try:
