@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from isqtorch.checkpoint import load_
 from isqtorch.files.binary import open_binary, read_bytes, read_text
 from isqtorch.files.checkpoints import checkpoint_files, opened, read_headers, read_json
-from isqtorch.files.writing import recover, replacing, replacing_folder
+from isqtorch.files.writing import recover, replacing, replacing_folder, write_atomically
 from isqtorch.importance.calibration import read_calibration_text
 from isqtorch.importance.imatrix import read_imatrix
 from isqtorch.inplace.source import TensorFiles, files_in
@@ -199,3 +201,35 @@ def test_kept_files_and_failures_of_a_folder(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in target.iterdir()} == {"mine.txt": "old", "both.txt": "new"}
     assert (target / "mine.txt").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """A device or a pipe would become an ordinary file: for the user root, /dev/null of the whole machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for place in (pipe, link):
+        with pytest.raises(FileExistsError, match=f"{place} exists and is not a file"):
+            write_atomically(place, [b"x"])
+    assert stat.S_ISFIFO(os.lstat(pipe).st_mode) and link.is_symlink()
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        write_atomically(tmp_path, [b"x"])
+    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path / 'none'} for"):
+        write_atomically(tmp_path / "none" / "x", [b"x"])
+    with pytest.raises(FileExistsError, match="is not a file"), replacing(tmp_path / "late") as temporary:
+        temporary.write_bytes(b"x")
+        os.mkfifo(tmp_path / "late")  # while it was written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "link", "pipe"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'x'}'"), replacing(tmp_path / "x"):
+        raise full
+    target = tmp_path / "folder"
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{target}'"),
+        replacing_folder(target, lambda path: False),
+    ):
+        raise full
+    assert not list(tmp_path.iterdir())

@@ -74,17 +74,10 @@ def write_gguf(path: str | os.PathLike[str], metadata: Mapping[str, Value], tens
         OSError: the file cannot be written.
     """
     header = encode_header(metadata, tensors)
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(header)
-            for tensor in tensors:
-                _write_tensor(file, tensor)
-    except OSError as error:
-        if (
-            error.errno is not None and error.filename is None
-        ):  # writing does not know the name: a full disk, a limit of size
-            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            _write_tensor(file, tensor)
 
 
 def _write_tensor(file: BinaryIO, tensor: Entry) -> None:

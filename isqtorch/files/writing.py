@@ -27,10 +27,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     permissions that the user's umask gives.
 
     Raises:
-        OSError: as `open` and writing do.
+        OSError: `path` is a folder, a device or a pipe, or its folder does not exist; or as `open` and writing do. The
+            error names a file.
     """
     target = Path(path)
-    with _beside(target) as folder:
+    _check_file(target)
+    with _naming(target), _beside(target) as folder:
         temporary = folder / _NEW
         with open(temporary, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -38,7 +40,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        _check_file(target)  # again: writing may have taken an hour
         os.replace(temporary, target)
+
+
+def _check_file(target: Path) -> None:
+    """OSError if no file can be put there, or if it would take the place of something else, such as /dev/null."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} exists and is not a file; give another name")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.absolute().parent} for {target}")
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Add the name to errors that have none: writing does not know it, if the disk is full or a limit is reached."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise type(error)(error.errno, error.strerror, str(target)) from error
+        raise
 
 
 def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
@@ -59,7 +83,7 @@ def replacing_folder(target: Path, kept: Callable[[Path], bool]) -> Iterator[Pat
         OSError: as writing and renaming do.
     """
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as folder:
+    with _naming(target), _beside(target) as folder:
         new, old = folder / _NEW, folder / _OLD
         new.mkdir()  # with the permissions that the user's umask gives
         yield new

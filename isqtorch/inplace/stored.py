@@ -9,31 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isqtorch.files.tensors import Stored, TensorStore
+from isqtorch.files.tensors import DTYPES, Stored, TensorStore
 from isqtorch.formats import QuantFormat
 from isqtorch.formats.stored import Header, StoredFiles, StoredWeight, method_of
 from isqtorch.formats.stored.base import Parts
-
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class QuantizedFiles:
@@ -53,9 +32,9 @@ class QuantizedFiles:
         method = method_of(entry)
         headers = {}
         for name, tensor in store.tensors.items():
-            if tensor.dtype not in _TYPES:
+            if tensor.dtype not in DTYPES:
                 raise ValueError(f"{tensor.file}: tensor {name} has the unknown type {tensor.dtype}")
-            headers[name] = Header(_TYPES[tensor.dtype], tensor.shape)
+            headers[name] = Header(DTYPES[tensor.dtype], tensor.shape)
         self._store = store
         self.files = StoredFiles(headers, self._read, store.metadata)
         self.method = method.name

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from isqtorch.files.checkpoints import Checkpoint, checkpoint_files, read_json
-from isqtorch.policy.headers import DTYPES
 from isqtorch.policy.inventory import Inventory
 from isqtorch.report.plan import Described
 

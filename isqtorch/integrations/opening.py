@@ -16,7 +16,7 @@ import torch
 from isqtorch.files.checkpoints import opened
 from isqtorch.formats.stored import method_of
 
-from .bounded import check_size, few_parameters
+from .bounded import check_size, parameters_on_meta
 from .checkpoints.doors import open_checkpoint
 from .checkpoints.incoming import Checkpoint
 from .classes import Need, auto_class, described, unable
@@ -158,12 +158,11 @@ class Opened:
             ValueError: the configuration makes no model, or one that is much larger than the checkpoint.
         """
         try:
-            with few_parameters(self.source):
-                if self.checkpoint is not None:
-                    with torch.device("meta"):  # no memory is taken before the sizes are known
-                        trial = self.auto.from_config(copy.deepcopy(self.config))
-                    check_size(trial, self.checkpoint.elements, self.source)
-                return empty_model(self.auto, self.config, dtype, self.trust_remote_code)
+            if self.checkpoint is not None:
+                with torch.device("meta"):  # no memory is taken before the sizes are known
+                    trial = empty_model(self.auto, self.config, where=self.source)
+                check_size(trial, self.checkpoint.elements, self.source)
+            return empty_model(self.auto, self.config, dtype, self.trust_remote_code, self.source)
         except (ImportError, OSError):
             raise
         except Exception as error:  # of any kind: the classes compute with the values of the configuration
@@ -180,13 +179,16 @@ class Opened:
         return own if isinstance(own, torch.dtype) and own.is_floating_point else None
 
 
-def empty_model(auto: Any, config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    auto: Any,
+    config: Any,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    where: str = "config.json",
+) -> Any:
     """A model of a configuration with parameters on the meta device, and with real buffers, which no file has."""
-    with needs_transformers():
-        from accelerate import init_empty_weights
-
     settings = {} if dtype is None else {"dtype": dtype}
-    with init_empty_weights():
+    with parameters_on_meta(where):
         return auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **settings)
 
 

@@ -10,27 +10,11 @@ from typing import Any
 import torch
 
 from isqtorch.files.checkpoints import Headers
+from isqtorch.files.tensors import DTYPES
 
 from .inventory import Inventory
 from .layers import LayerInfo, head_by_name
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _EMBEDDING = re.compile(
     r"(?:^|_)(?:embed|embeddings?)(?:_(?:tokens?|in|positions?|tokens_per_layer))?$"
     r"|^(?:wte|wpe|wtte|shared|relative_attention_bias)$"

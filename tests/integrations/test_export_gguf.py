@@ -396,3 +396,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, bytes_left: int) -> None:
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("isqtorch: ") and "x.gguf" in last
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model is a NoneType, must be a model of transformers"):
+        isqtorch.export_gguf(None, tmp_path / "x.gguf")  # type: ignore[arg-type]

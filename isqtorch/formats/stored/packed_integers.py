@@ -57,16 +57,10 @@ class Gptq(StoredMethod):
         self.less_one = kind == "gptq"
 
     def weight(self, name: str, files: StoredFiles) -> StoredWeight | None:
-        if not name.endswith(".qweight"):
+        parts = _named_parts(name, files, self.name)
+        if parts is None:
             return None
-        stem = name.removesuffix("qweight")
-        parts = {"codes": name}
-        for role, leaf in (("zeros", "qzeros"), ("scale", "scales")):
-            parts[role] = companion(files, name, (f"{stem}{leaf}",), self.name)
-        check_type(files, name, torch.int32)
-        check_type(files, parts["zeros"], torch.int32)
-        check_type(files, parts["scale"], *FLOATS)
-        shape = files.headers[name].shape
+        stem, shape = name.removesuffix("qweight"), files.headers[name].shape
         if len(shape) != 2:
             raise ValueError(f"{name} is {list(shape)}, must have two dimensions. The checkpoint is damaged.")
         width, columns = self.width, 32 * shape[0] // self.width
@@ -121,16 +115,10 @@ class Awq(StoredMethod):
             )
 
     def weight(self, name: str, files: StoredFiles) -> StoredWeight | None:
-        if not name.endswith(".qweight"):
+        parts = _named_parts(name, files, self.name)
+        if parts is None:
             return None
-        stem = name.removesuffix("qweight")
-        parts = {"codes": name}
-        for role, leaf in (("zeros", "qzeros"), ("scale", "scales")):
-            parts[role] = companion(files, name, (f"{stem}{leaf}",), self.name)
-        check_type(files, name, torch.int32)
-        check_type(files, parts["zeros"], torch.int32)
-        check_type(files, parts["scale"], *FLOATS)
-        shape = files.headers[name].shape
+        stem, shape = name.removesuffix("qweight"), files.headers[name].shape
         scales = files.headers[parts["scale"]].shape
         if len(shape) != 2 or len(scales) != 2 or not scales[0] or shape[0] % scales[0]:
             raise ValueError(
@@ -141,6 +129,20 @@ class Awq(StoredMethod):
         check_shape(files, parts["zeros"], (scales[0], shape[1]))
         group = columns // scales[0]
         return AwqWeight(f"{stem}weight", (rows, columns), parts, f"{self.name} (4 bits, groups of {group})", 4, group)
+
+
+def _named_parts(name: str, files: StoredFiles, method: str) -> dict[str, str] | None:
+    """The tensors beside `NAME.qweight`, with checked types; None if the name is another one."""
+    if not name.endswith(".qweight"):
+        return None
+    stem = name.removesuffix("qweight")
+    parts = {"codes": name}
+    for role, leaf in (("zeros", "qzeros"), ("scale", "scales")):
+        parts[role] = companion(files, name, (f"{stem}{leaf}",), method)
+    check_type(files, name, torch.int32)
+    check_type(files, parts["zeros"], torch.int32)
+    check_type(files, parts["scale"], *FLOATS)
+    return parts
 
 
 def checked_bits(entry: Mapping[str, Any], option: str, known: tuple[int, ...]) -> int:

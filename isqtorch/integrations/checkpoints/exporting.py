@@ -31,7 +31,8 @@ def check_layers(op: str, model: nn.Module, file: str) -> None:
     if adapters:
         raise ValueError(
             f"{op}: the model has adapters ({first_names([path or 'the model itself' for path in adapters], 2)}), and {file} has no "
-            "place for them. Merge them first: model = model.merge_and_unload()."
+            "place for them. Merge them first: model = model.merge_and_unload(). For packed layers, this needs "
+            "isqtorch.integrations.peft.enable() before the adapters are made."
         )
     foreign = find_foreign(model)
     if foreign is not None:

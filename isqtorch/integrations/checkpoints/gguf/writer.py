@@ -60,8 +60,9 @@ def write_model(
     model: nn.Module, path: str | os.PathLike[str], tokenizer: Any, name: str | None, pre: str | None
 ) -> None:
     """Write a model; see `export_gguf`."""
-    _check_path(path, model)
+    path = os.path.expanduser(path)
     config = _text_config(model)
+    _check_path(path, model)
     architecture = check_config(config)
     check_layers(OP, model, "a GGUF file")
     try:

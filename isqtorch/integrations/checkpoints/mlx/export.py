@@ -45,7 +45,7 @@ def export_mlx(model: Any, folder: str | os.PathLike[str], tokenizer: Any = None
         isqtorch.quantize_(model, "afq4")
         isqtorch.export_mlx(model, "model-mlx", tokenizer)
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise ValueError(
