@@ -44,7 +44,7 @@ def parameters_on_meta(where: str) -> Iterator[None]:
 @cache
 def _install() -> None:
     """Install the hook, which is never removed: another thread may just be calling it."""
-    register_module_parameter_registration_hook(_to_meta)
+    register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # torch means that it may return one
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -228,4 +229,5 @@ def _from_checkpoint(
     report.notes += found.checkpoint.notes
     if found.companions.why:
         report.notes.append(f"without a tokenizer: {found.companions.why}")
+        warnings.warn(f"{_OP}: without a tokenizer: {found.companions.why.removeprefix('load: ')}", stacklevel=4)
     return model, report, imatrix

@@ -349,3 +349,26 @@ def test_a_model_that_no_file_fills_is_never_built(
         isqtorch.load(path)
     assert "\n" not in str(raised.value) and "x.gguf" in str(raised.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"temp": 0.0, "top_k": 40}, {"do_sample": False}),
+        ({"temp": -1.0}, {"do_sample": False}),
+        ({"temp": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"temperature": 0.5, "top_k": 0, "top_p": 1.0}),
+        ({"top_k": -5, "top_p": 7.5, "min_p": "x"}, {"top_k": 0}),
+        ({"temp": float("nan"), "top_p": True}, {}),
+    ],
+)
+def test_settings_for_sampling_are_those_of_llama_cpp(
+    stated: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    metadata = {f"general.sampling.{key}": value for key, value in stated.items()}
+    path = write_model(tmp_path / "x.gguf", tiny_model_once(), metadata=metadata)
+    found = GgufCheckpoint(path).generation()
+    wanted = {"do_sample": True} | expected if expected else {}
+    named = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+    assert {name: found[name] for name in named if name in found} == wanted
+    model = isqtorch.load(path).model
+    model.generate(torch.tensor([[1, 5]]), max_new_tokens=2)  # transformers refuses values that it does not know

@@ -14,10 +14,12 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
+import isqtorch
 from isqtorch.integrations.checkpoints.gguf.charsmap import charsmap_fault
 from isqtorch.integrations.checkpoints.gguf.checkpoint import GgufCheckpoint
 from isqtorch.integrations.checkpoints.gguf.pieces import SPLITS
 from tests.gguf_files import f32, write
+from tests.integrations.gguf_models import tiny_model, write_model
 
 TEXT = (
     "Hello world! It's 12345 o'clock, we'RE here.\n\n  def f(x):\n\treturn x**2  # 3.14\n" * 4
@@ -310,3 +312,14 @@ def test_tokens_without_end_are_refused(tmp_path: Path) -> None:
             tmp_path, SENTENCEPIECE | {"tokenizer.ggml.token_type": [1] * len(PIECES)}, tokens=tokens
         ).tokenizer()
     assert time.process_time() - began < 1
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    """The model loads all the same, but nobody should learn it from a None."""
+    path = write_model(tmp_path / "x.gguf", tiny_model("llama"), metadata={"tokenizer.ggml.model": "plamo2"})
+    with pytest.warns(
+        UserWarning, match=r"load: without a tokenizer: .*x.gguf: has a tokenizer of the kind 'plamo2'"
+    ) as told:
+        loaded = isqtorch.load(path)
+    assert loaded.tokenizer is None and any("plamo2" in note for note in loaded.report.notes)
+    assert [each.filename for each in told if "plamo2" in str(each.message)] == [__file__]

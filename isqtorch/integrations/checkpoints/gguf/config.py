@@ -14,7 +14,7 @@ import numpy as np
 from isqtorch.files.gguf_model import GgufModel
 from isqtorch.text import first_names
 
-from .facts import Facts, as_written
+from .facts import MOST, Facts, as_written
 from .record import Architecture
 from .rope import FACTORS, LONG, SHORT, llama3_parameters, proportional_share
 
@@ -36,7 +36,13 @@ _ENDS = frozenset(
     {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>",
      "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "<|end_of_role|>", "[EOS]"}
 )  # fmt: skip
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+# Name in the file -> name in transformers, and the largest value.
+_SAMPLING = {
+    "temp": ("temperature", np.inf),
+    "top_k": ("top_k", MOST),
+    "top_p": ("top_p", 1.0),
+    "min_p": ("min_p", 1.0),
+}
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -112,12 +118,23 @@ def read_generation(facts: Facts) -> dict[str, Any]:
     known = [each for each in dict.fromkeys(ends) if each is not None]
     if known:
         settings["eos_token_id"] = known if len(known) > 1 else known[0]
-    for key, name in _SAMPLING.items():
+    return settings | _sampling(facts)
+
+
+def _sampling(facts: Facts) -> dict[str, Any]:
+    """How to sample, as llama.cpp means it: a temperature of 0 takes the likeliest token, and a top_k of 0 takes all."""
+    settings: dict[str, Any] = {}
+    for key, (name, most) in _SAMPLING.items():
         value = facts.metadata.get(f"general.sampling.{key}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
-            settings[name] = value if isinstance(value, int) else as_written(value)
-            settings["do_sample"] = True
-    return settings
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value) or value > most:
+            continue
+        if key == "temp" and value <= 0:
+            return {"do_sample": False}
+        if key == "top_k":
+            settings[name] = max(0, int(value))
+        elif value > 0:
+            settings[name] = as_written(float(value))
+    return settings | {"do_sample": True} if settings else {}
 
 
 def _read_factors(facts: Facts, values: dict[str, Any], model: GgufModel) -> None:
