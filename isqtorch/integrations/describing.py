@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from isqtorch.files.checkpoints import Checkpoint, checkpoint_files, read_json
+from isqtorch.files.tensors import DTYPES
 from isqtorch.policy.inventory import Inventory
 from isqtorch.report.plan import Described
 
