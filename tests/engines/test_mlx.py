@@ -42,7 +42,14 @@ OTHERWISE = {
     "gemma2": {"sliding_window": 64},
     "gpt2": {"tie_word_embeddings": True},
     "gpt_neox": {"intermediate_size": 256},
+    # With 64 layers, as llama.cpp wants it, rounding errors add up.
+    "exaone4, windows": {
+        "num_hidden_layers": 8,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    },
     "granite": {"intermediate_size": 128},  # mlx-lm quantizes it in groups of 64
+    "granite, biases": {"intermediate_size": 128},
+    "lfm2_moe": {"tie_word_embeddings": True},
     "granitemoe": {"intermediate_size": 128},
     "gpt_oss": {"intermediate_size": 128},
 }

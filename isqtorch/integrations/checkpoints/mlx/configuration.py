@@ -125,6 +125,11 @@ def _neox(entries: Entries) -> Entries:
     }
 
 
+def _width(entries: Entries) -> int:
+    """The width of a head, where the configuration leaves it to the usual rule."""
+    return int(entries["hidden_size"]) // int(entries["num_attention_heads"])
+
+
 def _granite(entries: Entries) -> Entries:
     names = {"linear_attention": "mamba", "full_attention": "attention"}
     return {"layer_types": [names.get(name, name) for name in entries.get("layer_types") or []]}
@@ -153,6 +158,7 @@ def _partial(entries: Entries) -> str | None:
 
 _OLDER: dict[str, Callable[[Entries], Entries]] = {
     "apertus": lambda entries: {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "exaone4": lambda entries: {"head_dim": entries.get("head_dim") or _width(entries)},
     "exaone_moe": lambda entries: {"is_moe_layer": [name == "sparse" for name in entries["mlp_layer_types"]]},
     "gpt2": lambda entries: {"n_ctx": entries["n_positions"]},
     "gpt_bigcode": lambda entries: {"n_inner": entries.get("n_inner") or 4 * entries["n_embd"]},
