@@ -44,8 +44,8 @@ OTHERWISE = {
     "gpt_neox": {"intermediate_size": 256},
     # With 64 layers, as llama.cpp wants it, rounding errors add up.
     "exaone4, windows": {
-        "num_hidden_layers": 8,
-        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },
     "granite": {"intermediate_size": 128},  # mlx-lm quantizes it in groups of 64
     "granite, biases": {"intermediate_size": 128},
