@@ -324,7 +324,7 @@ def test_the_blocks_of_tensors_are_counted(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"llama.block_count is {count}, must be an integer from 1 to (3|512)"):
             GgufCheckpoint(path).config()
     path = write_model(tmp_path / "x.gguf", tiny_model("t5"), metadata={"t5.decoder_block_count": 3})
-    with pytest.raises(ValueError, match=r"t5.decoder_block_count is 3, must be an integer from 0 to 2"):
+    with pytest.raises(ValueError, match=r"t5.decoder_block_count is 3, must be an integer from 1 to 2"):
         GgufCheckpoint(path).config()
 
 
