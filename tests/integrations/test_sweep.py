@@ -116,6 +116,7 @@ def test_a_configuration_keeps_one_layer_of_every_kind() -> None:
     defaults = {
         "num_hidden_layers": 6,
         "layer_types": ["s", "s", "f", "s", "s", "f"],
+        "per_layer_config": {"02": {"head_dim": 512}, "05": {"head_dim": 512}},
         "hidden_size": 4096,
         "vocab_size": 99999,
         "pad_token_id": 99998,
@@ -125,6 +126,7 @@ def test_a_configuration_keeps_one_layer_of_every_kind() -> None:
     }
     small = next(shrink.candidates(defaults, {"text_config.hidden_size": 128}))
     assert small["num_hidden_layers"] == 2 and small["layer_types"] == ["s", "f"]
+    assert small["per_layer_config"] == {"1": {"head_dim": 512}}
     assert small["hidden_size"] == 256 and small["vocab_size"] == 512 and small["eos_token_id"] == [7, 8]
     assert (
         small["pad_token_id"] != small["image_token_id"] and max(small["pad_token_id"], small["image_token_id"]) < 512

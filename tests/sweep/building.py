@@ -13,15 +13,35 @@ from isqtorch.integrations.classes import auto_class
 
 from . import inputs, shrink
 
-MOST_WEIGHTS = 40_000_000  # of a model that is small enough
+MOST_WEIGHTS = 130_000_000  # of a model that is small enough
 _STD = 0.05
 
 # What a type needs otherwise than the rules of `shrink` say; "vision_config.depth" is a value of a part.
+_THREE_AXES = [8, 12, 12]  # sections of rotary positions for heads of 64 channels
+_HALF = [4, 6, 6]  # where half of the channels have positions
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
-    "deepseek_v2": {"qk_rope_head_dim": 32},
-    "mamba": {"intermediate_size": 512},
-    "falcon_mamba": {"intermediate_size": 512},
-    "gemma3_text": {"query_pre_attn_scalar": 64},
+    # The defaults of these are None, which their code cannot use.
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    # The code of these has sections for heads of 128 channels, where the configuration has none.
+    "glm4v": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "glm4v_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": _HALF},
+    "glm4v_moe_text": {"rope_parameters.mrope_section": _HALF},
+    "qwen2_5_omni_thinker": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_5_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    # Numbers that depend on each other.
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # a layer for each of its cycles
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
 }
 
 
@@ -47,17 +67,17 @@ def build(kind: str) -> Built:
 
     config_class = CONFIG_MAPPING[kind]
     uncalled: Built | None = None
-    why = "no configuration was tried"
+    why: list[str] = []
     for model in _models(kind, config_class):
         if isinstance(model, str):
-            why = model
+            why.append(model)
             continue
         arguments, remark = _arguments(model)
         if arguments is not None:
             return Built(model, arguments, "")
         uncalled = uncalled or Built(model, None, remark)
     if uncalled is None:
-        raise NotBuilt(why)
+        raise NotBuilt("; ".join(dict.fromkeys(why)))
     return uncalled
 
 
@@ -90,10 +110,15 @@ def _models(kind: str, config_class: Any) -> Iterator[Any]:
 
 def class_of(kind: str, config: Any) -> Any:
     """The class that a model of this type usually has: most types have several."""
-    from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+    import transformers
 
-    whole = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq) if getattr(config, "is_encoder_decoder", False) else ()
-    for auto in (*whole, AutoModelForMaskedLM):
+    first = ["MaskedLM"]
+    if getattr(config, "is_encoder_decoder", False):
+        first = ["Seq2SeqLM", "SpeechSeq2Seq", *first]
+    if config.sub_configs:  # the whole, and not its text model
+        first = ["ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TextToWaveform", *first]
+    for name in first:
+        auto = getattr(transformers, f"AutoModelFor{name}")
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     return auto_class(kind, config)[1]
@@ -109,15 +134,15 @@ def _fill(model: nn.Module) -> None:
 
 
 def _arguments(model: Any) -> tuple[dict[str, Tensor] | None, str]:
-    remark = "its forward takes none of the known inputs"
+    remark = ""
     for arguments in inputs.candidates(model):
         try:
             outputs(model, arguments)
         except Exception as error:  # wrong arguments fail anywhere in the model, in any way
-            remark = f"not called: {described(error)}"
+            remark = remark or f"not called: {described(error)}"  # the likeliest arguments come first
         else:
             return arguments, ""
-    return None, remark
+    return None, remark or "not called: its forward takes none of the known inputs"
 
 
 def outputs(model: Any, arguments: Mapping[str, Tensor]) -> list[Tensor]:
@@ -142,5 +167,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def described(error: BaseException) -> str:
-    """The first line of an error, with its type."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
+    """The beginning of an error, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,46 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
                 yield {name: sound, **extra}
                 if "input_ids" in takes:
                     yield {name: sound, **text}
+    if "grid_thw" in takes:  # patches of a picture of 4 x 4 patches, one in each row
+        patch = channels * _value(config, "temporal_patch_size", 1) * _value(config, "patch_size", 14) ** 2
+        for name in ("hidden_states", "pixel_values"):
+            if name in takes:
+                yield {name: floats(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])}
+    required = _required(takes, config, ids, floats)
+    if required:
+        yield required
+        for given in (
+            pictures,
+            {"pixel_values_videos": floats(1, _value(config, "num_frames", 4), channels, size, size)},
+        ):
+            better = {**required, **{name: value for name, value in given.items() if name in required}}
+            yield {**better, **extra}
+            if "input_ids" in takes:
+                yield {**better, **text}
     for name in ("inputs_embeds", "hidden_states"):
         if name in takes:
-            yield {name: floats(1, _TOKENS, _value(config, "hidden_size", 256))}
-    name = model.main_input_name
-    if name in takes and name not in ("input_ids", "pixel_values", "input_features", "input_values"):
-        yield {name: floats(1, _TOKENS, _value(config, "hidden_size", 256))}
+            yield {name: floats(1, _TOKENS, _hidden(config))}
+
+
+def _required(takes: Mapping[str, inspect.Parameter], config: Any, ids: Tensor, floats: Any) -> dict[str, Tensor]:
+    """All arguments without a default. The end of a name says what kind of values it takes."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {}
+    for name, parameter in takes.items():
+        if parameter.default is not inspect.Parameter.empty or parameter.kind not in kinds:
+            continue
+        if name.endswith("ids"):
+            found[name] = ids
+        elif name.endswith("mask"):
+            found[name] = torch.ones_like(ids)
+        else:
+            found[name] = floats(1, _TOKENS, _hidden(config))
+    return found
+
+
+def _hidden(config: Any) -> int:
+    names = ("hidden_size", "d_model", "embed_dim", "dim")
+    return next((size for size in (_value(config, name, None) for name in names) if type(size) is int), 256)
 
 
 def _sounds(config: Any, floats: Any) -> dict[str, list[Tensor]]:
