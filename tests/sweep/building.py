@@ -26,6 +26,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "hunyuan_v1_moe": {"head_dim": 64},
+    "nemotron": {"head_dim": 64, "num_key_value_heads": 4},
     # The code of these has sections for heads of 128 channels, where the configuration has none.
     "glm4v": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
     "glm4v_text": {"rope_parameters.mrope_section": _THREE_AXES},
@@ -38,6 +39,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
     # Numbers that depend on each other.
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64},
+    "bamba": {"attn_layer_indices": [1]},  # one layer of each kind
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # a layer for each of its cycles
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"num_heads": 8},

@@ -41,7 +41,8 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         yield {**pictures, **extra}
         for side in (32, 224, 384):
             yield {"pixel_values": floats(1, channels, side, side)}
-        yield {"pixel_values": floats(1, _value(config, "num_frames", 4), channels, size, size)}
+        for frames in (_value(config, "num_frames", 4), 2):  # a video; two pictures to compare
+            yield {"pixel_values": floats(1, frames, channels, size, size)}
     for name in ("input_features", "input_values"):
         if name in takes:
             for sound in sounds[name]:
@@ -53,6 +54,9 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         for name in ("hidden_states", "pixel_values"):
             if name in takes:
                 yield {name: floats(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])}
+    if "past_values" in takes:  # of time series
+        series = floats(1, _value(config, "context_length", 32), _value(config, "num_input_channels", 1))
+        yield {"past_values": series}
     required = _required(takes, config, ids, floats)
     if required:
         yield required
