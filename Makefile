@@ -27,7 +27,7 @@ ENGINES_STAMP := $(ENGINES)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subs
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-neon test-emulator cuda-check gpu-check fuzz mutants sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-s
 
 fuzz: build  ## a million damaged inputs for every reader and operator; FUZZ=5000 for fewer, SECONDS=120 for a limit of time
 	PYTHONPATH=.:tests $(PYTHON) -m fuzz $(if $(FUZZ),--inputs $(FUZZ)) $(if $(SECONDS),--seconds $(SECONDS))
+
+sweep: build  ## a small model of every type that transformers has: packed, saved, requantized, called; writes docs/models.md; SAMPLE=30 for some
+	$(PYTHON) -m tests.sweep $(if $(SAMPLE),--sample $(SAMPLE))
 
 mutants: build  ## every barrier and address space of the Metal shaders is needed; SAMPLE=20 for some of them (needs clang-19)
 	PYTHONPATH=.:tests $(PYTHON) -m emulator.metal.mutants $(if $(SAMPLE),--sample $(SAMPLE))

@@ -209,3 +209,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is not a JSON object")
     return content
+
+
+def special_floats(value: Any) -> Any:
+    """Undo how transformers and mlx-lm write numbers that JSON does not have: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        tag = value.get("__float__")
+        if len(value) == 1 and tag in ("Infinity", "-Infinity", "NaN"):
+            return float(tag)
+        return {name: special_floats(each) for name, each in value.items()}
+    return [special_floats(each) for each in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from isqtorch.files.checkpoints import Checkpoint, checkpoint_files, read_json
+from isqtorch.files.checkpoints import Checkpoint, checkpoint_files, read_json, special_floats
 from isqtorch.files.tensors import DTYPES
 from isqtorch.policy.inventory import Inventory
 from isqtorch.report.plan import Described
@@ -60,7 +60,7 @@ class TransformersDescriber:
         if _blocks(found.config) > _MOST_BLOCKS:
             return "its config.json names more layers than a model has"
         try:
-            config = CONFIG_MAPPING[kind].from_dict(dict(found.config))
+            config = CONFIG_MAPPING[kind].from_dict(special_floats(dict(found.config)))
             auto, _ = auto_class(kind, config)
             own = getattr(config, "dtype", None)
             dtype = own if isinstance(own, torch.dtype) and own.is_floating_point else _common_type(found)

@@ -27,6 +27,15 @@ def mamba() -> Any:
     return transformers.MambaForCausalLM(config)
 
 
+def mamba2() -> Any:
+    """config.json holds an infinity, which JSON does not have."""
+    config = transformers.Mamba2Config(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, state_size=16, num_heads=8, n_groups=2
+    )
+    assert config.time_step_limit[1] == float("inf")
+    return transformers.Mamba2ForCausalLM(config)
+
+
 def aria() -> Any:
     config = transformers.AriaTextConfig(
         vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -40,12 +49,12 @@ def facts(report: isqtorch.QuantReport) -> Any:
     return layers, report.bytes_before, report.bytes_after, report.numel
 
 
-@pytest.mark.parametrize("name", [*MODELS, "mamba", "aria"])
+@pytest.mark.parametrize("name", [*MODELS, "mamba", "mamba2", "aria"])
 def test_the_plan_is_the_report(name: str, tmp_path: Path) -> None:
     if name in MODELS:
         written(name, tmp_path)
     else:
-        {"mamba": mamba, "aria": aria}[name]().to(torch.bfloat16).save_pretrained(tmp_path)
+        {"mamba": mamba, "mamba2": mamba2, "aria": aria}[name]().to(torch.bfloat16).save_pretrained(tmp_path)
     planned = isqtorch.plan(tmp_path, "q4k")
     assert planned.planned and not planned.notes
     assert facts(planned) == facts(isqtorch.load(tmp_path, "q4k", progress=False).report)

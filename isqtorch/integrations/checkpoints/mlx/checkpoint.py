@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from isqtorch.files.checkpoints import checkpoint_files, read_json
+from isqtorch.files.checkpoints import checkpoint_files, read_json, special_floats
 from isqtorch.integrations.checkpoints.incoming import Checkpoint, Incoming
 
 from .layouts import layout_of
@@ -68,7 +68,7 @@ class MlxCheckpoint(Checkpoint):
     def config(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        content = {name: _numbers(value) for name, value in self._config.items() if name not in KEYS}
+        content = {name: special_floats(value) for name, value in self._config.items() if name not in KEYS}
         model_type = content.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{self.where}: transformers has no model_type {model_type!r:.80}")
@@ -104,13 +104,3 @@ class MlxCheckpoint(Checkpoint):
         from .incoming import MlxIncoming
 
         return MlxIncoming(model, self._weights, self._layout, self.files, self._prefix)
-
-
-def _numbers(value: Any) -> Any:
-    """Undo how transformers and mlx-lm write numbers that JSON does not have: {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        tag = value.get("__float__")
-        if len(value) == 1 and tag in ("Infinity", "-Infinity", "NaN"):
-            return float(tag)
-        return {name: _numbers(each) for name, each in value.items()}
-    return [_numbers(each) for each in value] if isinstance(value, list) else value

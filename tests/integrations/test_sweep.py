@@ -1,0 +1,148 @@
+"""The sweep over all types of models: a sample of it, and what it does with types that fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sweep import building, checks, inputs, known, shrink, table
+from sweep.checks import Row, check_type
+from sweep.children import Limits, run
+
+import isqtorch
+
+SAMPLE = {  # type -> share of the weights that is packed at least
+    "llama": 0.99,
+    "qwen3": 0.99,
+    "qwen3_moe": 0.99,
+    "gemma3_text": 0.99,
+    "gpt_oss": 0.99,
+    "deepseek_v3": 0.99,
+    "mixtral": 0.99,
+    "phi3": 0.99,
+    "mamba": 0.6,
+    "whisper": 0.8,
+    "t5": 0.85,
+    "bert": 0.85,
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_a_type_passes_every_check(kind: str, tmp_path: Path) -> None:
+    row = check_type(kind, tmp_path)
+    assert not row.not_built and not row.failures
+    assert row.share >= SAMPLE[kind] and 4 < row.bits < 32 and row.cls
+    assert row.error is not None and row.bound is not None and 0 < row.error <= row.bound  # the model was called
+
+
+def test_the_checks_fail_where_something_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each promise is broken once."""
+    right = isqtorch.quantize_
+
+    def wrong(model: torch.nn.Module, fmt: str) -> object:
+        """Quantize, and change one packed byte of the model; it is small, so no size changes."""
+        report = right(model, fmt)
+        name = next(layer.name for layer in report.quantized if layer.kind == "linear")
+        with torch.no_grad():
+            model.get_submodule(name)._parameters["weight"].plain[0, 20] ^= 1
+        return report
+
+    monkeypatch.setattr(checks.isqtorch, "quantize_", wrong)
+    row = check_type("llama", tmp_path)
+    assert "has other bytes" in row.failures["immediate"]
+    assert {"reload", "plan", "experts", "forward"}.isdisjoint(row.failures)
+    monkeypatch.undo()
+
+    monkeypatch.setattr(checks, "expected_error", lambda report: 1e-6)
+    monkeypatch.setattr(checks, "_PLAN", -1.0)
+    (tmp_path / "again").mkdir()
+    row = check_type("llama", tmp_path / "again")
+    assert row.failures.keys() == {"forward", "plan"} and "is expected at most" in row.failures["forward"]
+
+
+def test_experts_that_are_left_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = isqtorch.quantize_
+    monkeypatch.setattr(checks.isqtorch, "quantize_", lambda model, fmt: right(model, fmt, exclude="experts"))
+    row = check_type("mixtral", tmp_path)
+    assert "experts" in row.failures["experts"] and "immediate" in row.failures
+
+
+def _end(kind: str, folder: Path) -> Row:
+    """A check that goes wrong in the way that the name of the type says."""
+    if kind == "hangs":
+        time.sleep(60)
+    if kind == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "eats":
+        torch.ones(2**40)
+    if kind == "raises":
+        raise KeyError("spam")
+    (folder / "file").write_text("is removed")
+    return Row(kind, cls=str(folder))
+
+
+def test_a_type_that_hangs_or_crashes_ends_alone() -> None:
+    began = time.monotonic()
+    kinds = ["hangs", "crashes", "eats", "raises", "works"]
+    rows = {row.kind: row for row in run(kinds, _end, Limits(seconds=5, gigabytes=64), jobs=2)}
+    assert rows.keys() == set(kinds) and time.monotonic() - began < 30
+    assert rows["hangs"].failures == {"limits": "it takes more than 5 s"}
+    assert rows["crashes"].failures == {"limits": "it crashed: SIGKILL"}
+    assert "limits" in rows["eats"].failures
+    assert rows["raises"].failures == {"limits": "KeyError: 'spam'"}
+    assert not rows["works"].failures and not Path(rows["works"].cls).exists()
+
+
+def test_known_failures_are_explained_and_must_fail() -> None:
+    rows = [
+        Row("a", failures={"plan": "spam"}),
+        Row("b", failures={"plan": "spam", "forward": "ham"}),
+        Row("c"),
+        Row("d", not_built="no class"),
+    ]
+    entries = {("a", "plan"): "because", ("c", "plan"): "mended", ("d", "plan"): "?", ("absent", "plan"): "not run"}
+    assert known.unknown(rows, entries) == ["b: plan: spam", "b: forward: ham"]
+    assert [line.split(":")[0] for line in known.outdated(rows, entries)] == ["c", "d"]
+    assert "there is no check 'spam'" in known.outdated(rows, {("a", "spam"): ""})[0]
+    text = table.markdown(rows, "5.0")
+    assert "| a |" in text and "| d | no class |" in text and "1 of 3 types pass" in text
+
+
+def test_a_configuration_keeps_one_layer_of_every_kind() -> None:
+    defaults = {
+        "num_hidden_layers": 6,
+        "layer_types": ["s", "s", "f", "s", "s", "f"],
+        "per_layer_config": {"02": {"head_dim": 512}, "05": {"head_dim": 512}},
+        "hidden_size": 4096,
+        "vocab_size": 99999,
+        "pad_token_id": 99998,
+        "eos_token_id": [7, 8],
+        "image_token_id": 99990,
+        "text_config": {"model_type": "x", "n_layer": 40, "hidden_size": 64},
+    }
+    small = next(shrink.candidates(defaults, {"text_config.hidden_size": 128}))
+    assert small["num_hidden_layers"] == 2 and small["layer_types"] == ["s", "f"]
+    assert small["per_layer_config"] == {"1": {"head_dim": 512}}
+    assert small["hidden_size"] == 256 and small["vocab_size"] == 512 and small["eos_token_id"] == [7, 8]
+    assert (
+        small["pad_token_id"] != small["image_token_id"] and max(small["pad_token_id"], small["image_token_id"]) < 512
+    )
+    assert small["text_config"] == {"model_type": "x", "n_layer": 2, "hidden_size": 128}
+    assert defaults["hidden_size"] == 4096  # is not changed
+
+
+def test_a_type_without_a_class_is_not_built(tmp_path: Path) -> None:
+    row = check_type("rag", tmp_path)
+    assert "no class" in row.not_built and not row.failures
+    with pytest.raises(building.NotBuilt):
+        building.build("rag")
+
+
+def test_inputs_follow_the_signature() -> None:
+    model = building.build("whisper").model
+    first = next(iter(inputs.candidates(model)))
+    assert first.keys() == {"input_features", "decoder_input_ids"}

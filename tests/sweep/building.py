@@ -1,0 +1,174 @@
+"""A small model of any type, with random weights, and arguments with which it can be called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from isqtorch.integrations.classes import auto_class
+
+from . import inputs, shrink
+
+MOST_WEIGHTS = 130_000_000  # of a model that is small enough
+_STD = 0.05
+
+# What a type needs otherwise than the rules of `shrink` say; "vision_config.depth" is a value of a part.
+_THREE_AXES = [8, 12, 12]  # sections of rotary positions for heads of 64 channels
+_HALF = [4, 6, 6]  # where half of the channels have positions
+CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
+    # The defaults of these are None, which their code cannot use.
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "nemotron": {"head_dim": 64, "num_key_value_heads": 4},
+    # The code of these has sections for heads of 128 channels, where the configuration has none.
+    "glm4v": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "glm4v_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    "glm4v_moe": {"text_config.rope_parameters.mrope_section": _HALF},
+    "glm4v_moe_text": {"rope_parameters.mrope_section": _HALF},
+    "qwen2_5_omni_thinker": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_5_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
+    "qwen2_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
+    # Numbers that depend on each other.
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64},
+    "bamba": {"attn_layer_indices": [1]},  # one layer of each kind
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # a layer for each of its cycles
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+}
+
+
+class NotBuilt(Exception):
+    """No small model of a type could be made: this says nothing about isqtorch."""
+
+
+class Built(NamedTuple):
+    """A model of a type."""
+
+    model: Any
+    arguments: dict[str, Tensor] | None  # None: no call of the model succeeded
+    remark: str  # why not
+
+
+def build(kind: str) -> Built:
+    """The smallest model of a type that can be called; if none can, the smallest that can be made.
+
+    Raises:
+        NotBuilt: no model can be made, or none that is small enough.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[kind]
+    uncalled: Built | None = None
+    why: list[str] = []
+    for model in _models(kind, config_class):
+        if isinstance(model, str):
+            why.append(model)
+            continue
+        arguments, remark = _arguments(model)
+        if arguments is not None:
+            return Built(model, arguments, "")
+        uncalled = uncalled or Built(model, None, remark)
+    if uncalled is None:
+        raise NotBuilt("; ".join(dict.fromkeys(why)))
+    return uncalled
+
+
+def _models(kind: str, config_class: Any) -> Iterator[Any]:
+    """Models, the smallest first; a text in the place of one that cannot be made."""
+    try:
+        defaults = config_class().to_dict()
+    except Exception as error:  # of any kind: code of every type runs here
+        yield f"there is no default configuration ({described(error)})"
+        return
+    for name in ("transformers_version", "architectures", "dtype"):
+        defaults.pop(name, None)
+    for settings in shrink.candidates(defaults, CORRECTIONS.get(kind, {})):
+        try:
+            config = config_class.from_dict(settings)
+            cls = class_of(kind, config)
+            with torch.device("meta"):
+                weights = sum(parameter.numel() for parameter in cls(config).parameters())
+            if weights > MOST_WEIGHTS:
+                yield f"the model has {weights / 1e6:.0f} million weights"
+                continue
+            torch.manual_seed(0)
+            model = cls(config_class.from_dict(settings)).float().eval()
+        except Exception as error:
+            yield described(error)
+            continue
+        _fill(model)
+        yield model
+
+
+def class_of(kind: str, config: Any) -> Any:
+    """The class that a model of this type usually has: most types have several."""
+    import transformers
+
+    first = ["MaskedLM"]
+    if getattr(config, "is_encoder_decoder", False):
+        first = ["Seq2SeqLM", "SpeechSeq2Seq", *first]
+    if config.sub_configs:  # the whole, and not its text model
+        first = ["ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TextToWaveform", *first]
+    for name in first:
+        auto = getattr(transformers, f"AutoModelFor{name}")
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    return auto_class(kind, config)[1]
+
+
+def _fill(model: nn.Module) -> None:
+    """Random weights that are neither zero nor so small that layers have no effect."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point():
+                width = math.prod(parameter.shape[1:]) if parameter.dim() != 3 else parameter.shape[-1]
+                parameter.normal_(std=min(_STD, max(width, 1) ** -0.5))
+
+
+def _arguments(model: Any) -> tuple[dict[str, Tensor] | None, str]:
+    remark = ""
+    for arguments in inputs.candidates(model):
+        try:
+            outputs(model, arguments)
+        except Exception as error:  # wrong arguments fail anywhere in the model, in any way
+            remark = remark or f"not called: {described(error)}"  # the likeliest arguments come first
+        else:
+            return arguments, ""
+    return None, remark or "not called: its forward takes none of the known inputs"
+
+
+def outputs(model: Any, arguments: Mapping[str, Tensor]) -> list[Tensor]:
+    """All float tensors that a call returns, the main one first. Random numbers are the same in each call."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        found = [each for each in _tensors(model(**arguments)) if each.is_floating_point()]
+    if not found:
+        raise ValueError("the model returns no float tensor")
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def described(error: BaseException) -> str:
+    """The beginning of an error, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]

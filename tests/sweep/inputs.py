@@ -1,0 +1,111 @@
+"""Inputs for any model: ids of tokens, pictures, sounds. What a model takes, its own `forward` says."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TOKENS = 12
+_FIRST_ID = 5  # smaller ones are special
+
+
+def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Arguments for a call of the model, the most likely first. Those that do not fit raise an error in the model."""
+    takes = inspect.signature(model.forward).parameters
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    ids = (torch.arange(_TOKENS) % 7 + _FIRST_ID)[None]
+    extra = {}
+    if "decoder_input_ids" in takes:
+        extra["decoder_input_ids"] = ids
+    text = {"input_ids": ids, **extra}
+    channels, size = _value(config, "num_channels", 3), _value(config, "image_size", 64)
+    if isinstance(size, (list, tuple)):
+        size = size[0]
+    pictures = {"pixel_values": floats(1, channels, size, size)}
+    sounds = _sounds(config, floats)
+    if "input_ids" in takes:
+        yield text
+        if "pixel_values" in takes:
+            yield {**text, **pictures}
+    if "pixel_values" in takes:
+        yield pictures
+        yield {**pictures, **extra}
+        for side in (32, 224, 384):
+            yield {"pixel_values": floats(1, channels, side, side)}
+        for frames in (_value(config, "num_frames", 4), 2):  # a video; two pictures to compare
+            yield {"pixel_values": floats(1, frames, channels, size, size)}
+    for name in ("input_features", "input_values"):
+        if name in takes:
+            for sound in sounds[name]:
+                yield {name: sound, **extra}
+                if "input_ids" in takes:
+                    yield {name: sound, **text}
+    if "grid_thw" in takes:  # patches of a picture of 4 x 4 patches, one in each row
+        patch = channels * _value(config, "temporal_patch_size", 1) * _value(config, "patch_size", 14) ** 2
+        for name in ("hidden_states", "pixel_values"):
+            if name in takes:
+                yield {name: floats(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])}
+    if "past_values" in takes:  # of time series
+        series = floats(1, _value(config, "context_length", 32), _value(config, "num_input_channels", 1))
+        yield {"past_values": series}
+    required = _required(takes, config, ids, floats)
+    if required:
+        yield required
+        for given in (
+            pictures,
+            {"pixel_values_videos": floats(1, _value(config, "num_frames", 4), channels, size, size)},
+        ):
+            better = {**required, **{name: value for name, value in given.items() if name in required}}
+            yield {**better, **extra}
+            if "input_ids" in takes:
+                yield {**better, **text}
+    for name in ("inputs_embeds", "hidden_states"):
+        if name in takes:
+            yield {name: floats(1, _TOKENS, _hidden(config))}
+
+
+def _required(takes: Mapping[str, inspect.Parameter], config: Any, ids: Tensor, floats: Any) -> dict[str, Tensor]:
+    """All arguments without a default. The end of a name says what kind of values it takes."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {}
+    for name, parameter in takes.items():
+        if parameter.default is not inspect.Parameter.empty or parameter.kind not in kinds:
+            continue
+        if name.endswith("ids"):
+            found[name] = ids
+        elif name.endswith("mask"):
+            found[name] = torch.ones_like(ids)
+        else:
+            found[name] = floats(1, _TOKENS, _hidden(config))
+    return found
+
+
+def _hidden(config: Any) -> int:
+    names = ("hidden_size", "d_model", "embed_dim", "dim")
+    return next((size for size in (_value(config, name, None) for name in names) if type(size) is int), 256)
+
+
+def _sounds(config: Any, floats: Any) -> dict[str, list[Tensor]]:
+    bins, positions = _value(config, "num_mel_bins", 80), _value(config, "max_source_positions", 50)
+    size = _value(config, "feature_size", bins)
+    length = _value(config, "max_length", 64)
+    return {
+        "input_features": [floats(1, bins, 2 * positions), floats(1, 64, size), floats(1, 64, 2 * bins)],
+        "input_values": [floats(1, 8000), floats(1, 1, 8000), floats(1, length, bins)],
+    }
+
+
+def _value(config: Any, name: str, otherwise: Any) -> Any:
+    """A value of the configuration, or of one of its parts."""
+    parts = [config, *(getattr(config, each, None) for each in getattr(config, "sub_configs", {}))]
+    values = (getattr(part, name, None) for part in parts if part is not None)
+    return next((value for value in values if value is not None), otherwise)
