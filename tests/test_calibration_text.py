@@ -86,7 +86,7 @@ def test_calibration_file_is_refused_before_it_runs(tmp_path: Path) -> None:
     for options, message in (
         ({}, "calibration_file needs tokenizer"),
         ({"tokenizer": Words(), "imatrix": {"x": torch.ones(4)}}, "either imatrix or calibration_file"),
-        ({"tokenizer": Words(), "rule": "none"}, "no rule"),
+        ({"tokenizer": Words(), "rule": "none"}, "rule must be None"),
     ):
         with pytest.raises(ValueError, match=message):
             isqtorch.quantize_(model, "q4k", calibration_file=path, **options)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isqtorch import checkpoint, dequantize_, quantize_, requantize_
+from isqtorch.files import tensors
 from isqtorch.inplace import requantize, source
 from isqtorch.report.report import QuantReport
 
@@ -287,9 +288,9 @@ def test_files_are_opened_once_until_many_bytes_may_be_mapped(
 ) -> None:
     model = nn.Sequential(*(nn.Linear(256, 300, bias=False) for _ in range(12)))
     opened: list[Path] = []
-    checkpoint = source.Source([stored(model, tmp_path)])
+    checkpoint = source.TensorFiles([stored(model, tmp_path)])
     monkeypatch.setattr(source, "_MAPPED", mapped)
-    monkeypatch.setattr(source, "safe_open", lambda path, framework: opened.append(path) or safe_open(path, framework))
+    monkeypatch.setattr(tensors, "safe_open", lambda path, framework: opened.append(path) or safe_open(path, framework))
     assert source.difference(model, checkpoint) is None
     assert len(opened) == times
     with torch.no_grad():

@@ -125,8 +125,8 @@ def _write_gguf(args: argparse.Namespace, loaded: LoadedModel) -> None:
 
 def _check_mlx(args: argparse.Namespace, opened: Opened) -> None:
     """ValueError or OSError if the folder could not be written, or would destroy anything."""
-    from isqtorch.integrations.checkpoints.mlx.export import check_config
     from isqtorch.integrations.checkpoints.mlx.outgoing import known_formats
+    from isqtorch.integrations.checkpoints.mlx.writer import check_config
 
     check_config(opened.config)
     _check_format(args, "MLX", known_formats())

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape
 from isqtorch.modules.parameter import is_plain
 
-from .stored import QuantizedFiles
+if TYPE_CHECKING:
+    from .stored import QuantizedFiles
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 _WHOLE = 1 << 16  # elements: matrices up to this size are compared whole
@@ -97,6 +98,8 @@ class TensorFiles(Source):
             raise ValueError(f"{self.where}: is quantized by {ours} itself. {_ELSE}.")
         if entry is not None:
             try:
+                from .stored import QuantizedFiles  # the methods take a while to import, and few checkpoints need them
+
                 self.quantized = QuantizedFiles(self._store, entry)
             except (ValueError, NotImplementedError) as error:
                 raise ValueError(

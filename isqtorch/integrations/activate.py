@@ -15,16 +15,14 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from isqtorch.report.plan import register_describer
-
-from .describing import TransformersDescriber
+from isqtorch.report.plan import Describer, register_describer
 
 _AWAITED = "transformers.modeling_utils"  # has from_pretrained; after it, all that the plug-in imports is available
 
 
 def activate() -> None:
     """Register now if transformers is already imported, else when it is imported. `plan` imports it itself."""
-    register_describer(TransformersDescriber())
+    register_describer(_describer)
     if _AWAITED in sys.modules:
         _register()
     elif not any(type(finder).__name__ == _Waiter.__name__ for finder in sys.meta_path):  # isqtorch may be reloaded
@@ -55,3 +53,9 @@ class _Waiter(importlib.abc.MetaPathFinder):
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
+
+
+def _describer() -> Describer:
+    from .describing import TransformersDescriber
+
+    return TransformersDescriber()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from isqtorch.files.checkpoints import opened
-from isqtorch.formats.stored import method_of
 
 from .bounded import check_size, parameters_on_meta
 from .checkpoints.doors import open_checkpoint
@@ -198,6 +197,8 @@ def stored_entry(config: Any) -> dict[str, Any] | None:
     entry = None if found is None else dict(found if isinstance(found, Mapping) else found.to_dict())
     if entry is None or entry.get("quant_method") == METHOD:
         return None
+    from isqtorch.formats.stored import method_of  # takes a while to import, and few models need it
+
     try:
         method_of(entry)
     except (ValueError, NotImplementedError):

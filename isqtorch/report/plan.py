@@ -8,7 +8,8 @@ class do not apply, and the kind of a layer is guessed from its name.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,12 +104,15 @@ class Describer(Protocol):
         """Describe the model that a configuration names, or say why this is not possible."""
 
 
-_describers: list[Describer] = []
+_makers: list[Callable[[], Describer]] = []
 
 
-def register_describer(describer: Describer) -> None:
-    """Add a describer. This room imports no library of models; `isqtorch.integrations` registers one."""
-    _describers.append(describer)
+def register_describer(make: Callable[[], Describer]) -> None:
+    """Add a describer, which is made when it is needed.
+
+    This room imports no library of models; `isqtorch.integrations` registers one.
+    """
+    _makers.append(cache(make))
 
 
 def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -> QuantReport:
@@ -122,8 +126,8 @@ def planned(inventory: Inventory, request: Request, notes: Sequence[str] = ()) -
 
 def read_checkpoint(source: str | os.PathLike[str]) -> Described:
     """Describe a checkpoint. Errors are those of `plan`."""
-    for describer in _describers:
-        other = describer.other(source)
+    for make in _makers:
+        other = make().other(source)
         if other is not None:
             return other
     found = read_headers(source)
@@ -137,8 +141,8 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Described:
         raise ValueError(f"{source}: is quantized by {by} already; {way}")
     why: Inventory | str = "there is no config.json of a transformers model"
     if "model_type" in found.config:
-        for describer in _describers:
-            why = describer.model(found)
+        for make in _makers:
+            why = make().model(found)
             if isinstance(why, Inventory):
                 return Described(why, [], found.config)
     inventory, notes = describe_headers(found.headers, found.config)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import isqtorch
 from isqtorch.formats import get_format
 from isqtorch.integrations.checkpoints.assemble import assemble
-from isqtorch.integrations.checkpoints.mlx import MlxCheckpoint, is_mlx
+from isqtorch.integrations.checkpoints.mlx.checkpoint import MlxCheckpoint
+from isqtorch.integrations.checkpoints.mlx.settings import is_mlx
 from isqtorch.modules.convert import owner_of
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request

@@ -251,7 +251,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("isqtorch.integrations.checkpoints.mlx.export.write_shards", fail)
+    monkeypatch.setattr("isqtorch.integrations.checkpoints.mlx.writer.write_shards", fail)
     with pytest.raises(OSError, match="disk full"):
         export(llama(layers=1), tmp_path / "mlx")
     assert not list(tmp_path.iterdir())

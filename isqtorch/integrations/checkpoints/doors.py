@@ -11,7 +11,7 @@ from isqtorch.files.checkpoints import checkpoint_files, gguf_in, opened, read_j
 from isqtorch.integrations.hub import cached_folder, download, is_id, naming_hub, snapshot
 
 from .incoming import Checkpoint
-from .mlx import MlxCheckpoint, is_mlx
+from .mlx.settings import is_mlx
 
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([^:\\]+\.gguf)", re.IGNORECASE)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
@@ -41,6 +41,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, local: bool = False) -> C
     folder = _mlx_folder(os.fspath(source), local=local)
     if folder is None:
         return None
+    from .mlx.checkpoint import MlxCheckpoint
+
     return MlxCheckpoint(folder)
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from fuzz import mutate
 from fuzz.targets import Target
 from isqtorch.integrations.checkpoints.assemble import assemble
-from isqtorch.integrations.checkpoints.mlx import MlxCheckpoint
+from isqtorch.integrations.checkpoints.mlx.checkpoint import MlxCheckpoint
 
 FOUR = {"group_size": 32, "bits": 4, "mode": "affine"}
 CONFIG = {
