@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Fields, QuantFormat, register
+from .base import Fields, QuantFormat, get_format, register
 from .bitstream import pack_planes, pack_stream, unpack_planes, unpack_stream
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+_PROMOTED = get_format("q4_0").promoted  # as the other formats of four bits
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ register(
         source=_SOURCE,
         solver="codebook",
         takes_importance=True,
-        promoted="q6k",
+        promoted=_PROMOTED,
         aliases=("iq4nl",),
         weight_error=0.08,
         levels=IQ4_LEVELS,
@@ -172,7 +175,7 @@ register(
         solver="codebook",
         takes_importance=True,
         fallback="iq4_nl",
-        promoted="q6k",
+        promoted=_PROMOTED,
         aliases=("iq4xs",),
         weight_error=0.081,
         levels=IQ4_LEVELS,
@@ -187,7 +190,7 @@ register(
         formula="2**(e - 128) * K[q]",
         source="OCP microscaling formats (MXFP4); ggml-quants.c, quantize_row_mxfp4_ref",
         solver="codebook",
-        promoted="q6k",
+        promoted=_PROMOTED,
         weight_error=0.12,
         levels=E2M1_LEVELS,
     )

@@ -23,7 +23,7 @@ from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from isqtorch.files.tensors import TensorStore
-from isqtorch.formats import KEEP, QuantFormat, get_format, mix_name
+from isqtorch.formats import KEEP, QuantFormat, mix_name, repacked_as
 from isqtorch.formats.stored import StoredWeight, method_of
 from isqtorch.inplace.pack import Job
 from isqtorch.inplace.stored import QuantizedFiles
@@ -62,8 +62,7 @@ class Holding:
     @property
     def instead(self) -> QuantFormat:
         """The next better format: what it adds to the error of the checkpoint is small."""
-        bits = max(weight.bits for weight in self.weights)
-        return get_format("q5k" if bits < 4 else "q6k" if bits == 4 else "q8_0")
+        return repacked_as(max(weight.bits for weight in self.weights))
 
 
 @dataclass

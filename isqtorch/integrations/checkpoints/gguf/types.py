@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isqtorch.formats import QuantFormat, formats, get_format
+from isqtorch.formats import QuantFormat, formats, get_format, repacked_as
 from isqtorch.formats.gguf_types import GGUF_TYPES, decode
 
 SIZES = {number: (row.block, row.block_bytes) for number, row in GGUF_TYPES.items()}
@@ -16,15 +16,7 @@ SIZES = {number: (row.block, row.block_bytes) for number, row in GGUF_TYPES.item
 _FLOATS = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _INTEGERS = frozenset({24, 25, 26, 27})
 
-# What weights of a type without a format are packed in: the format with the fewest bits whose own error adds less than 2 % to
-# the error that the type has. Types of 1 to 2 bits are 25 to 40 % off the original weights, and q4k adds 0.1 to 5 %; types of 3
-# bits are 15 % off, and q5k adds 2.5 %; NVFP4 is 9.5 % off, and q6k adds 1.6 %.
-_INSTEAD = {
-    **dict.fromkeys(("TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), "q4k"),
-    **dict.fromkeys(("IQ3_XXS", "IQ3_S"), "q5k"),
-    "NVFP4": "q6k",
-}
-_NARROW = "q8_0"  # for rows that are no whole blocks of these
+_NARROW = "q8_0"  # for rows that are no whole blocks of the format
 
 
 def type_name(number: int) -> str:
@@ -45,7 +37,8 @@ def format_of(number: int) -> QuantFormat | None:
 
 def instead_of(number: int, columns: int) -> QuantFormat:
     """The format in which to pack the values of a quantized type that no format has."""
-    fmt = get_format(_INSTEAD[type_name(number)])
+    row = GGUF_TYPES[number]
+    fmt = repacked_as(8 * row.block_bytes / row.block)
     return fmt if columns % fmt.block == 0 else get_format(_NARROW)
 
 

@@ -22,7 +22,7 @@ from isqtorch.text import first_names
 from .architectures import ARCHITECTURES, of_config
 from .assumptions import difference, losses
 from .layout import Place
-from .outgoing import Source, entries, sources
+from .outgoing import TYPES, Source, entries, sources
 from .record import Architecture
 from .rope import tensors_of
 from .vocabulary import vocabulary
@@ -31,21 +31,9 @@ OP = "export_gguf"
 _QUANTIZATION_VERSION = 2  # of ggml's blocks
 
 # Labels for a whole file. Programs show them; none of them computes with them.
-_FILE_TYPES = {
-    "q4_0": 2,
-    "q4_1": 3,
-    "q8_0": 7,
-    "q5_0": 8,
-    "q5_1": 9,
-    "q2k": 10,
-    "q3k": 11,
-    "q4k": 14,
-    "q5k": 16,
-    "q6k": 18,
-}
-_FILE_TYPES |= {"iq4_nl": 25, "iq4_xs": 30, "mxfp4": 38}
+_FILE_TYPES = {name: row.label for name, row in TYPES.items() if name is not None and row.label is not None}
 _MIXES = {"q3k": 12, "q4k": 15, "q5k": 17}  # with better k-quants for some layers
-_K_QUANTS = ("q2k", "q3k", "q4k", "q5k", "q6k")
+_K_QUANTS = tuple(name for name, row in TYPES.items() if row.name.endswith("_K"))
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 # What llama.cpp does with the output head of an architecture. Of all others, it takes the embedding if there is none.
