@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,21 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from hf import ...`
 
 from hf import MODELS
+from quiet import quiet as quiet  # a fixture
 
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Neither progress bars nor advice from transformers."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-    logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")
