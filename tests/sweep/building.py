@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -124,7 +125,30 @@ def class_of(kind: str, config: Any) -> Any:
         auto = getattr(transformers, f"AutoModelFor{name}")
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
-    return auto_class(kind, config)[1]
+    try:
+        return auto_class(kind, config)[1]
+    except ValueError:  # a part of other models, which no Auto class has
+        cls = _part(config)
+        if cls is None:
+            raise
+        return cls
+
+
+def _part(config: Any) -> Any:
+    """The last class in the file of a type that has this configuration and a forward; None if there is none.
+
+    Classes with heads come last.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        found = vars(importlib.import_module(name)).values()
+    except ImportError:
+        return None
+    models = [cls for cls in found if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
+    fitting = [cls for cls in models if cls.config_class is type(config) and cls.forward is not nn.Module.forward]
+    return fitting[-1] if fitting else None
 
 
 def _fill(model: nn.Module) -> None:
@@ -134,6 +158,9 @@ def _fill(model: nn.Module) -> None:
             if parameter.dim() > 1 and parameter.is_floating_point():
                 width = math.prod(parameter.shape[1:]) if parameter.dim() != 3 else parameter.shape[-1]
                 parameter.normal_(std=min(_STD, max(width, 1) ** -0.5))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as when it was made: it gets no gradient
 
 
 def _arguments(model: Any) -> tuple[dict[str, Tensor] | None, str]:

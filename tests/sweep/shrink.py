@@ -35,6 +35,7 @@ _WIDTHS = (
     (r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx", 512),
 )
 _DEEPEST = 4
+_PATCH = 16  # of models that name none
 
 
 def candidates(defaults: Mapping[str, Any], corrections: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -88,8 +89,9 @@ def shrunk(defaults: Mapping[str, Any], widths: bool) -> dict[str, Any]:
         last = range(small["num_hidden_layers"] - len(stages) + 1, small["num_hidden_layers"] + 1)
         small |= {"out_features": [f"stage{i}" for i in last], "out_indices": list(last)}
     _move_tokens(small)
-    if widths and type(small.get("image_size")) is int and type(small.get("patch_size")) is int:
-        small["image_size"] = min(small["image_size"], 4 * small["patch_size"])
+    if widths and type(small.get("image_size")) is int:
+        patch = small.get("patch_size")
+        small["image_size"] = min(small["image_size"], 4 * (patch if type(patch) is int else _PATCH))
     many = (small.get("num_attention_heads"), defaults.get("num_attention_heads"))
     groups = defaults.get("num_key_value_heads")
     if widths and type(many[0]) is int and groups is not None and groups == many[1]:
