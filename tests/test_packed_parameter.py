@@ -277,6 +277,21 @@ def test_decoded_views_read_like_tensors() -> None:
     assert type(view * 2) is Tensor and type(view.sum()) is Tensor and torch.equal(view.clone().mul_(2), decoded * 2)
 
 
+def test_a_view_has_the_marks_of_its_weight() -> None:
+    """transformers marks weights that were loaded, and then does not write first values to them."""
+    layer, _ = packed_linear()
+    layer.weight.loaded = True
+
+    class Asking(nn.Module):
+        def forward(self) -> list[Any]:
+            return [layer.weight[1], layer.weight[1:3, 5], layer.weight.data[2], layer.weight.t()[0].view(-1)]
+
+    for view in Asking()():
+        assert view.loaded and not hasattr(view, "plain") and not hasattr(view, "owners")
+        with pytest.raises(RuntimeError, match="zero_ would change"):
+            view.zero_()
+
+
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 def test_compiled_code_gets_floats_too(read: Callable[[Any, Tensor], Tensor]) -> None:
     model, x = Reader(read).eval(), torch.rand(4, 256)

@@ -1,14 +1,18 @@
 """The class of transformers that a configuration names, and what models of this class can do.
 
-The Auto class whose mapping has the named class loads the model. The named class itself would not do: models of some
-types are loaded by a class of another family, and only the Auto classes know which. This file reads `_model_mapping`,
+The Auto class whose mapping has the named class loads the model. The named class itself would not always do: models of
+some types are loaded by a class of another family, and only the Auto classes know which. Parts of models (the text model
+of a CLIP, the depth decoder of a Moshi) can be saved on their own, and many of them are in no mapping: then the class
+that has the name and the configuration loads them. This file reads `_model_mapping`,
 a private name of transformers; without it every load fails, so every test notices.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 Need = Literal["reads", "answers", "continues"]
 """What a model has to do with a text: read it in one pass, answer it with text, or say how likely each token is."""
@@ -48,7 +52,7 @@ def auto_class(source: str, config: Any, trust_remote_code: bool = False) -> tup
         trust_remote_code: whether the configuration may name code in the repository of the model.
 
     Returns:
-        The Auto class, and the class; None in its place if the repository has it.
+        The Auto class, or a `Direct` in its place; and the class, or None if the repository has it.
 
     Raises:
         ValueError: transformers has no class for this type, or not the one that is named.
@@ -65,6 +69,9 @@ def auto_class(source: str, config: Any, trust_remote_code: bool = False) -> tup
         for cls in classes:
             if cls.__name__.casefold() in named or not named:
                 return auto, cls
+    direct = _direct(config, named)
+    if direct is not None:
+        return direct, direct.cls
     # A type may be loaded by another family's class: then at least the task agrees.
     for auto, classes in having:
         if any(name.endswith(f"for{auto.__name__.removeprefix(_PREFIX)}".casefold()) for name in named):
@@ -82,6 +89,37 @@ def auto_class(source: str, config: Any, trust_remote_code: bool = False) -> tup
         else "Upgrade transformers."
     )
     raise ValueError(f"{described(source, config)}, and {why}. {way}")
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A class that no Auto class has, with the methods of an Auto class."""
+
+    cls: Any
+
+    def from_pretrained(self, *args: Any, **options: Any) -> Any:
+        return self.cls.from_pretrained(*args, **options)
+
+    def from_config(self, config: Any, *, trust_remote_code: bool = False, **settings: Any) -> Any:
+        return self.cls._from_config(config, **settings)
+
+
+def _direct(config: Any, named: set[str]) -> Direct | None:
+    """The class that a configuration names, if the file of its model type has it and no Auto class knows it."""
+    import transformers
+
+    package, _, file = type(config).__module__.rpartition(".")
+    if not named or not package.startswith("transformers.models."):
+        return None
+    try:
+        found = vars(importlib.import_module(f"{package}.{file.replace('configuration_', 'modeling_', 1)}"))
+    except ImportError:  # some types have only a configuration; or a package that its code needs is missing
+        return None
+    for name, cls in found.items():
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and name.casefold() in named and cast(Any, cls).config_class is type(config):
+            return Direct(cls)
+    return None
 
 
 def _classes(auto: Any, config: Any) -> list[Any]:

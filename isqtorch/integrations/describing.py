@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ from .classes import auto_class
 from .opening import Opened, empty_model, needs_transformers, stored_entry
 
 _MOST_BLOCKS = 4096  # of a configuration; each is made in Python
-_ENOUGH = 0.95  # share of a model's parameters that its files must hold: some are computed, or tied
+_ENOUGH = 0.95  # share of a model's parameters that its files must hold: some are tied, or computed without a record
 
 
 class TransformersDescriber:
@@ -113,12 +114,18 @@ def _common_type(found: Checkpoint) -> torch.dtype:
 def _fits(found: Checkpoint, model: Any, inventory: Inventory) -> bool:
     """Whether the files can hold the weights of this model: those of the same name have the same size."""
     sizes = {name: tensor.numel() for name, tensor in model.state_dict(keep_vars=True).items()}
+    computed = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    absent = sum(
+        layer.numel
+        for layer in inventory.layers
+        if layer.tied_to is None and any(re.search(each, f"{layer.name}.weight") for each in computed)
+    )
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     for name, (_, shape) in found.headers.items():
         own = next((each for each in (name, prefix + name, name.removeprefix(prefix)) if each in sizes), None)
         if own is not None and sizes[own] != prod(shape):
             return False
-    return sum(prod(shape) for _, shape in found.headers.values()) >= _ENOUGH * inventory.numel
+    return sum(prod(shape) for _, shape in found.headers.values()) >= _ENOUGH * (inventory.numel - absent)
 
 
 def _blocks(config: Mapping[str, Any], depth: int = 3) -> int:

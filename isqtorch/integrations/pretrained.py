@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,19 @@ def _pretrained(found: Opened, progress: bool | None, **settings: Any) -> tuple[
     """The model and what transformers says about missing and unexpected keys."""
     with needs_transformers():
         from transformers import utils
+
+        from .transformers.findings import loaded
     try:
         with naming_hub(found.source), _bars(utils, progress):
-            model, info = found.auto.from_pretrained(
+            load = partial(
+                found.auto.from_pretrained,
                 found.source,
-                output_loading_info=True,
                 local_files_only=found.local,
                 adapter_kwargs={"local_files_only": found.local},  # else it asks the Hub for an adapter all the same
                 trust_remote_code=found.trust_remote_code,
                 **settings,
             )
+            return loaded(load)
     except SafetensorError as error:
         raise ValueError(f"{found.source}: a file is damaged: {error}") from error
     except RuntimeError as error:
@@ -98,7 +102,6 @@ def _pretrained(found: Opened, progress: bool | None, **settings: Any) -> tuple[
         raise ValueError(
             f"{found.source}: its tensors have other shapes than its config.json says; the report of transformers above lists them"
         ) from error
-    return model, info
 
 
 def _is_pooler(found: Opened, missing: Sequence[str]) -> bool:

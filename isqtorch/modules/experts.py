@@ -208,7 +208,25 @@ class QuantParallelExperts(QuantExperts):
         return self._multiply("weight", inputs, ids[:, None]).flatten(0, 1)
 
 
+class QuantSharedExperts(QuantExperts):
+    """Inkling: every token goes through every shared expert, and their results are weighted before the last product."""
+
+    gate_proj: Tensor
+    up_proj: Tensor
+
+    def forward(self, hidden_states: Tensor, gammas: Tensor) -> Tensor:  # type: ignore[override]
+        """Map hidden states `[..., H]`, with the weights of the experts for each token, to the same shape."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        experts = self.down_proj.shape[0]
+        ids = torch.arange(experts, device=x.device).expand(x.shape[0], experts)
+        gate, up = (self._multiply(name, x, ids) for name in ("gate_proj", "up_proj"))  # [T, E, I]
+        hidden = cast(Any, self).act_fn(gate) * up * gammas.reshape(-1, experts, 1)
+        y = self._multiply("down_proj", hidden, ids)
+        return y.float().sum(1).to(hidden_states.dtype).view(hidden_states.shape)
+
+
 _BY_NAME: dict[str, type[QuantExperts]] = {
+    "InklingSharedExperts": QuantSharedExperts,
     "JetMoeParallelExperts": QuantParallelExperts,
     "Llama4TextExperts": QuantLlama4Experts,
     "LongcatFlashExperts": QuantLongcatExperts,

@@ -69,6 +69,7 @@ _VIEWS = {"get data", "get T", "get mT", "detach", "view", "view_as", "t", "tran
 _VIEWS |= {"__getitem__", "select", "flatten", "squeeze", "unsqueeze", "expand", "expand_as", "as_strided"}
 """Of floats these give a view. Decoded floats are a copy, so what is written to such a view would be lost."""
 _MEMORY = {"set data", "set_", "resize_"}  # after these the parameter has other memory
+_OWN = {"plain", "owners"}  # attributes of a PackedParameter that others may not set, and that its views lack
 
 
 class PackedParameter(nn.Parameter):
@@ -88,7 +89,7 @@ class PackedParameter(nn.Parameter):
         """Make a parameter of bytes. Other `attributes` are kept; accelerate passes those of the parameter it replaces."""
         plain = data.plain if isinstance(data, PackedParameter) else data.detach()
         self = Tensor._make_subclass(cls, plain, False)  # bytes have no gradient
-        vars(self).update({name: value for name, value in attributes.items() if name not in ("plain", "owners")})
+        vars(self).update({name: value for name, value in attributes.items() if name not in _OWN})
         self.plain, self.owners, self.path = plain, [], attributes.get("path", "")
         return self
 
@@ -108,13 +109,13 @@ class PackedParameter(nn.Parameter):
         first, *rest = index if isinstance(index, tuple) else (index,)
         layer = next(filter(None, (reference() for reference, _ in self.owners)), None)
         if layer is None or layer.is_turned() or not isinstance(first, (int, slice, Tensor)) or isinstance(first, bool):
-            return DecodedView.of(self.floats()[index], self.path)
+            return DecodedView.of(self.floats()[index], self)
         packed = self.plain[first]  # [..., row_bytes]
         weight = layer.decoded_rows(packed.reshape(-1, packed.shape[-1]))
         weight = weight.view(*packed.shape[:-1], weight.shape[-1])
         if rest:
             weight = weight[(*[slice(None)] * (packed.dim() - 1), *rest)]
-        return DecodedView.of(weight, self.path)
+        return DecodedView.of(weight, self)
 
     def belongs_to(self, layer: nn.Module, leaf: str) -> None:
         """Note a layer that holds this weight under the name `leaf`."""
@@ -150,7 +151,7 @@ class PackedParameter(nn.Parameter):
         if name == "__getitem__" and first is not None and first.dim() == 2:
             return first.rows(args[1])
         result = func(*_mapped(args, _floats), **{key: _mapped(value, _floats) for key, value in kwargs.items()})
-        return DecodedView.of(result, first.path) if name in _VIEWS and first is not None else result
+        return DecodedView.of(result, first) if name in _VIEWS and first is not None else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedParameter:
         if id(self) not in memo:
@@ -168,17 +169,21 @@ class PackedParameter(nn.Parameter):
 
 
 class DecodedView(Tensor):
-    """Decoded floats in the place of a view of a weight: they can be read like any tensor, and refuse to be written to."""
+    """Decoded floats in the place of a view of a weight: they can be read like any tensor, and refuse to be written to.
+
+    A view has the marks that libraries put on the weight. By one of them transformers knows that a weight was loaded, so
+    it does not write its first values to it, for example zeros to the row of the padding token.
+    """
 
     path: str
 
     @classmethod
-    def of(cls, result: Any, path: str) -> Any:
-        """`result` of a function that gives a view, if it is a tensor of floats."""
+    def of(cls, result: Any, source: PackedParameter | DecodedView) -> Any:
+        """`result` of a function that gives a view of `source`, if it is a tensor of floats."""
         if not isinstance(result, Tensor) or torch.compiler.is_compiling():
             return result
         view = result.as_subclass(cls)
-        view.path = path
+        vars(view).update({name: value for name, value in vars(source).items() if name not in _OWN})
         return view
 
     @classmethod
@@ -192,7 +197,7 @@ class DecodedView(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if isinstance(written, DecodedView) and name in _VIEWS:
-            return cls.of(result, written.path)
+            return cls.of(result, written)
         return result.as_subclass(Tensor) if isinstance(result, DecodedView) else result
 
 

@@ -215,7 +215,11 @@ def _is_router(layer: LayerInfo, parts: list[str], siblings: set[str]) -> bool:
 
 
 def _is_expert(layer: LayerInfo) -> bool:
-    return layer.kind == "experts" or (layer.kind == "linear" and "experts" in layer.name.split("."))
+    """Whether a layer is a routed expert, in a stack or in a list. Shared ones, which every token takes, are not."""
+    parts = layer.name.split(".")
+    return (layer.kind == "experts" and "shared_experts" not in parts) or (
+        layer.kind == "linear" and "experts" in parts
+    )
 
 
 def _fit(fmt: QuantFormat, columns: int, fallback: str) -> tuple[QuantFormat | None, str]:

@@ -23,7 +23,8 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # t
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _NUMBERED_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
 _EXPERT_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # names of fused experts in transformers
+_STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # names of fused experts in transformers
+_EXPERTS = {"experts", "shared_experts"}
 _STACKED_LAYERS = ("input_linear", "output_linear")  # their names in JetMoe and in Granite checkpoints
 
 
@@ -49,7 +50,7 @@ def describe_headers(headers: Headers, config: Mapping[str, Any]) -> tuple[Inven
 def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...], config: Mapping[str, Any]) -> LayerInfo:
     path = name.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
-    if len(shape) == 3 and ((leaf in _STACKS and "experts" in parent.split(".")) or leaf in _STACKED_LAYERS):
+    if len(shape) == 3 and ((leaf in _STACKS and _EXPERTS & set(parent.split("."))) or leaf in _STACKED_LAYERS):
         return LayerInfo(path, "experts", _upright(leaf, shape, config), dtype, block=parent)
     if len(shape) != 2 or path == name:
         reason = "not the weight of a linear layer or embedding"

@@ -189,6 +189,6 @@ def _experts(layers: Sequence[LayerInfo]) -> int:
     """Number of experts in each MoE block: matrices in a stack, or layers in a list; 0 for a dense model."""
     stacked = [layer.shape[0] for layer in layers if layer.kind == "experts"]
     if stacked:
-        return stacked[0]
+        return max(stacked)  # a stack of shared experts has fewer
     listed = Counter(match.groups() for layer in layers if (match := LISTED_EXPERT.fullmatch(layer.name)))
     return max(listed.values(), default=0)

@@ -57,6 +57,16 @@ def _step3p7() -> Any:
     )
 
 
+def _inkling() -> Any:
+    from transformers.models.inkling.configuration_inkling import InklingTextConfig
+    from transformers.models.inkling.modeling_inkling import InklingForCausalLM
+
+    routed = {"moe_intermediate_size": 64, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2}
+    heads = {"head_dim": 32, "swa_head_dim": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2}
+    layers = {"mlp_layer_types": ["sparse"] * 2, "layer_types": ["hybrid_sliding", "hybrid"]}
+    return InklingForCausalLM(InklingTextConfig(**BASE, **routed, **heads, **layers, intermediate_size=128))
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: _model("Mixtral", {"intermediate_size": 128, "num_local_experts": 4, "head_dim": 32}),
     "phimoe": lambda: _model("Phimoe", {"intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -152,6 +162,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         },
     ),
     "step3p7": _step3p7,
+    "inkling": _inkling,
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+import isqtorch
 from isqtorch.integrations.classes import auto_class
 
 
@@ -64,6 +67,33 @@ def test_every_class_is_loaded_as_itself() -> None:
 def test_a_few_of_them(config: str, architectures: list[str], expected: str) -> None:
     auto, cls = auto_class("x", configuration(getattr(transformers, config), *architectures))
     assert cls.__name__ == expected and auto.__name__.startswith("AutoModel")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("SiglipTextConfig", "SiglipTextModel"),  # no Auto class has this type
+        ("CLIPTextConfig", "CLIPTextModelWithProjection"),  # AutoModel has another class for it
+    ],
+)
+def test_a_part_that_no_auto_class_has_is_loaded_by_its_own_class(config: str, name: str, tmp_path: Path) -> None:
+    cls = getattr(transformers, name)
+    small = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = cls(getattr(transformers, config)(**small, num_attention_heads=4, projection_dim=256)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = isqtorch.load(tmp_path, "q8_0", progress=False)
+    assert type(loaded.model) is cls and loaded.report.quantized
+    assert loaded.report.bytes_after == isqtorch.plan(tmp_path, "q8_0").bytes_after
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        got, want = loaded.model(ids)[0], model(ids)[0]
+    assert 0 < float((got - want).norm() / want.norm()) < 0.05
+
+
+def test_a_class_of_another_type_is_not_taken_by_its_name() -> None:
+    for name in ("SiglipModel", "SiglipPreTrainedModel", "SiglipTextConfig", "nn"):  # in the same file
+        with pytest.raises(ValueError, match="has no class for the type 'siglip_text_model'"):
+            auto_class("x", configuration(transformers.SiglipTextConfig, name))
 
 
 def test_code_of_the_repository_is_named_and_not_run() -> None:

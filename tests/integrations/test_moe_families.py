@@ -111,3 +111,28 @@ def test_loading_quantizes_alike_and_saved_models_reload(family: str, tmp_path: 
         if original:
             again.save_pretrained(tmp_path / "twice")
             assert torch.equal(output(cls.from_pretrained(tmp_path / "twice", dtype=torch.bfloat16)), output(loaded))
+
+
+def test_shared_experts_of_inkling_are_packed_and_are_not_routed() -> None:
+    model = build("inkling").float()
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+    owners = [name for name, _ in model.named_modules() if name.endswith("shared_experts")]
+    for name in owners:
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor, name: str = name) -> None:
+            calls[name] = (args, kwargs, y)
+
+        model.get_submodule(name).register_forward_hook(note, with_kwargs=True)
+    output(model)
+    routed = isqtorch.plan(model, "q8_0", organization="moqe")
+    assert not any("shared_experts" in layer.name for layer in routed.quantized)
+    report = quantize_(model, "q8_0")
+    for name in owners:
+        module = model.get_submodule(name)
+        assert isinstance(module, QuantExperts) and set(module.formats) == {"gate_proj", "up_proj", "down_proj"}
+        args, kwargs, want = calls[name]
+        with torch.no_grad():
+            got = module(*args, **kwargs)
+        assert got.shape == want.shape and 0 < float((got - want).norm() / want.norm()) < 0.02
+    shared = [layer for layer in report.quantized if "shared_experts" in layer.name]
+    assert len(owners) == 2 and len(shared) == 6 and {layer.kind for layer in shared} == {"experts"}

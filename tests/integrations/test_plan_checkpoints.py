@@ -44,17 +44,38 @@ def aria() -> Any:
     return transformers.AriaTextForCausalLM(config)
 
 
+def marian() -> Any:
+    """The files lack the tables of positions, which are computed."""
+    config = transformers.MarianConfig(
+        vocab_size=512, d_model=256, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=256, decoder_ffn_dim=256, max_position_embeddings=512,
+        pad_token_id=511, decoder_start_token_id=511,
+    )  # fmt: skip
+    return transformers.MarianMTModel(config)
+
+
+def siglip_text() -> Any:
+    """A part of a model, which no Auto class has."""
+    config = transformers.SiglipTextConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+    )
+    return transformers.SiglipTextModel(config)
+
+
+OTHERS = {build.__name__: build for build in (mamba, mamba2, aria, marian, siglip_text)}
+
+
 def facts(report: isqtorch.QuantReport) -> Any:
     layers = [(layer.name, layer.shape, layer.stored, layer.reason, layer.bytes_after) for layer in report.layers]
     return layers, report.bytes_before, report.bytes_after, report.numel
 
 
-@pytest.mark.parametrize("name", [*MODELS, "mamba", "mamba2", "aria"])
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_the_plan_is_the_report(name: str, tmp_path: Path) -> None:
     if name in MODELS:
         written(name, tmp_path)
     else:
-        {"mamba": mamba, "mamba2": mamba2, "aria": aria}[name]().to(torch.bfloat16).save_pretrained(tmp_path)
+        OTHERS[name]().to(torch.bfloat16).save_pretrained(tmp_path)
     planned = isqtorch.plan(tmp_path, "q4k")
     assert planned.planned and not planned.notes
     assert facts(planned) == facts(isqtorch.load(tmp_path, "q4k", progress=False).report)

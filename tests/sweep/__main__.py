@@ -1,4 +1,8 @@
-"""Run the sweep: `python -m tests.sweep` for all types, `python -m tests.sweep llama bert` for some."""
+"""Run the sweep: `python -m tests.sweep` for all types, `python -m tests.sweep llama bert` for some.
+
+With `--resume FILE`, each result goes to a file at once, and a run that was stopped goes on where it was. Types that are
+named are run again, and take the place of their old results.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import argparse
 import os
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +28,7 @@ from isqtorch.files.writing import write_atomically
 from .checks import Row, check_type
 from .children import Limits, run
 from .known import outdated, unknown
+from .results import append, read
 from .table import markdown
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/models.md"
@@ -36,6 +42,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=Limits().seconds, help="limit for one type")
     parser.add_argument("--gigabytes", type=float, default=Limits().gigabytes, help="limit of memory for one type")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="results so far; new ones are added to it")
     parser.add_argument("--output", type=Path, help=f"where the page goes; all types: {PAGE.name} in docs")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -50,19 +57,26 @@ def main() -> int:
     if options.sample is not None:
         kinds = random.Random(options.seed).sample(kinds, min(options.sample, len(kinds)))
 
+    done = read(options.resume) if options.resume is not None else {}
+    if not options.kinds:
+        kinds = [kind for kind in kinds if kind not in done]
     began = time.monotonic()
-    rows: list[Row] = []
-    for row in run(kinds, check_type, Limits(options.seconds, options.gigabytes), options.jobs):
-        rows.append(row)
-        print(f"{len(rows):4}/{len(kinds)} {line(row)}", flush=True)
-    rows.sort(key=lambda row: row.kind)
+    if len(kinds) > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            check_type("llama", Path(folder))  # imports what every check needs: forked processes have it then
+    for number, row in enumerate(run(kinds, check_type, Limits(options.seconds, options.gigabytes), options.jobs), 1):
+        done[row.kind] = row
+        if options.resume is not None:
+            append(options.resume, row)
+        print(f"{number:4}/{len(kinds)} {line(row)}", flush=True)
+    rows = [done[kind] for kind in sorted(done)]
 
     failures, old = unknown(rows), outdated(rows)
     built = [row for row in rows if not row.not_built]
     print(f"\n{len(built)} types of {len(rows)} were built, in {time.monotonic() - began:.0f} s")
     for title, lines in (("failures", failures), ("entries of known.py that are not needed", old)):
         print(f"{title}: {len(lines)}", *lines, sep="\n  ")
-    output = options.output or (PAGE if len(kinds) == len(everything) else None)
+    output = options.output or (PAGE if done.keys() == set(everything) else None)
     if output is not None:
         write_atomically(output, [markdown(rows, transformers.__version__).encode()])
         print(f"written: {output}")

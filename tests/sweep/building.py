@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,40 +13,10 @@ from torch import Tensor, nn
 from isqtorch.integrations.classes import auto_class
 
 from . import inputs, shrink
+from .corrections import CORRECTIONS
 
 MOST_WEIGHTS = 130_000_000  # of a model that is small enough
 _STD = 0.05
-
-# What a type needs otherwise than the rules of `shrink` say; "vision_config.depth" is a value of a part.
-_THREE_AXES = [8, 12, 12]  # sections of rotary positions for heads of 64 channels
-_HALF = [4, 6, 6]  # where half of the channels have positions
-CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
-    # The defaults of these are None, which their code cannot use.
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-    "hunyuan_v1_dense": {"head_dim": 64},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "hunyuan_v1_moe": {"head_dim": 64},
-    "nemotron": {"head_dim": 64, "num_key_value_heads": 4},
-    # The code of these has sections for heads of 128 channels, where the configuration has none.
-    "glm4v": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
-    "glm4v_text": {"rope_parameters.mrope_section": _THREE_AXES},
-    "glm4v_moe": {"text_config.rope_parameters.mrope_section": _HALF},
-    "glm4v_moe_text": {"rope_parameters.mrope_section": _HALF},
-    "qwen2_5_omni_thinker": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
-    "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
-    "qwen2_5_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
-    "qwen2_vl": {"text_config.rope_parameters.mrope_section": _THREE_AXES},
-    "qwen2_vl_text": {"rope_parameters.mrope_section": _THREE_AXES},
-    # Numbers that depend on each other.
-    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64},
-    "bamba": {"attn_layer_indices": [1]},  # one layer of each kind
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # a layer for each of its cycles
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "mamba2": {"num_heads": 8},
-    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
-}
 
 
 class NotBuilt(Exception):
@@ -56,6 +27,7 @@ class Built(NamedTuple):
     """A model of a type."""
 
     model: Any
+    auto: Any  # what loads it: an Auto class, where one has the type; else the class itself
     arguments: dict[str, Tensor] | None  # None: no call of the model succeeded
     remark: str  # why not
 
@@ -71,21 +43,22 @@ def build(kind: str) -> Built:
     config_class = CONFIG_MAPPING[kind]
     uncalled: Built | None = None
     why: list[str] = []
-    for model in _models(kind, config_class):
-        if isinstance(model, str):
-            why.append(model)
+    for found in _models(kind, config_class):
+        if isinstance(found, str):
+            why.append(found)
             continue
+        model, auto = found
         arguments, remark = _arguments(model)
         if arguments is not None:
-            return Built(model, arguments, "")
-        uncalled = uncalled or Built(model, None, remark)
+            return Built(model, auto, arguments, "")
+        uncalled = uncalled or Built(model, auto, None, remark)
     if uncalled is None:
         raise NotBuilt("; ".join(dict.fromkeys(why)))
     return uncalled
 
 
-def _models(kind: str, config_class: Any) -> Iterator[Any]:
-    """Models, the smallest first; a text in the place of one that cannot be made."""
+def _models(kind: str, config_class: Any) -> Iterator[tuple[Any, Any] | str]:
+    """Models and what loads them, the smallest first; a text in the place of one that cannot be made."""
     try:
         defaults = config_class().to_dict()
     except Exception as error:  # of any kind: code of every type runs here
@@ -96,7 +69,7 @@ def _models(kind: str, config_class: Any) -> Iterator[Any]:
     for settings in shrink.candidates(defaults, CORRECTIONS.get(kind, {})):
         try:
             config = config_class.from_dict(settings)
-            cls = class_of(kind, config)
+            auto, cls = class_of(kind, config)
             with torch.device("meta"):
                 weights = sum(parameter.numel() for parameter in cls(config).parameters())
             if weights > MOST_WEIGHTS:
@@ -108,11 +81,11 @@ def _models(kind: str, config_class: Any) -> Iterator[Any]:
             yield described(error)
             continue
         _fill(model)
-        yield model
+        yield model, auto
 
 
-def class_of(kind: str, config: Any) -> Any:
-    """The class that a model of this type usually has: most types have several."""
+def class_of(kind: str, config: Any) -> tuple[Any, Any]:
+    """What loads a model of this type, and the class that it usually has: most types have several."""
     import transformers
 
     first = ["MaskedLM"]
@@ -123,8 +96,31 @@ def class_of(kind: str, config: Any) -> Any:
     for name in first:
         auto = getattr(transformers, f"AutoModelFor{name}")
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    return auto_class(kind, config)[1]
+            return auto, auto._model_mapping[type(config)]
+    try:
+        return auto_class(kind, config)
+    except ValueError:  # a part of other models, which no Auto class has
+        cls = _part(config)
+        if cls is None:
+            raise
+        return cls, cls
+
+
+def _part(config: Any) -> Any:
+    """The last class in the file of a type that has this configuration and a forward; None if there is none.
+
+    Classes with heads come last.
+    """
+    from transformers import PreTrainedModel
+
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        found = vars(importlib.import_module(name)).values()
+    except ImportError:
+        return None
+    models = [cls for cls in found if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
+    fitting = [cls for cls in models if cls.config_class is type(config) and cls.forward is not nn.Module.forward]
+    return fitting[-1] if fitting else None
 
 
 def _fill(model: nn.Module) -> None:
@@ -134,6 +130,9 @@ def _fill(model: nn.Module) -> None:
             if parameter.dim() > 1 and parameter.is_floating_point():
                 width = math.prod(parameter.shape[1:]) if parameter.dim() != 3 else parameter.shape[-1]
                 parameter.normal_(std=min(_STD, max(width, 1) ** -0.5))
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as when it was made: it gets no gradient
 
 
 def _arguments(model: Any) -> tuple[dict[str, Tensor] | None, str]:

@@ -57,6 +57,9 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     if "past_values" in takes:  # of time series
         series = floats(1, _value(config, "context_length", 32), _value(config, "num_input_channels", 1))
         yield {"past_values": series}
+    known = _known(takes, config, ids, floats) | {key: value[0] for key, value in sounds.items()}
+    known |= {**text, **pictures}
+    yield {name: value for name, value in known.items() if name in takes}
     required = _required(takes, config, ids, floats)
     if required:
         yield required
@@ -71,6 +74,32 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     for name in ("inputs_embeds", "hidden_states"):
         if name in takes:
             yield {name: floats(1, _TOKENS, _hidden(config))}
+
+
+def _known(takes: Mapping[str, inspect.Parameter], config: Any, ids: Tensor, floats: Any) -> dict[str, Tensor]:
+    """Arguments that few models take."""
+    length = _value(config, "context_length", 32) or _value(config, "prediction_length", 32)
+    length += max(_value(config, "lags_sequence", [0]))
+    future = _value(config, "prediction_length", 8)
+    times = _value(config, "num_time_features", 0)
+    return {
+        "qformer_input_ids": ids,
+        "bbox": torch.zeros(1, _TOKENS, _value(config, "dim_bbox", 4), dtype=torch.long),
+        "visual_feats": floats(1, 4, _value(config, "visual_feat_dim", 64)),
+        "visual_pos": floats(1, 4, _value(config, "visual_pos_dim", 4)),
+        "past_values": floats(1, length),
+        "past_time_features": floats(1, length, times),
+        "past_observed_mask": torch.ones(1, length),
+        "future_values": floats(1, future),
+        "future_time_features": floats(1, future, times),
+        "states": floats(1, 4, _value(config, "state_dim", 17)),
+        "actions": floats(1, 4, _value(config, "act_dim", 4)),
+        "rewards": floats(1, 4, 1),
+        "returns_to_go": floats(1, 4, 1),
+        "timesteps": torch.arange(4)[None],
+        "encoder_hidden_states": floats(1, _TOKENS, _value(config, "encoder_hidden_size", _hidden(config))),
+        "query_embeds": floats(1, 4, _hidden(config)),
+    }
 
 
 def _required(takes: Mapping[str, inspect.Parameter], config: Any, ids: Tensor, floats: Any) -> dict[str, Tensor]:
@@ -99,7 +128,12 @@ def _sounds(config: Any, floats: Any) -> dict[str, list[Tensor]]:
     size = _value(config, "feature_size", bins)
     length = _value(config, "max_length", 64)
     return {
-        "input_features": [floats(1, bins, 2 * positions), floats(1, 64, size), floats(1, 64, 2 * bins)],
+        "input_features": [
+            floats(1, bins, 2 * positions),
+            floats(1, 64, size),
+            floats(1, 64, 2 * bins),
+            floats(1, 1, 64, bins),
+        ],
         "input_values": [floats(1, 8000), floats(1, 1, 8000), floats(1, length, bins)],
     }
 

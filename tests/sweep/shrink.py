@@ -20,8 +20,11 @@ _BY_STAGE = r"depths|hidden_sizes"  # lists with an entry for each stage; the nu
 # The first rule whose name matches decides: (regular expression of the whole name, largest value).
 _COUNTS = (
     (r"num_kv_shared_layers", 0),
-    (r"first_k_dense_replace|num_dense_layers|topk_group|n_group|moe_layer_start_index|num_nextn_predict_layers", 1),
-    (r"\w*(experts_per_tok|top_k_experts|experts_top_k|moe_topk|moe_k|num_selected_experts)|moe_top_k", 2),
+    (
+        r"first_k_dense_replace|num_dense_layers|topk_group|n_group|num_expert_group|moe_layer_start_index|num_nextn_predict_layers",
+        1,
+    ),
+    (r"\w*(experts_per_tok(en)?|top_k_experts|experts_top_k|moe_topk|moe_k|num_selected_experts)|moe_top_k", 2),
     (r"(num|n)_(\w+_)?experts|moe_num_experts|\w*zero_expert_num", 4),
 )
 _WIDTHS = (
@@ -35,6 +38,7 @@ _WIDTHS = (
     (r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx", 512),
 )
 _DEEPEST = 4
+_PATCH = 16  # of models that name none
 
 
 def candidates(defaults: Mapping[str, Any], corrections: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -88,8 +92,11 @@ def shrunk(defaults: Mapping[str, Any], widths: bool) -> dict[str, Any]:
         last = range(small["num_hidden_layers"] - len(stages) + 1, small["num_hidden_layers"] + 1)
         small |= {"out_features": [f"stage{i}" for i in last], "out_indices": list(last)}
     _move_tokens(small)
-    if widths and type(small.get("image_size")) is int and type(small.get("patch_size")) is int:
-        small["image_size"] = min(small["image_size"], 4 * small["patch_size"])
+    if widths and "qk_head_dim" in small:
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    if widths and type(small.get("image_size")) is int:
+        patch = small.get("patch_size")
+        small["image_size"] = min(small["image_size"], 4 * (patch if type(patch) is int else _PATCH))
     many = (small.get("num_attention_heads"), defaults.get("num_attention_heads"))
     groups = defaults.get("num_key_value_heads")
     if widths and type(many[0]) is int and groups is not None and groups == many[1]:

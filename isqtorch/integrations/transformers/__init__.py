@@ -23,6 +23,8 @@ from isqtorch.inplace.host import register_host  # noqa: E402
 from isqtorch.modules.savers import register_recorder  # noqa: E402
 
 from .config import IsqConfig  # noqa: E402
+from .dtypes import install as answer_dtype  # noqa: E402
+from .findings import install as note_findings  # noqa: E402
 from .host import TransformersHost, records, tied  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
 from .resize import install as follow_resizing  # noqa: E402
@@ -36,5 +38,7 @@ follow_resizing()
 record_when_saving()
 read_quantized()
 follow_ties(tied)
+note_findings()
+answer_dtype()
 
 __all__ = ["IsqConfig", "IsqHfQuantizer"]
