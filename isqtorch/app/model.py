@@ -22,7 +22,7 @@ from isqtorch.integrations.opening import Opened
 from isqtorch.integrations.record import METHOD
 from isqtorch.policy.inventory import packed_names
 from isqtorch.policy.options import Options
-from isqtorch.policy.request import checked_device
+from isqtorch.policy.request import Request, checked_device
 from isqtorch.report.report import QuantReport
 
 
@@ -179,6 +179,11 @@ def check_request(
     if isq is not None and found.quantized_by == METHOD:
         raise ValueError(f"{source} is quantized already; leave out --isq, or give the original model")
     return found
+
+
+def request_of(isq: str | None, options: Mapping[str, Any]) -> Request | None:
+    """The request of a command that `check_request` has checked; None: the weights stay as they are."""
+    return checked_request(isq, Options(**options))
 
 
 def check_budget(isq: str, options: Mapping[str, Any]) -> Budget | None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from isqtorch._version import __version__
 
 from . import bench, demo, doctor, export, formats, imatrix, perplexity, plan, quantize, run, serve
+from .parser import Parser
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
@@ -34,12 +35,14 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. The docstring of a command's file is its help text."""
-    parser = argparse.ArgumentParser(
-        prog="isqtorch", description="Quantize PyTorch models in place, and see what it costs and saves."
+    parser = Parser(
+        prog="isqtorch",
+        description="Quantize PyTorch models in place, and see what it costs and saves.",
+        epilog="isqtorch run -m FOLDER --isq 4 loads a model in 4 bits to chat with it. isqtorch COMMAND --help has examples.",
     )
     parser.add_argument("--version", action="version", version=f"isqtorch {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
@@ -61,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see the module's docstring.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         status: int = args.run(args)
         sys.stdout.flush()

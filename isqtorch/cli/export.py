@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     opened = check_request(args.model, args.isq, args.device, options)
     recover(args.output)
     check(args, opened)
+    _check_weights(args, opened)
     loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
     check(args, opened)  # again: quantizing may have taken an hour
     write(args, loaded)
@@ -70,11 +71,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_format(args: argparse.Namespace, program: str, known: list[str]) -> None:
-    """ValueError if a format is asked for that the file cannot hold. What a mix gives, is checked when it is written."""
-    if args.isq is not None and mix_name(args.isq) is None:
-        format = resolve_format(args.isq, args.device or "cpu").name
+    """ValueError if a format is asked for that the file cannot hold."""
+    asked = [("--isq", args.isq)] if args.isq is not None and mix_name(args.isq) is None else []
+    for option, spec in [*asked, *(("--choose-from", spec) for spec in args.choose_from or ())]:
+        format = resolve_format(spec, args.device or "cpu").name
         if not any(format == name or format.startswith(f"{name}g") for name in known):
-            raise ValueError(f"--isq {args.isq}: {program} has no {format}; it has {', '.join(known)}")
+            raise ValueError(f"{option} {spec}: {program} has no {format}; it has {', '.join(known)}")
+
+
+def _check_weights(args: argparse.Namespace, opened: Opened) -> None:
+    """ValueError if a layer would get a format that the file cannot hold: by a mix, a promotion, a topology or a fallback."""
+    from isqtorch.app.model import request_of
+    from isqtorch.integrations.checkpoints.gguf import writer as gguf
+    from isqtorch.integrations.checkpoints.mlx import writer as mlx
+    from isqtorch.integrations.rehearsal import rehearsed
+
+    model = rehearsed(opened, request_of(args.isq, policy_options(args)))
+    if model is not None:
+        {"gguf": gguf.check_weights, "mlx": mlx.check_weights}[args.to](model)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Collect an importance matrix: run a text through a model and sum up the squared inputs of each layer.
 
     isqtorch imatrix examples/demo_model/model examples/demo_model/calibration.txt -o demo.gguf
-    isqtorch imatrix ./my-model my.txt -o my.imatrix --max-tokens 30000
+    isqtorch imatrix -m ./my-model my.txt -o my.imatrix --max-tokens 30000
 
 The extension of OUT selects the file format: .gguf and .imatrix (or .dat) of llama.cpp, .cimatrix of mistral.rs. Every
 command with --imatrix reads all three. A text of 10,000 to 50,000 tokens is enough, if it is similar to what the model
@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 from ._common import add_json, load_model, read_text
+from .parser import Parser
 
 HELP = "collect an importance matrix from a text"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file, an MLX folder, or a model id")
+def add_arguments(parser: Parser) -> None:
+    parser.add_model_first()
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".gguf, .imatrix or .cimatrix")
     parser.add_argument("--chunk", type=int, default=512, help="tokens per chunk (%(default)s)")

@@ -2,9 +2,9 @@
 
     isqtorch perplexity examples/demo_model/model --text examples/demo_model/heldout.txt
     isqtorch perplexity examples/demo_model/model --isq q4k --kl --text examples/demo_model/heldout.txt
-    isqtorch perplexity ./my-model-q4k --text my.txt --mode llamacpp --json
+    isqtorch perplexity -m ./my-model-q4k --text my.txt --mode llamacpp --json
 
-MODEL is what the other commands take as -m. --kl compares with MODEL as it is.
+--kl compares with MODEL as it is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import sys
 from typing import Any
 
 from ._common import add_auto, add_importance, add_isq, add_json, add_policy, policy_options, read_text
+from .parser import Parser
 
 HELP = "perplexity and KL divergence on a text"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file, an MLX folder, or a model id")
+def add_arguments(parser: Parser) -> None:
+    parser.add_model_first()
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     add_isq(parser, required=False)
     add_policy(parser)

@@ -20,6 +20,9 @@ Headers = dict[str, tuple[str, tuple[int, ...]]]
 
 MAX_JSON_BYTES = 1 << 26  # the index of the largest models is a few MB
 _INDEX_END = ".safetensors.index.json"
+_DIFFUSERS = "diffusion_pytorch_model"
+_FIRST = ("model.safetensors", f"model{_INDEX_END}", f"{_DIFFUSERS}{_INDEX_END}", f"{_DIFFUSERS}.safetensors")
+"""What is read if it is there, the first of them: in the order of transformers, and in that of diffusers."""
 
 
 class Checkpoint(NamedTuple):
@@ -58,12 +61,12 @@ def read_headers(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def checkpoint_files(folder: Path, op: str) -> list[Path]:
-    """List the files of a checkpoint: those that transformers loads from the folder, else all .safetensors files.
+    """List the files of a checkpoint: those that transformers or diffusers loads from the folder, else all .safetensors files.
 
     transformers takes the first of these that is there: the file or index that `transformers_weights` in config.json
     names, model.safetensors, and the files in model.safetensors.index.json. `save_pretrained` in one file over an older
-    save in shards leaves the old index, so the single file is the newer one. Files of a variant, such as
-    model.fp16.safetensors, are used only if there is nothing else.
+    save in shards leaves the old index, so the single file is the newer one. diffusers takes its index first. Files of a
+    variant, such as model.fp16.safetensors, are used only if there is nothing else.
 
     Args:
         folder: the folder of the checkpoint.
@@ -82,11 +85,10 @@ def checkpoint_files(folder: Path, op: str) -> list[Path]:
             )
         chosen = folder / named
         return _indexed(chosen) if named.endswith(_INDEX_END) else [chosen]
-    single, index = folder / "model.safetensors", folder / f"model{_INDEX_END}"
-    if single.exists():
-        return [single]
-    if index.exists():
-        return _indexed(index)
+    for name in _FIRST:
+        path = folder / name
+        if path.exists():
+            return _indexed(path) if name.endswith(_INDEX_END) else [path]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{op}: {folder} holds no .safetensors file")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import plausible
+from .words import meant
 
 Fields = dict[str, Tensor]
 """The contents of n blocks, one tensor per field, first dimension n.
@@ -300,7 +301,7 @@ def get_format(name: str | QuantFormat) -> QuantFormat:
             f"IsqConfig or --isq. One weight needs one of {', '.join(formats())}."
         )
     if canonical is None:
-        raise ValueError(
-            f"unknown format {name!r:.200}. Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
-        )
+        hint = meant(name, [*_ALIASES, *_MIXES]) if isinstance(name, str) else ""
+        listed = f"Known formats: {', '.join(formats())} (see isqtorch.formats(variants=True))."
+        raise ValueError(f"unknown format {name!r:.200}. {f'{hint} isqtorch.formats() lists all.' if hint else listed}")
     return _REGISTRY[canonical]

@@ -33,7 +33,7 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
         print(isqtorch.resolve_format(4).name, isqtorch.resolve_format(4, "mps").name)  # q4k afq4
     """
     if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
-        raise ValueError(f"format must be a name or a number of bits, got {spec!r:.200}")
+        raise ValueError(f"format must be a name or a number of bits, got {_shown(spec)}")
     if isinstance(spec, str) and spec.isdecimal():
         spec = int(spec)
     if isinstance(spec, int):
@@ -44,6 +44,13 @@ def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "
             )
         spec = table[spec]
     return get_format(spec)
+
+
+def _shown(spec: object) -> str:
+    """What was given in the place of a format, on one line. The text of a model has thousands."""
+    if isinstance(spec, float):
+        return f'{spec}. For an average of so many bits, give "auto" and target_bpw={spec}'
+    return f"{spec!r:.200}" if isinstance(spec, (bool, bytes, torch.dtype, type(None))) else type(spec).__name__
 
 
 def repacked_as(bits: float) -> QuantFormat:

@@ -26,6 +26,7 @@ from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
+from isqtorch.policy.words import explaining
 from isqtorch.progress import progress_bar
 from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
@@ -36,6 +37,7 @@ from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, check_devices, check_weights, settle
 
 
+@explaining("quantize_(model, {})")
 def quantize_(
     model: nn.Module,
     fmt: Spec | None,
@@ -141,8 +143,8 @@ def quantize_(
         progress=progress,
         measure_error=measure_error,
     )
+    check_model(model, "quantize_", fmt)
     request = Request(fmt, options, "quantize_")
-    check_model(model, request.op)
     packed = packed_names(model)
     if packed:
         raise ValueError(
@@ -155,14 +157,14 @@ def quantize_(
     prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
     origin = Origin.before(model, request)
     for message in prepared.warnings:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     errors = _replace_layers(model, prepared)
     report = prepared.report(errors, choice)
     report.seconds = time.perf_counter() - began
     origin.attach(model)
     announce(model, report)
     for message in prepared.alarms:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     return report
 
 

@@ -26,6 +26,7 @@ from isqtorch.policy.inventory import check_model, inspect_model, packed_names
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
+from isqtorch.policy.words import explaining
 from isqtorch.progress import progress_bar
 from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
@@ -40,6 +41,7 @@ from .weights import Weights
 _OP = "requantize_"
 
 
+@explaining("requantize_(model, {})")
 def requantize_(
     model: nn.Module,
     fmt: Spec | None,
@@ -112,7 +114,7 @@ def requantize_(
         report = isqtorch.requantize_(model, "q8_0")
     """
     began = time.perf_counter()
-    check_model(model, _OP)
+    check_model(model, _OP, fmt)
     before = Origin.of(model)
     origin = before or Origin()
     lasting = origin.options.lasting(
@@ -150,10 +152,10 @@ def requantize_(
     again = weights.source is not None
     prepared, choice = settle(model, inventory, request, check, weights.of, again)
     for message in [*weights.alarms, *prepared.warnings]:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     swaps, errors = _new_layers(model, prepared, weights)
     for message in prepared.alarms:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     permission = _permission(model, prepared, swaps, activations)
     report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *weights.alarms])
     _commit(model, swaps, permission, Origin.made(weights.files, weights.trouble, request), report, began)

@@ -1,9 +1,9 @@
-"""Register the transformers plug-in once transformers is imported, without importing transformers ourselves.
+"""Register the plug-ins once their libraries are imported, without importing the libraries ourselves.
 
-`import isqtorch` must be fast, yet afterwards `from_pretrained` must understand checkpoints saved by isqtorch.
-transformers has no entry points for plug-ins, so an import hook waits for its module that loads models and registers
-the plug-in after it. This breaks if transformers moves `from_pretrained` to another module;
-test_a_saved_model_loads_after_importing_isqtorch notices.
+`import isqtorch` must be fast, yet afterwards `from_pretrained` of transformers must understand checkpoints saved by
+isqtorch. Neither transformers nor diffusers has entry points for plug-ins, so an import hook waits for the module of
+each that loads models, and registers the plug-in after it. This breaks if a library moves `from_pretrained` to another
+module; test_a_saved_model_loads_after_importing_isqtorch and test_diffusers.py notice.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from types import ModuleType
 
 from isqtorch.report.plan import Describer, register_describer
 
-_AWAITED = "transformers.modeling_utils"  # has from_pretrained; after it, all that the plug-in imports is available
+_AWAITED = {  # module that has from_pretrained: the plug-in; after it, all that the plug-in imports is available
+    "transformers.modeling_utils": "isqtorch.integrations.transformers",
+    "diffusers.models.modeling_utils": "isqtorch.integrations.diffusers",
+}
 
 
 def activate() -> None:
-    """Register now if transformers is already imported, else when it is imported. `plan` imports it itself."""
+    """Register now what is imported already, and the others when they are. `plan` imports transformers itself."""
     register_describer(_describer)
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(type(finder).__name__ == _Waiter.__name__ for finder in sys.meta_path):  # isqtorch may be reloaded
-        sys.meta_path.insert(0, _Waiter())
+    for awaited, plugin in _AWAITED.items():
+        if awaited in sys.modules:
+            _register(plugin)
+        elif not any(
+            getattr(finder, "awaited", None) == awaited for finder in sys.meta_path
+        ):  # isqtorch may be reloaded
+            sys.meta_path.insert(0, _Waiter(awaited, plugin))
 
 
-def _register() -> None:
+def _register(plugin: str) -> None:
     try:
-        importlib.import_module("isqtorch.integrations.transformers")
+        importlib.import_module(plugin)
     except ImportError:
         pass  # transformers is too old for the plug-in: only isqtorch.IsqConfig needs it, and raises the error
 
@@ -39,8 +45,11 @@ def _register() -> None:
 class _Waiter(importlib.abc.MetaPathFinder):
     """Import hook: the ordinary finders load the awaited module, then the plug-in registers."""
 
+    def __init__(self, awaited: str, plugin: str) -> None:
+        self.awaited, self.plugin = awaited, plugin
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _AWAITED:
+        if name != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -49,7 +58,7 @@ class _Waiter(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                _register(self.plugin)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import Counter
@@ -80,25 +81,36 @@ def _stored(folder: Path) -> Described | None:
     if any(find_spec(name) is None for name in ("transformers", "accelerate")):
         return None  # `plan` refuses it
     opened = Opened.of(folder, local=True)
-    entry = stored_entry(opened.config)
-    if entry is None:
+    if not opened.is_decoded:
         return None
+    _, inventory = stored_folder(opened)
+    note = f"what is packed anew is made of weights that {opened.quantized_by} has quantized: their errors stay"
+    return Described(inventory, [note], opened.config.to_dict())
+
+
+def stored_folder(opened: Opened) -> tuple[Any, Inventory]:
+    """A folder that another library has quantized in a way that is read here: its model, on the meta device, and its layers.
+
+    `packed_as` of a layer is the format that it gets if nothing is asked for.
+    """
     from .transformers.skeleton import describe_unloaded
     from .transformers.stored import StoredLoad
 
+    entry = stored_entry(opened.config)
+    assert entry is not None, "is_decoded"
+    opened = replace(opened, config=copy.deepcopy(opened.config))
     for part in (opened.config, opened.config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     model = opened.empty(opened.own_dtype() or torch.bfloat16)
     inventory = describe_unloaded(model, {"": "cpu"})
-    load = StoredLoad.open(model, entry, [str(file) for file in checkpoint_files(folder, "plan")])
+    load = StoredLoad.open(model, entry, [str(file) for file in checkpoint_files(Path(opened.source), "plan")])
     kept = load.assigned(inventory)
     layers = [
         replace(layer, packed_as=str(kept[layer.name].format)) if layer.name in kept and layer.keep is None else layer
         for layer in inventory.layers
     ]
-    note = f"what is packed anew is made of weights that {entry.get('quant_method')} has quantized: their errors stay"
-    return Described(replace(inventory, layers=layers), [note], opened.config.to_dict())
+    return model, replace(inventory, layers=layers)
 
 
 def _common_type(found: Checkpoint) -> torch.dtype:

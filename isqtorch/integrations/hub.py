@@ -11,6 +11,7 @@ from pathlib import Path
 from isqtorch.files.checkpoints import read_json
 
 _ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_PIPELINE = "model_index.json"
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
@@ -34,8 +35,19 @@ def check_source(source: str) -> None:
     """Raise if `source` is a path without a model: transformers would look it up on the Hub, with a confusing error."""
     path = Path(source).expanduser()
     if path.is_dir():
+        if (path / _PIPELINE).is_file():
+            raise ValueError(
+                f"{source} is a pipeline of diffusers. Load it with diffusers, and quantize its parts in place: "
+                "isqtorch.quantize_(pipe.transformer, 4)"
+            )
         if not (path / _CONFIG).is_file():
             raise FileNotFoundError(f"{source} has no config.json: it is not a model folder")
+        config = read_json(path / _CONFIG)
+        if "_diffusers_version" in config and "model_type" not in config:
+            raise ValueError(
+                f"{source} is a {config.get('_class_name', 'model')!s:.80} of diffusers. Load it with diffusers, and quantize it in "
+                "place: isqtorch.quantize_(model, 4)"
+            )
         return
     if path.exists():
         raise FileNotFoundError(
@@ -51,6 +63,11 @@ def cached_folder(repository: str, revision: str | None = None) -> Path | None:
     """The folder in the local cache that has the config.json of a model, or None. Never uses the network."""
     found = _cached(repository, _CONFIG, revision)
     return None if found is None else found.parent
+
+
+def cached_snapshot(repository: str) -> Path | None:
+    """The folder in the local cache that has the files of a pipeline of diffusers, or None. Never uses the network."""
+    return None if (found := _cached(repository, _PIPELINE, None)) is None else found.parent
 
 
 def cached_weights(repository: str, revision: str | None = None) -> list[str] | None:

@@ -18,6 +18,7 @@ from isqtorch.importance.imatrix import Imatrix
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.policy.topology import TopologyLike
+from isqtorch.policy.words import explaining
 from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
@@ -54,6 +55,7 @@ class Loaded:
         return iter((self.model, self.tokenizer, self.report))
 
 
+@explaining("load(source, {})")
 def load(
     source: str | os.PathLike[str],
     isq: Spec | None = None,
@@ -229,5 +231,5 @@ def _from_checkpoint(
     report.notes += found.checkpoint.notes
     if found.companions.why:
         report.notes.append(f"without a tokenizer: {found.companions.why}")
-        warnings.warn(f"{_OP}: without a tokenizer: {found.companions.why.removeprefix('load: ')}", stacklevel=4)
+        warnings.warn(f"{_OP}: without a tokenizer: {found.companions.why.removeprefix('load: ')}", stacklevel=5)
     return model, report, imatrix

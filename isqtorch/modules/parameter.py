@@ -31,6 +31,7 @@ _CALL = "_call_impl"  # of nn.Module; it is on the stack inside every forward
 _MOVERS = re.compile(
     r"(torch|isqtorch|accelerate|safetensors|copyreg|copy|pickle)(\.|$)"
     r"|transformers\.(modeling_utils|core_model_loading|integrations|quantizers|initialization|trainer|distributed)(\.|$)"
+    r"|diffusers\.(hooks|models\.model_loading_utils)(\.|$)"
 )
 """Modules of Python that move, save and shard parameters. What they do to a weight, they do to its bytes."""
 

@@ -20,6 +20,7 @@ from isqtorch.modules.foreign import Foreign, find_foreign
 from isqtorch.modules.parameter import PackedParameter
 
 from .layers import LayerInfo, Role, head_by_name
+from .pipelines import no_module
 from .weight_reads import layers_read_directly
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -276,10 +277,16 @@ def _spread_over_ties(layers: list[LayerInfo]) -> list[LayerInfo]:
     return out
 
 
-def check_model(model: nn.Module, op: str) -> None:
-    """Raise unless `model` is a module around the layers, with shapes: a layer itself cannot be replaced in place."""
+def check_model(model: nn.Module, op: str, fmt: object = None) -> None:
+    """Raise unless `model` is a module around the layers, with shapes: a layer itself cannot be replaced in place.
+
+    Args:
+        model: what was given as the model.
+        op: name of the public function, for messages.
+        fmt: what was given as the format, to notice if the two are in the wrong order.
+    """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{op}: {no_module(model, op, fmt)}")
     if layer_kind(model) is not None or isinstance(model, PackedModule):
         raise ValueError(
             f"{op}: a bare {type(model).__name__} cannot be replaced in place. Wrap it, as in nn.Sequential(layer), or use "

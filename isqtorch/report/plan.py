@@ -25,10 +25,12 @@ from isqtorch.policy.inventory import Inventory, check_model, inspect_model
 from isqtorch.policy.options import Activations, Fallback, Names, Options, Organization
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
+from isqtorch.policy.words import explaining
 
 from .report import QuantReport
 
 
+@explaining("plan(model, {})")
 def plan(
     model: nn.Module | str | os.PathLike[str],
     fmt: Spec | None,
@@ -76,9 +78,10 @@ def plan(
         device=device,
         activations=activations,
     )
+    if isinstance(model, nn.Module) or isinstance(fmt, nn.Module):
+        check_model(model, "plan", fmt)
     request = Request(fmt, options, "plan")
     if isinstance(model, nn.Module):
-        check_model(model, "plan")
         inventory = inspect_model(model)
         check_foreign(inventory.foreign, request)
         return planned(inventory, request)

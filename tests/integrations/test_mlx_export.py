@@ -315,11 +315,42 @@ def test_the_command_refuses_before_it_loads(
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("loaded")
 
+    def refusal(model: Path, *options: str) -> str:
+        assert main(["export", "--to", "mlx", "-o", str(tmp_path / "mlx"), "-m", str(model), *options]) == 1
+        return capsys.readouterr().err
+
     tiny("glm").save_pretrained(tmp_path / "glm")
+    packed(llama(), "q4k").save_pretrained(tmp_path / "q4k")
+    write_model(tmp_path / "model.gguf", tiny_model("llama"))
+    (tmp_path / "mixed.yaml").write_text("/up_proj/: q4_0\n")
     monkeypatch.setattr(LoadedModel, "__init__", fail)
-    arguments = ["export", "--to", "mlx", "-o", str(tmp_path / "mlx"), "-m", str(tmp_path / "glm"), "--isq", "afq4"]
-    assert main(arguments) == 1
-    assert "cannot be written for mlx-lm" in capsys.readouterr().err
+    assert "cannot be written for mlx-lm" in refusal(tmp_path / "glm", "--isq", "afq4")
+    assert "embed_tokens.weight is q6k, which MLX does not have" in refusal(DEMO, "--isq", "mxfp4")
+    assert "is q6k, which MLX does not have" in refusal(DEMO, "--isq", "q4k_m")
+    assert "up_proj.weight is q4_0" in refusal(DEMO, "--isq", "afq4", "--topology", str(tmp_path / "mixed.yaml"))
+    auto = ["--isq", "auto", "--target-bpw", "4.5"]
+    assert "--choose-from q4k: MLX has no q4k" in refusal(DEMO, *auto, "--choose-from", "afq4", "q4k")
+    assert "which MLX does not have" in refusal(tmp_path / "q4k")  # packed already
+    assert "which MLX does not have" in refusal(tmp_path / "model.gguf")
+    assert not (tmp_path / "mlx").exists()
+
+
+def test_what_can_be_written_is_not_refused_before_it_loads() -> None:
+    from isqtorch.integrations.checkpoints.mlx import writer
+    from isqtorch.integrations.opening import Opened
+    from isqtorch.integrations.rehearsal import rehearsed
+    from isqtorch.policy.options import Options
+    from isqtorch.policy.request import Request
+
+    opened = Opened.of(DEMO)
+    topology = {"/embed_tokens|lm_head/": "afq6"}
+    model = rehearsed(opened, Request("mxfp4", Options(topology=topology), "load"))
+    writer.check_weights(model)
+    loaded = isqtorch.load(DEMO, "mxfp4", topology=topology).model
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in loaded.state_dict().items()
+    }
+    assert rehearsed(opened, Request("auto", Options(target_bpw=4.5), "load")) is None
 
 
 def test_a_folder_beside_the_gguf_file_that_the_model_is_from(tmp_path: Path) -> None:

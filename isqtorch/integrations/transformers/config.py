@@ -19,6 +19,7 @@ from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activat
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, listed
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
+from isqtorch.policy.words import about
 from isqtorch.quantizers import Rule
 
 from .meter import Meter
@@ -105,7 +106,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             self.activations = checked_activations(_OP, activations, self.layers)
             return
         if unknown:
-            raise ValueError(f"{_OP}: unknown option {min(unknown)!r}. Options are {', '.join(_OPTIONS)}.")
+            raise ValueError(f"{_OP}: {about(min(unknown), unknown[min(unknown)], _OPTIONS, 'IsqConfig({})')}")
         if activations is not None and not isinstance(activations, str):
             raise ValueError(f'{_OP}: activations must be None or "fp8"; got {activations!r}')
         self.activations = self.options.activations

@@ -124,6 +124,21 @@ def check_config(config: Any) -> Architecture:
     return of_config(config)
 
 
+def check_weights(model: Any) -> None:
+    """Check what loading would give, before it is loaded: names, formats and the order of columns.
+
+    Args:
+        model: the model; may be on the meta device.
+
+    Raises:
+        ValueError: a weight has no place in a file, or is packed in a way that the file cannot hold.
+        NotImplementedError: the file cannot hold such models.
+    """
+    config = _text_config(model)
+    placed, _ = _place(model, check_config(config), config)
+    entries(OP, placed)
+
+
 def _place(model: Any, architecture: Architecture, config: Any) -> tuple[list[tuple[Source, Place]], list[str]]:
     """Where each weight goes, and the names of weights that belong to other parts than the text model."""
     placed: list[tuple[Source, Place]] = []

@@ -66,6 +66,21 @@ def check_config(config: Any) -> Layout:
     return layout
 
 
+def check_weights(model: Any) -> None:
+    """Check what loading would give, before it is loaded: the formats, and types of floats.
+
+    Args:
+        model: the model; may be on the meta device.
+
+    Raises:
+        ValueError: MLX does not have a format or a type, or no place for a weight.
+        NotImplementedError: MLX does not have such models.
+    """
+    layout = check_config(model.config)
+    for part in parts_of(model, layout, OP):
+        pieces_of(part, layout, OP)
+
+
 def _check(target: Path, model: Any) -> None:
     """OSError if writing the folder would destroy anything."""
     origin = Origin.of(model)
