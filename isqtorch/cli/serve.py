@@ -14,8 +14,10 @@ Then, from another shell:
     curl http://127.0.0.1:1234/v1/completions -d '{"prompt": "The function returns", "max_tokens": 32}'
     curl http://127.0.0.1:1234/re_isq -d '{"isq": "q8_0"}'       changes the format of the running model
 
-One reply is generated at a time, in the order of arrival. A change of format waits in the same queue, and later
-requests wait for it. It reads the weights from MODEL again; both models are in memory together for a moment.
+Replies to several clients are generated together, up to --batch of them; the tokens of a reply do not depend on the
+others. A model that cannot do this answers one request at a time, and the command says so at its start. A change of
+format waits for the requests before it, and later requests wait for it. It reads the weights from MODEL again; both
+models are in memory together for a moment.
 Ctrl-C ends the server.
 """
 
@@ -27,6 +29,8 @@ import sys
 from pathlib import Path
 
 from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+
+_MOST_AT_ONCE = 64
 
 HELP = "serve a model over HTTP (OpenAI's API)"
 
@@ -56,6 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=1234, help="port (%(default)s); 0: a free one")
     parser.add_argument("--name", help="what clients call the model; default: MODEL, of a folder or file its last part")
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="replies at once (%(default)s); 1: one after the other"
+    )
+    parser.add_argument(
+        "--prefix-cache",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="memory for the beginnings of prompts, which later prompts reuse (%(default)s); 0: none",
+    )
     parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
     add_json(parser)
 
@@ -66,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port must be from 0 to 65535, got {args.port}")
+    if not 1 <= args.batch <= _MOST_AT_ONCE:
+        raise ValueError(f"--batch must be from 1 to {_MOST_AT_ONCE}, got {args.batch}")
+    if args.prefix_cache < 0:
+        raise ValueError(f"--prefix-cache must be 0 or more megabytes, got {args.prefix_cache}")
     options = policy_options(args)
     opened = check_request(args.model, args.isq, args.device, options)
     opened.check("continues", "serve")
@@ -76,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
-        served = Served(loaded, args.name or _name(path, args.model))
+        served = Served(loaded, args.name or _name(path, args.model), args.batch, args.prefix_cache << 20)
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app = build_app(served, reach)
@@ -88,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
             if loaded.report is not None:
                 print("\n".join(loaded.report.summary()))
             print(f"{served.name} at {url}/v1, loaded in {loaded.load_seconds:.1f} s; Ctrl-C ends", flush=True)
+        alone = served.generations.scheduler.alone
+        if alone is not None and args.batch > 1:
+            print(f"isqtorch: one reply at a time, because of the model: {alone}", file=sys.stderr)
         if not reach.local:
             who = "with the key" if reach.has_key else "without a key"
             print(f"isqtorch: every machine that reaches this one can use the server, {who}", file=sys.stderr)

@@ -6,7 +6,9 @@ for a long string, and leaves the string in the text. Searching the text needs n
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,16 @@ from transformers.cli.serving.utils import response_events_to_chunks
 
 _HALF = "\ufffd"  # what a tokenizer returns for a character whose last bytes are not there yet
 _PATIENCE = 8  # tokens to wait for these bytes; a character has at most four
+
+
+@dataclass
+class Chances:
+    """The log probabilities at one place of a reply: of the token there, and of the likeliest ones."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+    start: int = 0  # characters of the reply before the token
 
 
 class Decoder:
@@ -80,7 +92,7 @@ class StopText:
 
 
 class Streamer:
-    """A streamer for `generate`: turns tokens into parts of a reply.
+    """Turns tokens into parts of a reply; also a streamer for `generate`.
 
     Args:
         tokenizer: the tokenizer.
@@ -88,6 +100,10 @@ class Streamer:
         parser: transformers' parser of the model's way to write tool calls and thoughts, or None.
         emit: called with each part: `str`, `ReasoningText` or `ToolCall`.
         cancel: called by transformers when a stream is closed.
+
+    Attributes:
+        total_tokens: so far.
+        said: log probabilities of the text that was emitted, if they are wanted; the reader takes them out.
     """
 
     def __init__(
@@ -102,6 +118,10 @@ class Streamer:
         self._stop, self._parser, self._emit, self.cancel = StopText(stops), parser, emit, cancel
         self._prompt_is_next = True
         self.total_tokens = 0
+        self.said: deque[Chances] = deque()
+        self._unsaid: list[Chances] = []  # of text that may still become a stop string, or half of a character
+        self._decoded = self._passed = 0  # characters
+        self._chances: Callable[[int], Chances] | None = None
         if parser is not None:
             self._emit_events(parser.initial_events)
 
@@ -110,18 +130,33 @@ class Streamer:
         """Whether a stop string was found."""
         return self._stop.found
 
+    def watch(self, chances: Callable[[int], Chances]) -> None:
+        """Ask for the log probabilities of each token that `generate` puts."""
+        self._chances = chances
+
     def put(self, value: Tensor) -> None:
         """Called by `generate` with the prompt, then with each token."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
         for token in value.flatten().tolist():
-            self.total_tokens += 1
-            self._pass_on(self._stop.feed(self._decoder.step(token)))
+            self.token(token, None if self._chances is None else self._chances(token))
+
+    def token(self, token: int, chances: Chances | None = None) -> None:
+        """The next token of the reply."""
+        self.total_tokens += 1
+        if chances is not None:
+            chances.start = self._decoded
+            self._unsaid.append(chances)
+        text = self._decoder.step(token)
+        self._decoded += len(text)
+        self._pass_on(self._stop.feed(text))
 
     def end(self) -> None:
-        """Called by `generate` after the last token."""
+        """Called after the last token."""
         self._pass_on(self._stop.feed(self._decoder.rest()) + self._stop.rest())
+        if not self.stopped:
+            self._said(float("inf"))
         if self._parser is not None:
             try:
                 self._emit_events(self._parser.finalize()[1])
@@ -131,10 +166,17 @@ class Streamer:
     def _pass_on(self, text: str) -> None:
         if not text:
             return
+        self._passed += len(text)
+        self._said(self._passed)
         if self._parser is None:
             self._emit(text)
         else:
             self._emit_events(self._parser.feed(text))
+
+    def _said(self, end: float) -> None:
+        """Release the log probabilities of the tokens that begin before a place in the text."""
+        while self._unsaid and self._unsaid[0].start < end:
+            self.said.append(self._unsaid.pop(0))
 
     def _emit_events(self, events: Any) -> None:
         for part in response_events_to_chunks(events):

@@ -1,30 +1,33 @@
 """The served model: what a request may ask of it, and the queue of replies.
 
-One thread reads prompts, so that a long one keeps nobody waiting but those behind it. One thread generates, one request
-after the other in the order of arrival. A change of format is queued in the same way, so no request is lost, and every
-answer comes from a single model.
+One thread reads prompts, so that a long one keeps nobody waiting but those behind it. One thread generates for all
+requests, see scheduler.py. A change of format is queued like a request, so no request is lost, and every answer comes
+from a single model.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from openai.types import CompletionUsage
-from torch import Tensor
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from isqtorch.app.model import LoadedModel
 from isqtorch.report.report import QuantReport
 
-from .connection import TICKET
-from .memory import release_memory
+from .connection import TICKET, Ticket
 from .replies import Streamer
+from .rows import Job
+from .scheduler import Scheduler
 from .worker import Worker
 
+BATCH = 8  # replies at once; the kernels for CPUs give each of up to 8 rows the same bits as alone
+PREFIX_BYTES = 256 << 20
 _NO_CONTEXT = 32_768  # tokens of prompt and reply for a model that names no limit
-_LONG = 512  # tokens of a prompt after which memory is given back to the system
 _PIECE = 32_768  # characters of a long prompt that are read at a time, to find out whether it can fit
 _CUT = 16  # tokens that cutting a text into pieces adds at most, per piece
 
@@ -59,11 +62,11 @@ class Served:
         closing: whether the server is about to end; replies then end at their next token.
     """
 
-    def __init__(self, loaded: LoadedModel, name: str) -> None:
+    def __init__(self, loaded: LoadedModel, name: str, batch: int = BATCH, prefix_bytes: int = PREFIX_BYTES) -> None:
         self.loaded, self.name = loaded, name
         self.names = {name, loaded.source, "default"}
         self.reader = Worker("isqtorch-read")
-        self.generations = Generations(self)
+        self.generations = Generations(self, batch, prefix_bytes)
         self.state = GenerationState()
         self.requantizing = self.closing = False
 
@@ -118,7 +121,9 @@ class Served:
             raise ApiError(409, "the model is changing its format already; ask again when that is done")
         self.requantizing = True
         try:
-            report: QuantReport = await self.generations.async_submit(self.loaded.requantize, isq, source)
+            report: QuantReport = await asyncio.wrap_future(
+                self.generations.submit(self.loaded.requantize, isq, source)
+            )
             return report
         except Exception as error:  # after any error the server continues with the present model
             raise ApiError(500, f"the format stays {self.loaded.isq}: {type(error).__name__}: {error}") from error
@@ -133,9 +138,10 @@ class Served:
 class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not typed
     """The queue of replies, as transformers' handlers use it."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, most: int, prefix_bytes: int) -> None:
         self.served = served
-        self._thread = Worker("isqtorch-generate")  # `_thread` is what transformers submits calls to
+        self.scheduler = Scheduler(lambda: served.loaded.model, served.context, most, prefix_bytes)
+        self._thread = self.scheduler  # what transformers submits calls to
 
     def generate_streaming(
         self,
@@ -149,22 +155,16 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
         """Queue a reply whose parts come as they are generated."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        turn = _Turn(self.served)
 
         def emit(part: Any) -> None:
-            if turn.stopped:
+            if streamer.stopped:
                 gen_config.max_new_tokens = None  # else the handler takes a stop in the last token for the limit
             loop.call_soon_threadsafe(queue.put_nowait, part)
 
-        def run() -> None:
-            try:
-                turn.generate(inputs, gen_config)
-                emit(None)  # the end of a whole reply
-            except Exception as error:
-                emit(_StreamError(str(error)))
+        def done(error: Exception | None) -> None:
+            emit(None if error is None else _StreamError(str(error)))
 
-        streamer = turn.streamer(processor, response_parser, emit)
-        self.submit(run)
+        streamer = self.add(processor, inputs, gen_config, response_parser, emit, done)
         return queue, streamer
 
     async def generate_whole(
@@ -172,69 +172,49 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
     ) -> tuple[list[Any], CompletionUsage, Finish]:
         """Queue a reply and wait for it: its parts, the numbers of tokens, and why it ended."""
         parts: list[Any] = []
-        turn = _Turn(self.served)
-        streamer = turn.streamer(processor, response_parser, parts.append)
-        await self.async_submit(turn.generate, inputs, gen_config)
+        future: Future[None] = Future()
+
+        def done(error: Exception | None) -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None) if error is None else future.set_exception(error)
+
+        streamer = self.add(processor, inputs, gen_config, response_parser, parts.append, done)
+        await asyncio.wrap_future(future)
         prompt, new = inputs["input_ids"].shape[-1], streamer.total_tokens
         usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
         ended = streamer.stopped or new < gen_config.max_new_tokens
         return parts, usage, "stop" if ended else "length"
 
-
-class _Turn:
-    """One reply: uses the model, the seed and the state of the connection when its turn comes."""
-
-    def __init__(self, served: Served) -> None:
-        self.served, self.ticket = served, TICKET.get()
-        self._streamer: Streamer | None = None
-
-    def streamer(self, tokenizer: Any, parser: Any, emit: Any) -> Streamer:
-        """The streamer of this reply, which must be made before it is generated."""
+    def add(
+        self,
+        tokenizer: Any,
+        inputs: Any,
+        config: Any,
+        parser: Any,
+        emit: Callable[[Any], Any],
+        done: Callable[[Exception | None], Any],
+    ) -> Streamer:
+        """Queue a reply; `emit` and `done` are called on the generating thread."""
+        ticket, served = TICKET.get(), self.served
 
         def cancel() -> None:
-            self.ticket.gone = True
+            ticket.gone = True
 
-        self._streamer = Streamer(tokenizer, self.ticket.stops, parser, emit, cancel)
-        return self._streamer
+        def end(error: Exception | None) -> None:
+            if error is not None:
+                error = GenerationError(error)
+            elif served.closing:  # a reply that was cut off must not look like a whole one
+                error = ApiError(503, "the server is shutting down")
+            elif ticket.gone:
+                error = GenerationError(ConnectionAbortedError("the client hung up"))
+            done(error)
 
-    @property
-    def stopped(self) -> bool:
-        return self._streamer is not None and self._streamer.stopped
+        streamer = Streamer(tokenizer, ticket.stops, parser, emit, cancel)
+        ended = partial(_is_over, ticket, served)
+        self.scheduler.add(Job(dict(inputs), config, streamer, ended, end, ticket.seed))
+        return streamer
 
-    def generate(self, inputs: Any, config: Any) -> None:
-        """Generate with the present model; runs on the generating thread."""
-        assert self._streamer is not None
-        if self.ticket.gone:
-            raise GenerationError(ConnectionAbortedError("the client hung up"))
-        self._check_open()
-        if self.ticket.seed is not None:
-            torch.manual_seed(self.ticket.seed)
-        in_beams = (config.num_beams or 1) > 1  # generate takes no streamer then
-        try:
-            tokens: Tensor = self.served.loaded.model.generate(
-                **inputs,
-                generation_config=config,
-                streamer=None if in_beams else self._streamer,
-                stopping_criteria=[self._ended],
-            )
-            if in_beams:
-                prompt = inputs["input_ids"].shape[-1]
-                for part in (tokens[0, :prompt], *tokens[0, prompt:]):
-                    self._streamer.put(part)
-                self._streamer.end()
-        except Exception as error:
-            raise GenerationError(error) from error
-        finally:
-            if inputs["input_ids"].shape[-1] > _LONG:
-                release_memory()
-        self._check_open()
 
-    def _ended(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """A stopping criterion: a stop string was found, the client is gone, or the server ends."""
-        ended = self.stopped or self.ticket.gone or self.served.closing
-        return torch.full((len(ids),), ended, dtype=torch.bool, device=ids.device)
-
-    def _check_open(self) -> None:
-        """ApiError if the server ends: a reply that was cut off must not look like a whole one."""
-        if self.served.closing:
-            raise ApiError(503, "the server is shutting down")
+def _is_over(ticket: Ticket, served: Served) -> bool:
+    """Whether nobody waits for a reply any more."""
+    return ticket.gone or served.closing
