@@ -94,8 +94,7 @@ class QuantizeMethodBase(ABC):
         return layer
 
 
-class LinearMethodBase(QuantizeMethodBase):
-    pass
+class LinearMethodBase(QuantizeMethodBase): ...
 
 
 class FusedMoEMethodBase(QuantizeMethodBase):
@@ -220,9 +219,7 @@ class LinearBase(nn.Module):
                 return
             part = {"q": 0, "k": 1, "v": 2, None: 0}.get(shard, shard)
             share = share.narrow(dim, sum(self.sizes[:part]), self.sizes[part])
-        own = loaded.narrow(dim, self.rank * share.shape[dim], share.shape[dim])
-        assert share.shape == own.shape, (share.shape, own.shape)
-        share.copy_(own)
+        share.copy_(loaded.narrow(dim, self.rank * share.shape[dim], share.shape[dim]))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.quant_method.apply(self, x)
@@ -230,7 +227,7 @@ class LinearBase(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A table. Many models give it no prefix; others, like Gemma, give it no configuration, so it asks nobody."""
+    """A table. Many models give it no prefix; Gemma and others give it no configuration, so it asks nobody."""
 
     def __init__(
         self, rows: int, columns: int, config: Any = None, prefix: str = "", dtype: torch.dtype = torch.float32
@@ -333,8 +330,7 @@ class DefaultModelLoader:
         yield from self.weights.items()
 
 
-class DummyModelLoader:
-    pass
+class DummyModelLoader: ...
 
 
 CURRENT: list[Any] = [None]
