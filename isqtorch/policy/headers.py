@@ -13,12 +13,8 @@ from isqtorch.files.checkpoints import Headers
 from isqtorch.files.tensors import DTYPES
 
 from .inventory import Inventory
-from .layers import LayerInfo, head_by_name
+from .layers import LayerInfo, embedding_by_name, head_by_name
 
-_EMBEDDING = re.compile(
-    r"(?:^|_)(?:embed|embeddings?)(?:_(?:tokens?|in|positions?|tokens_per_layer))?$"
-    r"|^(?:wte|wpe|wtte|shared|relative_attention_bias)$"
-)
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # these store c_* transposed
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _NUMBERED_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(\w+)\.weight$")
@@ -57,7 +53,7 @@ def _describe(name: str, dtype: torch.dtype, shape: tuple[int, ...], config: Map
         if path != name:
             reason = "convolutions are never quantized"
         return LayerInfo(path, "other", shape, dtype, keep=reason)
-    if _EMBEDDING.search(leaf):
+    if embedding_by_name(leaf):
         return LayerInfo(path, "embedding", shape, dtype, "embedding")
     if config.get("model_type") in _CONV1D_MODELS and leaf in _CONV1D_LAYERS:
         shape = shape[::-1]

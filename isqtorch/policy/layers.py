@@ -15,6 +15,10 @@ Role = Literal["", "embedding", "head"]
 
 
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head(?:\.decoder)?|embed_out|output_projection|predictions\.decoder)$|^proj_out$")
+_EMBEDDING = re.compile(
+    r"(?:^|_)(?:embed|embeddings?)(?:_(?:tokens?|in|positions?|tokens_per_layer))?$"
+    r"|^(?:wte|wpe|wtte|shared|relative_attention_bias)$"
+)
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,8 @@ class LayerInfo:
 def head_by_name(name: str) -> bool:
     """Whether a linear layer of this name is an output head, judged by the names that models use."""
     return _HEAD.search(name) is not None
+
+
+def embedding_by_name(name: str) -> bool:
+    """Whether a weight of this name is a token or position table, judged by the names that models use."""
+    return _EMBEDDING.search(name.rpartition(".")[2]) is not None

@@ -1,4 +1,4 @@
-"""The vLLM plug-in against a model of vLLM's interface for quantization methods (fake_vllm.py); vLLM itself is not installed."""
+"""The vLLM plug-in against a model of what plug-ins see of vLLM (fake_vllm.py). tests/vllm has the same with vLLM itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import fake_vllm
 import pytest
 import torch
-from fake_vllm import LinearBase, ParallelLMHead, VocabParallelEmbedding
+from fake_vllm import LinearBase, ParallelLMHead, VocabParallelEmbedding, config_of
 from torch import Tensor
 
 import isqtorch
@@ -22,17 +22,6 @@ ATTENTION = "model.layers.0.self_attn"
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_vllm.install(monkeypatch)
-    from isqtorch.integrations.vllm import register
-
-    register()
-    register()  # once in every process at least
-
-
-def config_of(content: dict[str, Any] | None) -> Any:
-    cls = fake_vllm.CONFIGS["isq"]
-    config = cls() if content is None else cls.from_config(content)
-    config.packed_modules_mapping = {"qkv_proj": QKV, "gate_up_proj": ["gate_proj", "up_proj"]}
-    return config
 
 
 def weights(columns: int = 256) -> list[Tensor]:
@@ -64,18 +53,64 @@ def test_activations_are_not_rounded_and_it_says_so() -> None:
         config_of({"isq": "fp8", "activations": "fp8"})
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("formats", [["q4k"] * 3, ["q4k", "q4k", "q6k"], ["q8_0", None, "fp8"]], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_merged_packed_layers(ranks: int) -> None:
-    packed = [ops.quantize(w, "q4k") for w in weights()]
-    config = config_of({"quant_method": "isq", "layers": {f"{ATTENTION}.{part}": "q4k" for part in QKV}})
+def test_merged_packed_layers(ranks: int, formats: list[str | None], by_name: bool) -> None:
+    """Each part has its format, or stays float; rows of several lengths are in one weight only while they are loaded."""
+    stored = [w if fmt is None else ops.quantize(w, fmt) for w, fmt in zip(weights(), formats, strict=True)]
+    config = config_of({"layers": {f"{ATTENTION}.{part}": fmt for part, fmt in zip(QKV, formats, strict=True) if fmt}})
+    bias = torch.randn(sum(SIZES))
     for rank in range(ranks):
-        layer = LinearBase(256, SIZES, config, f"{ATTENTION}.qkv_proj", rank=rank, ranks=ranks)
-        for part, tensor in enumerate(packed):
+        layer = LinearBase(256, SIZES, config, f"{ATTENTION}.qkv_proj", rank=rank, ranks=ranks, by_name=by_name)
+        for part, tensor in zip("qkv", stored, strict=True):
             layer.weight.weight_loader(layer.weight, tensor, part)
-        layer.quant_method.process_weights_after_loading(layer)
-        share = torch.cat([tensor.chunk(ranks)[rank] for tensor in packed])
-        assert torch.equal(layer.weight, share)
-        assert torch.equal(layer(x_of()), ops.linear(x_of(), share, "q4k"))
+        for _ in range(2):
+            layer.quant_method.process_weights_after_loading(layer)
+        own = torch.cat([part.chunk(ranks)[rank] for part in bias.split(SIZES)])
+        shares = [tensor.chunk(ranks)[rank] for tensor in stored]
+        expected = torch.cat([product(x_of(), share, fmt) for share, fmt in zip(shares, formats, strict=True)], -1)
+        assert torch.equal(layer(x_of()), expected)
+        torch.testing.assert_close(layer.quant_method.apply(layer, x_of(), own), expected + own)
+        decoded = [
+            s if f is None else ops.dequantize(s, f, torch.float32) for s, f in zip(shares, formats, strict=True)
+        ]
+        assert torch.equal(layer.quant_method.dequantize_weight(layer), torch.cat(decoded))
+        held = sum(each.nbytes for each in layer.parameters())
+        assert held == sum(share.nbytes for share in shares)
+
+
+def product(x: Tensor, weight: Tensor, fmt: str | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight) if fmt is None else ops.linear(x, weight, fmt)
+
+
+def test_a_merged_matrix_of_the_checkpoint() -> None:
+    """Phi-3 has q, k and v as one matrix: one part of one format, or an error that names them."""
+    packed = ops.quantize(torch.cat(weights()), "q4k")
+    config = config_of({"layers": {f"{ATTENTION}.qkv_proj": "q4k"}})
+    config.packed_modules_mapping = {}
+    layer = LinearBase(256, SIZES, config, f"{ATTENTION}.qkv_proj")
+    layer.weight.weight_loader(layer.weight, packed)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layer(x_of()), ops.linear(x_of(), packed, "q4k"))
+    mixed = config_of(
+        {"layers": {f"{ATTENTION}.{part}": fmt for part, fmt in zip(QKV, ["q4k", "q4k", "q6k"], strict=True)}}
+    )
+    layer = LinearBase(256, SIZES, mixed, f"{ATTENTION}.qkv_proj")
+    with pytest.raises(ValueError, match="one matrix for .*qkv_proj, whose parts have several formats"):
+        layer.weight.weight_loader(layer.weight, packed)
+    with pytest.raises(ValueError, match=r"qkv_proj in 4 parts, so they need one format: .*v_proj: q6k"):
+        LinearBase(256, [64] * 4, mixed, f"{ATTENTION}.qkv_proj")
+
+
+def test_values_of_another_kind_than_config_json_says() -> None:
+    formats = dict(zip(QKV, ["q4k", "q4k", "q6k"], strict=True))
+    config = config_of({"layers": {f"{ATTENTION}.{part}": fmt for part, fmt in formats.items()}})
+    layer = LinearBase(256, SIZES, config, f"{ATTENTION}.qkv_proj")
+    with pytest.raises(
+        ValueError, match=r"config.json says that .*q_proj is q4k, but the checkpoint has float32 values"
+    ):
+        layer.weight.weight_loader(layer.weight, weights()[0], "q")
 
 
 def test_inputs_are_cut_between_blocks() -> None:
@@ -99,20 +134,6 @@ def test_a_cut_inside_a_block_is_refused() -> None:
     )
 
 
-def test_merged_layers_need_one_format() -> None:
-    formats = dict(zip(QKV, ["q4k", "q4k", "q6k"], strict=True))
-    layers = {f"{ATTENTION}.{part}": fmt for part, fmt in formats.items()}
-    with pytest.raises(
-        ValueError, match=r"merges these layers into .*qkv_proj, so they need one format: .*v_proj: q6k"
-    ):
-        LinearBase(256, SIZES, config_of({"layers": layers}), f"{ATTENTION}.qkv_proj")
-    with pytest.raises(ValueError, match="k_proj: float"):
-        LinearBase(256, SIZES, config_of({"layers": {f"{ATTENTION}.q_proj": "q4k"}}), f"{ATTENTION}.qkv_proj")
-    online = {"isq": 4, "topology": {"/v_proj/": "q6k"}}
-    with pytest.raises(ValueError, match="Give them the same in the topology"):
-        LinearBase(256, SIZES, config_of(online), f"{ATTENTION}.qkv_proj")
-
-
 def test_float_layers_stay_float() -> None:
     layer = LinearBase(256, SIZES, config_of({"layers": {}}), f"{ATTENTION}.qkv_proj")
     assert layer.weight.dtype == torch.float32
@@ -122,18 +143,38 @@ def test_float_layers_stay_float() -> None:
 def test_packing_while_vllm_loads(content: dict[str, Any] | None) -> None:
     expected = isqtorch.resolve_format((content or {"isq": 4})["isq"]).name
     layer = LinearBase(256, SIZES, config_of(content), f"{ATTENTION}.qkv_proj")
-    for part, w in enumerate(weights()):
-        layer.weight.weight_loader(layer.weight, w, part)
-    for _ in range(2):
-        layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight.is_meta, "there is a float weight before anything is loaded"
+    load(layer, weights())
     packed = ops.quantize(torch.cat(weights()), expected)
     assert torch.equal(layer.weight, packed)
     assert torch.equal(layer(x_of()), ops.linear(x_of(), packed, expected))
 
 
+def test_parts_are_packed_each_in_its_format() -> None:
+    config = config_of({"isq": 4, "topology": {"/v_proj/": "q6k", "/k_proj/": None}})
+    layer = LinearBase(256, SIZES, config, f"{ATTENTION}.qkv_proj")
+    load(layer, weights())
+    q, k, v = weights()
+    expected = [
+        product(x_of(), ops.quantize(q, "q4k"), "q4k"),
+        x_of() @ k.T,
+        product(x_of(), ops.quantize(v, "q6k"), "q6k"),
+    ]
+    torch.testing.assert_close(layer(x_of()), torch.cat(expected, -1))
+
+
+def load(layer: LinearBase, values: list[Tensor]) -> None:
+    """As vLLM does: while a layer is on the meta device, its parameter is taken again for each tensor."""
+    for part, w in zip("qkv", values, strict=False):
+        weight = layer.weight
+        weight.weight_loader(weight, w, *([part] if len(values) > 1 else []))
+    for _ in range(2):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_packing_falls_back_by_the_share_of_the_process() -> None:
     layer = LinearBase(768, [64], config_of({"isq": "q4k"}), "down_proj", by_input=True, ranks=2)
-    assert layer.quant_method.format.name == "q5_0"  # 384 columns
+    assert [part.format.name for part in layer.quant_method.parts] == ["q5_0"]  # 384 columns
 
 
 def test_excluded_layers_and_routers_stay_float() -> None:
@@ -141,38 +182,65 @@ def test_excluded_layers_and_routers_stay_float() -> None:
     for prefix, outputs in ((f"{ATTENTION}.o_proj", 256), ("model.layers.0.mlp.gate", 8)):
         layer = LinearBase(256, [outputs], config, prefix)
         w = torch.randn(outputs, 256)
-        layer.weight.weight_loader(layer.weight, w)
-        layer.quant_method.process_weights_after_loading(layer)
+        load(layer, [w])
         assert torch.equal(layer(x_of()), torch.nn.functional.linear(x_of(), w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_tables_and_heads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
+@pytest.mark.parametrize("named", [True, False])
+def test_packed_tables_and_heads(named: bool, dtype: torch.dtype) -> None:
+    """Half of vLLM's models give their tables no prefix."""
     table = torch.randn(100, 256, generator=torch.Generator().manual_seed(0))
     packed = ops.quantize(table, "q6k")
-    config = config_of({"layers": {"model.embed_tokens": "q6k", "lm_head": "q6k"}})
-    embedding = VocabParallelEmbedding(100, 256, config, "model.embed_tokens", dtype)
+    config = config_of({"layers": {"model.embed_tokens": "q6k", "lm_head": "q6k", f"{ATTENTION}.o_proj": "q4k"}})
+    embedding = VocabParallelEmbedding(100, 256, config, "model.embed_tokens" if named else "", dtype)
     embedding.weight.weight_loader(embedding.weight, packed)
+    embedding.quant_method.process_weights_after_loading(embedding)
     ids = torch.tensor([[0, 99], [7, 101]])  # 101: padding, of zeros
     rows = embedding(ids)
     assert rows.dtype == dtype and not rows[1, 1].any()
     assert torch.equal(rows[0], ops.embedding(ids[0], packed, "q6k", dtype))
-    head = ParallelLMHead(100, 256, config, "lm_head", dtype)
+    head = ParallelLMHead(100, 256, config, "lm_head" if named else "", dtype)
     head.weight.weight_loader(head.weight, packed)
     logits = head.quant_method.apply(head, x_of().to(dtype))
     assert torch.equal(logits[:, :100], ops.linear(x_of().to(dtype), packed, "q6k"))
 
 
-def test_packed_experts_are_refused() -> None:
-    config = config_of({"layers": {"model.layers.0.mlp.experts.gate_up_proj": "q4k"}})
-    with pytest.raises(NotImplementedError, match="holds packed experts, which are not supported in vLLM yet"):
-        config.get_quant_method(fake_vllm.FusedMoE(), "model.layers.0.mlp.experts")
+def test_a_table_without_a_name_that_may_be_any_of_two() -> None:
+    config = config_of({"layers": {"model.embed_tokens": "q6k", "model.embed_tokens_per_layer": "q4k"}})
+    with pytest.raises(
+        ValueError, match=r"a table without a name, .*exclude=\['embed_tokens', 'embed_tokens_per_layer'\]"
+    ):
+        VocabParallelEmbedding(100, 256, config)
 
 
-def test_experts_that_stay_float_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"the experts of model\.layers\.0\.mlp\.experts stay float"):
-        assert config_of({"isq": 4}).get_quant_method(fake_vllm.FusedMoE(), "model.layers.0.mlp.experts") is None
+@pytest.mark.parametrize("online", [False, True])
+def test_a_tied_head_computes_with_the_table(online: bool) -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    packed = ops.quantize(w, "q8_0")
+    layers = {"model.embed_tokens": "q8_0", "lm_head": "q8_0"}
+    config = config_of({"isq": 8} if online else {"layers": layers})
+    table = VocabParallelEmbedding(64, 256, config)
+    head = ParallelLMHead(64, 256, config, "lm_head").tie_weights(table)
+    table.weight.weight_loader(table.weight, w if online else packed)
+    for module in (table, head):
+        module.quant_method.process_weights_after_loading(module)
+    assert torch.equal(table.weight, packed)
+    assert torch.equal(head.quant_method.apply(head, x_of()), ops.linear(x_of(), packed, "q8_0"))
+
+
+def test_tables_and_heads_are_packed_while_vllm_loads() -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    config = config_of({"isq": "q4k", "exclude": "embed_tokens"})
+    table = VocabParallelEmbedding(64, 256, config)
+    table.weight.weight_loader(table.weight, w)
+    table.quant_method.process_weights_after_loading(table)
+    assert torch.equal(table(torch.arange(64)), w), "it is excluded"
+    head = ParallelLMHead(64, 256, config, "lm_head")
+    assert head.weight.is_meta
+    head.weight.weight_loader(head.weight, w)
+    head.quant_method.process_weights_after_loading(head)
+    assert torch.equal(head.weight, ops.quantize(w, "q6k")), "heads of q4k are promoted to q6k"
 
 
 @pytest.mark.filterwarnings("error")
@@ -184,7 +252,6 @@ def test_other_layers_are_none_of_its_business() -> None:
     ("content", "message"),
     [
         ({"isq": "q9"}, "q9"),
-        ({"isq": "q4k_m"}, "gives layers different formats, and vLLM asks layer by layer"),
         ({"isq": 4, "tolopogy": {}}, "unknown option 'tolopogy'"),
         ({"format_version": 99, "layers": {}}, "newer than 1, the newest known here"),
         ({"layers": ["q_proj"]}, "'layers' must map paths of layers to formats, got list"),
@@ -197,17 +264,14 @@ def test_bad_configurations(content: dict[str, Any], message: str) -> None:
 
 
 def test_layers_of_small_weights_are_said() -> None:
-    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj", rank=0, ranks=1)
-    for part, tensor in enumerate(weights()):
-        layer.weight.weight_loader(layer.weight, tensor * 1e-6, part)
-    with pytest.warns(UserWarning, match=r"isq in vLLM: 1 layer lost much more than usual: .*qkv_proj \(q6k\)"):
-        layer.quant_method.process_weights_after_loading(layer)
+    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj")
+    with pytest.warns(UserWarning, match=r"isq in vLLM: 1 layer lost much more than usual: .*q_proj \(q6k\)"):
+        load(layer, [weights()[0] * 1e-6, *weights()[1:]])
 
 
 def test_weights_that_cannot_be_packed_are_named_once() -> None:
-    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj", rank=0, ranks=1)
-    for part, tensor in enumerate(weights()):
-        layer.weight.weight_loader(layer.weight, tensor, part)
-    layer.weight.data[0, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"^isq in vLLM: .*qkv_proj: weight\[0, 3\] is nan"):
-        layer.quant_method.process_weights_after_loading(layer)
+    layer = LinearBase(256, SIZES, config_of({"isq": "q6k"}), f"{ATTENTION}.qkv_proj")
+    values = weights()
+    values[1][0, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"^isq in vLLM: .*k_proj: weight\[0, 3\] is nan"):
+        load(layer, values)

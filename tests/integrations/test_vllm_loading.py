@@ -1,0 +1,119 @@
+"""The vLLM plug-in and whole models: formats for all layers at once, and weights that vLLM asks no plug-in about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fake_vllm
+import pytest
+import torch
+from fake_vllm import LinearBase, VocabParallelEmbedding, config_of
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from isqtorch import ops
+
+DEMO = Path(__file__).resolve().parent.parent.parent / "examples/demo_model/model"
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm.install(monkeypatch)
+
+
+def demo_config() -> Any:
+    return AutoConfig.from_pretrained(DEMO)
+
+
+def test_a_mix_is_decided_on_the_whole_model() -> None:
+    """As `from_pretrained` would, under the names of transformers, which are then those of vLLM."""
+    config = config_of({"isq": "q4k_m", "exclude": "layers.1.self_attn.o_proj"})
+    config.maybe_update_config("demo", hf_config=demo_config())
+    config.apply_vllm_mapper(fake_vllm.WeightsMapper({"model.": "language_model.model."}))
+    layers = "language_model.model.layers"
+    down = [
+        LinearBase(768, [256], config, f"{layers}.{i}.mlp.down_proj").quant_method.parts[0].format for i in range(8)
+    ]
+    assert [fmt.name for fmt in down] == ["q6k", "q4k", "q4k", "q6k", "q4k", "q4k", "q6k", "q6k"]
+    qkv = LinearBase(256, [256, 128, 128], config, f"{layers}.0.self_attn.qkv_proj").quant_method.parts
+    assert [part.format.name for part in qkv] == ["q4k", "q4k", "q6k"]
+    assert isinstance(
+        LinearBase(256, [256], config, f"{layers}.1.self_attn.o_proj").quant_method, fake_vllm.UnquantizedLinearMethod
+    )
+    table = VocabParallelEmbedding(4096, 256, config)
+    assert table.quant_method.parts[0].format.name == "q6k"
+
+
+def test_without_the_model_each_layer_is_decided_alone(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of({"isq": "q4k_m"})
+    config.maybe_update_config("demo", hf_config=PreTrainedConfig(architectures=["OtherForCausalLM"]))
+    assert "formats are chosen layer by layer, because transformers cannot make the model" in caplog.text
+    layer = LinearBase(256, [64], config, "model.layers.0.self_attn.o_proj")
+    assert layer.quant_method.parts[0].format.name == "q4k"
+    assert "o_proj gets q4k, because transformers does not know it" in caplog.text
+
+
+def test_requests_that_do_not_fit_the_model() -> None:
+    for content, message in (
+        ({"isq": "auto"}, "'auto' chooses formats by measuring weights, which isq in vLLM does not do"),
+        ({"isq": 4, "organization": "moqe"}, "this model has no fused experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_of(content).maybe_update_config("demo", hf_config=demo_config())
+
+
+def loaded(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the loader gives to a model."""
+    fake_vllm.CURRENT[0] = SimpleNamespace(quant_config=config)
+    loader = fake_vllm.LOADERS["auto"](tensors)
+    return dict(loader.get_all_weights(SimpleNamespace(dtype=torch.bfloat16), torch.nn.Module()))
+
+
+def test_weights_that_nobody_asks_about_are_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    packed = ops.quantize(torch.randn(100, 256), "q6k")
+    expert = ops.quantize(torch.randn(32, 256), "q8_0")
+    config = config_of(
+        {"layers": {"model.embed_tokens": "q6k", "model.norm_proj": "q6k", f"{EXPERTS}.gate_up_proj": "q8_0"}}
+    )
+    config.apply_vllm_mapper(fake_vllm.WeightsMapper({"model.": "language_model.model."}))
+    config.get_quant_method(LinearBase.__new__(LinearBase), "language_model.model.norm_proj")
+    VocabParallelEmbedding(100, 256)  # like Gemma's: it has no configuration
+    tensors = {
+        "model.embed_tokens.weight": packed,
+        "model.norm_proj.weight": packed,
+        "model.norm.weight": torch.ones(256),
+        f"{EXPERTS}.3.gate_proj.weight": expert,
+    }
+    found = loaded(config, tensors)
+    assert torch.equal(found["model.embed_tokens.weight"], ops.dequantize(packed, "q6k", torch.bfloat16))
+    assert torch.equal(found[f"{EXPERTS}.3.gate_proj.weight"], ops.dequantize(expert, "q8_0", torch.bfloat16))
+    assert found["model.norm_proj.weight"] is packed and found["model.norm.weight"] is tensors["model.norm.weight"]
+    assert (
+        f"asks no plug-in about model.embed_tokens, {EXPERTS}.gate_up_proj, which the checkpoint has packed"
+        in caplog.text
+    )
+
+
+def test_the_layers_of_other_stages_are_not_decoded() -> None:
+    fake_vllm.MISSING.append("model.layers.1.")
+    config = config_of({"layers": {"model.layers.1.mlp.down_proj": "q6k"}})
+    assert loaded(config, {"model.layers.1.mlp.down_proj.weight": ops.quantize(torch.randn(4, 256), "q6k")}) == {}
+
+
+def test_layers_that_stay_float_are_said_online(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of({"isq": 4})
+    config.maybe_update_config("demo", hf_config=demo_config())
+    for path in list(config.formats.unasked()):
+        if path != "model.embed_tokens":
+            config.formats.is_float([path])
+    assert loaded(config, {"x": torch.ones(1)}) == {"x": torch.ones(1)}
+    assert "asks no plug-in about model.embed_tokens: they stay float" in caplog.text
+
+
+def test_other_methods_get_vllms_own_loader() -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(4, 4, dtype=torch.uint8)}
+    assert loaded(object(), tensors) == tensors
+    assert fake_vllm.LOADERS["dummy"] is fake_vllm.DummyModelLoader
