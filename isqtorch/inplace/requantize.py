@@ -54,6 +54,7 @@ def requantize_(
     exclude: Names | None = None,
     fallback: Fallback | None = None,
     rule: Rule | None = None,
+    max_memory: int | str | None = None,
     activations: Activations | Literal[""] | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
@@ -91,7 +92,7 @@ def requantize_(
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`. The errors of the source's weights are
             measured, weighted by importance if there is any. The probe "kl" is refused, because packed weights have no
             gradients.
-        rule, progress, measure_error: see `quantize_`. The error is measured against the weights of the source.
+        rule, max_memory, progress, measure_error: see `quantize_`. The error is measured against the weights of the source.
 
     Returns:
         The report: for every weight its old and new format, its size in bytes, and the reason.
@@ -123,6 +124,7 @@ def requantize_(
         calibration_file=calibration_file,
         tokenizer=tokenizer,
         rule=rule,
+        max_memory=max_memory,
         activations=activations or None,
         target_bpw=target_bpw,
         max_size=max_size,
@@ -208,7 +210,7 @@ def _new_layers(model: nn.Module, prepared: Prepared, weights: Weights) -> tuple
     errors: dict[str, float] = {}
     places = {name: _place(model, name) for job in prepared.jobs for name in job.names}
     with progress_bar(_OP, "layer", prepared.request.options.progress, total=len(prepared.jobs)) as bar:
-        for job in prepared.jobs:
+        for job in prepared.turns():
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
             state = "Nothing was changed. Free memory, or exclude some of the layers."
             with naming_memory(_OP, job.names[0], f"packed in {job.fmt.name}", state):

@@ -12,7 +12,7 @@ import torch
 from isqtorch.formats import Spec, mix_name, resolve_format
 from isqtorch.quantizers import Rule
 
-from .options import Activations, Fallback, Names, Options, Organization, checked_names
+from .options import Activations, Fallback, Names, Options, Organization, checked_names, parsed_bytes
 from .patterns import PathRegex, Patience
 from .topology import Topology
 
@@ -79,6 +79,10 @@ class Request:
                 f"{op}: rule must be None, which is the default of each format, or one of {', '.join(get_args(Rule))}; "
                 f"got {options.rule!r:.80}"
             )
+        if options.max_memory is not None:
+            parsed_bytes(op, "max_memory", options.max_memory)
+            if options.rule != "feedback":
+                raise ValueError(f"{op}: max_memory is for rule='feedback', whose moments it limits")
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()

@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from isqtorch._version import __version__
 from isqtorch.auto import Budget
 from isqtorch.formats import QuantFormat, Spec
-from isqtorch.importance.imatrix import imatrix_name, load_imatrix
+from isqtorch.importance.imatrix import imatrix_name
+from isqtorch.importance.moments import load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, listed
 from isqtorch.policy.request import Request
