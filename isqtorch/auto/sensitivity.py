@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat
-from isqtorch.importance.feedback import Shelf, scale_rule
+from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.inputs import LayerMoments
-from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.quantizers import has_rule, scale_rule, uses_importance
 
 HEAD = 16.0
 """18 was measured on the demo model. It gives the head about two more bits, as llama.cpp's mixes do."""
@@ -121,7 +121,10 @@ def measure_errors(
             factor = moments.shelf.factor(moments.layer, expert, slice(None), exact.device)
 
             def joint(
-                off: Tensor, h2: Tensor = h2, factors: Tensor = factors, share: float = 1.0 if shares is None else float(shares[e])
+                off: Tensor,
+                h2: Tensor = h2,
+                factors: Tensor = factors,
+                share: float = 1.0 if shares is None else float(shares[e]),
             ) -> Tensor:
                 by_row = ((off @ h2) * off).sum(1).double().cpu()  # [S]
                 kl = by_row @ factors / max(float(h2.trace()), 1e-30)
@@ -129,7 +132,9 @@ def measure_errors(
 
             powers += joint(exact)
             for fmt in formats:
-                packed = torch.ops.isqtorch.quantize_feedback(sample, fmt.name, factor, vector.to(sample.device), scale_rule(fmt))
+                packed = torch.ops.isqtorch.quantize_feedback(
+                    sample, fmt.name, factor, vector.to(sample.device), scale_rule(fmt)
+                )
                 decoded = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32)
                 sums[fmt.name] += joint(decoded.sub_(exact))
             continue

@@ -87,7 +87,7 @@ class MomentWatch:
             for name, module in self._model.named_modules():
                 if isinstance(module, nn.Linear) or layer_kind(module) == "conv1d":
                     linear = isinstance(module, nn.Linear)
-                    self.layers[name] = module.in_features if linear else module.weight.shape[0]  # type: ignore[assignment, union-attr]
+                    self.layers[name] = module.in_features if linear else module.weight.shape[0]
                     handle = module.register_forward_pre_hook(self._linear_hook(name), with_kwargs=True)
                     stack.callback(handle.remove)
             for name, routed in find_routed_experts(self._model):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat
-from isqtorch.quantizers import has_rule
-from isqtorch.quantizers.feedback import feedback_factor
+from isqtorch.quantizers import feedback_factor, scale_rule
 
 from .inputs import LayerMoments
 from .moments import Moments
@@ -92,11 +91,6 @@ class Judged:
         return self.feedback < self.importance
 
 
-def scale_rule(fmt: QuantFormat) -> str | None:
-    """The rule that chooses the scales of a format when there is importance: the one that uses it."""
-    return "search" if has_rule(fmt, "search") else None
-
-
 def pack_by_feedback(
     weight: Tensor,
     fmt: QuantFormat,
@@ -152,6 +146,8 @@ def _errors(weight: Tensor, packed: Sequence[Tensor], fmt: QuantFormat, rows: Te
     scaled = rows * weights.sqrt()[:, None]
     for start in range(0, len(weight), step):
         part = weight[start : start + step].float()
-        decoded = [torch.ops.isqtorch.dequantize(each[start : start + step], fmt.name, torch.float32) for each in packed]
+        decoded = [
+            torch.ops.isqtorch.dequantize(each[start : start + step], fmt.name, torch.float32) for each in packed
+        ]
         out.append(torch.stack([(scaled @ w.t()).square().sum(0) for w in (*(w - part for w in decoded), part)]))
     return torch.cat(out, dim=1).double().cpu()

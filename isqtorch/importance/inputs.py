@@ -93,7 +93,9 @@ class Input:
             return None
         self.held.finish()
         weights = self.held.weights[0]
-        return self.held.rows[0], torch.where(self.held.first[0], weights * (1 + FIRST), weights) if weighted else weights
+        return self.held.rows[0], torch.where(
+            self.held.first[0], weights * (1 + FIRST), weights
+        ) if weighted else weights
 
     def finish(self) -> None:
         for part in (self.total, self.first, self.held):

@@ -68,9 +68,7 @@ class Moments(Imatrix):
             )
         for layer, (squares, tokens) in (others or {}).items():
             sums[layer], counts[layer] = squares, tokens
-        super().__init__(
-            sums, counts, source=source, chunk_count=chunk_count, chunk_size=chunk_size, datasets=datasets
-        )
+        super().__init__(sums, counts, source=source, chunk_count=chunk_count, chunk_size=chunk_size, datasets=datasets)
 
     def __repr__(self) -> str:
         return f"Moments({len(self.inputs)} inputs of {len(self)} layers from {self.source})"
@@ -95,7 +93,11 @@ class Moments(Imatrix):
         if key is None or not self.inputs.get(key):
             return None
         parts = self.inputs[key]
-        if self.stacks[key] != (experts is not None) or len(parts) != (experts or 1) or parts[0].total.columns != columns:
+        if (
+            self.stacks[key] != (experts is not None)
+            or len(parts) != (experts or 1)
+            or parts[0].total.columns != columns
+        ):
             raise ValueError(
                 f"{self.source}: layer {layer!r} needs moments of {experts or 1} x {columns} columns, the entry has "
                 f"{len(parts)} x {parts[0].total.columns}. The moments are of another model; use the right ones, or none."

@@ -84,8 +84,14 @@ class Passes:
         first = self._first = self._collect(0)
         if self.count == 1:
             return first
-        facts = {"chunk_count": first.chunk_count, "chunk_size": first.chunk_size, "datasets": first.datasets}
-        return Imatrix(first.sums, first.counts, source=first.source, **facts)
+        return Imatrix(
+            first.sums,
+            first.counts,
+            source=first.source,
+            chunk_count=first.chunk_count,
+            chunk_size=first.chunk_size,
+            datasets=first.datasets,
+        )
 
     def collected(self) -> Iterator[Moments]:
         """The moments of each pass. All passes run anew each time, except for what `importance` has collected.
@@ -105,9 +111,9 @@ class Passes:
         watch = MomentWatch(self._model, self._plan[number], self._readers, others=number == 0)
         return run_windows(self._model, watch, self._windows, self._progress, number, self.count)
 
-    def reads(self, moments: Moments, name: str) -> bool:
+    def reads(self, moments: Moments | None, name: str) -> bool:
         """Whether the moments of a layer are among those of a pass."""
-        return self._readers.get(name) in moments.inputs
+        return moments is not None and self._readers.get(name) in moments.inputs
 
     def _size(self, look: MomentWatch, key: str) -> int:
         """About how many bytes the moments of an input take."""
@@ -116,9 +122,11 @@ class Passes:
         held = min(2 * HELD_ROWS, windows // HOLD_EVERY * 33) * columns * 4
         if key in look.stacks:
             return 4 * columns * min(len(parts) * columns, tokens * look.routes[key]) + held
-        first = 4 * columns * min(columns, windows) if any(
-            feeds_attention(name) for name, own in look.readers.items() if own == key
-        ) else 0
+        first = (
+            4 * columns * min(columns, windows)
+            if any(feeds_attention(name) for name, own in look.readers.items() if own == key)
+            else 0
+        )
         return 4 * columns * columns + first + held
 
 

@@ -25,7 +25,6 @@ from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 
 
-
 @dataclass(frozen=True)
 class Routing:
     """Where the rows of an input go.

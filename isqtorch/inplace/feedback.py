@@ -21,10 +21,9 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import parsed_bytes
 from isqtorch.policy.request import Request
 from isqtorch.quantizers import has_rule
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.layer import Outcome
 from isqtorch.text import first_names
-
-FEEDBACK = "feedback"
 
 
 @dataclass
@@ -159,4 +158,3 @@ def feedback_notes(request: Request, feeds: Sequence[Feedback], passes: int, tie
             f"{first_names(list(tied))}"
         )
     return notes
-

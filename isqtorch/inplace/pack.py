@@ -84,8 +84,8 @@ def pack_weight(
         importance = importance.to(weight.device)
     if weight.dim() == 2:
         return _pack_matrix(weight, job, importance, expert, columns)
-    experts, rows, columns = weight.shape
-    out = weight.new_empty((experts, rows, job.fmt.row_bytes(columns)), dtype=torch.uint8)
+    experts, rows, width = weight.shape
+    out = weight.new_empty((experts, rows, job.fmt.row_bytes(width)), dtype=torch.uint8)
     for number in range(experts):  # matrix by matrix, so that only one matrix of a transposed stack is copied at a time
         vector = importance[number] if importance is not None and importance.dim() == 2 else importance
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +12,28 @@ from isqtorch.auto import Auto, Budget, choose_formats
 from isqtorch.auto.choose import WeightOf
 from isqtorch.formats import QuantFormat, formats, get_format
 from isqtorch.importance.calibration import collect
-from isqtorch.importance.feedback import Shelf, scale_rule
+from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of
 from isqtorch.importance.moments import Moments, load_imatrix
 from isqtorch.importance.passes import Passes
-from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import owner_of, parameter_name, weight_matrix
-from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
 from isqtorch.policy.decide import Verdict, decide
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.layers import LayerInfo
-from isqtorch.policy.request import Request, checked_device
-from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.policy.request import Request
+from isqtorch.quantizers import has_rule, scale_rule, uses_importance
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.choice import Choice
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
+from .checks import check_kernels
 from .damage import Watch, damage_alarms, damage_reason
-from .feedback import FEEDBACK, check_moments, feedback_notes, feedback_of, supply_from_text
-from .pack import Job, pack_weight
+from .feedback import check_moments, feedback_notes, feedback_of, supply_from_text
+from .pack import Job
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
-_F16_SCALES_HOLD = 6e4  # smaller weights cannot overflow the 16-bit scale or offset of any format
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,8 @@ class Prepared:
         if self.supply is not None:
             for number, moments in enumerate(self.supply.collected(), 1):
                 self.shelf.put(moments)
-                now, later = [], []
+                now: list[Job] = []
+                later: list[Job] = []
                 for job in waiting:
                     is_last = number == self.supply.count
                     ready = job.feedback is None or is_last or self.supply.reads(moments, job.names[0])
@@ -197,26 +195,11 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{op} quantized nothing; the report has the reasons")
     _check_rule(jobs, verdict, rule, op)
-    _check_kernels(jobs, op)
+    check_kernels(jobs, op)
     source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
     return Prepared(
         request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *kernels, *alarms], shelf
     )
-
-
-def check_devices(request: Request) -> None:
-    """ValueError unless all devices in a request are available."""
-    if request.device is not None:
-        checked_device(request.device, f"{request.op}: device")
-    for entry in request.topology.entries:
-        if entry.device is not None:
-            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
-
-
-def check_weights(model: nn.Module, prepared: Prepared) -> None:
-    """ValueError unless the model's own weights can be packed as decided."""
-    for job in prepared.jobs:
-        _check_weight(model, job, prepared.request.op)
 
 
 def _jobs(
@@ -232,7 +215,8 @@ def _jobs(
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
         importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
-        rule, feedback = request.options.rule if has_rule(fmt, request.options.rule) else None, None
+        rule: str | None = request.options.rule if has_rule(fmt, request.options.rule) else None
+        feedback = None
         if request.options.rule == FEEDBACK:
             rule, feedback = None if importance is None else scale_rule(fmt), feedback_of(layers, fmt, shelf)
         jobs.append(
@@ -325,66 +309,14 @@ def _zero_run(importance: Tensor) -> int | None:
     return int(dead[0]) * _ZERO_RUN if len(dead) else None
 
 
-def _check_weight(model: nn.Module, job: Job, op: str) -> None:
-    """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
-    module, leaf = owner_of(model, job.names[0])
-    name = parameter_name(model, job.names[0])
-    weight = cast(Tensor, getattr(module, leaf))
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"{op}: {name} is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
-        )
-    with ordinary_tensors():
-        if isinstance(module, PackedModule) and leaf in module.packed:
-            matrix = decoded = torch.ops.isqtorch.dequantize(weight, module.packed[leaf], torch.float32)
-        else:
-            matrix, decoded = weight_matrix(module, leaf).detach(), weight
-        low, high = decoded.aminmax()  # propagates NaN, and allocates no tensor of the weight's size
-        if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
-            if max(-float(low), float(high)) > _F16_SCALES_HOLD:
-                _check_scales(matrix, job, op)
-            return
-        position = _first_bad(decoded)
-        raise ValueError(
-            f"{op}: {name}[{', '.join(map(str, position))}] is {decoded[position].item()}; weights must be finite. Repair the "
-            "checkpoint, or leave the layer out with exclude. Nothing was changed."
-        )
-
-
-def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
-    """Pack a weight with very large values on trial: only the quantizer can tell whether a scale overflows."""
-    try:
-        pack_weight(matrix, replace(job, feedback=None, watch=Watch(), damages=[]))
-    except ValueError as error:
-        raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
-
-
-def _first_bad(weight: Tensor) -> tuple[int, ...]:
-    """Position of the first weight that is NaN or infinite; there must be one."""
-    for row in range(weight.shape[0]):
-        bad = (~torch.isfinite(weight[row])).nonzero()
-        if len(bad):
-            return row, *bad[0].tolist()
-    raise AssertionError("all weights are finite")
-
-
-def _check_kernels(jobs: list[Job], op: str) -> None:
-    """Pack one block in each format: a missing kernel must raise before the first layer changes."""
-    for job in {job.fmt.name: job for job in jobs}.values():
-        try:
-            pack_weight(torch.zeros(1, job.fmt.block), replace(job, importance=None, feedback=None, watch=Watch(), damages=[]))
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
-
-
 def _check_rule(jobs: list[Job], verdict: Verdict, rule: str | None, op: str) -> None:
     """ValueError if no weight to pack has the requested rule; the message names the formats that were asked for."""
     if not jobs or any(job.feedback is not None if rule == FEEDBACK else job.rule == rule for job in jobs):
         return
     if rule == FEEDBACK:
         raise ValueError(
-            f"{op}: rule='feedback' is for linear layers and experts, and none is to be packed, only {first_names([job.names[0] for job in jobs])}. "
-            "Leave rule out."
+            f"{op}: rule='feedback' is for linear layers and experts, and only {first_names([job.names[0] for job in jobs])} "
+            "would be packed. Leave rule out."
         )
     names = list(dict.fromkeys(each.requested for each in verdict.decisions if each.format and each.requested))
     able = [name for name in formats() if has_rule(get_format(name), rule)]

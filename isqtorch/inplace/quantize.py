@@ -23,17 +23,17 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
-from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
+from .checks import check_devices, check_weights
 from .host import announce
 from .origin import Origin
 from .pack import Job, naming_memory, pack_weight, relative_error
-from .prepare import Prepared, check_devices, check_weights, settle
+from .prepare import Prepared, settle
 
 
 def quantize_(
@@ -49,7 +49,7 @@ def quantize_(
     exclude: Names | None = None,
     fallback: Fallback = "up",
     device: torch.device | str | None = None,
-    rule: Rule | None = None,
+    rule: ModelRule | None = None,
     max_memory: int | str | None = None,
     activations: Activations | None = None,
     target_bpw: float | None = None,
@@ -160,7 +160,9 @@ def quantize_(
     inventory = inspect_model(model).on(request.device)
     check_foreign(inventory.foreign, request)
     check_devices(request)
-    prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
+    prepared, choice = settle(
+        model, inventory, request, lambda prepared: check_weights(model, prepared.jobs, prepared.request.op)
+    )
     origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=2)

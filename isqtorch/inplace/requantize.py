@@ -23,18 +23,18 @@ from isqtorch.modules.parameter import PackedParameter, is_plain
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Organization, Probe
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
-from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
+from .checks import check_weights
 from .exchange import Swap, check_outside, exchange
 from .host import announce
 from .origin import Origin, forget
 from .pack import Job, naming_memory, pack_weight, relative_error
-from .prepare import Prepared, check_weights, settle
+from .prepare import Prepared, settle
 from .weights import Weights
 
 _OP = "requantize_"
@@ -53,7 +53,7 @@ def requantize_(
     include: Names | None = None,
     exclude: Names | None = None,
     fallback: Fallback | None = None,
-    rule: Rule | None = None,
+    rule: ModelRule | None = None,
     max_memory: int | str | None = None,
     activations: Activations | Literal[""] | None = None,
     target_bpw: float | None = None,
@@ -147,7 +147,7 @@ def requantize_(
     def check(prepared: Prepared) -> None:
         _check_parameters(model, prepared)
         if weights.source is None:  # weights of a source are checked when they are read, before anything changes
-            check_weights(model, prepared)
+            check_weights(model, prepared.jobs, prepared.request.op)
 
     again = weights.source is not None
     prepared, choice = settle(model, inventory, request, check, weights.of, again)

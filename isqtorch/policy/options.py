@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from isqtorch.formats import Spec
 from isqtorch.quantizers import Rule
+from isqtorch.quantizers.families import FEEDBACK
 
 from .topology import TopologyLike
 
@@ -25,6 +26,8 @@ Organization = Literal["default", "moqe"]
 Fallback = Literal["up", "skip", "error"]
 Activations = Literal["fp8"]
 Probe = Literal["kl", "output"]
+ModelRule = Rule | Literal["feedback"]
+RULES = (*get_args(Rule), FEEDBACK)
 Names = Sequence[str] | str
 MAX_NAMES = 1 << 15  # of one option; each is tried on every layer
 ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -50,7 +53,7 @@ class Options:
     imatrix: ImatrixLike | None = None
     calibration_file: str | os.PathLike[str] | None = None
     tokenizer: Any = None
-    rule: Rule | None = None
+    rule: ModelRule | None = None
     max_memory: int | str | None = None
     activations: Activations | None = None
     target_bpw: float | None = None
