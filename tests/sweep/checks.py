@@ -18,6 +18,7 @@ from isqtorch.report.report import QuantReport
 
 from .building import Built, NotBuilt, build, described, outputs
 from .choices import Choices
+from .corrections import FILES
 
 FORMAT, OTHER = "q4k", "q8_0"
 """The format of the model, and the one that it is requantized to. The second shows faults, the first hides them."""
@@ -65,7 +66,7 @@ def check_type(kind: str, folder: Path) -> Row:
     if built.remark:
         row.remarks.append(built.remark)
     try:
-        built.model.save_pretrained(folder / "float")
+        save(built.model, folder / "float", kind)
         original = built.auto.from_pretrained(folder / "float")
     except Exception as error:  # code of every type runs here
         row.not_built = f"transformers does not read what it saved ({described(error)})"
@@ -118,7 +119,7 @@ class _Checks:
         return model
 
     def _reload(self, loaded: Any) -> None:
-        loaded.save_pretrained(self.folder / "packed")
+        save(loaded, self.folder / "packed", self.row.kind)
         self._compare(self._load("packed"), loaded)
 
     def _requantize(self, loaded: Any) -> None:
@@ -188,6 +189,13 @@ class _Checks:
         first, second = self._outputs(one), self._outputs(other)
         if first is not None and second is not None and not same(first, second):
             raise AssertionError("the bytes are the same, and the outputs differ")
+
+
+def save(model: Any, folder: Path, kind: str) -> None:
+    """Save a model, with the files that its type needs beside it."""
+    model.save_pretrained(folder)
+    if kind in FILES:
+        torch.save({}, folder / FILES[kind])
 
 
 def align(model: nn.Module) -> None:
