@@ -14,6 +14,7 @@ _IN_SAM = {
     "vision_config.backbone_config.image_size": [256, 256],
     "vision_config.backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
 }
+_SMALL = [[16, 16], [8, 8], [4, 4]]
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     # The defaults of these are None, which their code cannot use.
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -87,6 +88,11 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
     "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     # Pictures of 1024 x 1024 take minutes.
+    "sam3": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_lite_text": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_tracker_video": {"vision_config.backbone_feature_sizes": _SMALL, "image_size": 56},
+    "sam3_vision_model": {"backbone_feature_sizes": _SMALL},
     "sam2": {**_IN_SAM, "prompt_encoder_config.image_size": 256},
     "sam2_video": {**_IN_SAM, "prompt_encoder_config.image_size": 256, "image_size": 256},
     "edgetam_video": {**_IN_SAM, "prompt_encoder_config.image_size": 256, "image_size": 256},
