@@ -28,7 +28,7 @@ CHECKS = {
     "reload": "a saved model is read again with the same bytes and outputs",
     "experts": "stacks of experts are packed",
     "requantize": "requantize_ gives what quantize_ gives on the original model, bit for bit",
-    "forward": "the outputs of the packed model are close to those of the float model",
+    "forward": "the outputs of the packed model are close to those of the float model; routers take the same experts in both",
     "plan": "plan predicts the size within 1 %",
 }
 _SPREAD = 3.0  # an output may have so much more error than independent errors of all layers add up to
@@ -67,7 +67,9 @@ def check_type(kind: str, folder: Path) -> Row:
         row.remarks.append(built.remark)
     try:
         save(built.model, folder / "float", kind)
-        original = built.auto.from_pretrained(folder / "float")
+        original, info = loaded(partial(built.auto.from_pretrained, folder / "float"))
+        if info["missing_keys"]:
+            raise ValueError(f"it misses {sorted(info['missing_keys'])[:2]}")
     except Exception as error:  # code of every type runs here
         row.not_built = f"transformers does not read what it saved ({described(error)})"
         return row

@@ -103,5 +103,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "instructblipvideo": {"video_token_index": 400, "num_query_tokens": 4},
 }
 
+TASKS: Mapping[str, list[str]] = {"shieldgemma2": ["ImageClassification"]}
+"""The Auto class of a type for which those of other types come first, and do not read what it saved."""
+
 FILES: Mapping[str, str] = {"qwen2_5_omni": "spk_dict.pt"}
 """A file without entries that a type reads beside its weights."""
