@@ -79,7 +79,7 @@ fuzz: build  ## a million damaged inputs for every reader and operator; FUZZ=500
 	PYTHONPATH=.:tests $(PYTHON) -m fuzz $(if $(FUZZ),--inputs $(FUZZ)) $(if $(SECONDS),--seconds $(SECONDS))
 
 sweep: build  ## a small model of every type that transformers has: packed, saved, requantized, called; writes docs/models.md; SAMPLE=30 for some
-	$(PYTHON) -m tests.sweep $(if $(SAMPLE),--sample $(SAMPLE))
+	$(PYTHON) -m tests.sweep $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(RESUME),--resume $(RESUME))
 
 mutants: build  ## every barrier and address space of the Metal shaders is needed; SAMPLE=20 for some of them (needs clang-19)
 	PYTHONPATH=.:tests $(PYTHON) -m emulator.metal.mutants $(if $(SAMPLE),--sample $(SAMPLE))

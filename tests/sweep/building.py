@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from isqtorch.integrations.classes import auto_class
 
 from . import inputs, shrink
-from .corrections import CORRECTIONS
+from .corrections import CORRECTIONS, TASKS
 
 MOST_WEIGHTS = 130_000_000  # of a model that is small enough
 _STD = 0.05
@@ -93,7 +93,7 @@ def class_of(kind: str, config: Any) -> tuple[Any, Any]:
         first = ["Seq2SeqLM", "SpeechSeq2Seq", *first]
     if config.sub_configs:  # the whole, and not its text model
         first = ["ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TextToWaveform", *first]
-    for name in first:
+    for name in (*TASKS.get(kind, ()), *first):
         auto = getattr(transformers, f"AutoModelFor{name}")
         if type(config) in auto._model_mapping:
             return auto, auto._model_mapping[type(config)]
@@ -102,7 +102,7 @@ def class_of(kind: str, config: Any) -> tuple[Any, Any]:
     except ValueError:  # a part of other models, which no Auto class has
         cls = _part(config)
         if cls is None:
-            raise
+            raise ValueError("a part or another name of other types: transformers has no class for it") from None
         return cls, cls
 
 

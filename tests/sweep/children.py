@@ -28,7 +28,7 @@ Check = Callable[[str, Path], Row]
 class Limits(NamedTuple):
     """For one type."""
 
-    seconds: float = 60.0
+    seconds: float = 180.0
     gigabytes: float = 6.0
 
 

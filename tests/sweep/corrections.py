@@ -10,6 +10,11 @@ _HALF = [4, 6, 6]  # where half of the channels have positions
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SPARSE = ["dense", "sparse"]
 _PICTURES = {"<image>": 400, **{f"IMGIMG{letter}Z": 401 + i for i, letter in enumerate("ABCD")}}  # tokens of pictures
+_IN_SAM = {
+    "vision_config.backbone_config.image_size": [256, 256],
+    "vision_config.backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
+}
+_SMALL = [[16, 16], [8, 8], [4, 4]]
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     # The defaults of these are None, which their code cannot use.
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -82,4 +87,24 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "emu3": {"vocabulary_map": _PICTURES, "image_token_id": 400, "vq_config.base_channels": 64},
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
     "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    # Pictures of 1024 x 1024 take minutes.
+    "sam3": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_lite_text": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_tracker": {"vision_config.backbone_feature_sizes": _SMALL},
+    "sam3_tracker_video": {"vision_config.backbone_feature_sizes": _SMALL, "image_size": 56},
+    "sam3_vision_model": {"backbone_feature_sizes": _SMALL},
+    "sam2": {**_IN_SAM, "prompt_encoder_config.image_size": 256},
+    "sam2_video": {**_IN_SAM, "prompt_encoder_config.image_size": 256, "image_size": 256},
+    "edgetam_video": {**_IN_SAM, "prompt_encoder_config.image_size": 256, "image_size": 256},
+    "sam2_vision_model": {name.removeprefix("vision_config."): value for name, value in _IN_SAM.items()},
+    "sam2_hiera_det_model": {"image_size": [256, 256]},
+    "blip-2": {"image_token_index": 400, "num_query_tokens": 4},
+    "instructblip": {"image_token_index": 400, "num_query_tokens": 4},
+    "instructblipvideo": {"video_token_index": 400, "num_query_tokens": 4},
 }
+
+TASKS: Mapping[str, list[str]] = {"shieldgemma2": ["ImageClassification"]}
+"""The Auto class of a type for which those of other types come first, and do not read what it saved."""
+
+FILES: Mapping[str, str] = {"qwen2_5_omni": "spk_dict.pt"}
+"""A file without entries that a type reads beside its weights."""

@@ -36,6 +36,15 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         yield text
         if "pixel_values" in takes:
             yield {**text, **pictures}
+    image = _value(config, "image_token_index", _value(config, "video_token_index", None))
+    queries = _value(config, "num_query_tokens", None)
+    if image is not None and queries is not None:  # a place in the text for each query
+        placed = torch.cat([torch.full((1, queries), image), ids], 1)
+        known = _known(takes, config, placed, floats)
+        for values in (pictures, {"pixel_values": floats(1, 4, channels, size, size)}):
+            yield {
+                name: value for name, value in {**known, **text, "input_ids": placed, **values}.items() if name in takes
+            }
     if "pixel_values" in takes:
         yield pictures
         yield {**pictures, **extra}

@@ -44,11 +44,22 @@ def loaded(load: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
 
     Returns:
         The model, and what `output_loading_info=True` would give: {"missing_keys": ..., "unexpected_keys": ..., ...}.
+
+    Raises:
+        ValueError: the model was not read by the loader of transformers.
     """
-    before, _found.pairs = getattr(_found, "pairs", None), []
+    before, pairs = getattr(_found, "pairs", None), list[tuple[Any, Any]]()
+    _found.pairs = pairs
     try:
         model = load()
-        info = next(info for found, info in reversed(_found.pairs) if found is model)  # a class may load its parts, too
     finally:
         _found.pairs = before
+    if before is not None:
+        before.extend(pairs)
+    info = next((info for found, info in reversed(pairs) if found is model), None)  # a class may load its parts, too
+    if info is None:
+        raise ValueError(
+            f"{type(model).__name__} reads its files in a way of its own, which does not say whether they have all weights. Load it "
+            "with its from_pretrained, and call quantize_."
+        )
     return model, info.to_dict()
