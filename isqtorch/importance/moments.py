@@ -104,6 +104,17 @@ class Moments(Imatrix):
             )
         return LayerMoments(parts, feeds_attention(layer), self.stacks[key])
 
+    def check(self) -> None:
+        """Look at all values. A file may hold anything, and is not read before.
+
+        Raises:
+            ValueError: a sum is not finite or not symmetric, or a held-out row is not finite.
+        """
+        for key, parts in self.inputs.items():
+            fault = next((fault for part in parts if (fault := part.fault()) is not None), None)
+            if fault is not None:
+                raise ValueError(f"{self.source}: the moments of {key!r} {fault}. Collect them again.")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file: `.safetensors` for the moments, or the importance alone as `Imatrix.save` does.
 
