@@ -73,6 +73,10 @@ class Moments(Imatrix):
     def __repr__(self) -> str:
         return f"Moments({len(self.inputs)} inputs of {len(self)} layers from {self.source})"
 
+    def __deepcopy__(self, memo: object) -> Moments:
+        """Return itself: copies of configurations must not copy gigabytes, and nothing changes moments."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of all moments."""
