@@ -159,8 +159,7 @@ class MomentWatch:
                 return None
         if own is None:
             own = self.readers[name] = name
-        elif own != name and own in self.inputs:  # until now it has read the same as others
-            self.inputs[name] = [part.copy() for part in self.inputs[own]]
+        elif own != name:  # until now it has read the same as others; it begins anew, with an input of its own
             own = self.readers[name] = name
         if mark is not None:
             recent.append(_Seen(weakref.ref(x), mark, own, {name}))

@@ -73,6 +73,10 @@ class Moments(Imatrix):
     def __repr__(self) -> str:
         return f"Moments({len(self.inputs)} inputs of {len(self)} layers from {self.source})"
 
+    def __deepcopy__(self, memo: object) -> Moments:
+        """Return itself: copies of configurations must not copy gigabytes, and nothing changes moments."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of all moments."""
@@ -103,6 +107,17 @@ class Moments(Imatrix):
                 f"{len(parts)} x {parts[0].total.columns}. The moments are of another model; use the right ones, or none."
             )
         return LayerMoments(parts, feeds_attention(layer), self.stacks[key])
+
+    def check(self) -> None:
+        """Look at all values. A file may hold anything, and is not read before.
+
+        Raises:
+            ValueError: a sum is not finite or not symmetric, or a held-out row is not finite.
+        """
+        for key, parts in self.inputs.items():
+            fault = next((fault for part in parts if (fault := part.fault()) is not None), None)
+            if fault is not None:
+                raise ValueError(f"{self.source}: the moments of {key!r} {fault}. Collect them again.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file: `.safetensors` for the moments, or the importance alone as `Imatrix.save` does.

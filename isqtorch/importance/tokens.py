@@ -161,7 +161,7 @@ class Tokens:
             batch, length = embedded.shape[:2]
         else:
             return None
-        past = _past(given.get("past_key_values"))
+        begins = not _past(given)
         mask = given.get("attention_mask")
         counts = torch.ones(batch, length, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
@@ -172,12 +172,13 @@ class Tokens:
         positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
             first = counts & (positions.detach().cpu().expand(batch, -1) == 0)
-        elif past == 0:
+            begins = bool(first.any())
+        elif begins:
             first = counts & (counts.cumsum(1) == 1)
         windows = opened.outer
         if windows is None or len(windows) != batch:
             with self._lock:
-                if past == 0:
+                if begins:
                     self._thread.windows = torch.arange(self.windows, self.windows + batch)
                     self.windows += batch
                 windows = getattr(self._thread, "windows", None)
@@ -212,12 +213,13 @@ def _classified(counts: Tensor, first: Tensor, held: Tensor) -> Rows:
     )
 
 
-def _past(cache: Any) -> int:
-    """Number of tokens in a cache of keys and values."""
-    length = getattr(cache, "get_seq_length", None)
-    if callable(length):
-        return int(length())
-    return 0 if cache is None else 1
+def _past(given: dict[str, Any]) -> bool:
+    """Whether there is a cache of keys and values that holds tokens, whatever the argument is called."""
+    for value in given.values():
+        length = getattr(value, "get_seq_length", None)
+        if callable(length):
+            return int(length()) > 0
+    return isinstance(given.get("past_key_values"), tuple)
 
 
 def _signature(module: nn.Module, outermost: bool) -> tuple[str, ...] | None:
