@@ -111,3 +111,15 @@ def test_loading_quantizes_alike_and_saved_models_reload(family: str, tmp_path: 
         if original:
             again.save_pretrained(tmp_path / "twice")
             assert torch.equal(output(cls.from_pretrained(tmp_path / "twice", dtype=torch.bfloat16)), output(loaded))
+
+
+def test_experts_of_older_versions_lack_a_flag() -> None:
+    """Before 5.23, transformers does not set it; vLLM still brings such a version."""
+    model, other = build("qwen3_moe"), build("qwen3_moe")
+    other.load_state_dict(model.state_dict())
+    for module in other.modules():
+        vars(module).pop("has_post_expert_norm", None)
+    for each in (model, other):
+        quantize_(each, "q8_0")
+    assert packed(model) and packed(model).keys() == packed(other).keys()
+    assert torch.equal(output(model), output(other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,3 +118,16 @@ def test_other_methods_get_vllms_own_loader() -> None:
     tensors = {"model.embed_tokens.weight": torch.zeros(4, 4, dtype=torch.uint8)}
     assert loaded(object(), tensors) == tensors
     assert fake_vllm.LOADERS["dummy"] is fake_vllm.DummyModelLoader
+
+
+@pytest.mark.parametrize(
+    "content", [{"layers": {"lm_head": "q6k"}}, {"isq": 4, "topology": {"/v_proj/": 8}, "exclude": "o_proj"}]
+)
+def test_the_configuration_goes_to_other_processes(content: dict[str, Any]) -> None:
+    config = config_of(content)
+    config.maybe_update_config("demo", hf_config=demo_config())
+    other = pickle.loads(pickle.dumps(config))
+    for path in ("lm_head", "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj"):
+        layers = [LinearBase(256, [256], each, path) for each in (config, other)]
+        one, two = (getattr(layer.quant_method, "parts", None) for layer in layers)
+        assert one == two

@@ -4,7 +4,8 @@
      "answers": FILE.json}
 
 An answer has the tokens that greedy decoding adds to each prompt, the logarithms of the probabilities of each prompt's tokens
-after the first, what the layers are, and what was logged. A case that fails has the text of its "error" instead.
+after the first, what was logged, and, if the model runs in this process, what its layers are, and the most bytes that float
+weights of packed layers took at once. A case that may fail ("fails": true) then has the text of its "error" instead.
 """
 
 import contextlib
@@ -88,7 +89,7 @@ def ask(case, alive, peak):
                 ]
                 for output in outputs
             ],
-            "layers": llm.apply_model(describe)[0],
+            "layers": llm.apply_model(describe)[0] if settings.get("tensor_parallel_size", 1) == 1 else None,
             "peak": peak[0],
             "log": heard.getvalue(),
         }
