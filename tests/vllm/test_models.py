@@ -12,7 +12,7 @@ from vllm_engine import Answer, ask_vllm, assert_same_tokens, case, difference, 
 import isqtorch
 
 PROMPTS = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 17, 40)]
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 128}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 512}
 ROUTED = {"moe_intermediate_size": 256}
 EXPERTS, TABLE, HEAD, LINEAR = "IsqExpertsMethod", "IsqTableMethod", "IsqHeadMethod", "IsqLinearMethod"
 # What vLLM asks plug-ins about in each model. Gemma and Mixtral do not ask about their tables.

@@ -32,7 +32,7 @@ class Answer:
         gaps: how far the best token is from the second, for each of `tokens`; only of transformers.
         layers: {path: [method, {parameter: [type, bytes]}]}; only of vLLM in one process.
         peak: bytes of the float weights of packed layers at once; only of vLLM.
-        log: what vLLM logged.
+        log: what isqtorch logged in vLLM.
         error: why vLLM failed, if it was allowed to.
     """
 
