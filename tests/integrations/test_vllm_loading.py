@@ -98,6 +98,12 @@ def test_weights_that_nobody_asks_about_are_decoded(caplog: pytest.LogCaptureFix
     )
 
 
+def test_bytes_of_another_format_than_config_json_says() -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(4, 211, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="config.json says that model.embed_tokens.weight is q6k, but .*damaged"):
+        loaded(config_of({"layers": {"model.embed_tokens": "q6k"}}), tensors)
+
+
 def test_stacks_of_experts_are_given_one_by_one() -> None:
     """Llama 4 and others keep them as stacks, for which vLLM's code swaps axes."""
     gate_up, down = (ops.quantize(torch.randn(2, *shape), "q8_0") for shape in ((64, 96), (96, 32)))

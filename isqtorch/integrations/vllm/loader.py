@@ -73,7 +73,7 @@ def decoded(
         elif path not in unasked:
             yield from _by_expert(path, tensor) if tensor.dim() == 3 and path == name else [(name, tensor)]
         elif not is_pp_missing_parameter(f"{unasked[path][0]}.weight", model):
-            floats = torch.ops.isqtorch.dequantize(tensor, unasked[path][1], dtype)
+            floats = _floats(name, tensor, unasked[path][1], dtype)
             before, after = changed.get(path, (0, 0))
             changed[path] = before + tensor.nbytes, after + floats.nbytes
             yield name, floats.transpose(1, 2) if tensor.dim() == 3 else floats
@@ -87,6 +87,17 @@ def decoded(
             human_size(after),
             human_size(before),
         )
+
+
+def _floats(name: str, packed: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    try:
+        floats: Tensor = torch.ops.isqtorch.dequantize(packed, fmt, dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{OP}: config.json says that {name} is {fmt}, but {str(error).removeprefix('dequantize: ')}. The checkpoint is damaged, or "
+            "its config.json is that of another model."
+        ) from None
+    return floats
 
 
 def _by_expert(path: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
