@@ -21,8 +21,8 @@ from .parameter import plain_bytes
 
 _experts_linear = torch.ops.isqtorch.experts_linear.default
 
-# Attributes that `use_experts_implementation` sets on an instance.
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
+# Attributes that `use_experts_implementation` sets on an instance. Versions before 5.23 do not set `has_post_expert_norm`.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 _OWN = ("formats", "dtype", "origin", "origin_requires_grad", "transposed")  # attributes that the original lacks
 
 

@@ -136,3 +136,15 @@ def test_shared_experts_of_inkling_are_packed_and_are_not_routed() -> None:
         assert got.shape == want.shape and 0 < float((got - want).norm() / want.norm()) < 0.02
     shared = [layer for layer in report.quantized if "shared_experts" in layer.name]
     assert len(owners) == 2 and len(shared) == 6 and {layer.kind for layer in shared} == {"experts"}
+
+
+def test_experts_of_older_versions_lack_a_flag() -> None:
+    """Before 5.23, transformers does not set it; vLLM still brings such a version."""
+    model, other = build("qwen3_moe"), build("qwen3_moe")
+    other.load_state_dict(model.state_dict())
+    for module in other.modules():
+        vars(module).pop("has_post_expert_norm", None)
+    for each in (model, other):
+        quantize_(each, "q8_0")
+    assert packed(model) and packed(model).keys() == packed(other).keys()
+    assert torch.equal(output(model), output(other))

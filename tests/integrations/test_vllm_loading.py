@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,32 @@ def test_weights_that_nobody_asks_about_are_decoded(caplog: pytest.LogCaptureFix
     )
 
 
+def test_bytes_of_another_format_than_config_json_says() -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(4, 211, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="config.json says that model.embed_tokens.weight is q6k, but .*damaged"):
+        loaded(config_of({"layers": {"model.embed_tokens": "q6k"}}), tensors)
+
+
+def test_stacks_of_experts_are_given_one_by_one() -> None:
+    """Llama 4 and others keep them as stacks, for which vLLM's code swaps axes."""
+    gate_up, down = (ops.quantize(torch.randn(2, *shape), "q8_0") for shape in ((64, 96), (96, 32)))
+    layers = {f"{EXPERTS}.gate_up_proj": "q8_0", f"{EXPERTS}.down_proj": "q8_0"}
+    config = config_of({"layers": layers})
+    tensors = {f"{EXPERTS}.gate_up_proj": gate_up, f"{EXPERTS}.down_proj": down}
+    fake_vllm.RoutedExperts(2, 96, 32, config, EXPERTS)
+    found = loaded(config, tensors)
+    assert list(found) == [
+        *(f"{EXPERTS}.{e}.{name}_proj.weight" for e in range(2) for name in ("gate", "up")),
+        *(f"{EXPERTS}.{e}.down_proj.weight" for e in range(2)),
+    ]
+    assert torch.equal(found[f"{EXPERTS}.1.up_proj.weight"], gate_up[1, 32:])
+    other = config_of({"layers": layers})
+    other.maybe_update_config("gpt-oss", hf_config=SimpleNamespace(model_type="gpt_oss"))
+    assert fake_vllm.RoutedExperts(2, 96, 32, other, EXPERTS).quant_method is None
+    floats = loaded(other, tensors)
+    assert torch.equal(floats[f"{EXPERTS}.down_proj"], ops.dequantize(down, "q8_0", torch.bfloat16).transpose(1, 2))
+
+
 def test_the_layers_of_other_stages_are_not_decoded() -> None:
     fake_vllm.MISSING.append("model.layers.1.")
     config = config_of({"layers": {"model.layers.1.mlp.down_proj": "q6k"}})
@@ -117,3 +144,16 @@ def test_other_methods_get_vllms_own_loader() -> None:
     tensors = {"model.embed_tokens.weight": torch.zeros(4, 4, dtype=torch.uint8)}
     assert loaded(object(), tensors) == tensors
     assert fake_vllm.LOADERS["dummy"] is fake_vllm.DummyModelLoader
+
+
+@pytest.mark.parametrize(
+    "content", [{"layers": {"lm_head": "q6k"}}, {"isq": 4, "topology": {"/v_proj/": 8}, "exclude": "o_proj"}]
+)
+def test_the_configuration_goes_to_other_processes(content: dict[str, Any]) -> None:
+    config = config_of(content)
+    config.maybe_update_config("demo", hf_config=demo_config())
+    other = pickle.loads(pickle.dumps(config))
+    for path in ("lm_head", "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj"):
+        layers = [LinearBase(256, [256], each, path) for each in (config, other)]
+        one, two = (getattr(layer.quant_method, "parts", None) for layer in layers)
+        assert one == two

@@ -4,7 +4,8 @@
      "answers": FILE.json}
 
 An answer has the tokens that greedy decoding adds to each prompt, the logarithms of the probabilities of each prompt's tokens
-after the first, what the layers are, and what was logged. A case that fails has the text of its "error" instead.
+after the first, what isqtorch logged, and, if the model runs in this process, what its layers are, and the most bytes that float
+weights of packed layers took at once. A case that may fail ("fails": true) then has the text of its "error" instead.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ def ask(case, alive, peak):
     settings = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, **case["settings"]}
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
-    logging.getLogger("vllm").addHandler(handler)
+    logging.getLogger("vllm.isqtorch").addHandler(handler)
     llm = None
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -88,7 +89,7 @@ def ask(case, alive, peak):
                 ]
                 for output in outputs
             ],
-            "layers": llm.apply_model(describe)[0],
+            "layers": llm.apply_model(describe)[0] if settings.get("tensor_parallel_size", 1) == 1 else None,
             "peak": peak[0],
             "log": heard.getvalue(),
         }
@@ -97,7 +98,7 @@ def ask(case, alive, peak):
             return {"error": f"{type(error).__name__}: {error}", "log": heard.getvalue()}
         raise
     finally:
-        logging.getLogger("vllm").removeHandler(handler)
+        logging.getLogger("vllm.isqtorch").removeHandler(handler)
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
         del llm

@@ -24,6 +24,7 @@ from .formats import OP, Formats
 from .linear import IsqLinearMethod
 from .tables import IsqHeadMethod, IsqTableMethod
 
+_COPIED = ("gpt_oss",)  # types of models whose experts vLLM writes into its parameters without asking their loaders
 _OPTIONS = ("isq", "topology", "organization", "include", "exclude", "fallback")
 
 
@@ -37,6 +38,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self.model_type = ""
         content = {"isq": 4} if content is None else dict(content)
         checked_version(OP, content.get("format_version", 1))
         if "layers" in content:
@@ -76,6 +78,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called with the model's configuration, before there is a model."""
         if hf_config is not None:
+            self.model_type = getattr(hf_config, "model_type", "")
             self.formats.resolve(hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -96,7 +99,7 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
                 if self.formats.is_float(parts)
                 else IsqLinearMethod(self.formats, parts, prefix)
             )
-        if isinstance(layer, RoutedExperts):
+        if isinstance(layer, RoutedExperts) and self.model_type not in _COPIED:
             paths = self.formats.experts(prefix, getattr(layer.moe_config, "is_act_and_mul", True))
             if not self.formats.are_packed(prefix, paths, layer.moe_config):
                 return None

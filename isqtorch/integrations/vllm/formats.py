@@ -29,6 +29,7 @@ log = logging.getLogger("vllm.isqtorch")  # below vLLM's own logger, so that its
 Kind = Literal["linear", "embedding", "experts"]
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the stacks of fused experts in transformers; the first two exclude each other."""
+_EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
 _BLOCK = re.compile(r"^(?:.*\.)?\d+(?=\.)")  # the path of a decoder block: all up to the last number
 
 
@@ -72,6 +73,7 @@ class Formats:
         self.asked: set[str] = set()
         self._known: dict[str, str | None] = dict(stored or {})
         self._original = {path: path for path in self._known}  # vLLM's path -> that of the checkpoint
+        self._paths = set(self._known)  # those of the checkpoint
 
     def resolve(self, config: Any) -> None:
         """Decide about all layers at once, as `from_pretrained` would. Without this, each layer is decided alone.
@@ -189,6 +191,17 @@ class Formats:
         up = Layer(paths[0], "experts", (experts, rows * inner, moe.hidden_dim), moe.hidden_dim, dtype)
         down = Layer(paths[1], "experts", (experts, moe.hidden_dim, inner), moe.intermediate_size, dtype)
         return all(self.of(layer) is not None for layer in (up, down))
+
+    def stored_in(self, tensor: str) -> str | None:
+        """The packed layer of the checkpoint to which a tensor belongs; None: to none. `tensor` is without ".weight".
+
+        The matrices of experts one by one belong to a stack.
+        """
+        if tensor in self._paths:
+            return tensor
+        found = _EXPERT.match(tensor)
+        leaves = () if found is None else ("down_proj",) if found[2] in ("down_proj", "w2") else STACKS[:2]
+        return next((path for leaf in leaves if (path := f"{found[1]}.{leaf}") in self._paths), None)  # type: ignore[index]
 
     def unasked(self) -> dict[str, tuple[str, str]]:
         """The layers that have a format and that vLLM did not ask for: {path in the checkpoint: (path, format)}."""

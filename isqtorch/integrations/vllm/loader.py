@@ -1,12 +1,12 @@
 """The weights of a checkpoint on their way into vLLM's model.
 
 Some of vLLM's models make a token table or a head without asking plug-ins about it. Such a layer is float, so a packed
-weight of the checkpoint is decoded before it gets there.
+weight of the checkpoint is decoded before it gets there. Stacks of packed experts are given one expert at a time: for a
+stack, the code of some models expects the axes of the float checkpoint, which are swapped.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,8 +21,6 @@ from isqtorch.text import first_names, human_size
 
 from .config import IsqVllmConfig
 from .formats import OP, Formats, log
-
-_EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(?:(gate_proj|up_proj|w1|w3)|(down_proj|w2))$")
 
 
 class IsqModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not a dependency
@@ -69,25 +67,16 @@ def decoded(
         return
     changed: dict[str, tuple[int, int]] = {}
     for name, tensor in weights:
-        path = name.removesuffix(".weight")
-        numbered = _EXPERT.match(path)
-        if numbered is not None and path not in unasked:
-            leaf = (
-                "down_proj"
-                if numbered[3]
-                else "gate_up_proj"
-                if f"{numbered[1]}.gate_up_proj" in unasked
-                else "up_proj"
-            )
-            path = f"{numbered[1]}.{leaf}"
-        if path in unasked and tensor.dtype == torch.uint8:
-            own, fmt = unasked[path]
-            if is_pp_missing_parameter(f"{own}.weight", model):
-                continue
-            packed, tensor = tensor.nbytes, torch.ops.isqtorch.dequantize(tensor, fmt, dtype)
+        path = formats.stored_in(name.removesuffix(".weight"))
+        if path is None or tensor.dtype != torch.uint8:
+            yield name, tensor
+        elif path not in unasked:
+            yield from _by_expert(path, tensor) if tensor.dim() == 3 and path == name else [(name, tensor)]
+        elif not is_pp_missing_parameter(f"{unasked[path][0]}.weight", model):
+            floats = _floats(name, tensor, unasked[path][1], dtype)
             before, after = changed.get(path, (0, 0))
-            changed[path] = before + packed, after + tensor.nbytes
-        yield name, tensor
+            changed[path] = before + tensor.nbytes, after + floats.nbytes
+            yield name, floats.transpose(1, 2) if tensor.dim() == 3 else floats
     if changed:
         before, after = (sum(sizes) for sizes in zip(*changed.values(), strict=True))
         log.warning(
@@ -98,3 +87,23 @@ def decoded(
             human_size(after),
             human_size(before),
         )
+
+
+def _floats(name: str, packed: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    try:
+        floats: Tensor = torch.ops.isqtorch.dequantize(packed, fmt, dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{OP}: config.json says that {name} is {fmt}, but {str(error).removeprefix('dequantize: ')}. The checkpoint is damaged, or "
+            "its config.json is that of another model."
+        ) from None
+    return floats
+
+
+def _by_expert(path: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of a stack `[E, N, row_bytes]`, under the names that vLLM knows for experts one by one."""
+    parent, _, leaf = path.rpartition(".")
+    for number, matrix in enumerate(stack):
+        names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for name, part in zip(names, matrix.chunk(len(names)), strict=True):
+            yield f"{parent}.{number}.{name}.weight", part

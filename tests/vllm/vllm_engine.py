@@ -1,0 +1,136 @@
+"""Ask vLLM about a folder. It runs in another process, with the Python of its environment, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ASK = Path(__file__).resolve().parent / "ask_vllm.py"
+DEMO = ROOT / "examples/demo_model/model"
+PYTHON = "ISQTORCH_VLLM"
+"""Environment variable: the Python that has vLLM. `make test-vllm` sets it."""
+NEW = 24  # tokens that are added to each prompt
+TIE = 0.05  # of two logarithms of probabilities: roundings of activations decide between these two tokens
+
+
+@dataclass
+class Answer:
+    """What a model answers; see `ask_vllm.py`.
+
+    Attributes:
+        tokens: those that greedy decoding adds to each prompt.
+        logprobs: of the tokens of each prompt, after the first.
+        gaps: how far the best token is from the second, for each of `tokens`; only of transformers.
+        layers: {path: [method, {parameter: [type, bytes]}]}; only of vLLM in one process.
+        peak: bytes of the float weights of packed layers at once; only of vLLM.
+        log: what isqtorch logged in vLLM.
+        error: why vLLM failed, if it was allowed to.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    gaps: list[list[float]]
+    layers: dict[str, Any]
+    peak: int = 0
+    log: str = ""
+    error: str = ""
+
+    def methods(self) -> set[str]:
+        """The methods of the layers that isqtorch has packed."""
+        return {method for method, _ in self.layers.values() if method.startswith("Isq")}
+
+
+def environment() -> dict[str, str]:
+    """Variables for vLLM's process: it finds the plug-in in this checkout, and no other plug-in."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return {
+        **os.environ,
+        **threads,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_PLUGINS": "isqtorch",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def python() -> str:
+    """The Python that has vLLM."""
+    found = os.environ.get(PYTHON)
+    assert found, f"{PYTHON} must be the path of a Python with vLLM: run `make test-vllm`"
+    return found
+
+
+def case(folder: Path, prompts: Sequence[Sequence[int]], **settings: Any) -> dict[str, Any]:
+    """A question: a folder, prompts, and settings of `vllm.LLM`; "adapter" and "fails" are none of these."""
+    own = {key: settings.pop(key) for key in ("adapter", "fails") if key in settings}
+    given = {"dtype": "float32", **settings}
+    return {"model": str(folder), "settings": given, "prompts": [list(each) for each in prompts], "new": NEW, **own}
+
+
+def online(isq: Any, **options: Any) -> dict[str, Any]:
+    """Settings that pack a model while it is loaded."""
+    entry = {"quant_method": "isq", "isq": isq, **options}
+    return {"quantization": "isq", "hf_overrides": {"quantization_config": entry}}
+
+
+def ask_vllm(cases: Sequence[dict[str, Any]]) -> list[Answer]:
+    """The answers of one process, one case after another; an AssertionError with its last lines if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        answers, questions = Path(scratch, "answers.json"), Path(scratch, "questions.json")
+        questions.write_text(json.dumps({"cases": list(cases), "answers": str(answers)}), encoding="utf-8")
+        done = subprocess.run(
+            [python(), str(ASK), str(questions)],
+            capture_output=True,
+            text=True,
+            timeout=60 + 120 * len(cases),
+            check=False,
+            env=environment(),
+        )
+        assert done.returncode == 0, f"vLLM failed:\n{done.stderr[-4000:]}"
+        found = json.loads(answers.read_text(encoding="utf-8"))
+    empty = {"tokens": [], "logprobs": [], "gaps": [], "layers": {}}
+    return [Answer(**{**empty, **each, "layers": each.get("layers") or {}}) for each in found]
+
+
+@torch.no_grad()
+def transformers_answer(model: Any, prompts: Sequence[Sequence[int]]) -> Answer:
+    """The same of transformers, with the packed layers of isqtorch."""
+    answer = Answer([], [], [], {})
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([list(ids)]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        steps = model(out).logits[0].float().log_softmax(-1)
+        best = steps[len(ids) - 1 : -1].topk(2).values
+        answer.tokens.append(out[0, len(ids) :].tolist())
+        answer.logprobs.append([steps[i, token].item() for i, token in enumerate(ids[1:])])
+        answer.gaps.append((best[:, 0] - best[:, 1]).tolist())
+    return answer
+
+
+def difference(found: Answer, expected: Answer) -> float:
+    """The mean difference of the logarithms of the probabilities of the prompts' tokens."""
+    pairs = [
+        abs(a - b)
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    return sum(pairs) / len(pairs)
+
+
+def assert_same_tokens(found: Answer, expected: Answer) -> None:
+    """The same tokens, until two are equally likely: what comes after another token is another text."""
+    for own, other, gaps in zip(found.tokens, expected.tokens, expected.gaps, strict=True):
+        assert len(own) == len(other) == NEW
+        split = next((i for i in range(NEW) if own[i] != other[i]), None)
+        assert split is None or gaps[split] < TIE, f"token {split}: {own} instead of {other}, by {gaps[split]}"
