@@ -16,7 +16,7 @@ from isqtorch.files.binary import regular
 from isqtorch.formats import AUTO, mix_name, resolve_format
 from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.weights import STORED
-from isqtorch.integrations.classes import Need
+from isqtorch.integrations.classes import Need, unable
 from isqtorch.integrations.loading import Loaded, checked_request, load_opened
 from isqtorch.integrations.opening import Opened
 from isqtorch.integrations.record import METHOD
@@ -80,6 +80,11 @@ class LoadedModel:
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
         self.report = self.loaded.report if packed_names(self.model) else None
         self.load_seconds = time.perf_counter() - began
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model predicts the next token of a text."""
+        return unable(self.opened.cls, self.opened.config, "continues") is None
 
     @property
     def context(self) -> int | None:

@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--prefix-cache must be 0 or more megabytes, got {args.prefix_cache}")
     options = policy_options(args)
     opened = check_request(args.model, args.isq, args.device, options)
-    opened.check("continues", "serve")
+    opened.check("reads", "serve")
+    if opened.cls is None or getattr(opened.config, "is_encoder_decoder", False):
+        opened.check("continues", "serve")  # an encoder alone has embeddings
     opened.check_tokenizer("serve")
     with bind(args.host, args.port) as sock:
         reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
@@ -107,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
                 print("\n".join(loaded.report.summary()))
             print(f"{served.name} at {url}/v1, loaded in {loaded.load_seconds:.1f} s; Ctrl-C ends", flush=True)
         alone = served.generations.scheduler.alone
-        if alone is not None and args.batch > 1:
+        if not loaded.continues:
+            print("isqtorch: the model does not continue texts; it has /v1/embeddings only", file=sys.stderr)
+        elif alone is not None and args.batch > 1:
             print(f"isqtorch: one reply at a time, because of the model: {alone}", file=sys.stderr)
         if not reach.local:
             who = "with the key" if reach.has_key else "without a key"

@@ -1,7 +1,8 @@
 """The application: routes and error handlers.
 
-GET  /health  /v1/models  /v1/models/{id}
-POST /v1/chat/completions  /v1/completions      OpenAI's API, including streaming
+GET  /health  /metrics  /v1/models  /v1/models/{id}
+POST /v1/chat/completions  /v1/completions  /v1/responses  /v1/embeddings      OpenAI's API, including streaming
+POST /tokenize  /detokenize                     as vLLM and llama.cpp have them
 POST /re_isq {"isq": "q8_0"}                    change the format of the running model; the answer is the report. With
                                                 "source": "stored" it starts from the quantized weights
 """
@@ -20,12 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import requests
+from . import other_requests, requests
 from .body import Body, parse
 from .connection import App, Connection, error_body
-from .handlers import Chat, Completions
+from .embeddings import Embeddings
+from .handlers import Chat, Completions, check_template, rendered
 from .memory import release_memory
 from .reach import Reach
+from .responses import Responses
 from .served import ApiError, GenerationError, Served
 
 _LARGE = 1 << 20  # bytes of a body after which memory is given back to the system
@@ -38,6 +41,8 @@ class Api:
         self.served = served
         self.chat = Chat(served, served.state)
         self.completions = Completions(served, served.state)
+        self.responses = Responses(served, served.state)
+        self.embeddings = Embeddings(served)
         self.created = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -47,6 +52,13 @@ class Api:
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", self.post(self.chat, requests.check_chat), methods=["POST"]),
             Route("/v1/completions", self.post(self.completions, requests.check_completion), methods=["POST"]),
+            Route(
+                "/v1/responses", self.post(self.responses, other_requests.check_response, done=False), methods=["POST"]
+            ),
+            Route("/v1/embeddings", self.post(self.embeddings, other_requests.check_embeddings), methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/metrics", self.metrics),
             Route("/re_isq", self.re_isq, methods=["POST"]),
         ]
 
@@ -72,21 +84,52 @@ class Api:
         }
 
     async def re_isq(self, request: Request) -> Response:
-        isq, source = await self._checked(request, requests.check_re_isq)
+        isq, source = await self._checked(request, other_requests.check_re_isq)
         report = await self.served.requantize(isq, source)
         return JSONResponse(report.to_dict())
 
-    def post(self, handler: Any, check: Callable[[Body], None]) -> Callable[[Request], Any]:
-        """An endpoint that checks the body and calls one of transformers' handlers."""
+    async def metrics(self, _: Request) -> Response:
+        scheduler = self.served.generations.scheduler
+        text = scheduler.measures.text({"running": scheduler.running, "waiting": scheduler.waiting})
+        return Response(text, media_type="text/plain; version=0.0.4")
 
-        def checked(body: Body) -> Body:
-            check(body)
-            return body
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._checked(request, _after(other_requests.check_tokenize))
+        served = self.served
+        served.check_name(body.get("model"))
+
+        def read() -> list[int]:
+            if "messages" in body:
+                check_template(served, body)
+                ids: list[int] = rendered(served, body["messages"], body)["input_ids"][0].tolist()
+                return ids
+            special = body.get("add_special_tokens", True)
+            tokens: list[int] = served.loaded.tokenizer(body["prompt"], add_special_tokens=special, verbose=False)[
+                "input_ids"
+            ]
+            return tokens
+
+        tokens = await served.reader.async_submit(read)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": served.context})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._checked(request, _after(other_requests.check_detokenize))
+        served = self.served
+        served.check_name(body.get("model"))
+        size = len(served.loaded.tokenizer)
+        outside = next((token for token in body["tokens"] if token >= size), None)
+        if outside is not None:
+            raise ApiError(400, f"tokens has {outside}; the tokenizer has {size}")
+        text = await served.reader.async_submit(served.loaded.tokenizer.decode, body["tokens"])
+        return JSONResponse({"prompt": text, "content": text})
+
+    def post(self, handler: Any, check: Callable[[Body], None], *, done: bool = True) -> Callable[[Request], Any]:
+        """An endpoint that checks the body and calls a handler. `done`: a stream ends with OpenAI's last line."""
 
         async def endpoint(request: Request) -> Response:
-            body = await self._checked(request, checked)
+            body = await self._checked(request, _after(check))
             response: Response = await handler.handle_request(body, f"isqtorch-{uuid.uuid4().hex}")
-            if isinstance(response, StreamingResponse):
+            if done and isinstance(response, StreamingResponse):
                 response.body_iterator = _ended(response.body_iterator)
             return response
 
@@ -106,6 +149,16 @@ class Api:
                     release_memory()
 
         return await self.served.reader.async_submit(read)
+
+
+def _after(check: Callable[[Body], None]) -> Callable[[Body], Body]:
+    """A function that checks a body and returns it."""
+
+    def checked(body: Body) -> Body:
+        check(body)
+        return body
+
+    return checked
 
 
 async def _ended(parts: Any) -> AsyncIterator[str]:

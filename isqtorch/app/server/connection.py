@@ -11,10 +11,11 @@ import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .reach import Reach, Refusal
+from .wishes import Wishes
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,8 +37,7 @@ class Ticket:
     """State of a request, shared with the thread that generates for it."""
 
     gone: bool = False  # the client closed the connection or has its answer
-    seed: int | None = None
-    stops: tuple[str, ...] = ()  # the reply ends before any of these
+    wishes: Wishes = field(default_factory=Wishes)  # of a request that a handler of transformers answers
 
 
 TICKET: ContextVar[Ticket] = ContextVar("isqtorch_ticket")

@@ -102,7 +102,7 @@ class Streamer:
         cancel: called by transformers when a stream is closed.
 
     Attributes:
-        total_tokens: so far.
+        tokens: so far.
         said: log probabilities of the text that was emitted, if they are wanted; the reader takes them out.
     """
 
@@ -117,7 +117,7 @@ class Streamer:
         self._decoder = Decoder(tokenizer, skip_special_tokens=parser is None)  # the parser looks for these tokens
         self._stop, self._parser, self._emit, self.cancel = StopText(stops), parser, emit, cancel
         self._prompt_is_next = True
-        self.total_tokens = 0
+        self.tokens: list[int] = []
         self.said: deque[Chances] = deque()
         self._unsaid: list[Chances] = []  # of text that may still become a stop string, or half of a character
         self._decoded = self._passed = 0  # characters
@@ -129,6 +129,11 @@ class Streamer:
     def stopped(self) -> bool:
         """Whether a stop string was found."""
         return self._stop.found
+
+    @property
+    def total_tokens(self) -> int:
+        """The number of tokens, by the name that transformers uses."""
+        return len(self.tokens)
 
     def watch(self, chances: Callable[[int], Chances]) -> None:
         """Ask for the log probabilities of each token that `generate` puts."""
@@ -144,7 +149,7 @@ class Streamer:
 
     def token(self, token: int, chances: Chances | None = None) -> None:
         """The next token of the reply."""
-        self.total_tokens += 1
+        self.tokens.append(token)
         if chances is not None:
             chances.start = self._decoded
             self._unsaid.append(chances)

@@ -40,9 +40,10 @@ _LONG = 512  # tokens of a prompt after which memory is given back to the system
 
 @dataclass
 class _Call:
-    """A call that needs the model for itself."""
+    """A call that uses the model; `alone`: no reply may be under way."""
 
     run: Callable[[], Any]
+    alone: bool
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -99,7 +100,13 @@ class Scheduler:
 
     def submit(self, call: Callable[..., Any], *args: Any, **named: Any) -> Future[Any]:
         """Queue a call that needs the model for itself."""
-        queued = _Call(partial(call, *args, **named))
+        queued = _Call(partial(call, *args, **named), alone=True)
+        self._put(queued)
+        return queued.future
+
+    def between(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Queue a call that leaves the model as it is: it runs between two steps."""
+        queued = _Call(partial(call, *args), alone=False)
         self._put(queued)
         return queued.future
 
@@ -143,6 +150,10 @@ class Scheduler:
                     return
                 self._queue.popleft()
                 self._begin(item)
+            elif isinstance(item, _Call) and not item.alone:
+                self._queue.popleft()
+                self._call(item)
+                return
             elif self.running:
                 return
             else:
@@ -175,7 +186,8 @@ class Scheduler:
             self._end(job, error)
 
     def _call(self, call: _Call) -> None:
-        self._prefixes.clear()
+        if call.alone:
+            self._prefixes.clear()
         if call.future.set_running_or_notify_cancel():
             try:
                 result = call.run()

@@ -13,16 +13,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal
 
-from openai.types import CompletionUsage
 from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from isqtorch.app.model import LoadedModel
 from isqtorch.report.report import QuantReport
 
 from .connection import TICKET, Ticket
+from .grammar import Forms
 from .replies import Streamer
-from .rows import Job
+from .rows import Job, Penalties
 from .scheduler import Scheduler
+from .wishes import Wishes
 from .worker import Worker
 
 BATCH = 8  # replies at once; the kernels for CPUs give each of up to 8 rows the same bits as alone
@@ -31,8 +32,8 @@ _NO_CONTEXT = 32_768  # tokens of prompt and reply for a model that names no lim
 _PIECE = 32_768  # characters of a long prompt that are read at a time, to find out whether it can fit
 _CUT = 16  # tokens that cutting a text into pieces adds at most, per piece
 
-Finish = Literal["stop", "length"]
-"""Why a reply ended: a stop string or the end of the text, or the limit of tokens."""
+Finish = Literal["stop", "length", "tool_calls"]
+"""Why a reply ended: a stop string or the end of the text, the limit of tokens, or it calls tools."""
 
 
 class ApiError(Exception):
@@ -59,6 +60,7 @@ class Served:
         names: all names that a request may use for it.
         reader: the thread that parses bodies and reads prompts.
         generations: the queue of replies and changes of the format.
+        forms: what makes rules for replies of a given form.
         closing: whether the server is about to end; replies then end at their next token.
     """
 
@@ -67,6 +69,7 @@ class Served:
         self.names = {name, loaded.source, "default"}
         self.reader = Worker("isqtorch-read")
         self.generations = Generations(self, batch, prefix_bytes)
+        self.forms = Forms(loaded.tokenizer)
         self.state = GenerationState()
         self.requantizing = self.closing = False
 
@@ -74,6 +77,11 @@ class Served:
     def context(self) -> int:
         """Largest number of tokens of prompt and reply together."""
         return self.loaded.context or _NO_CONTEXT
+
+    def check_continues(self) -> None:
+        """ApiError if the model does not continue texts."""
+        if not self.loaded.continues:
+            raise ApiError(400, f"{self.name!r} does not continue texts; it has /v1/embeddings only")
 
     def check_name(self, name: str | None) -> None:
         """ApiError 404 if a request names another model. The name may be missing."""
@@ -92,12 +100,13 @@ class Served:
                 raise self._too_long(f"more than {tokens}")
 
     def admit(self, tokens: int, config: Any) -> None:
-        """ApiError for a prompt that is empty or too long. Limits the reply to the rest of the context."""
+        """ApiError for a prompt that is empty or too long. Limits the reply, if there is one, to the rest of the context."""
         if tokens == 0:
             raise ApiError(400, "the prompt is empty: it has no tokens")
         if tokens >= self.context:
             raise self._too_long(str(tokens))
-        config.max_new_tokens = min(config.max_new_tokens, self.context - tokens)
+        if config is not None:
+            config.max_new_tokens = min(config.max_new_tokens, self.context - tokens)
 
     def _too_long(self, tokens: str) -> ApiError:
         return ApiError(
@@ -136,7 +145,7 @@ class Served:
 
 
 class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not typed
-    """The queue of replies, as transformers' handlers use it."""
+    """The queue of replies. transformers' handler of /v1/responses uses it as its manager of generation."""
 
     def __init__(self, served: Served, most: int, prefix_bytes: int) -> None:
         self.served = served
@@ -157,44 +166,51 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
         queue: asyncio.Queue[Any] = asyncio.Queue()
 
         def emit(part: Any) -> None:
-            if streamer.stopped:
-                gen_config.max_new_tokens = None  # else the handler takes a stop in the last token for the limit
             loop.call_soon_threadsafe(queue.put_nowait, part)
 
         def done(error: Exception | None) -> None:
             emit(None if error is None else _StreamError(str(error)))
 
-        streamer = self.add(processor, inputs, gen_config, response_parser, emit, done)
-        return queue, streamer
+        wishes: Wishes = TICKET.get().wishes
+        return queue, self.add(inputs, gen_config, wishes, parser=response_parser, emit=emit, done=done)
 
-    async def generate_whole(
-        self, processor: Any, inputs: Any, gen_config: Any, response_parser: Any = None
-    ) -> tuple[list[Any], CompletionUsage, Finish]:
-        """Queue a reply and wait for it: its parts, the numbers of tokens, and why it ended."""
-        parts: list[Any] = []
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """Queue a reply and wait for it: its text, the tokens of the prompt, and its tokens."""
+        parts: list[str] = []
         future: Future[None] = Future()
 
         def done(error: Exception | None) -> None:
             if future.set_running_or_notify_cancel():
                 future.set_result(None) if error is None else future.set_exception(error)
 
-        streamer = self.add(processor, inputs, gen_config, response_parser, parts.append, done)
+        streamer = self.add(inputs, gen_config, TICKET.get().wishes, emit=parts.append, done=done)
         await asyncio.wrap_future(future)
-        prompt, new = inputs["input_ids"].shape[-1], streamer.total_tokens
-        usage = CompletionUsage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
-        ended = streamer.stopped or new < gen_config.max_new_tokens
-        return parts, usage, "stop" if ended else "length"
+        return "".join(parts), inputs["input_ids"].shape[-1], streamer.tokens
 
     def add(
         self,
-        tokenizer: Any,
         inputs: Any,
         config: Any,
-        parser: Any,
+        wishes: Wishes,
+        *,
         emit: Callable[[Any], Any],
         done: Callable[[Exception | None], Any],
+        parser: Any = None,
+        number: int = 0,
     ) -> Streamer:
-        """Queue a reply; `emit` and `done` are called on the generating thread."""
+        """Queue a reply.
+
+        Args:
+            inputs: the prompt.
+            config: the generation settings.
+            wishes: what else the request wants.
+            emit: called with each part, on the generating thread.
+            done: called at the end, with the error if there was one, on the generating thread.
+            parser: what splits the reply into its parts; None: it is all text.
+            number: of the reply, among those to the same prompt.
+        """
         ticket, served = TICKET.get(), self.served
 
         def cancel() -> None:
@@ -209,9 +225,16 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
                 error = GenerationError(ConnectionAbortedError("the client hung up"))
             done(error)
 
-        streamer = Streamer(tokenizer, ticket.stops, parser, emit, cancel)
+        prompt = inputs["input_ids"].shape[-1]
+        rules: list[Callable[[], Any]] = []
+        if wishes.frequency or wishes.presence:
+            rules.append(partial(Penalties, wishes.frequency, wishes.presence, prompt))
+        if wishes.form is not None:
+            rules.append(partial(served.forms.rule, wishes.form, served.loaded.model, prompt))
+        streamer = Streamer(served.loaded.tokenizer, wishes.stops, parser, emit, cancel)
+        seed = None if wishes.seed is None else wishes.seed + number
         ended = partial(_is_over, ticket, served)
-        self.scheduler.add(Job(dict(inputs), config, streamer, ended, end, ticket.seed))
+        self.scheduler.add(Job(dict(inputs), config, streamer, ended, end, seed, wishes.chances, rules))
         return streamer
 
 

@@ -66,6 +66,8 @@ def why_not_batched(model: Any) -> str | None:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
+    if not hasattr(model, "generate") or not model.can_generate():
+        return "it does not continue texts"
     if getattr(model, "_is_stateful", False):
         return "it keeps a recurrent state"
     if not model._supports_default_dynamic_cache():
