@@ -57,6 +57,16 @@ def _step3p7() -> Any:
     )
 
 
+def _step3p7_whole() -> Any:
+    """Its checkpoints have the gates and the rest of the experts as two stacks."""
+    from transformers.models.step3p7.configuration_step3p7 import Step3p7Config
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
+
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 56, "patch_size": 14}
+    return Step3p7ForConditionalGeneration(Step3p7Config(text_config=_step3p7().config.to_dict(), vision_config=vision))
+
+
 def _inkling() -> Any:
     from transformers.models.inkling.configuration_inkling import InklingTextConfig
     from transformers.models.inkling.modeling_inkling import InklingForCausalLM
@@ -162,6 +172,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         },
     ),
     "step3p7": _step3p7,
+    "step3p7_whole": _step3p7_whole,
     "inkling": _inkling,
 }
 

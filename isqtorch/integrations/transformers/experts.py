@@ -12,6 +12,7 @@ test_moe_loading.py notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +89,8 @@ class ExpertsConverter(FloatConverter):
         assert quantizer is not None, "checked above"
         sources = [[_reader(entry) for entry in self.collected_tensors.pop(key, [])] for key in self.source_patterns]
         if all(_joins(operation) for operation in self.operations):
+            if all(type(operation) is Concatenate for operation in self.operations):  # of stacks, as in Step 3.7
+                sources = [[matrix for read in part for matrix in _matrices(read)] for part in sources]
             return {layer_name: quantizer.pack_experts(model, layer_name, sources)}
         [[read]] = sources
         return {layer_name: quantizer.pack_turned(model, layer_name, read)}
@@ -117,6 +120,10 @@ def pack_matrices(
     start = 0
     for part in sources:
         here = height = 0
+        if importance is not None and importance.dim() == 2 and len(importance) != len(part):
+            raise ValueError(
+                f"the checkpoint has {len(part)} experts, and their importance is that of {len(importance)}"
+            )
         for number, read in enumerate(part):
             matrix = read()
             if matrix is None:
@@ -174,6 +181,14 @@ def _joins(operation: Any) -> bool:
     if type(operation) is MergeModulelist:
         return bool(operation.dim == 0)
     return type(operation) is Concatenate and operation.dim == 1
+
+
+def _matrices(read: Matrix) -> list[Matrix]:
+    """The matrices of a stack that the checkpoint has as one tensor. A file is mapped, so these are views of its pages."""
+    stack = read()
+    if stack is None or stack.dim() != 3:
+        return [lambda: stack]
+    return [partial(stack.select, 0, number) for number in range(stack.shape[0])]
 
 
 def _reader(entry: Any) -> Matrix:
