@@ -47,8 +47,8 @@ bench: build  ## speed against its targets and other libraries, in benchmarks/re
 bench-models: build  ## loading and speed of whole models, in benchmarks/results; 10 GB of memory; QUICK=1 for a short look
 	$(PYTHON) -m benchmarks.bench_models $(if $(QUICK),--quick)
 
-quality: build  ## perplexity and divergence of every format on the demo model, in benchmarks/results and docs/quality.md
-	$(PYTHON) -m benchmarks.bench_quality --docs
+quality: build  ## divergence of every format on the demo model, in docs/quality.md; MODEL=smollm2, gemma3 or minilm with ARGS='--text A B --calibration C'
+	$(PYTHON) -m benchmarks.bench_quality --docs --model $(or $(MODEL),demo) $(ARGS)
 
 test: build  ## the test suite, but for tests/integrations, tests/engines and tests/vllm
 	$(PYTHON) -m pytest --ignore tests/integrations --ignore tests/engines --ignore tests/vllm

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import isqtorch
 from isqtorch.cli._common import read_text
 from isqtorch.cli.demo import model_size
-from isqtorch.evaluation import Recorded
-from isqtorch.running import token_ids
 
+from .judges import Judge, Score, SentenceJudge, TextJudge
+from .originals import Original, is_language_model
+from .packages import sha256
 from .rows import Row
+
+KL, COSINE = "KL", "1 - cosine"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is measured, and on what."""
 
-    model: str  # folder or id
-    text: Path  # held out
+    model: str  # file, folder or id
+    texts: tuple[Path, ...]  # held out
     calibration: Path  # a text, or an importance matrix file
-    context: int  # tokens per window
-    tokens: int  # of the held-out text
+    context: int  # tokens per window, or most tokens of a sentence
+    tokens: int  # of each held-out text
     dtype: str  # what the model computes in; "auto": as its checkpoint says
 
 
 @dataclass
 class Quality:
-    """One row of the table. Divergences are KL(unquantized || quantized) in nats."""
+    """One row of the tables: how a model was quantized, and a score on each text."""
 
     spec: str
     how: str  # Row.how
     size: int  # bytes of all parameters and saved buffers
     bits_per_weight: float  # of the whole model, norms included
-    perplexity: float
-    kl: float = 0.0  # mean
-    kl_p99: float = 0.0
-    top1: float = 100.0  # %
+    scores: list[Score]
     seconds: float = 0.0  # to quantize
     stored: dict[str, int] = field(default_factory=dict)  # format -> number of layers
 
@@ -60,42 +58,45 @@ class Results:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Results:
-        return cls([Quality(**row) for row in data["rows"]], data["skipped"], data["facts"])
+        """The inverse of `to_json`; ValueError for results of another version."""
+        try:
+            rows = [Quality(**row | {"scores": [Score(**score) for score in row["scores"]]}) for row in data["rows"]]
+            return cls(rows, data["skipped"], data["facts"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"these results are of another version of the benchmark: {error}") from None
 
 
 class Session:
-    """One model with its held-out ids, the importance matrix and the logits that all rows are compared with.
-
-    The model is loaded again for every row, so that no two are in memory at a time.
-    """
+    """One model with its importance matrix, and a judge for each text. The model is loaded once; rows quantize copies."""
 
     def __init__(self, settings: Settings) -> None:
-        from transformers import AutoTokenizer
-
-        self.settings, self.results = settings, Results()
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        text = read_text(str(settings.text))[: 16 * settings.tokens]  # no tokenizer makes fewer tokens of so much
-        self.ids: Tensor = token_ids(text, self.tokenizer, "quality")[: settings.tokens]
-        model = self._load()
-        self.numel = model_size(model)[1]
-        self.reference = isqtorch.reference_logits(model, self.ids, self.tokenizer, context=settings.context)
-        self.imatrix = self._importance(model)
-        base = Recorded(self.reference)
-        tokens = getattr(self.imatrix, "tokens", None)  # a file does not say
-        score = isqtorch.perplexity(base, self.ids, self.tokenizer, context=settings.context)
-        name = str(model.dtype).removeprefix("torch.")
-        size = model_size(model)[0]
-        self.results.rows.append(Quality(name, "", size, 8 * size / self.numel, float(score)))
+        self.results = Results()
+        self.seconds = 0.0  # that the last row took in all
+        original = Original.load(settings.model, settings.dtype)
+        self.model, tokenizer = original.model, original.tokenizer
+        size, self.numel = model_size(self.model)
+        causal = is_language_model(self.model)
+        kind = TextJudge if causal else SentenceJudge
+        self.judges: list[Judge] = [
+            kind(path.name, self.model, read_text(str(path)), tokenizer, settings.context, settings.tokens)
+            for path in settings.texts
+        ]
+        self.imatrix = self._importance(settings, tokenizer)
+        calibrated = getattr(self.imatrix, "tokens", None)  # a file does not say
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        scores = [judge.original for judge in self.judges]
+        self.results.rows.append(Quality(dtype, "", size, 8 * size / self.numel, scores))
         self.results.facts = {
-            "tokens": len(self.ids),
-            "scored": score.tokens,
-            "perplexity_stderr": score.stderr,
-            "calibrated": settings.calibration.name + (f", {tokens} tokens" if tokens else ""),
+            "measure": KL if causal else COSINE,
+            "note": original.note,
+            "context": settings.context,
+            "texts": {path.name: sha256(path) for path in settings.texts},
+            "calibrated": settings.calibration.name + (f", {calibrated} tokens" if calibrated else ""),
         }
 
     def measure(self, row: Row) -> Quality | None:
         """Add one row; None, and a reason in `skipped`, where quantize_ refuses it."""
-        model = self._load()
+        model = copy.deepcopy(self.model)
         began = time.perf_counter()
         options: dict[str, Any] = {
             **row.options,
@@ -108,9 +109,6 @@ class Session:
             self.results.skipped[row.name] = str(error)
             return None
         seconds = time.perf_counter() - began
-        logits = isqtorch.reference_logits(model, self.ids, self.tokenizer, context=self.settings.context)
-        context = self.settings.context
-        divergence = isqtorch.kl_divergence(Recorded(logits), self.reference, self.ids, self.tokenizer, context=context)
         stored: dict[str, int] = {}
         for layer in report.layers:
             if layer.stored and layer.tied_to is None:
@@ -121,25 +119,16 @@ class Session:
             how=row.how,
             size=size,
             bits_per_weight=8 * size / self.numel,
-            perplexity=float(isqtorch.perplexity(Recorded(logits), self.ids, self.tokenizer, context=context)),
-            kl=divergence.mean,
-            kl_p99=divergence.p99,
-            top1=divergence.top1_agreement,
+            scores=[judge(model) for judge in self.judges],
             seconds=seconds,
             stored=stored,
         )
         self.results.rows.append(found)
+        self.seconds = time.perf_counter() - began
         return found
 
-    def _load(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        dtype = self.settings.dtype
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        return AutoModelForCausalLM.from_pretrained(self.settings.model, dtype=wanted).eval()
-
-    def _importance(self, model: Any) -> isqtorch.Imatrix:
-        path = self.settings.calibration
+    def _importance(self, settings: Settings, tokenizer: Any) -> isqtorch.Imatrix:
+        path = settings.calibration
         if path.suffix in (".imatrix", ".dat", ".gguf", ".cimatrix"):
-            return isqtorch.read_imatrix(path).for_model(model)
-        return isqtorch.collect_imatrix(model, path, self.tokenizer, chunk=self.settings.context, progress=False)
+            return isqtorch.read_imatrix(path).for_model(self.model)
+        return isqtorch.collect_imatrix(self.model, path, tokenizer, chunk=settings.context, progress=False)

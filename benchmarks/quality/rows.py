@@ -1,7 +1,8 @@
 """What the quality table has a row for, as data: a format spec and how it is quantized.
 
 A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". SPEC and the options
-are whatever `isqtorch.quantize_` accepts, so a new recipe needs no line here; `DEFAULT` names those that the table has anyway.
+are whatever `isqtorch.quantize_` accepts, so a new recipe needs no line here. `default` has the rows of the demo model,
+`for_real_models` fewer, because these take a hundred times as long.
 """
 
 from __future__ import annotations
@@ -72,3 +73,34 @@ def default() -> list[Row]:
             if has_rule(fmt, rule):
                 rows += [Row(name, imatrix, rule) for imatrix in (False, True)[: 1 + uses_importance(fmt, rule)]]
     return rows + [Row.parse(text) for text in ALSO]
+
+
+_REAL = (
+    "q2k",
+    "q3k",
+    "q4_0",
+    "q4k",
+    "q5k",
+    "q6k",
+    "q8_0",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "afq3",
+    "afq4",
+    "afq8",
+    "hqq4",
+    "fp8",
+)
+
+
+def for_real_models() -> list[Row]:
+    """Fifteen formats, plain, and those below 8 bits with the best use of an importance matrix."""
+    rows = []
+    for name in _REAL:
+        fmt = get_format(name)
+        rule = "search" if has_rule(fmt, "search") else None
+        rows.append(Row(name))
+        if uses_importance(fmt, rule) and fmt.bits < 8:
+            rows.append(Row(name, True, rule))
+    return rows
