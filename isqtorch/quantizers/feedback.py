@@ -11,9 +11,9 @@ changed before its turn. The last columns cannot pass their errors on, and none 
 optimal.
 
 The scales of a block come from the format's own quantizer, when the block's turn comes. It sees the weights that would
-make up for all errors before the block if they could be stored exactly. What its rule takes from a whole row (the mean square) or matrix (HQQ's
-number of steps) comes from the original weights. An element whose target is still the weight that the quantizer saw keeps
-the quantizer's code, so with a diagonal H the result is the quantizer's.
+make up for all errors before the block if they could be stored exactly. What its rule takes from a whole row (the mean
+square) or matrix (HQQ's number of steps) comes from the original weights. An element whose target is still the weight
+that the quantizer saw keeps the quantizer's code, so with a diagonal H the result is the quantizer's.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ constexpr int kStripUnits = 2;
 #endif
 constexpr int kStripRows = kStripUnits * kWidth;
 constexpr int kTileColumns = 4;    // with kStripUnits, as many sums as fit into registers
-constexpr int kTileDepth = 128;    // earlier columns at a time: errors of a strip stay in the first-level cache
+constexpr int kTileDepth = 64;     // earlier columns at a time: errors of a strip stay in the first-level cache
 constexpr int kSlabColumns = 256;  // a multiple of every block
 constexpr int kRowsAtOnce = 256;   // sums of a slab, and a tile of the factor, stay in the second-level cache
+constexpr int kTileStride = kSlabColumns + 16;  // no power of two, which would put all rows into one set of a cache
 static_assert(kRowsAtOnce % kStripRows == 0);
 
 // The state of a thread: errors and sums of a panel of rows.
@@ -34,14 +35,14 @@ struct FeedbackPanel {
   const int64_t most_strips;
   int64_t first_row = 0, strips = 0;
   LaneFloats *errors, *sums;  // [strip][column][kStripUnits]: of all columns, and of a slab
-  float* tile;                // of the factor: [kSlabColumns / kTileColumns][kTileDepth][kTileColumns]
+  float* tile;                // of the factor: [kTileDepth][kTileStride]
 
   FeedbackPanel(const FeedbackJob& j, int64_t most)
       : job(j),
         most_strips(most),
         errors(new LaneFloats[most * j.k * kStripUnits]),
         sums(new LaneFloats[most * kSlabColumns * kStripUnits]),
-        tile(new float[kSlabColumns * kTileDepth]) {}
+        tile(new float[kTileStride * kTileDepth]) {}
   ~FeedbackPanel() {
     delete[] errors;
     delete[] sums;
@@ -64,20 +65,17 @@ struct FeedbackPanel {
     for (int64_t begin = from; begin < until; begin += kTileDepth) {
       const int64_t depth = until - begin < kTileDepth ? until - begin : kTileDepth;
       for (int64_t k = 0; k < depth; ++k) {
-        const float* row = factor(begin + k, to);
-        for (int64_t c = 0; c < count; c += kTileColumns) {
-          std::memcpy(tile + c * kTileDepth + k * kTileColumns, row + c, kTileColumns * sizeof(float));
-        }
+        std::memcpy(tile + k * kTileStride, factor(begin + k, to), count * sizeof(float));
       }
       for (int64_t strip = 0; strip < strips; ++strip) {
         for (int64_t c = 0; c < count; c += kTileColumns) {
-          add_products(errors_of(strip, begin), tile + c * kTileDepth, depth, sums_of(strip, to + c));
+          add_products(errors_of(strip, begin), tile + c, depth, sums_of(strip, to + c));
         }
       }
     }
   }
 
-  // sums[c][u] += errors[k][u] * factor[k][c], for k < depth in this order.
+  // sums[c][u] += errors[k][u] * factor[k][c], for k < depth in this order. `factor` is a part of the tile.
   static void add_products(const LaneFloats* errors, const float* factor, int64_t depth, LaneFloats* sums) {
     LaneFloats held[kTileColumns][kStripUnits];
 #pragma GCC unroll 4
@@ -91,7 +89,7 @@ struct FeedbackPanel {
       for (int u = 0; u < kStripUnits; ++u) error[u] = errors[k * kStripUnits + u];
 #pragma GCC unroll 4
       for (int c = 0; c < kTileColumns; ++c) {
-        const LaneFloats weight = splat<LaneFloats>(factor[k * kTileColumns + c]);
+        const LaneFloats weight = splat<LaneFloats>(factor[k * kTileStride + c]);
 #pragma GCC unroll 4
         for (int u = 0; u < kStripUnits; ++u) held[c][u] += error[u] * weight;
       }
