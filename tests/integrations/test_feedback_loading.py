@@ -80,3 +80,44 @@ def test_load_collects_and_packs(tmp_path: Path) -> None:
     twin = isqtorch.load(DEMO / "model").model
     isqtorch.quantize_(twin, "q4_0", tokenizer=tokenizer, **options)
     assert state_bytes(twin) == state_bytes(model)
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of one token per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(letter) % 60 for letter in text]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    path.write_text("".join(chr(97 + int(i)) for i in torch.randint(0, 26, (800,), generator=generator)))
+    return path
+
+
+def tied_llama() -> Any:
+    return tiny_llama(tied=True)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tied_llama, tiny_gpt2, tiny_moe])
+def test_streaming_gives_what_quantize_gives(make: Any, text: Path, tmp_path: Path) -> None:
+    """Heads, too: a tied one by importance, another one with feedback."""
+    make().save_pretrained(tmp_path / "model")
+    options = {"rule": "feedback", "calibration_file": text, "tokenizer": Words()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=isqtorch.IsqConfig("q4_0", **options)
+    )
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=model.dtype)
+    report = isqtorch.quantize_(twin, "q4_0", progress=False, **options)
+    assert state_bytes(model) == state_bytes(twin)
+    for layer in model.isq_report.layers:
+        assert layer.stored == report[layer.name].stored
+        assert (layer.feedback is None) == (report[layer.name].feedback is None), layer.name
+    assert any("moments collected layer by layer while loading" in note for note in model.isq_report.notes)
+    model.save_pretrained(tmp_path / "packed")
+    assert "tokenizer" not in transformers.AutoConfig.from_pretrained(tmp_path / "packed").quantization_config
