@@ -133,7 +133,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
         elif stored is not None and mix_name(request.fmt) == KEEP:
             request = replace(request, assigned=stored.assigned(inventory))
-        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), {}
+        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), dict[str, Tensor]()
         if config.feeds:
             prepared, ready = feed_while_loading(model, config.options, prepared, files)
         if stored is not None:
