@@ -321,6 +321,23 @@ def test_rows_that_are_changed_later_are_kept_as_they_were() -> None:
     assert torch.equal(second.matrix(), torch.full((4, 4), 2.0)) and torch.equal(held.rows[0], torch.ones(2, 4))
 
 
+def test_the_default_dtype_plays_no_part() -> None:
+    """Loaders of models change it."""
+    moments = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_llama(dtype=torch.float32)
+        torch.set_default_dtype(dtype)
+        try:
+            with isqtorch.calibrate(model, moments=True) as seen, torch.no_grad():
+                model.model.layers[0].mlp(torch.ones(1, 300, 256, dtype=torch.float32))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        moments.append(seen)
+    assert torch.equal(matrix(moments[0], UP), matrix(moments[1], UP))
+    one, other = (each.of(UP, 256).judges() for each in moments)
+    assert torch.equal(one[1], other[1])
+
+
 def test_held_out_rows_are_bounded() -> None:
     """And the first tokens keep their share of the weight."""
     held = HeldOut(4, most=100)

@@ -116,7 +116,7 @@ class MomentWatch:
                     others[name] = importance_of_inputs(self.inputs[key], feeds_attention(name), key in self.stacks)
             for name, columns in self.layers.items():
                 if name not in self.readers and ".experts." in f".{name}.":  # listed experts without a token
-                    others[name] = torch.zeros(columns), torch.zeros(1, dtype=torch.int64)
+                    others[name] = torch.zeros(columns, dtype=torch.float32), torch.zeros(1, dtype=torch.int64)
         stacks = {key: key in self.stacks for key in full}
         try:
             return Moments(full, readers, stacks, others, source=source)

@@ -160,7 +160,8 @@ class LayerMoments:
             count = sum(each.total.count for each in self.inputs)
             if not count:
                 return None
-            total = torch.zeros(self.inputs[0].total.columns, self.inputs[0].total.columns, device=device)
+            columns = self.inputs[0].total.columns
+            total = torch.zeros(columns, columns, dtype=torch.float32, device=device)
             for each in self.inputs:
                 if each.total.count:
                     total += each.matrix(self.weighted).to(device)

@@ -108,6 +108,23 @@ class Moments(Imatrix):
             )
         return LayerMoments(parts, feeds_attention(layer), self.stacks[key])
 
+    def under(self, path: str) -> Moments:
+        """The same moments, where all names begin with `path`: those of a part of a model become those of the model."""
+
+        def named(name: str) -> str:
+            return f"{path}.{name}"
+
+        return Moments(
+            {named(key): parts for key, parts in self.inputs.items()},
+            {named(name): named(key) for name, key in self.readers.items()},
+            {named(key): stacked for key, stacked in self.stacks.items()},
+            {named(name): (self.sums[name], self.counts[name]) for name in self.sums if name not in self.readers},
+            source=self.source,
+            chunk_count=self.chunk_count,
+            chunk_size=self.chunk_size,
+            datasets=self.datasets,
+        )
+
     def check(self) -> None:
         """Look at all values. A file may hold anything, and is not read before.
 

@@ -77,14 +77,18 @@ class Second:
         if self.total is not None and not self.rows:
             return self.total
         device = self.rows[0].device if self.rows else torch.device("cpu")
-        out = torch.zeros(self.columns, self.columns, device=device) if self.total is None else self.total.clone()
+        out = (
+            torch.zeros(self.columns, self.columns, dtype=torch.float32, device=device)
+            if self.total is None
+            else self.total.clone()
+        )
         for rows in self.rows:
             out.addmm_(rows.t(), rows)
         return out
 
     def diagonal(self) -> Tensor:
         """The sums of squares, f32 `[K]`."""
-        return torch.zeros(self.columns) if self.squares is None else self.squares
+        return torch.zeros(self.columns, dtype=torch.float32) if self.squares is None else self.squares
 
     def fault(self) -> str | None:
         """What is wrong with the values, or None."""
@@ -110,7 +114,7 @@ class Second:
     def _fold(self, rows: list[Tensor]) -> None:
         for x in rows:
             if self.total is None:
-                self.total = torch.zeros(self.columns, self.columns, device=x.device)
+                self.total = torch.zeros(self.columns, self.columns, dtype=torch.float32, device=x.device)
             self.total.addmm_(x.t(), x)
 
 

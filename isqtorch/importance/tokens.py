@@ -53,7 +53,7 @@ class Rows:
         if self.used is not None:
             marks = torch.zeros(count, dtype=torch.bool)
             marks[self.used] = True
-        weights, first = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+        weights, first = torch.zeros(count, dtype=torch.float32), torch.zeros(count, dtype=torch.bool)
         weights[self.held], first[self.held] = self.held_weights, self.held_first
         begins = torch.zeros(count, dtype=torch.bool)
         begins[self.first] = True
@@ -106,6 +106,25 @@ class Tokens:
                 stack.callback(after.remove)
             yield
 
+    @contextmanager
+    def window(self, length: int) -> Iterator[None]:
+        """A window of tokens runs through a part of the model inside this block, and no hook sees its ids.
+
+        Args:
+            length: number of tokens.
+        """
+        opened = self._open()
+        with self._lock:
+            held = torch.tensor([self.windows % HOLD_EVERY == _HELD])
+            self.windows += 1
+        counts, first = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.bool)
+        first[:, 0] = True
+        opened.calls, opened.depth = [Call(length, _classified(counts, first, held))], opened.depth + 1
+        try:
+            yield
+        finally:
+            opened.depth -= 1
+
     def rows_of(self, count: int, scattered: bool = False) -> Rows:
         """What the rows of an activation with `count` rows are, in the call that is running in this thread.
 
@@ -119,14 +138,18 @@ class Tokens:
         index = torch.arange(count)
         held = index % HOLD_EVERY == _HELD if scattered else index >= count - count // HOLD_EVERY
         rows = held.nonzero()[:, 0]
-        kept = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).long()] if len(rows) else rows
+        kept = (
+            rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED), dtype=torch.float64).long()]
+            if len(rows)
+            else rows
+        )
         if scattered:
             kept = rows
         return Rows(
             (~held).nonzero()[:, 0] if len(rows) else None,
             torch.zeros(0, dtype=torch.int64),
             kept,
-            torch.full((len(kept),), len(rows) / max(1, len(kept))),
+            torch.full((len(kept),), len(rows) / max(1, len(kept)), dtype=torch.float32),
             torch.zeros(len(kept), dtype=torch.bool),
         )
 
@@ -198,10 +221,13 @@ def _classified(counts: Tensor, first: Tensor, held: Tensor) -> Rows:
         starts, others = own[first[number][own]], own[~first[number][own]]
         some = min(len(others), _SAMPLED)
         if some:
-            others = others[torch.linspace(0, len(others) - 1, some).long()]
+            others = others[torch.linspace(0, len(others) - 1, some, dtype=torch.float64).long()]
         weight = (len(own) - len(starts)) / max(1, some)
         rows += [number * length + starts, number * length + others]
-        weights += [torch.ones(len(starts)), torch.full((some,), weight)]
+        weights += [
+            torch.ones(len(starts), dtype=torch.float32),
+            torch.full((some,), weight, dtype=torch.float32),
+        ]
         begins += [torch.ones(len(starts), dtype=torch.bool), torch.zeros(some, dtype=torch.bool)]
     empty = torch.zeros(0, dtype=torch.int64)
     return Rows(

@@ -39,12 +39,14 @@ from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
+from .feeding import feed_while_loading
 from .first_reading import choose_while_loading
 from .mapped import MappedFiles, Pack
 from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import (
     describe_unloaded,
+    offload_error,
     pack_on_meta,
     packed_formats,
     parents_of,
@@ -73,6 +75,7 @@ class _Load:
     misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
     failure: Exception | None = None  # the first error; the loader would only log it
     stored: StoredLoad | None = None  # the weights that another program has quantized
+    ready: dict[str, Tensor] = field(default_factory=dict)  # parameters that are packed already; see feeding.py
 
     def job(self, name: str) -> Job:
         """How a parameter is packed, or taken over."""
@@ -106,7 +109,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 "IsqConfig: 'layers' describes a saved model; to quantize one, give a format: IsqConfig(4)"
             )
         if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise _offload_error()
+            raise offload_error()
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
@@ -130,7 +133,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
         elif stored is not None and mix_name(request.fmt) == KEEP:
             request = replace(request, assigned=stored.assigned(inventory))
-        prepared = prepare_on_cpu(inventory, request)
+        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), dict[str, Tensor]()
+        if config.feeds:
+            prepared, ready = feed_while_loading(model, config.options, prepared, files)
         if stored is not None:
             stored.quantized.dropping(self._files.consume)
             if config.measuring is None:
@@ -145,7 +150,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                     jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring, stored=stored)
+        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring, stored=stored, ready=ready)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -234,6 +239,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load
         assert load is not None, "packing outside of a load"
+        if name in load.ready:
+            return load.ready.pop(name)
         if load.failure is None:
             job = load.job(name)
             try:
@@ -259,7 +266,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         if load.failure is not None:
             raise load.failure
         if "disk" in getattr(model, "hf_device_map", {}).values():
-            raise _offload_error()
+            raise offload_error()
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
@@ -391,10 +398,3 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     report = replace(load.prepared, inventory=inventory, verdict=verdict).report(choice=load.choice)
     report.seconds = time.perf_counter() - load.started
     return report
-
-
-def _offload_error() -> ValueError:
-    return ValueError(
-        "IsqConfig: the device_map puts layers on the disk, from where transformers would read the float weights again. Quantize "
-        "without offloading, save_pretrained, and load the saved model with this device_map."
-    )

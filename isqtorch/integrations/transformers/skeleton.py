@@ -35,15 +35,21 @@ def describe_unloaded(model: Any, device_map: object) -> Inventory:
     return replace(inventory, layers=layers)
 
 
-def prepare_on_cpu(inventory: Inventory, request: Request) -> Prepared:
+def prepare_on_cpu(inventory: Inventory, request: Request, feeds: bool = False) -> Prepared:
     """The jobs that `quantize_` would have after loading.
+
+    Args:
+        inventory: the weights.
+        request: the format and options.
+        feeds: whether moments for the rule "feedback" are collected later.
 
     Raises:
         ValueError: see `quantize_`.
     """
     with torch.device("cpu"):  # transformers makes meta the default device here, and no kernel runs on it
         imatrix = load_imatrix(request.options.imatrix)
-        check_moments(request, imatrix)
+        if not feeds:
+            check_moments(request, imatrix)
         return prepare(inventory, request, imatrix)
 
 
@@ -274,3 +280,11 @@ def _owner(model: Any, name: str) -> Any:
         module = model.get_submodule(path)
         owner = module if hasattr(module, "_init_weights") else owner
     return owner
+
+
+def offload_error() -> ValueError:
+    """The error for layers that a device_map puts on the disk."""
+    return ValueError(
+        "IsqConfig: the device_map puts layers on the disk, from where transformers would read the float weights again. Quantize "
+        "without offloading, save_pretrained, and load the saved model with this device_map."
+    )
