@@ -201,6 +201,20 @@ def int8_activations(rows: int, k: int) -> Tensor:
     return x * 2.0 ** torch.randint(-9, 9, (rows, k // 32), generator=generator).repeat_interleave(32, 1)
 
 
+def wide_activations(rows: int, k: int) -> Tensor:
+    """Rows that rounding to 15 bits per 32 does not change: integers up to 127 * 128, times a power of two per 32."""
+    generator = torch.Generator().manual_seed(3)
+    largest = 127 * 128
+    x = torch.randint(-largest, largest + 1, (rows, k), generator=generator).float()
+    x[:, ::32] = largest
+    x[:, 1::32] = -largest
+    return x * 2.0 ** torch.randint(-9, 9, (rows, k // 32), generator=generator).repeat_interleave(32, 1)
+
+
+WIDE_FORMATS = ("q8_0", "q8_1", "q8k", "afq8", "hqq8")
+"""Formats whose CPU kernels round x to 15 bits, because their codes have 8."""
+
+
 def squares(x: Tensor) -> Tensor:
     """What calibration sums, in float64: `[K]`."""
     return x.detach().double().reshape(-1, x.shape[-1]).square().sum(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    WIDE_FORMATS,
     LinearCase,
     allowed,
     before_a_guard_page,
@@ -17,10 +18,11 @@ from helpers import (
     int8_activations,
     linear_error,
     weight,
+    wide_activations,
 )
 
 from isqtorch import ops
-from isqtorch.formats import QuantFormat
+from isqtorch.formats import QuantFormat, get_format
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 Activations = Callable[[int, int], torch.Tensor]
@@ -87,6 +89,46 @@ def test_exact_where_activations_are_int8(fmt: QuantFormat, isa: str) -> None:
             )
             error = known.error(ops.linear(known.x, known.packed, fmt.name))
             assert error <= 1e-5, (weights, rows_of_x)
+
+
+@pytest.mark.parametrize("name", WIDE_FORMATS)
+def test_8_bit_codes_meet_activations_of_15_bits(name: str, isa: str) -> None:
+    """Exact for such activations, largest codes included; and for others hardly any error, also beside outliers."""
+    fmt = get_format(name)
+    for weights in (256, 1280, 4096 + 256):
+        for rows_of_x in (1, 2, 4, 5, 8, 9, 17, 32):
+            kernel = kernel_of(fmt, rows_of_x)
+            if "int8" not in kernel:
+                assert kernel.startswith(("decoded", "bf16"))
+                continue
+            assert kernel.endswith("x in 15 bits")
+            blocks = max(1, weights // fmt.block)
+            known = case(fmt, 17, blocks, rows_of_x, torch.float32, wide_activations)
+            assert known.error(ops.linear(known.x, known.packed, fmt.name)) <= 1e-6, (weights, rows_of_x)
+            known = case(fmt, 17, blocks, rows_of_x, torch.float32, outliers)
+            assert known.error(ops.linear(known.x, known.packed, fmt.name)) <= 5e-4, (weights, rows_of_x)
+
+
+def outliers(rows: int, k: int) -> torch.Tensor:
+    """Activations with a few channels that are fifty times larger, as those of language models."""
+    x = normal_activations(rows, k)
+    x[:, 7::512] *= 50
+    return x
+
+
+@pytest.mark.parametrize("name", WIDE_FORMATS)
+def test_largest_sums_do_not_overflow(name: str, isa: str) -> None:
+    """All codes and all activations at their ends, and of one sign: the integer sums are as large as they can be."""
+    fmt = get_format(name)
+    for sign in (1.0, -1.0):
+        w = torch.full((16, 2 * 512), sign)
+        w[:, :: fmt.block] = 0.0  # affine formats: the others get the largest code
+        packed = ops.quantize(w, fmt.name)
+        for rows_of_x in (1, 4, 8, 24):
+            x = torch.full((rows_of_x, w.shape[1]), 3.0)
+            x[1::2] *= -1
+            y = ops.linear(x, packed, fmt.name)
+            torch.testing.assert_close(y, x @ ops.dequantize(packed, fmt.name, torch.float32).t(), rtol=2e-4, atol=1e-2)
 
 
 @every_format

@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers import (
     ALL_FORMATS,
+    WIDE_FORMATS,
     allowed,
     every_format,
     every_variant,
@@ -31,11 +32,12 @@ from helpers import (
     linear_error,
     same_bits,
     weight,
+    wide_activations,
 )
 from torch import Tensor
 
 from isqtorch import ops
-from isqtorch.formats import QuantFormat
+from isqtorch.formats import QuantFormat, get_format
 from isqtorch.quantizers import has_rule, uses_importance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,6 +272,17 @@ def test_linear_is_exact_where_activations_are_int8(fmt: QuantFormat, level: str
         packed = ops.quantize(weight(fmt, rows=17, blocks=blocks), fmt.name)
         cases += [(int8_activations(tokens, blocks * fmt.block), packed) for tokens in few_or_many(fmt, 1, 2, 4, 7, 33)]
     check_linear(fmt, level, tmp_path, cases, lambda _: 1e-5)
+
+
+@pytest.mark.parametrize("name", WIDE_FORMATS)
+@every_level
+def test_8_bit_codes_meet_activations_of_15_bits(name: str, level: str, tmp_path: Path) -> None:
+    fmt = get_format(name)
+    packed = ops.quantize(weight(fmt, rows=17, blocks=1280 // fmt.block), fmt.name)
+    tokens = (1, 2, 4, 7, 8, 33)
+    exact = [(wide_activations(count, 1280), packed) for count in tokens]
+    check_linear(fmt, level, tmp_path, exact, lambda _: 1e-6)
+    check_linear(fmt, level, tmp_path, [(torch.randn(count, 1280), packed) for count in tokens], lambda _: 5e-4)
 
 
 @every_format

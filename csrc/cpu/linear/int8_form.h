@@ -49,7 +49,9 @@ struct PanelFacts {
     if constexpr (kFolds) return Folding<Unit>::kCenter;
     return Unit::kCenter;
   }();
-  static constexpr bool kSigned = kMaxCode > 127 && !kUnsignedDots;  // dot products take code - 128
+  static constexpr bool kWide = kActivationBytes<Unit> == 2;
+  static constexpr bool kSigned =
+      kMaxCode > 127 && !kUnsignedDots && !(kWide && kWideWords);  // dot products take code - 128
   static constexpr int kCodeVectors = Unit::kWeights / 64, kDots = kCodeVectors / 4;
 
   // Quarter q of code vector v holds words first_word .. first_word + 3 of a span.
@@ -70,9 +72,9 @@ struct alignas(64) PanelUnit {
   float offset[Unit::kAffine ? 16 : 0][16];  // [lane][row]
 };
 
-// Sums of products start at these bits. Read as a float, the result is kSumOrigin + sum; the subtraction of kSumOrigin
-// is part of the multiplication by the step of x. Sums stay below 32 * 255 * 127. (From 3e33 on, an x gives infinity
-// here.)
+// Sums of products with activations of 8 bits start at these bits. Read as a float, the result is kSumOrigin + sum;
+// the subtraction of kSumOrigin is part of the multiplication by the step of x. Sums stay below 32 * 255 * 127. (From
+// 3e33 on, an x gives infinity here.) Sums with 15 bits are too large for that; they are converted.
 constexpr int32_t kSumOriginBits = 0x4b400000;
 constexpr float kSumOrigin = 12582912.0f;
 
@@ -80,11 +82,11 @@ constexpr float kSumOrigin = 12582912.0f;
 template <class Unit>
 struct alignas(64) PanelActivations {
   using Facts = PanelFacts<Unit>;
-  int8_t q[Unit::kWeights / 4 / kWordsAtOnce][kPanelTokens][4 * kWordsAtOnce];
-  float step[Facts::kSpans][kPanelTokens];    // at most 22 bits, so that ...
-  float origin[Facts::kSpans][kPanelTokens];  // ... -kSumOrigin * step is exact
+  int8_t q[kActivationBytes<Unit>][Unit::kWeights / 4 / kWordsAtOnce][kPanelTokens][4 * kWordsAtOnce];
+  float step[Facts::kSpans][kPanelTokens];                       // for 8 bits: at most 22 bits, so that ...
+  float origin[Facts::kWide ? 0 : Facts::kSpans][kPanelTokens];  // ... -kSumOrigin * step is exact
   int32_t start[Unit::kAffine ? 0 : Facts::kSpans]
-               [kPanelTokens];                         // initial value of a sum: kSumOriginBits - center * sum(q)
+               [kPanelTokens];                         // initial value of a sum; with terms, that of the high ones
   float offset[Unit::kAffine ? 16 : 0][kPanelTokens];  // [lane]: step * sum(q)
 };
 
@@ -105,40 +107,41 @@ int64_t int8_packed_bytes(int64_t k) {
 template <class Unit>
 void pack_panel_unit(const float* x, int64_t there, int t, PanelActivations<Unit>* out) {
   using Facts = PanelFacts<Unit>;
+  using Integer = std::conditional_t<Facts::kWide, int16_t, int8_t>;
   constexpr int kWeights = Unit::kWeights;
-  int8_t natural[kWeights] = {}, q[kWeights];
+  Integer natural[kWeights] = {}, ordered[kWeights];
   float step[kWeights / 32] = {};
   for (int b = 0; 32 * b < kWeights && 32 * b < there; ++b) {
-    const float exact = quantize_activations(x + 32 * b, natural + 32 * b);
-    step[b] = bits_float((float_bits(exact) + 2) & ~3u);
+    step[b] = quantize_activations<Facts::kWide ? kLargestWide : 127>(x + 32 * b, natural + 32 * b);
+    if constexpr (!Facts::kWide) step[b] = bits_float((float_bits(step[b]) + 2) & ~3u);
   }
-  if constexpr (UnitFacts<Unit>::kPlainQuarters) {
-    for (int p = 0; p < kWeights; p += 16) std::memcpy(q + p, natural + UnitFacts<Unit>::kOrder.at[p], 16);
+  order_activations<Unit>(natural, ordered);
+  uint8_t q[kActivationBytes<Unit>][kWeights];
+  if constexpr (Facts::kWide) {
+    store_wide<kWeights>(ordered, q[0], q[1]);
   } else {
-    for (int p = 0; p < kWeights; ++p) q[p] = natural[UnitFacts<Unit>::kOrder.at[p]];
+    std::memcpy(q, ordered, kWeights);
   }
-  for (int p = 0; p < kWeights; p += 16) {
-    const int word = Facts::span_of(p / 64, p % 64 / 16) * Facts::kWords + Facts::first_word(p / 64, p % 64 / 16);
-    for (int w = 0; w < 4; w += kWordsAtOnce) {
-      std::memcpy(out->q[(word + w) / kWordsAtOnce][t], q + p + 4 * w, 4 * kWordsAtOnce);
+  for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+    for (int p = 0; p < kWeights; p += 16) {
+      const int word = Facts::span_of(p / 64, p % 64 / 16) * Facts::kWords + Facts::first_word(p / 64, p % 64 / 16);
+      for (int w = 0; w < 4; w += kWordsAtOnce) {
+        std::memcpy(out->q[part][(word + w) / kWordsAtOnce][t], q[part] + p + 4 * w, 4 * kWordsAtOnce);
+      }
     }
   }
-  Ints words[4];
-  for (int i = 0; i < 4; ++i) {
-    Bytes ones[Facts::kDots], some[Facts::kDots];
-    for (int d = 0; d < Facts::kDots; ++d) {
-      ones[d] = all_bytes(1);
-      some[d] = load_64(q + (i * Facts::kDots + d) * 64);
-    }
-    words[i] = dot_products<Facts::kDots, 1>(ones, some);
-  }
-  const Ints lanes = sum_quarters<false>(words);
   int32_t sum[16];
-  std::memcpy(sum, &lanes, sizeof sum);
+  for (int lane = 0; lane < 16; ++lane) {
+    const Integer* group = ordered + lane % 4 * Facts::kDots * 64 + lane / 4 * 16;
+    sum[lane] = 0;
+    for (int d = 0; d < Facts::kDots; ++d) {
+      for (int j = 0; j < 16; ++j) sum[lane] += group[64 * d + j];
+    }
+  }
   for (int span = 0; span < Facts::kSpans; ++span) {
     const float of_span = step[UnitFacts<Unit>::group_of_lane(Facts::lane_of(span))];
     out->step[span][t] = of_span;
-    out->origin[span][t] = -kSumOrigin * of_span;
+    if constexpr (!Facts::kWide) out->origin[span][t] = -kSumOrigin * of_span;
     int all = 0;
     for (int h = 0; h < Facts::kOffsets; ++h) {
       const int lane = Facts::lane_of(span, h);
@@ -146,7 +149,15 @@ void pack_panel_unit(const float* x, int64_t there, int t, PanelActivations<Unit
       if constexpr (Unit::kAffine) out->offset[lane][t] = of_span * (float)sum[lane];
     }
     if constexpr (!Unit::kAffine) {
-      out->start[span][t] = kSumOriginBits - (Facts::kCenter - (Facts::kSigned ? 128 : 0)) * all;
+      constexpr int kCenter = Facts::kCenter - (Facts::kSigned ? 128 : 0);
+      if constexpr (!Facts::kWide) {
+        out->start[span][t] = kSumOriginBits - kCenter * all;
+      } else if constexpr (kWideWords) {
+        out->start[span][t] = -kCenter * all;
+      } else {
+        static_assert(kCenter % (1 << kTermBits) == 0);  // sums of high terms are shifted later
+        out->start[span][t] = -(kCenter >> kTermBits) * all;
+      }
     }
   }
 }

@@ -49,7 +49,7 @@ void pack_tile_activations(const float* x, int tokens, int64_t k, void* packed) 
       int8_t q[kWeights] = {};
       float step[kWeights / 32] = {};
       for (int b = 0; b < kWeights / 32 && begin + 32 * b < k; ++b) {
-        step[b] = quantize_activations(x + t * k + begin + 32 * b, q + 32 * b);
+        step[b] = quantize_activations<127>(x + t * k + begin + 32 * b, q + 32 * b);
       }
       for (int position = 0; position < 16; ++position) {
         auto& product = out->product[position / kTogether];
@@ -285,14 +285,19 @@ void multiply_int8_tiles(const TilesJob& job) {
 struct Int8Tiles {
   template <class Unit>
   static TileKernels get(const UnitLayout& layout) {
-    // Sums cost more with offsets and with groups of 16 weights.
-    return {"int8 tiles (AMX)",
-            5,
-            Unit::kWeights == 256 || Unit::kAffine ? 16 : 32,
-            layout,
-            tile_packed_bytes<Unit>,
-            {pack_tile_activations<Unit, 2>, pack_tile_activations<Unit, 1>},
-            {multiply_int8_tiles<Unit, 2>, multiply_int8_tiles<Unit, 1>}};
+    // Activations of 15 bits would take twice as many tiles. Row kernels and bf16 panels are as exact.
+    if constexpr (kActivationBytes<Unit> == 2) {
+      return {};
+    } else {
+      // Sums cost more with offsets and with groups of 16 weights.
+      return {"int8 tiles (AMX)",
+              5,
+              Unit::kWeights == 256 || Unit::kAffine ? 16 : 32,
+              layout,
+              tile_packed_bytes<Unit>,
+              {pack_tile_activations<Unit, 2>, pack_tile_activations<Unit, 1>},
+              {multiply_int8_tiles<Unit, 2>, multiply_int8_tiles<Unit, 1>}};
+    }
   }
   static TileKernels fp8() { return {}; }
 };

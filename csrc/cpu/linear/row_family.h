@@ -23,15 +23,34 @@ void rows_kernel(const RowsJob& job) {
 }
 #endif
 
+// Eight rows of x in two bytes do not fit into the first-level cache, so four are multiplied at a time.
+template <class Unit>
+void multiply_twice_four(const RowsJob& job) {
+  rows_kernel<Unit, 4>(job);
+  RowsJob rest = job;
+  rest.x = static_cast<const uint8_t*>(job.x) + 4 * packed_activation_bytes<Unit>(job.k);
+  rest.y = job.y + 4 * job.ldy;
+  rows_kernel<Unit, 4>(rest);
+}
+
+template <class Unit>
+constexpr auto eight_rows_kernel() {
+  if constexpr (kActivationBytes<Unit> == 2) {
+    return multiply_twice_four<Unit>;
+  } else {
+    return rows_kernel<Unit, 8>;
+  }
+}
+
 struct RowFamily {
   template <class Unit>
   static RowKernels get(const UnitLayout& layout) {
-    return {"int8 dot products",
+    return {kActivationBytes<Unit> == 1 ? "int8 dot products" : "int8 dot products, x in 15 bits",
             kMaxTokens,
             layout,
             packed_activation_bytes<Unit>,
             pack_activations<Unit>,
-            {rows_kernel<Unit, 1>, rows_kernel<Unit, 2>, rows_kernel<Unit, 4>, rows_kernel<Unit, 8>}};
+            {rows_kernel<Unit, 1>, rows_kernel<Unit, 2>, rows_kernel<Unit, 4>, eight_rows_kernel<Unit>()}};
   }
   static RowKernels fp8() {
     return {Fp8Step::kName,

@@ -3,7 +3,7 @@
 // Weights are processed in units: 16 groups of 32 weights (of 16, for formats with scales per 16), from as many blocks
 // as that takes. A format defines how the bytes of a unit become vectors of codes, one vector of scales and one of
 // offsets. Everything else is common to all formats and is here. With u the codes of group g and x_b ~ step_b * q_b the
-// activations, int8 per 32:
+// activations, integers with one step per 32:
 //
 //   y = sum_g scale_g * step_b * sum(u * q) + offset_g * step_b * sum(q)        b: the 32 activations of group g
 //
@@ -20,7 +20,7 @@
 //   load(...)          the code vectors, the scales and the offsets
 #pragma once
 
-#include "cpu/linear/dots.h"
+#include "cpu/linear/activations.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -28,7 +28,7 @@ template <class Unit>
 struct UnitFacts {
   static constexpr int kWeights = Unit::kWeights;
   static constexpr int kVectors = Unit::kWeights / 64, kDots = kVectors / 4;
-  static constexpr bool kSigned = Unit::kMaxCode > 127 && !kUnsignedDots;  // dot products take code - 128
+  static constexpr bool kSigned = kSignedCodes<Unit>, kWide = kActivationBytes<Unit> == 2;
   static constexpr int kCenter = Unit::kCenter - (kSigned ? 128 : 0);
   static constexpr int kLargestSum = kDots * 4 * (kSigned ? 128 : Unit::kMaxCode) * 127;  // in a lane
 
@@ -51,10 +51,23 @@ struct UnitFacts {
   static constexpr int group_of_lane(int lane) { return kOrder.at[lane % 4 * kDots * 64 + lane / 4 * 16] / 32; }
 };
 
+// Brings the activations of a unit into the order of its code vectors.
+template <class Unit, class Integer>
+ISQ_INLINE void order_activations(const Integer* natural, Integer* ordered) {
+  using Facts = UnitFacts<Unit>;
+  if constexpr (Facts::kPlainQuarters) {
+    for (int p = 0; p < Unit::kWeights; p += 16) {
+      std::memcpy(ordered + p, natural + Facts::kOrder.at[p], 16 * sizeof(Integer));
+    }
+  } else {
+    for (int p = 0; p < Unit::kWeights; ++p) ordered[p] = natural[Facts::kOrder.at[p]];
+  }
+}
+
 // The activations of one unit in the order of its code vectors, and per lane the step and the sum of its group.
 template <class Unit>
 struct alignas(64) UnitActivations {
-  int8_t q[Unit::kWeights];
+  uint8_t q[kActivationBytes<Unit>][Unit::kWeights];
   float step[16];
   union {
     float offset[16];    // kAffine: step * sum(q)
@@ -62,43 +75,29 @@ struct alignas(64) UnitActivations {
   };
 };
 
-// 32 activations as q * step. With a NaN or an infinity, the step is NaN, and so are all results.
-ISQ_INLINE float quantize_activations(const float* x, int8_t* q) {
-  uint32_t largest = 0;
-  for (int i = 0; i < 32; ++i) {
-    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float amax = bits_float(largest);
-  const float inverse = amax >= FLT_MIN * 256 ? 127.0f / amax : 0.0f;  // smaller ones count as zero
-  const bool finite = largest < 0x7f800000;
-  for (int i = 0; i < 32; ++i) {
-    const float scaled = finite ? x[i] * inverse : 0.0f;
-    q[i] = (int8_t)((float_bits(scaled + 12582912.0f) & 0x7fffff) - 0x400000);  // half to even
-  }
-  return finite ? amax / 127.0f : __builtin_nanf("");
-}
-
 template <class Unit>
 void pack_activations(const float* x, int64_t k, void* packed) {
   using Facts = UnitFacts<Unit>;
+  using Integer = std::conditional_t<Facts::kWide, int16_t, int8_t>;
   constexpr int kWeights = Unit::kWeights;
   UnitActivations<Unit>* out = static_cast<UnitActivations<Unit>*>(packed);
   for (int64_t begin = 0; begin < k; begin += kWeights, ++out) {
-    int8_t q[kWeights];
+    Integer q[kWeights], ordered[kWeights];
     float step[kWeights / 32];
     for (int b = 0; b < kWeights / 32; ++b) {
       const bool there = begin + 32 * b < k;
-      step[b] = there ? quantize_activations(x + begin + 32 * b, q + 32 * b) : 0.0f;
-      if (!there) std::memset(q + 32 * b, 0, 32);
+      step[b] = 0.0f;
+      if (there) step[b] = quantize_activations<Facts::kWide ? kLargestWide : 127>(x + begin + 32 * b, q + 32 * b);
+      if (!there) std::memset(q + 32 * b, 0, 32 * sizeof(Integer));
     }
-    if constexpr (Facts::kPlainQuarters) {
-      for (int p = 0; p < kWeights; p += 16) std::memcpy(out->q + p, q + Facts::kOrder.at[p], 16);
+    order_activations<Unit>(q, ordered);
+    if constexpr (Facts::kWide) {
+      store_wide<kWeights>(ordered, out->q[0], out->q[1]);
     } else {
-      for (int p = 0; p < kWeights; ++p) out->q[p] = q[Facts::kOrder.at[p]];
+      std::memcpy(out->q, ordered, kWeights);
     }
     for (int lane = 0; lane < 16; ++lane) {
-      const int8_t* group = out->q + lane % 4 * Facts::kDots * 64 + lane / 4 * 16;
+      const Integer* group = ordered + lane % 4 * Facts::kDots * 64 + lane / 4 * 16;
       int sum = 0;
       for (int d = 0; d < Facts::kDots; ++d) {
         for (int j = 0; j < 16; ++j) sum += group[64 * d + j];
@@ -131,9 +130,15 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
     const UnitActivations<Unit>& a = x[m * token_stride];
     Ints t[4];
     for (int i = 0; i < 4; ++i) {
-      Bytes q[Facts::kDots];
-      for (int d = 0; d < Facts::kDots; ++d) q[d] = load_64(a.q + (i * Facts::kDots + d) * 64);
-      t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q);
+      Bytes q[kActivationBytes<Unit>][Facts::kDots];
+      for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+        for (int d = 0; d < Facts::kDots; ++d) q[part][d] = load_64(a.q[part] + (i * Facts::kDots + d) * 64);
+      }
+      if constexpr (Facts::kWide) {
+        t[i] = wide_dots<Facts::kDots>(codes + i * Facts::kDots, q[0], q[1]);
+      } else {
+        t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q[0]);
+      }
     }
     Ints sums = sum_quarters<Facts::kLargestSum>(t);
     if constexpr (!Unit::kAffine && Facts::kCenter != 0) sums = sums - load_ints_16(a.center);

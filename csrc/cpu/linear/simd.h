@@ -40,6 +40,10 @@ ISQ_INLINE Ints operator&(Ints a, int32_t mask) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] & mask;
   return a;
 }
+ISQ_INLINE Ints shift_left(Ints a, int n) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] << n;
+  return a;
+}
 ISQ_INLINE Ints shift_right(Ints a, int n) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] >> n;
   return a;
