@@ -10,6 +10,8 @@ from vllm_engine import DEMO, Answer, ask_vllm, assert_same_tokens, case, differ
 
 import isqtorch
 
+pytestmark = pytest.mark.timeout(3600)  # the first test waits for all models
+
 TEXTS = (
     "The function returns a list of",
     "Changed in version 3.8: The",
@@ -46,7 +48,7 @@ def answers(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) 
             cases[f"{fmt} {dtype}"] = case(folder, prompts, dtype=dtype)
     for fmt in ("q4k", "q4k_m"):
         cases[f"{fmt} online"] = case(DEMO, prompts, **online(fmt))
-    topology = {"/v_proj/": "q8_0", "model.layers.0.mlp.gate_proj": None}
+    topology = {"/v_proj/": "q8_0", "/layers.0.mlp.gate_proj/": None}
     cases["topology online"] = case(DEMO, prompts, **online(4, topology=topology, exclude="o_proj"))
     request = isqtorch.IsqConfig(4, topology=topology, exclude="o_proj")
     asked = AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=request, dtype=torch.float32)

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_demo import DEMO, TEXTS
+from test_demo import TEXTS
+from test_models import PROMPTS, ROUTED, WIDE
+from tiny_decoders import tiny
 from vllm_engine import (
+    DEMO,
     NEW,
     Answer,
     ask_vllm,
@@ -29,6 +32,8 @@ from vllm_engine import (
 )
 
 import isqtorch
+
+pytestmark = pytest.mark.timeout(3600)  # the first test waits for all models
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +63,47 @@ def expected(demo: Path, prompts: list[list[int]]) -> Answer:
     return transformers_answer(AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32), prompts)
 
 
-@pytest.mark.parametrize("way", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_processes(way: str, demo: Path, prompts: list[list[int]], expected: Answer) -> None:
-    [found] = ask_vllm([case(demo, prompts, **{way: 2})])
+@pytest.fixture(scope="module")
+def shared(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Answer, Answer]]:
+    """Two processes that share each layer, or the experts: what vLLM answers, and what transformers does.
+
+    All formats have blocks of 32, so that the columns can be shared, too.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, routed = tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("routed")
+    request = isqtorch.IsqConfig("q8_0", topology={"/v_proj/": "q5_0"})
+    AutoModelForCausalLM.from_pretrained(DEMO, quantization_config=request).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    experts = tiny("qwen3_moe", **WIDE, **ROUTED)
+    experts.get_output_embeddings().weight.data.mul_(0.1)
+    isqtorch.quantize_(experts, "q8_0")
+    experts.save_pretrained(routed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = {"layers": transformers_answer(model, prompts), "experts": transformers_answer(experts, PROMPTS)}
+    expected["whole experts"] = expected["experts"]
+    moe = {"skip_tokenizer_init": True, "tensor_parallel_size": 2}
+    found = ask_vllm(
+        [
+            case(folder, prompts, tensor_parallel_size=2),
+            case(routed, PROMPTS, **moe),
+            case(routed, PROMPTS, enable_expert_parallel=True, **moe),
+        ],
+        processes=2,
+    )
+    return {name: (answer, expected[name]) for name, answer in zip(expected, found, strict=True)}
+
+
+@pytest.mark.parametrize("what", ["layers", "experts", "whole experts"])
+def test_two_processes(what: str, shared: dict[str, tuple[Answer, Answer]]) -> None:
+    found, expected = shared[what]
+    assert_same_tokens(found, expected)
+    assert difference(found, expected) < 0.02
+
+
+def test_two_stages(demo: Path, prompts: list[list[int]], expected: Answer) -> None:
+    """The second stage has the head, which is the table of the first."""
+    [found] = ask_vllm([case(demo, prompts, pipeline_parallel_size=2)], processes=2)
     assert_same_tokens(found, expected)
     assert difference(found, expected) < 0.02
 

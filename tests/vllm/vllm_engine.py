@@ -49,12 +49,13 @@ class Answer:
         return {method for method, _ in self.layers.values() if method.startswith("Isq")}
 
 
-def environment() -> dict[str, str]:
-    """Variables for vLLM's process: it finds the plug-in in this checkout, and no other plug-in."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+def environment(processes: int = 1) -> dict[str, str]:
+    """Variables for vLLM: it finds the plug-in in this checkout, and no other plug-in. `processes`: 1 or 2, with a core each."""
+    cores = sorted(os.sched_getaffinity(0))
     return {
         **os.environ,
-        **threads,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        **({"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"} if processes == 2 else {}),
         "PYTHONPATH": str(ROOT),
         "VLLM_PLUGINS": "isqtorch",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -83,7 +84,7 @@ def online(isq: Any, **options: Any) -> dict[str, Any]:
     return {"quantization": "isq", "hf_overrides": {"quantization_config": entry}}
 
 
-def ask_vllm(cases: Sequence[dict[str, Any]]) -> list[Answer]:
+def ask_vllm(cases: Sequence[dict[str, Any]], processes: int = 1) -> list[Answer]:
     """The answers of one process, one case after another; an AssertionError with its last lines if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         answers, questions = Path(scratch, "answers.json"), Path(scratch, "questions.json")
@@ -92,9 +93,9 @@ def ask_vllm(cases: Sequence[dict[str, Any]]) -> list[Answer]:
             [python(), str(ASK), str(questions)],
             capture_output=True,
             text=True,
-            timeout=60 + 120 * len(cases),
+            timeout=600 + 120 * len(cases),
             check=False,
-            env=environment(),
+            env=environment(processes),
         )
         assert done.returncode == 0, f"vLLM failed:\n{done.stderr[-4000:]}"
         found = json.loads(answers.read_text(encoding="utf-8"))
