@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from isqtorch.formats import AUTO, mix_name, resolve_format
 from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.weights import STORED
 from isqtorch.integrations.classes import Need, unable
+from isqtorch.integrations.companions import copy_files
 from isqtorch.integrations.loading import Loaded, checked_request, load_opened
 from isqtorch.integrations.opening import Opened
 from isqtorch.integrations.record import METHOD
@@ -24,6 +26,15 @@ from isqtorch.policy.inventory import packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.report.report import QuantReport
+
+
+@dataclass(frozen=True)
+class State:
+    """The weights that a model had at some time: its format, the importance it was packed with, whether it was packed."""
+
+    isq: str | None
+    imatrix: Any
+    packed: bool
 
 
 class LoadedModel:
@@ -132,6 +143,35 @@ class LoadedModel:
         self.isq = isq
         assert self.report is not None
         return self.report
+
+    def state(self) -> State:
+        """What `restore` needs to come back to the present weights. It holds no weights."""
+        return State(self.isq, self.options.get("imatrix"), self.report is not None)
+
+    def restore(self, state: State) -> QuantReport | None:
+        """Make the weights again that the model had at an earlier time: the same bytes, from the source it was loaded from.
+
+        Args:
+            state: from `state()`. If that model was loaded as it is, it is loaded again, and `model` is a new object.
+
+        Returns:
+            The report; None: nothing is packed.
+        """
+        self.options["imatrix"] = state.imatrix
+        if state.isq is not None:
+            return self.requantize(state.isq)
+        self.loaded = self._load(None)
+        self.model, self.isq = self.loaded.model, None
+        self.report = self.loaded.report if state.packed else None
+        gc.collect()  # frees the old model, whose modules refer to each other
+        return self.report
+
+    def save(self, folder: Path) -> None:
+        """Write the model with its tokenizer and settings into an empty folder."""
+        self.model.save_pretrained(folder)  # with the generation settings
+        self.opened.companions.save(folder)
+        if self.opened.home is not None:
+            copy_files(self.opened.home, folder, local=self.opened.local)
 
     def _options(self, isq: str | None) -> dict[str, Any]:
         """The options that apply to a format. "auto" has options of its own, and reads the calibration text again."""

@@ -76,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from isqtorch.app.model import LoadedModel, check_request
-    from isqtorch.integrations.companions import copy_files
 
     options = policy_options(args)
     opened = check_request(args.model, args.isq, args.device, options)
@@ -89,10 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} holds no packed weights, and none was packed: give another --isq FORMAT")
     check_output(args.output, args.model, force=args.force)  # again: quantizing may have taken an hour
     with one_line(args.output), replacing_folder(args.output, is_kept) as folder:
-        loaded.model.save_pretrained(folder)  # with the generation settings
-        opened.companions.save(folder)
-        if opened.home is not None:
-            copy_files(opened.home, folder, local=opened.local)
+        loaded.save(folder)
     if args.save_topology:
         loaded.report.topology().save(args.save_topology)
     if args.plot:

@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="memory for the beginnings of prompts, which later prompts reuse (%(default)s); 0: none",
     )
+    parser.add_argument(
+        "--save-dir",
+        type=Path,
+        metavar="DIR",
+        help="existing folder into which /calibration/apply may write models; without it clients can write nothing",
+    )
     parser.add_argument("--log-level", choices=["info", "warning", "error"], default="warning", help="(%(default)s)")
     add_json(parser)
 
@@ -84,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch must be from 1 to {_MOST_AT_ONCE}, got {args.batch}")
     if args.prefix_cache < 0:
         raise ValueError(f"--prefix-cache must be 0 or more megabytes, got {args.prefix_cache}")
+    if args.save_dir is not None and not args.save_dir.is_dir():
+        raise NotADirectoryError(f"--save-dir {args.save_dir} is not a folder")
     options = policy_options(args)
     opened = check_request(args.model, args.isq, args.device, options)
     opened.check("reads", "serve")
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         served = Served(loaded, args.name or _name(path, args.model), args.batch, args.prefix_cache << 20)
         host, port = sock.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        app = build_app(served, reach)
+        app = build_app(served, reach, args.save_dir)
         sock.listen()  # now clients can connect
         if args.json:
             report = None if loaded.report is None else loaded.report.to_dict()

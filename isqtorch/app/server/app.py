@@ -3,6 +3,7 @@
 GET  /health  /metrics  /v1/models  /v1/models/{id}
 POST /v1/chat/completions  /v1/completions  /v1/responses  /v1/embeddings      OpenAI's API, including streaming
 POST /tokenize  /detokenize                     as vLLM and llama.cpp have them
+GET  /calibration/status  POST /calibration/start  /stop  /apply  /rollback      see live.py
 POST /re_isq {"isq": "q8_0"}                    change the format of the running model; the answer is the report. With
                                                 "source": "stored" it starts from the quantized weights
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,6 +28,7 @@ from .body import Body, parse
 from .connection import App, Connection, error_body
 from .embeddings import Embeddings
 from .handlers import Chat, Completions, check_template, rendered
+from .live import Live, check_apply, check_nothing
 from .memory import release_memory
 from .reach import Reach
 from .responses import Responses
@@ -37,8 +40,9 @@ _LARGE = 1 << 20  # bytes of a body after which memory is given back to the syst
 class Api:
     """The endpoints of one served model."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, save_dir: Path | None) -> None:
         self.served = served
+        self.live = Live(served, save_dir)
         self.chat = Chat(served, served.state)
         self.completions = Completions(served, served.state)
         self.responses = Responses(served, served.state)
@@ -59,6 +63,11 @@ class Api:
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/metrics", self.metrics),
+            Route("/calibration/status", self.calibration),
+            Route("/calibration/start", self.live_call(self.live.start), methods=["POST"]),
+            Route("/calibration/stop", self.live_call(self.live.stop), methods=["POST"]),
+            Route("/calibration/apply", self.apply, methods=["POST"]),
+            Route("/calibration/rollback", self.live_call(self.live.rollback), methods=["POST"]),
             Route("/re_isq", self.re_isq, methods=["POST"]),
         ]
 
@@ -86,6 +95,22 @@ class Api:
     async def re_isq(self, request: Request) -> Response:
         isq, source = await self._checked(request, other_requests.check_re_isq)
         report = await self.served.requantize(isq, source)
+        return JSONResponse(report.to_dict())
+
+    async def calibration(self, _: Request) -> Response:
+        return JSONResponse(self.live.status())
+
+    def live_call(self, call: Callable[[], Any]) -> Callable[[Request], Any]:
+        """An endpoint of the calibration that takes no fields."""
+
+        async def endpoint(request: Request) -> Response:
+            await self._checked(request, check_nothing)
+            return JSONResponse(await call())
+
+        return endpoint
+
+    async def apply(self, request: Request) -> Response:
+        report = await self.live.apply(*await self._checked(request, check_apply))
         return JSONResponse(report.to_dict())
 
     async def metrics(self, _: Request) -> Response:
@@ -190,11 +215,11 @@ def internal_error(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(500, message), status_code=500)
 
 
-def build_app(served: Served, reach: Reach) -> App:
-    """The ASGI application that serves a model to those whom `reach` allows."""
+def build_app(served: Served, reach: Reach, save_dir: Path | None = None) -> App:
+    """The ASGI application that serves a model to those whom `reach` allows. Clients may write models into `save_dir`."""
     wrong: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, TemplateError)
     app = Starlette(
-        routes=Api(served).routes(),
+        routes=Api(served, save_dir).routes(),
         exception_handlers={
             **dict.fromkeys(wrong, bad_request),
             ApiError: api_error,

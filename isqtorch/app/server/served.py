@@ -61,6 +61,7 @@ class Served:
         reader: the thread that parses bodies and reads prompts.
         generations: the queue of replies and changes of the format.
         forms: what makes rules for replies of a given form.
+        busy: says why /re_isq has to wait for something else; None: it need not.
         closing: whether the server is about to end; replies then end at their next token.
     """
 
@@ -72,6 +73,7 @@ class Served:
         self.forms = Forms(loaded.tokenizer)
         self.state = GenerationState()
         self.requantizing = self.closing = False
+        self.busy: Callable[[], str | None] = lambda: None
 
     @property
     def context(self) -> int:
@@ -122,20 +124,31 @@ class Served:
             ApiError: 400 for an unknown format, 409 during another change, 500 if the change failed. The model is
                 unchanged.
         """
+        busy = self.busy()
+        if busy is not None:
+            raise ApiError(409, busy)
+        report: QuantReport = await self.change(isq, partial(self.loaded.requantize, isq, source))
+        return report
+
+    async def change(self, isq: str | None, call: Callable[[], Any]) -> Any:
+        """Let a call change the weights after the requests before this one are answered; errors as `requantize`.
+
+        Args:
+            isq: the format that the call makes; None: that of the checkpoint.
+            call: it runs on the generating thread, and leaves the model unchanged if it fails.
+        """
         try:
-            self.loaded.check(isq)
+            if isq is not None:
+                self.loaded.check(isq)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         if self.requantizing:
             raise ApiError(409, "the model is changing its format already; ask again when that is done")
         self.requantizing = True
         try:
-            report: QuantReport = await asyncio.wrap_future(
-                self.generations.submit(self.loaded.requantize, isq, source)
-            )
-            return report
+            return await asyncio.wrap_future(self.generations.submit(call))
         except Exception as error:  # after any error the server continues with the present model
-            raise ApiError(500, f"the format stays {self.loaded.isq}: {type(error).__name__}: {error}") from error
+            raise ApiError(500, f"the format is {self.loaded.isq}: {type(error).__name__}: {error}") from error
         finally:
             self.requantizing = False
 
