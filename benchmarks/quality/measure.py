@@ -18,6 +18,7 @@ from .packages import sha256
 from .rows import Row
 
 KL, COSINE = "KL", "1 - cosine"
+_IMATRIX_FILES = (".imatrix", ".dat", ".gguf", ".cimatrix")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Session:
             kind(path.name, self.model, read_text(str(path)), tokenizer, settings.context, settings.tokens)
             for path in settings.texts
         ]
+        self.settings, self.tokenizer = settings, tokenizer
         self.imatrix = self._importance(settings, tokenizer)
+        self._moments: isqtorch.Moments | None = None
         calibrated = getattr(self.imatrix, "tokens", None)  # a file does not say
         dtype = str(self.model.dtype).removeprefix("torch.")
         scores = [judge.original for judge in self.judges]
@@ -98,12 +101,11 @@ class Session:
         """Add one row; None, and a reason in `skipped`, where quantize_ refuses it."""
         model = copy.deepcopy(self.model)
         began = time.perf_counter()
-        options: dict[str, Any] = {
-            **row.options,
-            "rule": row.rule,
-            **({"imatrix": self.imatrix} if row.imatrix else {}),
-        }
+        options: dict[str, Any] = {**row.options, "rule": row.rule}
         try:
+            if row.imatrix:
+                options["imatrix"] = self.moments if row.rule == "feedback" else self.imatrix
+                began = time.perf_counter()  # the statistics are collected once for all rows
             report = isqtorch.quantize_(model, row.spec, progress=False, **options)
         except (ValueError, TypeError) as error:  # TypeError: an option that this version does not have
             self.results.skipped[row.name] = str(error)
@@ -127,8 +129,19 @@ class Session:
         self.seconds = time.perf_counter() - began
         return found
 
+    @property
+    def moments(self) -> isqtorch.Moments:
+        """The second moments for `rule="feedback"`, from the calibration text that the importance matrix is from."""
+        if self._moments is None:
+            path = self.settings.calibration
+            if path.suffix in _IMATRIX_FILES:
+                raise ValueError(f"feedback needs a calibration text, and {path.name} is an importance matrix")
+            context = self.settings.context
+            self._moments = isqtorch.collect_moments(self.model, path, self.tokenizer, chunk=context, progress=False)
+        return self._moments
+
     def _importance(self, settings: Settings, tokenizer: Any) -> isqtorch.Imatrix:
         path = settings.calibration
-        if path.suffix in (".imatrix", ".dat", ".gguf", ".cimatrix"):
+        if path.suffix in _IMATRIX_FILES:
             return isqtorch.read_imatrix(path).for_model(self.model)
         return isqtorch.collect_imatrix(self.model, path, tokenizer, chunk=settings.context, progress=False)

@@ -1,7 +1,8 @@
 """What the quality table has a row for, as data: a format spec and how it is quantized.
 
-A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". SPEC and the options
-are whatever `isqtorch.quantize_` accepts, so a new recipe needs no line here. `default` has the rows of the demo model,
+A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". With
+the rule "feedback", the importance matrix has the second moments of the same text. SPEC and the options are whatever
+`isqtorch.quantize_` accepts, so a new recipe needs no line here. `default` has the rows of the demo model,
 `for_real_models` fewer, because these take a hundred times as long.
 """
 
@@ -63,7 +64,7 @@ def _number(text: str) -> float | str:
 
 
 def default() -> list[Row]:
-    """Every format, plain and with whatever importance and search change; then `ALSO`."""
+    """Every format, plain, with whatever importance and search change, and with error feedback; then `ALSO`."""
     rows = []
     for name in formats():
         if name in _SCRATCH:
@@ -72,6 +73,8 @@ def default() -> list[Row]:
         for rule in (None, "search"):
             if has_rule(fmt, rule):
                 rows += [Row(name, imatrix, rule) for imatrix in (False, True)[: 1 + uses_importance(fmt, rule)]]
+        if fmt.bits < 8:
+            rows.append(Row(name, True, "feedback"))
     return rows + [Row.parse(text) for text in ALSO]
 
 
@@ -95,12 +98,12 @@ _REAL = (
 
 
 def for_real_models() -> list[Row]:
-    """Fifteen formats, plain, and those below 8 bits with the best use of an importance matrix."""
+    """Fifteen formats, plain, and those below 8 bits with an importance matrix and with error feedback."""
     rows = []
     for name in _REAL:
         fmt = get_format(name)
         rule = "search" if has_rule(fmt, "search") else None
         rows.append(Row(name))
         if uses_importance(fmt, rule) and fmt.bits < 8:
-            rows.append(Row(name, True, rule))
+            rows += [Row(name, True, rule), Row(name, True, "feedback")]
     return rows
