@@ -109,9 +109,11 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "step3p7": {"text_config.sliding_window": 16, "text_config.share_expert_dim": 256},
     "step3p5": {"sliding_window": 16, "share_expert_dim": 256},
     # Their default backbone needs timm.
-    **dict.fromkeys(
-        ["conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"], {"backbone_config": _RESNET}
-    ),
+    "conditional_detr": {"backbone_config": _RESNET},
+    "dab-detr": {"backbone_config": _RESNET},
+    "deformable_detr": {"backbone_config": _RESNET},
+    "detr": {"backbone_config": _RESNET},
+    "table-transformer": {"backbone_config": _RESNET},
     "shieldgemma2": {"yes_token_index": 300, "no_token_index": 301},
     "blip-2": {"image_token_index": 400, "num_query_tokens": 4},
     "instructblip": {"image_token_index": 400, "num_query_tokens": 4},
