@@ -15,6 +15,14 @@ _IN_SAM = {
     "vision_config.backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
 }
 _SMALL = [[16, 16], [8, 8], [4, 4]]
+_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 64, 64],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage4"],
+}
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     # The defaults of these are None, which their code cannot use.
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -100,14 +108,20 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "sam2_hiera_det_model": {"image_size": [256, 256]},
     "step3p7": {"text_config.sliding_window": 16, "text_config.share_expert_dim": 256},
     "step3p5": {"sliding_window": 16, "share_expert_dim": 256},
+    # Their default backbone needs timm.
+    "conditional_detr": {"backbone_config": _RESNET},
+    "dab-detr": {"backbone_config": _RESNET},
+    "deformable_detr": {"backbone_config": _RESNET},
+    "detr": {"backbone_config": _RESNET},
+    "table-transformer": {"backbone_config": _RESNET},
     "shieldgemma2": {"yes_token_index": 300, "no_token_index": 301},
     "blip-2": {"image_token_index": 400, "num_query_tokens": 4},
     "instructblip": {"image_token_index": 400, "num_query_tokens": 4},
     "instructblipvideo": {"video_token_index": 400, "num_query_tokens": 4},
 }
 
-TASKS: Mapping[str, list[str]] = {"shieldgemma2": ["ImageClassification"]}
-"""The Auto class of a type for which those of other types come first, and do not read what it saved."""
+TASKS: Mapping[str, list[str]] = {"detr": ["ObjectDetection"], "shieldgemma2": ["ImageClassification"]}
+"""The Auto class of a type for which others would come first that do not fit."""
 
 FILES: Mapping[str, str] = {"qwen2_5_omni": "spk_dict.pt"}
 """A file without entries that a type reads beside its weights."""

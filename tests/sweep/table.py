@@ -16,11 +16,13 @@ def markdown(rows: Sequence[Row], version: str) -> str:
     """The page docs/models.md."""
     built = [row for row in rows if not row.not_built]
     passed = sum(not row.failures for row in built)
+    run = sum(row.error is not None for row in built)
     lines = [
         "# Models",
         "",
         f"`make sweep` writes this page: it makes a small model of every type that transformers {version} has, with random",
-        f"weights, and checks it in `{FORMAT}` and `{OTHER}`. {passed} of {len(built)} types pass every check.",
+        f"weights, and checks it in `{FORMAT}` and `{OTHER}`. Of {len(rows)} types, {len(built)} were made, and {passed} pass every",
+        f"check; failures are explained in bold. Inputs were found for {run}: the others were not called.",
         "",
         *(f"- {check}: {text}" for check, text in CHECKS.items()),
         "",
