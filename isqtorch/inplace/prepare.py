@@ -60,8 +60,9 @@ class Prepared:
         """
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
         damages = {name: job for job in self._damaged() for name in job.names}
+        added = {name: job.added.error for job in self.jobs for name in job.names}
         for layer in report.layers:
-            layer.error = (errors or {}).get(layer.name)
+            layer.error = (errors or {}).get(layer.name, added.get(layer.name))
             if layer.stored is not None and layer.name in damages:
                 job = damages[layer.name]
                 layer.damaged = True

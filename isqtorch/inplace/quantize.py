@@ -35,6 +35,7 @@ from .host import announce
 from .origin import Origin
 from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, check_devices, check_weights, settle
+from .taken import Taken
 
 
 @explaining("quantize_(model, {})")
@@ -154,11 +155,13 @@ def quantize_(
     inventory = inspect_model(model).on(request.device)
     check_foreign(inventory.foreign, request)
     check_devices(request)
+    taken = Taken.of(model, request)
+    inventory = inventory if taken is None else taken.described(inventory)
     prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
     origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
-    errors = _replace_layers(model, prepared)
+    errors = _replace_layers(model, prepared, taken)
     report = prepared.report(errors, choice)
     report.seconds = time.perf_counter() - began
     origin.attach(model)
@@ -171,7 +174,7 @@ def quantize_(
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
-def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
+def _replace_layers(model: nn.Module, prepared: Prepared, taken: Taken | None) -> dict[str, float]:
     """Pack layer by layer, and move the rest of the model to its device. Returns the errors, if they are measured."""
     request = prepared.request
     errors: dict[str, float] = {}
@@ -184,7 +187,7 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
                 "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
             )
             with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
-                error = _replace(model, job, placed)
+                error = _replace(model, job, placed, taken)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()
@@ -194,9 +197,9 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
     return errors
 
 
-def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
+def _replace(model: nn.Module, job: Job, placed: set[int], taken: Taken | None) -> float | None:
     """Pack one weight and put the packed layers in place. The float weight is freed when this returns."""
-    parameter, error = _packed(model, job)
+    parameter, error = _packed(model, job, taken)
     done: dict[int, nn.Module] = {}
     for name in job.names:
         path, leaf = locate(model, name)
@@ -211,13 +214,14 @@ def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
     return error
 
 
-def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
+def _packed(model: nn.Module, job: Job, taken: Taken | None) -> tuple[nn.Parameter, float | None]:
     """The packed weight of a job, and its error if it is measured."""
     module, leaf = owner_of(model, job.names[0])
     with ordinary_tensors():
         weight = weight_matrix(module, leaf).detach()
         weight = weight if job.device is None else weight.to(job.device)
-        packed = pack_weight(weight, job)
+        blocks = None if taken is None else taken.blocks(job.names, job.fmt)
+        packed = pack_weight(weight, job) if blocks is None else blocks.to(weight.device)
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
         return PackedParameter(packed), error
 
