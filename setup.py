@@ -9,17 +9,21 @@ not: csrc/cuda/build.py.
 
 Metal kernels are text that torch compiles when they are used; the package takes their sources along. So a Mac needs no compiler:
 without one, plain PyTorch computes on its CPU.
+
+torch is imported when something is compiled, so the metadata and the source distribution need none.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from email.parser import HeaderParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build in isolation starts elsewhere
@@ -42,7 +46,6 @@ COMPILE_ARGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",  # vector arguments never cross the library's border
-    *(flag for path in include_paths() for flag in ("-isystem", path)),  # no warnings about torch's own headers
 ]
 
 
@@ -70,8 +73,8 @@ class BuildPackage(build_py):
             shutil.copy(ROOT / "csrc" / "ops.cpp", target)
 
 
-class Build(BuildExtension):
-    """Keeps objects between calls: an editable install would compile everything again, in a temporary folder."""
+class Build(build_ext):
+    """Compiles with torch's own command, and keeps objects between calls: an editable install would compile all again."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -82,8 +85,10 @@ class Build(BuildExtension):
         self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
     def run(self) -> None:
+        if sys.platform == "win32":
+            raise SystemExit("isqtorch: Windows is not supported yet; use WSL.")
         try:
-            super().run()
+            self.compile()
         except Exception as error:
             if not MAC:
                 raise
@@ -91,6 +96,42 @@ class Build(BuildExtension):
             print(f"isqtorch: no CPU kernels; plain PyTorch computes on the CPU. {error}", file=sys.stderr)
         if not SANITIZE:
             build_cuda((ROOT if self.inplace else Path(self.build_lib)) / "isqtorch" / cuda.NAME)
+
+    def compile(self) -> None:
+        """Compile the CPU library with the compiler and the flags of torch."""
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
+
+        compiler = shutil.which(get_cxx_compiler())
+        if compiler is None:
+            message = f"the C++ compiler {get_cxx_compiler()} is not there. Install one, or name it in CXX."
+            raise RuntimeError(message) if MAC else SystemExit(f"isqtorch: {message}")
+        arguments = [
+            *COMPILE_ARGS,
+            *(flag for path in include_paths() for flag in ("-isystem", path)),
+        ]  # no warnings about torch
+        if "clang" not in subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout:
+            # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
+            arguments += ["--param", "max-completely-peel-times=8"]
+        declared = self.extensions[0]
+        extension = CppExtension(
+            declared.name,
+            declared.sources,
+            depends=declared.depends,
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=arguments + (SANITIZE_ARGS if SANITIZE else []),
+            extra_link_args=SANITIZE_ARGS[-2:] if SANITIZE else [],
+            py_limited_api=True,
+        )
+        for name in ("_full_name", "_file_name", "_needs_stub", "_links_to_dynamic"):  # what setuptools adds to one
+            if hasattr(declared, name):
+                setattr(extension, name, getattr(declared, name))
+        command = BuildExtension(self.distribution)
+        command.initialize_options()
+        options = {name: value for name, value in vars(self).items() if name in vars(command)}
+        vars(command).update({**options, "inplace": self.inplace, "finalized": 1})
+        command.extensions = [extension]
+        command.run()
 
 
 def build_cuda(target: Path) -> None:
@@ -116,22 +157,46 @@ def build_cuda(target: Path) -> None:
         print(f"isqtorch: no CUDA kernels; plain PyTorch computes there. {reason}", file=sys.stderr)
 
 
-COMPILER = shutil.which(get_cxx_compiler())
-if not COMPILER and not MAC:
-    raise SystemExit(f"isqtorch: the C++ compiler {get_cxx_compiler()} is not there. Install one, or name it in CXX.")
-if COMPILER and "clang" not in subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout:
-    # GCC would unroll loops over 16 lanes and 256 weights completely: three times the compile time, no gain.
-    COMPILE_ARGS += ["--param", "max-completely-peel-times=8"]
+# ---- what a package index shows ----------------------------------------------------------------------------------------
 
-if SANITIZE:
-    COMPILE_ARGS += SANITIZE_ARGS
 
-if sys.platform == "win32":
-    raise SystemExit("isqtorch: Windows is not supported yet; use WSL.")
+def source_url() -> str | None:
+    """The web page of the repository: named in the environment, in the source distribution, or by the clone; else None."""
+    given = os.environ.get("ISQTORCH_SOURCE_URL")
+    metadata = ROOT / "PKG-INFO"
+    if not given and metadata.is_file():
+        listed = HeaderParser().parsestr(metadata.read_text(encoding="utf-8")).get_all("Project-URL", [])
+        given = next((line.partition(", ")[2] for line in listed if line.startswith("Source, ")), None)
+    if not given and (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT), "config", "remote.origin.url"]
+        given = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
+    page = re.sub(r"^git@([^:]+):", r"https://\1/", given or "").removesuffix(".git")
+    return page if re.fullmatch(r"https://[\w.-]+/[\w./-]+", page) else None
+
+
+def readme(url: str | None) -> str:
+    """README.md with links that work outside of the repository. Without its web page, the links become plain text."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)]+)\)")
+    if url is None:
+        return links.sub(lambda link: "" if link[1] else link[2], text)
+    return links.sub(lambda link: f"{link[1]}[{link[2]}]({url}/{'raw' if link[1] else 'blob'}/main/{link[3]})", text)
+
+
+SOURCE = source_url()
+PAGES = {
+    "Source": "",
+    "Documentation": "/blob/main/docs/guide.md",
+    "Changelog": "/blob/main/CHANGELOG.md",
+    "Issues": "/issues",
+}
 
 setup(
+    long_description=readme(SOURCE),
+    long_description_content_type="text/markdown",
+    project_urls={} if SOURCE is None else {name: f"{SOURCE}{page}" for name, page in PAGES.items()},
     ext_modules=[
-        CppExtension(
+        Extension(
             "isqtorch._C",
             [path for path in files("*.cpp") if not path.startswith("csrc/cuda/")],
             depends=[
@@ -140,14 +205,9 @@ setup(
                 "csrc/cuda/build.py",
                 "setup.py",
             ],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=COMPILE_ARGS,
-            extra_link_args=SANITIZE_ARGS[-2:] if SANITIZE else [],
             py_limited_api=True,
         )
-    ]
-    * bool(COMPILER),
+    ],
     cmdclass={"build_ext": Build, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,6 @@
-"""Rewrite the generated parts of README.md and docs/formats.md, between their `<!-- name:begin -->` and `<!-- name:end -->`.
+"""Rewrite the generated parts of README.md, docs/formats.md and docs/guide.md, between their `<!-- name:begin -->` and `<!-- name:end -->`.
 
-python docs/tables.py                 the format table, from the registry
+python docs/tables.py                 the tables of formats and of methods of other libraries, from their registries
 python docs/tables.py --check         exit 1 if a file is out of date, write nothing
 python docs/tables.py --demo FILE     also the demo table: FILE is the output of `isqtorch demo --markdown`
 """
@@ -15,8 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the tables of this source tree, whatever is installed
 
 from isqtorch.cli.formats import markdown  # noqa: E402
+from isqtorch.formats.stored.methods import METHODS  # noqa: E402
+from isqtorch.text import markdown_table  # noqa: E402
 
-FILES = [ROOT / "README.md", ROOT / "docs" / "formats.md"]
+FILES = [ROOT / "README.md", ROOT / "docs" / "formats.md", ROOT / "docs" / "guide.md"]
+
+
+def stored() -> str:
+    """The table of the methods by which other libraries quantize checkpoints; names for one method share a row."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, method in METHODS.items():
+        names.setdefault((method.reads, method.held), []).append(f"`{name}`")
+    rows = [(", ".join(each), *facts) for facts, each in names.items()]
+    return markdown_table(("`quant_method`", "what is read", "taken over as"), rows)
 
 
 def replace(text: str, name: str, content: str) -> str:
@@ -36,7 +47,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path, metavar="FILE")
     args = parser.parse_args()
-    parts = {"formats": markdown()}
+    parts = {"formats": markdown(), "stored": stored()}
     if args.demo:
         parts["demo"] = args.demo.read_text(encoding="utf-8")
     stale = []

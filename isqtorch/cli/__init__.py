@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)  # for records of what was done
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2

@@ -6,6 +6,7 @@
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
     isqtorch quantize -m my-model.gguf -o my-model-gguf                  keeps the packed weights of a GGUF file or MLX folder
 
+README.md in the folder is a model card: formats, sizes, this command, how to load. Another README.md there is never replaced.
 A model of any class is written as its own class, with its processor and the files of a sentence embedder. Each weight is
 packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
 does `from_pretrained` if isqtorch is imported. --force replaces the model in a folder that this command wrote, and
@@ -15,6 +16,7 @@ keeps files of other kinds there. It refuses a folder with another model, and on
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from isqtorch.app.card import CARD, card, is_ours
     from isqtorch.app.model import LoadedModel, check_request
 
     options = policy_options(args)
@@ -89,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output, args.model, force=args.force)  # again: quantizing may have taken an hour
     with one_line(args.output), replacing_folder(args.output, is_kept) as folder:
         loaded.save(folder)
+        old = args.output / CARD
+        if not (folder / CARD).exists() and (not os.path.lexists(old) or is_ours(old)):
+            text = card(loaded.report, type(loaded.model).__name__, args.model, args.words)
+            (folder / CARD).write_text(text, encoding="utf-8")
     if args.save_topology:
         loaded.report.topology().save(args.save_topology)
     if args.plot:

@@ -2,7 +2,7 @@
 
 from . import ggml, kquants, codebook, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
 from .base import Fields, Part, QuantFormat, formats, get_format, mix_name, register
-from .choices import AUTO, KEEP, Spec, repacked_as, resolve_format
+from .choices import AUTO, KEEP, Spec, bits_asked, repacked_as, resolve_format
 
 __all__ = [
     "AUTO",
@@ -11,6 +11,7 @@ __all__ = [
     "Part",
     "QuantFormat",
     "Spec",
+    "bits_asked",
     "formats",
     "get_format",
     "mix_name",

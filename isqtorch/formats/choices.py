@@ -15,6 +15,13 @@ _BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
 _BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
 
 
+def bits_asked(spec: object) -> int | None:
+    """The number of bits, if a specification is one, also as text; else None."""
+    if isinstance(spec, str) and spec.isdecimal():
+        return int(spec)
+    return spec if isinstance(spec, int) and not isinstance(spec, bool) else None
+
+
 def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "cpu") -> QuantFormat:
     """Convert a user's specification to a format.
 

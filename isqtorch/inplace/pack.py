@@ -17,6 +17,35 @@ from .damage import Damage, Watch
 from .feedback import Feedback
 
 _ERROR_CHUNK = 1 << 17  # number of weights that relative_error decodes at a time
+_ROWS = 16  # of a matrix, whose error is measured where a sample is enough
+
+
+@dataclass
+class Added:
+    """The error that packing adds to weights which another program has quantized, from some rows of every matrix.
+
+    Attributes:
+        wanted: whether it is measured.
+    """
+
+    wanted: bool = False
+    difference: float = 0.0
+    total: float = 0.0
+
+    def add(self, weight: Tensor, packed: Tensor, fmt: QuantFormat) -> None:
+        """Measure a matrix that was just packed: `[N, K]` and `[N, row_bytes]`."""
+        if not self.wanted:
+            return
+        step = max(1, -(-weight.shape[0] // _ROWS))
+        rows = weight[::step].float()
+        decoded = torch.ops.isqtorch.dequantize(packed[::step].contiguous(), fmt.name, torch.float32)
+        self.difference += (decoded - rows).double().square().sum().item()
+        self.total += rows.double().square().sum().item()
+
+    @property
+    def error(self) -> float | None:
+        """RMS of the error relative to that of the weights; None: not measured."""
+        return (self.difference / self.total) ** 0.5 if self.total else None
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class Job:
     feedback: Feedback | None = None  # packs the matrix, if there is importance
     watch: Watch = field(default_factory=Watch, compare=False)  # looks at what `pack_weight` has packed
     damages: list[Damage] = field(default_factory=list, compare=False)  # what it found, when it is finished
+    added: Added = field(default_factory=Added, compare=False)
 
 
 @contextmanager
@@ -106,6 +136,7 @@ def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: in
     except ValueError as error:  # the callers name the operation and the layer; the operator would name itself
         raise ValueError(cause(error)) from None
     job.watch.add(weight, watched, job.fmt, job.damages, importance, expert)
+    job.added.add(weight, packed, job.fmt)
     return packed
 
 

@@ -82,8 +82,9 @@ class Prepared:
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
         feeds = {name: job.feedback for job in self.jobs if job.feedback is not None for name in job.names}
         damages = {name: job for job in self._damaged() for name in job.names}
+        added = {name: job.added.error for job in self.jobs for name in job.names}
         for layer in report.layers:
-            layer.error = (errors or {}).get(layer.name)
+            layer.error = (errors or {}).get(layer.name, added.get(layer.name))
             if layer.name in feeds:
                 layer.feedback = feeds[layer.name].outcome()
                 if layer.feedback is not None:

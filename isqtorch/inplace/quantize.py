@@ -35,6 +35,7 @@ from .host import announce
 from .origin import Origin
 from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, settle
+from .taken import Taken
 
 
 @explaining("quantize_(model, {})")
@@ -162,13 +163,15 @@ def quantize_(
     inventory = inspect_model(model).on(request.device)
     check_foreign(inventory.foreign, request)
     check_devices(request)
+    taken = Taken.of(model, request)
+    inventory = inventory if taken is None else taken.described(inventory)
     prepared, choice = settle(
         model, inventory, request, lambda prepared: check_weights(model, prepared.jobs, prepared.request.op)
     )
     origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=3)
-    errors = _replace_layers(model, prepared)
+    errors = _replace_layers(model, prepared, taken)
     report = prepared.report(errors, choice)
     report.seconds = time.perf_counter() - began
     origin.attach(model)
@@ -181,7 +184,7 @@ def quantize_(
 # ---- carrying it out -------------------------------------------------------------------------------------------------
 
 
-def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
+def _replace_layers(model: nn.Module, prepared: Prepared, taken: Taken | None) -> dict[str, float]:
     """Pack layer by layer, and move the rest of the model to its device. Returns the errors, if they are measured.
 
     If moments are collected in several passes, the model must run as it was until the last one. All packed layers are
@@ -202,7 +205,7 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
             )
             with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
                 try:
-                    parameter, error = _packed(model, job)
+                    parameter, error = _packed(model, job, taken)
                 except ValueError as fault:  # only moments that cannot be factorized: all else was checked before
                     raise ValueError(f"{request.op}: {job.names[0]}: {fault} {state}") from None
                 if runs_again:
@@ -235,13 +238,14 @@ def _put(model: nn.Module, job: Job, parameter: nn.Parameter, placed: set[int]) 
         put_module(model, path, done[id(old)])
 
 
-def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:
+def _packed(model: nn.Module, job: Job, taken: Taken | None) -> tuple[nn.Parameter, float | None]:
     """The packed weight of a job, and its error if it is measured."""
     module, leaf = owner_of(model, job.names[0])
     with ordinary_tensors():
         weight = weight_matrix(module, leaf).detach()
         weight = weight if job.device is None else weight.to(job.device)
-        packed = pack_weight(weight, job)
+        blocks = None if taken is None else taken.blocks(job.names, job.fmt)
+        packed = pack_weight(weight, job) if blocks is None else blocks.to(weight.device)
         error = relative_error(weight, packed, job.fmt) if job.options.measure_error else None
         return PackedParameter(packed), error
 

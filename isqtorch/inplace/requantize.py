@@ -141,6 +141,7 @@ def requantize_(
     _check(model, probe)
     _check_no_device(request)
     weights = Weights.find(model, source, origin)
+    inventory = weights.described(inventory)
     if before is None:
         weights.notes.append(
             "how the model was quantized is not known here; topology, include and exclude are only those of this call"

@@ -67,6 +67,15 @@ class Source(ABC):
     def release(self) -> None:
         """Give back the memory of what was read."""
 
+    def exact(self, name: str, turned: bool = False) -> tuple[QuantFormat, ...]:
+        """The formats in which `packed` gives a parameter; none for floats.
+
+        Args:
+            name: the parameter.
+            turned: whether the model stores the weight with the output features last.
+        """
+        return ()
+
     def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
         """The packed rows of a parameter, if the checkpoint has them in this format already; else None."""
         return None
@@ -109,6 +118,29 @@ class TensorFiles(Source):
 
     def read(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
+
+    def exact(self, name: str, turned: bool = False) -> tuple[QuantFormat, ...]:
+        held = [self.quantized.weights.get(key) for key in self._parts(name)] if self.quantized is not None else []
+        if not held or self.quantized is None:
+            return ()
+        shared: tuple[QuantFormat, ...] | None = None
+        for weight in held:
+            upright = weight is not None and (weight.oriented or not turned)
+            formats = weight.kept(self.quantized.files).formats if weight is not None and upright else ()
+            shared = formats if shared is None else tuple(fmt for fmt in shared if fmt in formats)
+        return shared or ()
+
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        return self.blocks(self._parts(name)[0], fmt) if fmt in self.exact(name) else None
+
+    def blocks(self, key: str, fmt: QuantFormat) -> Tensor:
+        """The packed rows of a quantized weight, by its name in the files, in a format that holds it exactly."""
+        assert self.quantized is not None, "only quantized weights have blocks"
+        return self.quantized.blocks(self.quantized.weights[key], fmt)
+
+    def _parts(self, name: str) -> list[str]:
+        """Names of the tensors whose rows are joined to a parameter; none if it is made of them in another way."""
+        return [name] if name in self.tensors else []
 
     def sample(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         key = self._plain(name)

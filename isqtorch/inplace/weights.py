@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape, owner_of, parameter_name, weight_matrix
 from isqtorch.modules.plausible import weight_fault
 from isqtorch.ops.native import NATIVE_DEVICES
+from isqtorch.policy.inventory import Inventory
 
 from .host import open_source
 from .origin import Origin
@@ -99,6 +100,20 @@ class Weights:
         if own.device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if module.is_turned() else weight
+
+    def described(self, inventory: Inventory) -> Inventory:
+        """The inventory with the formats that hold exactly what another program has quantized in the source."""
+        if self.source is None:
+            return inventory
+        exact: dict[str, tuple[str, ...]] = {}
+        for layer in inventory.layers:
+            if layer.packed_as is not None and not exact.get(layer.holder):
+                module, _ = owner_of(self.model, layer.name)
+                turned = isinstance(module, PackedModule) and module.is_turned()
+                found = self.source.exact(parameter_name(self.model, layer.name), turned)
+                exact[layer.holder] = tuple(fmt.name for fmt in found)
+        layers = [replace(layer, stored_as=exact.get(layer.holder, ())) for layer in inventory.layers]
+        return replace(inventory, layers=layers)
 
     def ready(self, names: Sequence[str], fmt: QuantFormat) -> Tensor | None:
         """The packed rows of a weight, if the source has them in this format already; else None.

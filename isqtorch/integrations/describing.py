@@ -110,7 +110,7 @@ def stored_folder(opened: Opened) -> tuple[Any, Inventory]:
         replace(layer, packed_as=str(kept[layer.name].format)) if layer.name in kept and layer.keep is None else layer
         for layer in inventory.layers
     ]
-    return model, replace(inventory, layers=layers)
+    return model, load.described(replace(inventory, layers=layers))
 
 
 def _common_type(found: Checkpoint) -> torch.dtype:

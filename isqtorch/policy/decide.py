@@ -5,7 +5,7 @@ The input is a list of layer descriptions, so a live model (`inventory.py`) and 
 
     1. layers that are never quantized, exclude patterns, and topology entries that leave a layer as it is
     2. include patterns and organization
-    3. the format: that of the topology entry, else the default
+    3. the format: that of the topology entry, else the default; a number of bits keeps what is stored in so many
     4. promotion of embeddings and output heads
     5. the scale type that suits the dtype of the weight
     6. fallback to a format whose block size divides K
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from isqtorch.formats import AUTO, KEEP, QuantFormat, Spec, get_format, mix_name, resolve_format
+from isqtorch.formats import AUTO, KEEP, QuantFormat, Spec, bits_asked, get_format, mix_name, resolve_format
 from isqtorch.modules.packed import FLOAT_DTYPES
 
 from .layers import LayerInfo
@@ -130,6 +130,9 @@ def _decide_one(
     if not_asked is not None:
         return replace(decision, reason=not_asked)
     assert spec is not None and requested is not None, f"{layer.name}: no format and no reason"
+    kept = None if pinned else _kept_as(layer, spec)
+    if kept is not None:
+        return replace(decision, requested=kept.name, format=kept, reason=f"kept: stored as {kept.name}")
 
     wanted, reasons = requested, [given.why] if given is not None and given.why else []
     promoted = False
@@ -150,6 +153,15 @@ def _decide_one(
     return replace(
         decision, format=fmt, reason="; ".join(reasons), promoted=promoted, fell_back=bool(misfit), firm=firm or not fmt
     )
+
+
+def _kept_as(layer: LayerInfo, spec: Spec) -> QuantFormat | None:
+    """The format that holds exactly what the checkpoint has, if a number of bits is asked for, and it has so many.
+
+    No other format of this size is better: it would add its own error to that of the checkpoint.
+    """
+    bits = bits_asked(spec)
+    return next((fmt for fmt in map(get_format, layer.stored_as) if fmt.bits == bits), None)
 
 
 def _reason_never(layer: LayerInfo, request: Request, entry: Entry | None, siblings: set[str]) -> str | None:

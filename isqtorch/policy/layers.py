@@ -38,6 +38,7 @@ class LayerInfo:
     keep: str | None = None
     packed_as: str | None = None  # its format, where the weight is packed already
     block: str | None = None  # experts: the path of their module
+    stored_as: tuple[str, ...] = ()  # formats that hold exactly what another program has quantized it to
 
     @property
     def holder(self) -> str:

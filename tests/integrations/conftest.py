@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from hf import ...`
 
-from hf import MODELS
+from hf import MODELS, load
 from quiet import quiet as quiet  # a fixture
 
 collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
@@ -34,6 +34,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture
 def llama(checkpoints: Callable[[str], Path]) -> Path:
     return checkpoints("llama")
+
+
+@pytest.fixture
+def packed(llama: Path, tmp_path: Path) -> Path:
+    """The folder of a packed model."""
+    from isqtorch import IsqConfig
+
+    load(llama, quantization_config=IsqConfig("q4k")).save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,3 +164,34 @@ def test_a_class_that_transformers_does_not_have_is_refused(tmp_path: Path, caps
     assert main(["quantize", "-m", source, "--isq", "q8_0", "-o", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "is a LlamaForPoetry, and the classes of transformers" in error and "LlamaForSequenceClassification" in error
+
+
+# ---- the model card --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_card_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", "-m", MODEL, "--isq", "q4k", "-o", str(out)]) == 0
+    text = (out / "README.md").read_text(encoding="utf-8")
+    report = isqtorch.load(out).report
+    assert text.startswith("---\nlibrary_name: transformers\n") and "LlamaForCausalLM" in text
+    assert f"{report.bits_per_weight:.2f} bits per weight" in text
+    assert re.search(r"^\| q4k \| \d+ \| 4\.50 \| [\d.]+ MB \| - \|$", text, re.M)
+    assert "isqtorch quantize -m model --isq q4k -o out" in text and f"isqtorch {isqtorch.__version__}, torch " in text
+    assert str(tmp_path) not in text and MODEL not in text  # paths of this machine
+    for program in re.findall(r"```python\n(.*?)```", text, re.S):
+        names: dict[str, Any] = {}
+        exec(program.replace("FOLDER", str(out)), names)
+        assert names["report"].bits_per_weight == report.bits_per_weight
+
+
+def test_another_card_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", "-m", MODEL, "-o", str(out), "--force", "--isq"]
+    assert main([*command, "q4k"]) == 0
+    assert main([*command, "q8_0"]) == 0
+    card = out / "README.md"
+    assert "| q8_0 |" in card.read_text(encoding="utf-8") and "| q4k |" not in card.read_text(encoding="utf-8")
+    card.write_text("# mine", encoding="utf-8")
+    assert main([*command, "q4k"]) == 0
+    assert card.read_text(encoding="utf-8") == "# mine"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .base import StoredMethod
 from .bitsandbytes import BitsAndBytes
@@ -37,13 +37,13 @@ def method_of(entry: Entry) -> StoredMethod:
         raise ValueError(
             "the quantization_config of the checkpoint has no quant_method, so it does not say what reads it"
         )
-    reader = _READERS.get(name)
-    if reader is None:
+    method = METHODS.get(name)
+    if method is None:
         raise NotImplementedError(
-            f"the checkpoint is quantized by {name[:80]!r}, which is not read here. Known methods are {', '.join(_READERS)}. Use a "
+            f"the checkpoint is quantized by {name[:80]!r}, which is not read here. Known methods are {', '.join(METHODS)}. Use a "
             "checkpoint of floats, or one of these methods."
         )
-    return reader(entry)
+    return method.reader(entry)
 
 
 def _fp8(entry: Entry) -> StoredMethod:
@@ -71,18 +71,53 @@ def _block(entry: Entry) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-_READERS: dict[str, Callable[[Entry], StoredMethod]] = {
-    "fp8": _fp8,
-    "fbgemm_fp8": _fp8,
-    "mxfp8": _fp8,
-    "mxfp4": lambda entry: Mxfp4(),
-    "compressed-tensors": CompressedTensors,
-    "gptq": Gptq,
-    "awq": Awq,
-    "bitsandbytes": lambda entry: BitsAndBytes(),
-    "hqq": lambda entry: Hqq(),
-    "modelopt": ModelOpt,
-    "torchao": lambda entry: TorchAo(),
-    "auto-round": _auto_round,
-    "intel/auto-round": _auto_round,
+class Method(NamedTuple):
+    """A value of `quant_method` that is read.
+
+    Attributes:
+        reader: makes the method of an entry.
+        reads: what of it is read, for the documentation.
+        held: the formats that hold it exactly, for the documentation.
+    """
+
+    reader: Callable[[Entry], StoredMethod]
+    reads: str
+    held: str
+
+
+_FP8 = Method(
+    _fp8,
+    "FP8 with one scale, a scale for each row, or blocks of any size, also ragged ones",
+    "`fp8`, if 128 divides the columns and 128 columns of a row share a scale",
+)
+_AUTO_ROUND = Method(_auto_round, "`auto_round:auto_gptq`, `auto_round:auto_awq`", "as GPTQ and AWQ")
+METHODS = {
+    "fp8": _FP8,
+    "fbgemm_fp8": _FP8,
+    "mxfp8": _FP8,
+    "mxfp4": Method(lambda entry: Mxfp4(), "the experts of gpt-oss", "`mxfp4`"),
+    "compressed-tensors": Method(
+        CompressedTensors,
+        "`pack-quantized`, `int-quantized`, `float-quantized`, `naive-quantized`, `mxfp4-`, `mxfp8-` and `nvfp4-`",
+        "`hqq4`, `hqq8`, `fp8`, `mxfp4`; NVFP4 and MXFP8 are packed anew",
+    ),
+    "gptq": Method(
+        Gptq,
+        "2, 3, 4 and 8 bits, also act-order; `gptq` and `gptq_v2`",
+        "`hqq4`, `hqq8`; act-order is packed anew",
+    ),
+    "awq": Method(Awq, "`gemm`", "`hqq4`"),
+    "hqq": Method(lambda entry: Hqq(), "1 to 8 bits, both axes", "`hqq4`, `hqq8`; axis 0 is packed anew"),
+    "bitsandbytes": Method(
+        lambda entry: BitsAndBytes(), "nf4, fp4, int8, also with double quantization", "packed anew"
+    ),
+    "modelopt": Method(ModelOpt, "FP8, NVFP4", "`fp8`; NVFP4 is packed anew"),
+    "torchao": Method(
+        lambda entry: TorchAo(),
+        "safetensors with a byte for each code: `Float8Tensor`, `Int8Tensor`, `IntxUnpackedToInt8Tensor`",
+        "`fp8`, `hqq8`",
+    ),
+    "auto-round": _AUTO_ROUND,
+    "intel/auto-round": _AUTO_ROUND,
 }
+"""All methods, by `quant_method`, in the order of the documentation."""

@@ -87,6 +87,8 @@ def assemble(
     inventory, stored = _as_stored(describe_unloaded(model, {"": str(device)}), model, incoming)
     prepared = _prepare(inventory, stored, request)
     jobs = {} if prepared is None else {name: job for job in prepared.jobs for name in job.names}
+    for job in [] if prepared is None else prepared.jobs:
+        job.added.wanted = job.names[0] in stored and not stored[job.names[0]].held.is_float()
     for message in [] if prepared is None else prepared.warnings:
         warnings.warn(message, stacklevel=3)
     parents = parents_of(model)
@@ -144,7 +146,9 @@ def _as_stored(inventory: Inventory, model: Any, incoming: Incoming) -> tuple[In
                 stored[layer.name] = _Stored(tuple(names), key, held)
         held = stored[layer.holder].held if layer.holder in stored else None
         takes = held is not None and held.fmt is not None and layer.kind != "other" and layer.keep is None
-        layers.append(replace(layer, packed_as=held.fmt.name) if takes and held and held.fmt else layer)
+        if takes and held is not None and held.fmt is not None:
+            layer = replace(layer, packed_as=held.fmt.name, stored_as=(held.fmt.name,))
+        layers.append(layer)
     return replace(inventory, layers=_experts_together(layers, stored)), stored
 
 
@@ -165,7 +169,7 @@ def _experts_together(layers: Sequence[LayerInfo], stored: dict[str, _Stored]) -
             continue
         held = Held(note=f"decoded, because {other} of the same experts is float in the file")
         stored[layer.name] = replace(stored[layer.name], held=held)
-        together.append(replace(layer, packed_as=None))
+        together.append(replace(layer, packed_as=None, stored_as=()))
     return together
 
 

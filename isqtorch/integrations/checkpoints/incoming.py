@@ -49,6 +49,10 @@ class Incoming(Source):
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def exact(self, name: str, turned: bool = False) -> tuple[QuantFormat, ...]:
+        held = self.held(name)
+        return () if held is None or held.fmt is None else (held.fmt,)
+
     def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
         held = self.held(name)
         return self.blocks(name) if held is not None and held.fmt is fmt else None

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 from isqtorch.inplace.pack import Job, pack_weight
 from isqtorch.modules import QuantExperts
 
-from .source import AsFloat
+from .source import AsFloat, keeps_rows
 
 Matrix = Callable[[], "Tensor | None"]
 """Reads a matrix; returns None if it belongs to another rank."""
@@ -88,7 +88,7 @@ class ExpertsConverter(FloatConverter):
             return super().convert(layer_name, model=model, hf_quantizer=hf_quantizer, **context)
         assert quantizer is not None, "checked above"
         sources = [[_reader(entry) for entry in self.collected_tensors.pop(key, [])] for key in self.source_patterns]
-        if all(_joins(operation) for operation in self.operations):
+        if all(keeps_rows(operation) for operation in self.operations):
             if all(type(operation) is Concatenate for operation in self.operations):  # of stacks, as in Step 3.7
                 sources = [[matrix for read in part for matrix in _matrices(read)] for part in sources]
             return {layer_name: quantizer.pack_experts(model, layer_name, sources)}
@@ -166,21 +166,9 @@ def replaced(converters: Iterable[Any]) -> list[Any]:
 
 def _replacement(converter: Any) -> Any:
     turns = [type(operation) for operation in converter.operations] == [Transpose]
-    joins = all(_joins(operation) for operation in converter.operations)
+    joins = all(keeps_rows(operation) for operation in converter.operations)
     experts = (joins or turns) and len(converter.target_patterns) == 1
     return (ExpertsConverter if experts else FloatConverter).of(converter)
-
-
-def is_joined(converter: Any) -> bool:
-    """Whether a converter of the loader only joins matrices, so that the rows of each stay as they are."""
-    return len(converter.target_patterns) == 1 and all(map(_joins, converter.operations))
-
-
-def _joins(operation: Any) -> bool:
-    """Whether an operation only stacks matrices, or only concatenates them along the rows."""
-    if type(operation) is MergeModulelist:
-        return bool(operation.dim == 0)
-    return type(operation) is Concatenate and operation.dim == 1
 
 
 def _matrices(read: Matrix) -> list[Matrix]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from isqtorch.formats import KEEP, get_format, mix_name
+from isqtorch.formats import get_format
 from isqtorch.inplace.dequantize import dequantize_
 from isqtorch.inplace.origin import Origin
 from isqtorch.inplace.pack import Job, naming_memory, pack_weight
@@ -94,7 +94,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self._load: _Load | None = None
         self._files = MappedFiles([])  # of the checkpoint that is loaded
         self._unchecked: nn.Module | None = None  # a model that may still be sharded over processes
-        self.stored: dict[str, Any] | None = None  # the quantization_config of a checkpoint by another program
+        # The quantization_config of a checkpoint by another program, and how the user renames its tensors:
+        self.stored: dict[str, Any] | None = None
+        self.key_mapping: Mapping[str, str] | None = None
 
     # ---- before the weights ------------------------------------------------------------------------------------------
 
@@ -115,8 +117,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         check_fully_sharded(model)
-        config = self.quantization_config
-        self._unchecked = model
+        config, self._unchecked = self.quantization_config, model
         files = [os.path.abspath(file) for file in checkpoint_files or [] if file.endswith(".safetensors")]
         self._files = MappedFiles(files)
         if self.pre_quantized:
@@ -125,21 +126,20 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             restore_activations(model, config.activations)
             return
         with torch.device("cpu"):  # transformers makes meta the default device here
-            stored = None if self.stored is None else StoredLoad.open(model, self.stored, files)
+            stored = None if self.stored is None else StoredLoad.open(model, self.stored, files, self.key_mapping)
         inventory, request, choice = describe_unloaded(model, device_map), config.request(), None
         if config.measuring is not None:
             request = config.measuring.auto.smallest()
         elif config.budget() is not None:
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
-        elif stored is not None and mix_name(request.fmt) == KEEP:
-            request = replace(request, assigned=stored.assigned(inventory))
+        elif stored is not None:
+            inventory, request = stored.settled(inventory, request)
         prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), dict[str, Tensor]()
         if config.feeds:
             prepared, ready = feed_while_loading(model, config.options, prepared, files)
         if stored is not None:
             stored.quantized.dropping(self._files.consume)
-            if config.measuring is None:
-                stored.keep(prepared.jobs)
+            stored.keep(prepared.jobs if config.measuring is None else ())
         for message in prepared.warnings:
             warnings.warn(message, stacklevel=2)
         jobs, parents = {}, parents_of(model)

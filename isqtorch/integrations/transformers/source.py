@@ -8,7 +8,7 @@ changes; test_transformers_requantize.py notices.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
+from isqtorch.formats import QuantFormat
 from isqtorch.inplace.source import TensorFiles
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import float_shape, matrices, upright
@@ -50,9 +53,32 @@ class ConvertedSource(TensorFiles):
         group = self._groups[first]
         if group.converter is None:
             return self._laid_out(name, group.collected[-1][1])
+        return self._converted(name, self.tensor)
+
+    def packed(self, name: str, fmt: QuantFormat) -> Tensor | None:
+        if fmt not in self.exact(name):
+            return None
+        group = self._groups[self._first[name]]
+        if group.converter is None:
+            return self.blocks(group.collected[-1][1], fmt)
+        return self._converted(name, lambda key: self.blocks(key, fmt))
+
+    def _parts(self, name: str) -> list[str]:
+        group = self._groups.get(self._first.get(name, ""))
+        if group is None:
+            return []
+        if group.converter is None:
+            return [group.collected[-1][1]]
+        return [key for _, key in group.collected] if is_joined(group.converter) else []
+
+    def _converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+        """A parameter that the loader makes of several tensors, of floats or of packed rows."""
+        first = self._first[name]
+        group = self._groups[first]
         converter = copy.deepcopy(group.converter)
+        assert converter is not None, "it is only renamed"
         for pattern, key in group.collected:
-            converter.add_tensor(first, key, pattern, partial(self.tensor, key))
+            converter.add_tensor(first, key, pattern, partial(read, key))
         try:
             converted = converter.convert(first, model=self._model, config=self._model.config)
         except (
@@ -123,6 +149,18 @@ def is_turned(module: Any, leaf: str = "weight") -> bool:
         return False
     probe = torch.empty(tuple(range(1, parameter.dim() + 1)), device="meta")
     return upright(module, probe).shape != probe.shape
+
+
+def is_joined(converter: Any) -> bool:
+    """Whether a converter of the loader only joins matrices, so that the rows of each stay as they are."""
+    return len(converter.target_patterns) == 1 and all(map(keeps_rows, converter.operations))
+
+
+def keeps_rows(operation: Any) -> bool:
+    """Whether an operation only stacks matrices, or only concatenates them along the rows."""
+    if type(operation) is MergeModulelist:
+        return bool(operation.dim == 0)
+    return type(operation) is Concatenate and operation.dim == 1
 
 
 class AsFloat:

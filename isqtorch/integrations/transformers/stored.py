@@ -11,10 +11,12 @@ notices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,12 +32,11 @@ from isqtorch.inplace.stored import QuantizedFiles
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules.convert import matrices, parameter_name
 from isqtorch.policy.inventory import Inventory
-from isqtorch.policy.request import Assigned
+from isqtorch.policy.request import Assigned, Request
 from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
-from .experts import is_joined
-from .source import Group, grouped, is_turned
+from .source import Group, grouped, is_joined, is_turned
 
 _KEPT = "the blocks of the checkpoint, not rounded again"
 
@@ -82,13 +83,20 @@ class StoredLoad:
     kept: dict[str, Job] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: Any, entry: Mapping[str, Any], files: Sequence[str]) -> StoredLoad:
+    def open(
+        cls,
+        model: Any,
+        entry: Mapping[str, Any],
+        files: Sequence[str],
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> StoredLoad:
         """Read the headers of a checkpoint.
 
         Args:
             model: the model before any layer is packed.
             entry: the `quantization_config` of the checkpoint.
             files: its safetensors files.
+            key_mapping: as the user gave it to `from_pretrained`.
 
         Raises:
             ValueError: the files are of another kind, or damaged.
@@ -104,7 +112,7 @@ class StoredLoad:
             quantized = QuantizedFiles(TensorStore([Path(file) for file in files]), entry)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"IsqConfig: {error}") from None
-        groups, first = grouped(model, quantized.tensors(), get_model_conversion_mapping(model))
+        groups, first = grouped(model, quantized.tensors(), get_model_conversion_mapping(model, key_mapping))
         holdings = {}
         for name in first:
             weights = [quantized.weights.get(key) for _, key in groups[first[name]].collected]
@@ -129,18 +137,35 @@ class StoredLoad:
                 given[layer.name] = Assigned(holding.instead.name, f"{holding.why}: the next better format")
         return given
 
+    def settled(self, inventory: Inventory, request: Request) -> tuple[Inventory, Request]:
+        """The inventory with the formats that hold exactly what the checkpoint has, and the request with those of "keep"."""
+        inventory = self.described(inventory)
+        if mix_name(request.fmt) == KEEP:
+            request = replace(request, assigned=self.assigned(inventory))
+        return inventory, request
+
+    def described(self, inventory: Inventory) -> Inventory:
+        """The inventory with the formats that hold exactly what the checkpoint has."""
+        held = self._held(inventory)
+        exact = {name: tuple(fmt.name for fmt in holding.formats) for name, holding in held.items()}
+        layers = [replace(layer, stored_as=exact.get(layer.holder, ())) for layer in inventory.layers]
+        return replace(inventory, layers=layers)
+
     def keep(self, jobs: Sequence[Job]) -> None:
         """Choose the weights that are taken over as they are: those that get the format which holds them exactly."""
         for job in jobs:
             names = [parameter_name(self.model, name) for name in job.names]
             if any(name in self.holdings and job.fmt in self.holdings[name].formats for name in names):
                 self.kept |= dict.fromkeys(names, job)
+            elif any(name in self.holdings for name in names):
+                job.added.wanted = True
 
     def explain(self, report: QuantReport, inventory: Inventory) -> None:
         """Add to a report what the checkpoint had."""
         held = self._held(inventory)
         kept = anew = 0
         methods = []
+        added: list[float | None] = []
         for row in report.layers:
             holding = held.get(row.tied_to or row.name)
             if holding is None:
@@ -151,6 +176,7 @@ class StoredLoad:
                 kept += row.tied_to is None
             elif row.stored is not None:
                 told = f"decoded from {holding.what} and packed anew"
+                added.append(row.error)
                 anew += row.tied_to is None
             else:
                 told = f"decoded from {holding.what}"
@@ -158,7 +184,8 @@ class StoredLoad:
         if methods:
             note = f"the checkpoint is quantized already, by {', '.join(dict.fromkeys(methods))}: {kept} weights are taken over as they are"
             if anew:
-                note += f", {anew} are packed anew, and the errors of both add up"
+                most = max((error for error in added if error is not None), default=0.0)
+                note += f", {anew} are packed anew, which adds an error of up to {100 * most:.2g} % (column error)"
             report.notes.append(note)
 
     def _held(self, inventory: Inventory) -> dict[str, Holding]:
@@ -314,6 +341,7 @@ def _quantizer(original: Any) -> Any:
         found = original(config, quantization_config, *args, **options)
         if entry is not None:
             found[0].stored = entry
+            found[0].key_mapping = _key_mapping(sys._getframe(1))
         elif isinstance(quantization_config, IsqConfig) and mix_name(quantization_config.isq) == KEEP:
             if quantization_config.layers is None:
                 raise ValueError(
@@ -323,6 +351,15 @@ def _quantizer(original: Any) -> Any:
         return found
 
     return get_hf_quantizer
+
+
+def _key_mapping(caller: FrameType) -> Mapping[str, str] | None:
+    """The argument `key_mapping` of `from_pretrained`, which transformers gives to no function before the weights are read.
+
+    This breaks if transformers renames its variable; test_stored_bits.py notices.
+    """
+    found: Mapping[str, str] | None = caller.f_locals.get("key_mapping")
+    return found
 
 
 def _converted(original: Any) -> Any:
