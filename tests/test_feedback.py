@@ -151,6 +151,15 @@ def test_blocks_are_as_the_format_wants_them(fmt: QuantFormat) -> None:
         torch.testing.assert_close(fields["s"].float(), d * fields["q"].sum(1), rtol=2e-3, atol=1e-3)
 
 
+@every_variant
+def test_codes_are_listed_in_the_order_of_the_weights(fmt: QuantFormat) -> None:
+    fields = fmt.unpack(ops.quantize(weights(8, columns_for(fmt)), fmt.name).view(-1, fmt.block_bytes))
+    levels = torch.stack([fmt.decode({**fields, "q": torch.full_like(fields["q"], code)}) for code in fmt.codes])
+    steps = levels.diff(dim=0)
+    assert bool(((steps >= 0).all(dim=0) | (steps <= 0).all(dim=0)).all())
+    assert len(set(fmt.codes)) == len(fmt.codes) >= (1 << fmt.bits) - 3
+
+
 def test_the_same_codes_as_by_the_inverse() -> None:
     """The usual form of the method, with the Cholesky factor of the inverse, which changes the weights as it goes."""
     fmt = get_format("q4k")
