@@ -248,16 +248,18 @@ def _captured_as(
     hidden: list[Tensor] = []
     calls: list[_Call] = []
     last: list[Tensor] = []
+    run: list[int] = []  # the layers that have been called in this window
 
     def forward(number: int, states: Tensor, call: _Call) -> Any:
         if number == 0:
             hidden.append(states.detach().clone())
-            last[:] = [states]
+            last[:], run[:] = [states], []
+        if number != len(run):
+            raise Misfit("its layers do not follow each other")
+        run.append(number)
         if len(hidden) == 1:
-            if number != len(calls):
-                raise Misfit("its layers do not follow each other")
             calls.append(call)
-        elif number >= len(calls) or not _same(calls[number], call):
+        elif not _same(calls[number], call):
             raise Misfit("its layers are called in another way for each window")
         if states is not last[0]:
             raise Misfit("it changes the hidden states between its layers")
