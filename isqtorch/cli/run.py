@@ -9,7 +9,9 @@
 
 Without --prompt it is a chat if standard input is a terminal; otherwise all of standard input is one prompt. In a chat,
 Ctrl-C ends a reply, and Ctrl-D or /exit ends the chat. /clear forgets what was said. /re_isq q8_0 changes the format of
-the model; /re_isq q8_0 stored starts from the quantized weights instead of the checkpoint. /help lists the commands.
+the model; /re_isq q8_0 stored starts from the quantized weights instead of the checkpoint. /imatrix collects importance
+from the chat: the next /re_isq uses it, and /imatrix FILE writes it. /help lists the commands. At a terminal the arrow
+keys edit the line and bring back earlier ones, and Tab completes a command; nothing of that is written to disk.
 The text goes to standard output, everything else to standard error.
 
 A base model has no chat template: it continues what you write, and remembers nothing.
@@ -30,9 +32,19 @@ from ._common import add_auto, add_device, add_importance, add_isq, add_json, ad
 if TYPE_CHECKING:
     from isqtorch.app.chat import Conversation, Reply, Stop
     from isqtorch.app.model import LoadedModel
+    from isqtorch.importance.calibration import Calibration
+    from isqtorch.report.report import QuantReport
 
 HELP = "chat with a model, or continue a prompt"
-_HELP = "/exit (or Ctrl-D) ends, /clear forgets what was said, /re_isq FORMAT [SOURCE] changes the format, Ctrl-C ends a reply"
+_HELP = "/help lists the commands; Ctrl-C ends a reply, Ctrl-D the chat"
+_COMMANDS = {
+    "/clear": "forget what was said",
+    "/re_isq FORMAT [SOURCE]": "change the format; with /imatrix before, by what it has collected",
+    "/imatrix": "collect importance from what is said from now on",
+    "/imatrix FILE": "write what was collected so far",
+    "/help": "this list",
+    "/exit": "end the chat, like Ctrl-D",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +116,9 @@ def _check(args: argparse.Namespace) -> str | None:
 def _chat(conversation: Conversation) -> int:
     """Messages and commands, line by line, until the input ends."""
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # line editing and history for input()
+        _edit_lines()
         _note(_HELP)
+    watch = _Watch(conversation.loaded)
     replies: list[Reply] = []
     while True:
         try:
@@ -118,14 +130,92 @@ def _chat(conversation: Conversation) -> int:
             break
         try:
             if line.startswith("/"):
-                _command(conversation, line)
+                _command(conversation, watch, line)
             elif line:
                 replies.append(_reply(conversation, line))
         except (ValueError, OSError) as error:  # the line is wrong or too long; the chat goes on
             _note(" ".join(str(error).split()))
+    watch.end()
     if replies:
         _note(_speed(replies))
     return 0
+
+
+def _edit_lines() -> None:
+    """Let `input` edit lines, remember them, and complete commands, where Python has readline."""
+    try:
+        import readline
+    except ImportError:  # it is optional in Python
+        return
+    names = sorted({command.partition(" ")[0] for command in _COMMANDS})
+
+    def complete(text: str, state: int) -> str | None:
+        found = [name for name in names if text and name.startswith(text)]
+        return found[state] if state < len(found) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")  # else a command would begin behind its slash
+    libedit = "libedit" in (readline.__doc__ or "")  # on a Mac
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+class _Watch:
+    """The collection of importance from a chat; it begins with the first /imatrix."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._running: contextlib.ExitStack | None = None
+        self._imatrix: Calibration | None = None
+
+    def begin(self) -> None:
+        """Watch the layers from now on."""
+        from isqtorch.importance.calibration import calibrate
+
+        if self._running is not None:
+            raise ValueError("importance is being collected already; /imatrix FILE writes it, /re_isq FORMAT uses it")
+        with contextlib.ExitStack() as stack:
+            self._imatrix = stack.enter_context(calibrate(self._loaded.model))
+            self._running = stack.pop_all()
+        _note("collecting importance")
+
+    def save(self, path: str) -> None:
+        """Write what was collected so far."""
+        im = self._collected()
+        im.save(path)
+        _note(f"wrote {path}: importance of {im.tokens} tokens")
+
+    def requantize(self, isq: str, source: str | None) -> QuantReport:
+        """Change the format, by what was collected if there is anything; this ends the collection."""
+        options = self._loaded.options
+        if self._running is None:
+            return self._loaded.requantize(isq, source)
+        self._loaded.check(isq)
+        im, before = self._collected(), options.get("imatrix")
+        self.end()
+        options["imatrix"] = im
+        try:
+            report = self._loaded.requantize(isq, source)
+        except BaseException:
+            options["imatrix"] = before
+            raise
+        _note(f"with the importance of {im.tokens} tokens of this chat")
+        return report
+
+    def end(self) -> None:
+        """Stop watching."""
+        running, self._running = self._running, None
+        if running is not None:
+            with contextlib.suppress(ValueError):  # that nothing ran; `_collected` says it to who wants the numbers
+                running.close()
+
+    def _collected(self) -> Calibration:
+        if self._imatrix is None:
+            raise ValueError("nothing has been collected: /imatrix begins")
+        if not self._imatrix.tokens:
+            raise ValueError("nothing was said since /imatrix: there is nothing to use")
+        if self._running is not None:
+            self._imatrix.refresh()
+        return self._imatrix
 
 
 def _read() -> str | None:
@@ -140,17 +230,23 @@ def _read() -> str | None:
         return None
 
 
-def _command(conversation: Conversation, line: str) -> None:
+def _command(conversation: Conversation, watch: _Watch, line: str) -> None:
     name, _, argument = line.partition(" ")
     if name == "/clear":
         conversation.clear()
         _note("forgotten")
     elif name == "/re_isq" and argument.strip():
         isq, _, source = argument.strip().partition(" ")
-        report = conversation.loaded.requantize(isq, source.strip() or None)
+        report = watch.requantize(isq, source.strip() or None)
         _note("; ".join(report.summary()))
+    elif name == "/imatrix":
+        if argument.strip():
+            watch.save(argument.strip())
+        else:
+            watch.begin()
     elif name == "/help":
-        _note(_HELP)
+        for command, meaning in _COMMANDS.items():
+            _note(f"{command}: {meaning}")
     else:
         raise ValueError(f"{line!r} is not a command. {_HELP}")
 

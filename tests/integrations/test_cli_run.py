@@ -92,6 +92,38 @@ def test_standard_input_is_the_prompt(
     assert piped["text"] == reply(capsys, "-m", packed, "--max-new-tokens", "6", "--prompt", PROMPT)["text"]
 
 
+def test_piped_text_that_begins_with_a_slash_is_text(
+    packed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("/exit", "/help me to open files\n/clear"):
+        lines(monkeypatch, text + "\n")
+        piped = reply(capsys, "-m", packed, "--max-new-tokens", "6")
+        assert piped["text"] == reply(capsys, "-m", packed, "--max-new-tokens", "6", "--prompt", text)["text"]
+        assert piped["prompt_tokens"] > 1
+
+
+def test_importance_from_a_chat(
+    chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/imatrix collects, writes, and is used by the next change of the format."""
+    import isqtorch
+
+    file = tmp_path / "chat.gguf"
+    said = [
+        f"/imatrix {file}", "/imatrix", "/imatrix", f"/imatrix {file}", "hello", f"/imatrix {file}", "/re_isq nonsense",
+        "/re_isq q2k", "hello", "/re_isq q3k", "/help",
+    ]  # fmt: skip
+    lines(monkeypatch, "\n".join(said))
+    assert main(["run", "-m", chat_model, "--isq", "8", "--interactive", "--max-new-tokens", "12"]) == 0
+    err = capsys.readouterr().err
+    assert "nothing has been collected: /imatrix begins" in err and "collected already" in err
+    assert "nothing was said since /imatrix" in err and "unknown format 'nonsense'" in err
+    assert err.count("tokens of this chat") == 1 and err.count("57 of 57 weights quantized") == 2
+    assert "/imatrix FILE: write what was collected so far" in err
+    im = isqtorch.read_imatrix(file)
+    assert len(im) > 50 and f"wrote {file}" in err
+
+
 def test_sampling(packed: str, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("-m", packed, "--prompt", PROMPT, "--max-new-tokens", "12")
     hot = [reply(capsys, *few, "--temperature", "1.5", "--seed", seed)["text"] for seed in ("1", "1", "2")]
@@ -235,6 +267,12 @@ def test_ctrl_c_ends_the_reply_and_eof_the_chat(packed: str) -> None:
         process.send_signal(signal.SIGINT)
 
     try:
+        until("> ")
+        os.write(terminal, b"/he\t\n")  # Tab completes a command
+        until("/exit: end the chat")
+        until("> ")
+        os.write(terminal, b"\x10\n")  # Ctrl-P, the key above: the line before
+        until("/exit: end the chat")
         until("> ")
         os.write(terminal, b"The function returns\n")
         until("\n")

@@ -272,6 +272,44 @@ def test_an_error_ends_its_own_reply_only(demo: Any) -> None:
     assert len(bad.tokens) == 3
 
 
+def test_a_step_that_fails_ends_its_replies_and_nothing_else(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if memory had run out in a step, and in joining a batch."""
+    scheduler = scheduler_of(demo)
+    step, join = Stepper.step, Batch.join
+
+    def failing(self: Stepper, batch: Batch, tokens: list[int]) -> torch.Tensor:
+        if len(tokens) == 2:
+            raise MemoryError("no memory for a step")
+        return step(self, batch, tokens)
+
+    monkeypatch.setattr(Stepper, "step", failing)
+    both = [Asked(scheduler, ids, 900) for ids in ([5, 6, 7], [5, 6, 8])]
+    for one in both:
+        with pytest.raises(MemoryError, match="a step"):
+            one.result()
+    monkeypatch.setattr(Stepper, "step", step)
+
+    def full(self: Batch, cache: Any) -> None:
+        raise MemoryError("no memory for a batch")
+
+    monkeypatch.setattr(Batch, "join", full)
+    first = Asked(scheduler, [5, 6, 7], 30)
+    assert first.begun.wait(60)
+    second = Asked(scheduler, [5, 6, 8], 30)
+    with pytest.raises(MemoryError, match="a batch"):
+        second.result()
+    monkeypatch.setattr(Batch, "join", join)
+    assert len(first.result()) == 30 and scheduler.running == 0
+    assert len(Asked(scheduler, [5, 6, 7], 3).result()) == 3
+
+    class Gone(Asked):
+        def _done(self, error: Exception | None) -> None:
+            raise RuntimeError("Event loop is closed")
+
+    Gone(scheduler, [5, 6], 2)
+    assert len(Asked(scheduler, [5, 6, 7], 3).result()) == 3
+
+
 @pytest.mark.parametrize("most", [8, 1])
 def test_beams_and_log_probabilities(demo: Any, most: int) -> None:
     """Alone and in a batch: beam search is always alone; the log probabilities are the model's."""

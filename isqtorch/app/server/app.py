@@ -1,5 +1,6 @@
 """The application: routes and error handlers.
 
+GET  /                                          a page to try the model in a browser
 GET  /health  /metrics  /v1/models  /v1/models/{id}
 POST /v1/chat/completions  /v1/completions  /v1/responses  /v1/embeddings      OpenAI's API, including streaming
 POST /tokenize  /detokenize                     as vLLM and llama.cpp have them
@@ -30,6 +31,7 @@ from .embeddings import Embeddings
 from .handlers import Chat, Completions, check_template, rendered
 from .live import Live, check_apply, check_nothing
 from .memory import release_memory
+from .page import Page
 from .reach import Reach
 from .responses import Responses
 from .served import ApiError, GenerationError, Served
@@ -51,6 +53,7 @@ class Api:
 
     def routes(self) -> list[Route]:
         return [
+            Route("/", Page().__call__),
             Route("/health", self.health),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
@@ -89,6 +92,7 @@ class Api:
             "created": self.created,
             "owned_by": "isqtorch",
             "isq": loaded.isq,
+            "chat": bool(loaded.tokenizer.chat_template),
             "context_length": self.served.context,
         }
 

@@ -73,7 +73,8 @@ class Connection:
         self._requests += counted
         try:
             try:
-                self.reach.check(scope["headers"])
+                # a browser sends no key with its first request; the page holds nothing that a key protects
+                self.reach.check(scope["headers"], keyed=counted == 1 or scope["path"] != "/")
                 if counted and self._requests > MAX_REQUESTS:
                     raise Refusal(503, f"{MAX_REQUESTS} requests are waiting already; try again later")
                 body = await self._body(scope["headers"], receive, held)

@@ -123,19 +123,20 @@ class Batch:
 
     def join(self, cache: DynamicCache) -> None:
         """Add the only row of another cache as the last row."""
-        own, other = self.columns, columns_of(cache)
-        self.columns = max(own, other)
+        other = columns_of(cache)
+        columns = max(self.columns, other)
+        joined = []  # all is made before anything is changed: memory may run out
         for mine, new in zip(self.cache.layers, cache.layers, strict=True):
-            if not _holds(mine):
-                continue
-            window = getattr(mine, "sliding_window", None)
-            held = self.columns if window is None else min(self.columns, window - 1)
-            mine.replace(
-                torch.cat([_widened(mine.keys, held), _widened(new.keys, held)]),
-                torch.cat([_widened(mine.values, held), _widened(new.values, held)]),
-            )
-            if window is not None:
-                mine.cumulative_length = self.columns
+            if _holds(mine):
+                window = getattr(mine, "sliding_window", None)
+                held = columns if window is None else min(columns, window - 1)
+                keys = torch.cat([_widened(mine.keys, held), _widened(new.keys, held)])
+                joined.append((mine, keys, torch.cat([_widened(mine.values, held), _widened(new.values, held)])))
+        for layer, keys, values in joined:
+            layer.replace(keys, values)
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = columns
+        self.columns = columns
         self.tokens.append(other)
 
     def keep(self, rows: list[int]) -> None:

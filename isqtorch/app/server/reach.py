@@ -66,8 +66,8 @@ class Reach:
         """Whether only this machine can connect."""
         return self.address.is_loopback
 
-    def check(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Refuse a request by its headers.
+    def check(self, headers: Sequence[tuple[bytes, bytes]], keyed: bool = True) -> None:
+        """Refuse a request by its headers; `keyed`: it needs the key, if there is one.
 
         Raises:
             Refusal: 400 for a malformed header, 403 for a foreign name or web page, 401 without the key.
@@ -81,7 +81,7 @@ class Reach:
         site = _single(headers, b"sec-fetch-site")  # browsers say it where they send no Origin, too
         if site not in (None, "none", "same-origin"):
             raise Refusal(403, "requests of web pages from elsewhere are not served")
-        if self._key is not None:
+        if keyed and self._key is not None:
             scheme, _, key = (_single(headers, b"authorization") or "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):
                 raise Refusal(401, "this server needs its API key: send the header 'Authorization: Bearer KEY'")

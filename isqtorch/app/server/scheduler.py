@@ -134,7 +134,10 @@ class Scheduler:
             with torch.inference_mode():
                 self._read()
                 for group in list(self._running):
-                    self._step(group)
+                    try:
+                        self._step(group)
+                    except Exception as error:  # out of memory, for example: these replies cannot go on
+                        self._give_up(group, error)
 
     # ---- the queue ---------------------------------------------------------------------------------------------------
 
@@ -256,13 +259,7 @@ class Scheduler:
         self._drop_finished(group)
         if not group.rows:
             return
-        try:
-            scores = self._stepper.step(group.batch, [row.last for row in group.rows])
-        except Exception as error:  # out of memory, for example: these replies cannot go on
-            for row in group.rows:
-                self._end(row.job, error)
-            self._running.remove(group)
-            return
+        scores = self._stepper.step(group.batch, [row.last for row in group.rows])
         failed = self._choose(group.rows, scores)
         self.measures.stepped(len(group.rows))
         for row in group.rows:
@@ -291,24 +288,40 @@ class Scheduler:
         else:
             self._running.remove(group)
 
+    def _give_up(self, group: _Running, error: Exception) -> None:
+        """End the replies of a group that have not ended yet."""
+        for row in group.rows:
+            if not row.finished:
+                self._end(row.job, error)
+        if group in self._running:
+            self._running.remove(group)
+
     def _end(self, job: Job, error: Exception | None) -> None:
         if error is None and not job.ended():
             try:
                 job.streamer.end()
             except Exception as late:
                 error = late
+        self._done(job, error)
+
+    def _done(self, job: Job, error: Exception | None) -> None:
         self.measures.ended(job.streamer.total_tokens, error is not None)
-        job.done(error)
+        try:
+            job.done(error)
+        except RuntimeError:  # the event loop is closed: the server has ended
+            pass
 
     # ---- alone -------------------------------------------------------------------------------------------------------
 
     def _generate_alone(self, job: Job) -> None:
         """A reply by `generate`."""
         model, began = self._model(), time.monotonic()
-        watch = Watch()
+        watches: list[Any] = []
         streamer = job.streamer
         wanted = job.chances
         if wanted is not None:
+            watch = Watch()
+            watches.append(watch)
             streamer.watch(lambda token: watch.chances(token, wanted))
         if job.seed is not None:
             torch.manual_seed(job.seed)
@@ -324,7 +337,7 @@ class Scheduler:
                 generation_config=job.config,
                 streamer=None if in_beams else streamer,
                 stopping_criteria=[ended],
-                logits_processor=LogitsProcessorList([watch, *(rule() for rule in job.rules)]),
+                logits_processor=LogitsProcessorList([*watches, *(rule() for rule in job.rules)]),
             )
             if in_beams:
                 prompt = len(job.ids)
@@ -336,5 +349,4 @@ class Scheduler:
         if len(job.ids) > _LONG:
             release_memory()
         self.measures.began(len(job.ids), began - job.arrived)
-        self.measures.ended(streamer.total_tokens, error is not None)
-        job.done(error)
+        self._done(job, error)
