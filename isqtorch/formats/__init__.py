@@ -2,11 +2,12 @@
 
 from . import ggml, kquants, codebook, affine, hqq, fp8  # isort: skip  # in the order in which formats are listed
 from .base import Fields, Part, QuantFormat, formats, get_format, mix_name, register
-from .choices import AUTO, KEEP, Spec, repacked_as, resolve_format
+from .choices import AUTO, KEEP, SLACK, Spec, number_of_bits, repacked_as, resolve_format
 
 __all__ = [
     "AUTO",
     "KEEP",
+    "SLACK",
     "Fields",
     "Part",
     "QuantFormat",
@@ -14,6 +15,7 @@ __all__ = [
     "formats",
     "get_format",
     "mix_name",
+    "number_of_bits",
     "register",
     "repacked_as",
     "resolve_format",
