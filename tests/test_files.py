@@ -21,8 +21,8 @@ from isqtorch.checkpoint import load_
 from isqtorch.files.binary import open_binary, read_bytes, read_text
 from isqtorch.files.checkpoints import checkpoint_files, opened, read_headers, read_json
 from isqtorch.files.writing import recover, replacing, replacing_folder, write_atomically
-from isqtorch.importance.calibration import read_calibration_text
 from isqtorch.importance.imatrix import read_imatrix
+from isqtorch.importance.windows import read_calibration_text
 from isqtorch.inplace.source import TensorFiles, files_in
 
 ROOT = Path(__file__).resolve().parent.parent

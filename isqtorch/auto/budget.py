@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,15 +10,11 @@ from typing import get_args
 
 from isqtorch.formats import AUTO, Spec, formats, get_format, mix_name, resolve_format
 from isqtorch.policy.inventory import Inventory
-from isqtorch.policy.options import Options, Probe
+from isqtorch.policy.options import Options, Probe, parsed_bytes
 from isqtorch.text import human_size
 
 AUTO_OPTIONS = ("target_bpw", "max_size", "formats", "probe")
 """Options of `quantize_` that only the format "auto" takes."""
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_MOST_BYTES = 1 << 62
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Budget:
             raise ValueError(f"{op}: probe must be one of {', '.join(get_args(Probe))}; got {probe!r:.200}")
         return cls(
             None if bpw is None else Fraction(bpw),
-            None if size is None else _bytes(op, size),
+            None if size is None else parsed_bytes(op, "max_size", size),
             _allowed(op, options.formats),
         )
 
@@ -75,18 +70,6 @@ class Budget:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float, Fraction)) and not isinstance(value, bool) and 0 < value < inf
-
-
-def _bytes(op: str, size: int | str) -> int:
-    """Bytes from a number or a string such as "6GB", "800 MB" or "5.5GiB"."""
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is not None:
-        size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match[2].upper() in _UNITS else 0
-    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= _MOST_BYTES:
-        raise ValueError(
-            f"{op}: max_size must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r:.80}"
-        )
-    return size
 
 
 def _allowed(op: str, allowed: Sequence[Spec] | None) -> tuple[Spec, ...]:

@@ -21,7 +21,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, Spec, get_format
+from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix, importance_of
+from isqtorch.importance.moments import Moments
+from isqtorch.importance.passes import Passes
 from isqtorch.modules.convert import owner_of, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.decide import decide
@@ -37,7 +40,7 @@ from isqtorch.text import cause, human_size
 from .budget import Budget
 from .curvature import measure_curvature
 from .knapsack import Option, solve
-from .sensitivity import Error, Weighing, costs, errors_of, measure_errors
+from .sensitivity import Error, ShelvedMoments, Sums, Weighing, costs, errors_of, measure_errors
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,11 @@ def _items(inventory: Inventory, request: Request, allowed: Sequence[Spec]) -> t
 
 
 def choose_formats(
-    model: nn.Module, auto: Auto, imatrix: Imatrix | None, weight_of: WeightOf | None = None
+    model: nn.Module,
+    auto: Auto,
+    imatrix: Imatrix | None,
+    weight_of: WeightOf | None = None,
+    supply: Passes | None = None,
 ) -> tuple[Request, Choice]:
     """Measure a live model and choose formats. The model does not change.
 
@@ -202,6 +209,7 @@ def choose_formats(
         imatrix: importance, or None.
         weight_of: reads weights that are not the model's own. Without it the model's own are used. With it the probe
             "kl" is not possible, because packed weights have no gradients.
+        supply: where moments for the rule "feedback" come from, if they are not in `imatrix`.
 
     Returns:
         The request with the chosen formats, and the measurements.
@@ -217,7 +225,7 @@ def choose_formats(
         names = [sharing[0].name for item in auto.items for sharing in item.weights]
         text = Path(options.calibration_file)
         curvature = measure_curvature(model, names, options.tokenizer, text, progress=options.progress)
-    errors, measured = measure_items(auto, weight_of or partial(_own_weight, model), imatrix, curvature)
+    errors, measured = measure_items(auto, weight_of or partial(_own_weight, model), imatrix, curvature, supply)
     return auto.choose(errors, measured)
 
 
@@ -230,6 +238,7 @@ def measure_items(
     weight_of: WeightOf,
     imatrix: Imatrix | None,
     curvature: Mapping[str, Weighing] | None,
+    supply: Passes | None = None,
 ) -> tuple[list[dict[str, Error]], str]:
     """The errors of every item in each of its formats, and the kind of cost.
 
@@ -239,24 +248,46 @@ def measure_items(
         ValueError: a weight is not finite, or too large for one of its formats.
     """
     options = auto.request.options
-    errors = []
-    for item in progress_bar("measure", "layer", options.progress, auto.items):
+    shelf = Shelf(imatrix if isinstance(imatrix, Moments) else None)
+    parts: dict[str, Sums] = {}
+
+    def measure(item: Item, sharing: Sequence[LayerInfo]) -> None:
         formats = [get_format(fmt) for fmt in item.options]
-        parts = []
-        for sharing in item.weights:
-            weighing = None if curvature is None else curvature.get(sharing[0].name)
-            importance = importance_and_shares(sharing, imatrix)
-            with ordinary_tensors():
-                weight = weight_of([layer.name for layer in sharing])
-                try:
-                    parts.append(measure_errors(weight, formats, weighing, *importance, options.rule))
-                except ValueError as error:
-                    raise ValueError(
-                        f"{auto.request.op}: {sharing[0].name}: {cause(error)} Nothing was changed."
-                    ) from None
-                del weight  # free it before the next one is read
-        errors.append(errors_of(parts))
+        weighing = None if curvature is None else curvature.get(sharing[0].name)
+        importance = importance_and_shares(sharing, imatrix)
+        moments = moments_for(sharing, shelf, options.rule)
+        with ordinary_tensors():
+            weight = weight_of([layer.name for layer in sharing])
+            try:
+                sums = measure_errors(weight, formats, weighing, *importance, options.rule, moments=moments)
+            except ValueError as error:
+                raise ValueError(f"{auto.request.op}: {sharing[0].name}: {cause(error)} Nothing was changed.") from None
+            parts[sharing[0].name] = sums
+
+    waiting = [(item, sharing) for item in auto.items for sharing in item.weights]
+    with progress_bar("measure", "weight", options.progress, total=len(waiting)) as bar:
+        for number, moments in enumerate([shelf.moments] if supply is None else supply.collected(), 1):
+            shelf.put(moments)
+            later = []
+            for item, sharing in waiting:
+                if supply is None or number == supply.count or supply.reads(moments, sharing[0].name):
+                    measure(item, sharing)
+                    bar.update()
+                else:
+                    later.append((item, sharing))
+            waiting = later
+            shelf.put(None)  # before the next ones are collected
+            del moments
+    errors = [errors_of([parts[sharing[0].name] for sharing in item.weights]) for item in auto.items]
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
+
+
+def moments_for(sharing: Sequence[LayerInfo], shelf: Shelf, rule: str | None) -> ShelvedMoments | None:
+    """The moments with which packing will use feedback for a weight; None if it will not."""
+    if rule != "feedback" or any(layer.kind not in ("linear", "experts") for layer in sharing):
+        return None
+    layer = shelf.layer([layer.name for layer in sharing], sharing[0].shape)
+    return None if layer is None else ShelvedMoments(shelf, layer)
 
 
 def importance_and_shares(sharing: Sequence[LayerInfo], imatrix: Imatrix | None) -> tuple[Tensor | None, Tensor | None]:

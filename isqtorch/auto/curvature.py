@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isqtorch.importance.calibration import read_calibration_text
+from isqtorch.importance.windows import read_calibration_text
 from isqtorch.modules.convert import locate, upright
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.progress import progress_bar

@@ -10,6 +10,9 @@ known:
               weights. An expert is weighted by its share of the tokens.
     "weight"  the same without importance: h = 1
 
+With the rule "feedback", errors of different columns make up for each other. D[n] H D[n]' is then in the place of the
+sums over k: divided by the trace of H for "kl", where F[n, k] is about R[n] H[k, k] / trace(H).
+
 The last two measures ignore the layers that follow. The error of the output head goes straight into the logits, so its
 cost is multiplied by HEAD. On the demo model "kl" predicts the measured divergence of single layers to about 12 %. The
 others predict it to a factor of 3, after a common scale (both are standard deviations of the logarithm of the ratio).
@@ -24,7 +27,9 @@ import torch
 from torch import Tensor
 
 from isqtorch.formats import QuantFormat
-from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.importance.feedback import Shelf
+from isqtorch.importance.inputs import LayerMoments
+from isqtorch.quantizers import has_rule, scale_rule, uses_importance
 
 HEAD = 16.0
 """18 was measured on the demo model. It gives the head about two more bits, as llama.cpp's mixes do."""
@@ -38,6 +43,13 @@ class Weighing(NamedTuple):
 
     rows: Tensor  # f64 [N] or [E, N]
     columns: Tensor  # f64 [K] or [E, K]
+
+
+class ShelvedMoments(NamedTuple):
+    """The moments of one layer, for the rule "feedback"."""
+
+    shelf: Shelf
+    layer: LayerMoments
 
 
 class Error(NamedTuple):
@@ -64,6 +76,8 @@ def measure_errors(
     shares: Tensor | None,
     rule: str | None,
     pieces: int = 1,
+    moments: ShelvedMoments | None = None,
+    first: int = 0,
 ) -> Sums:
     """The errors of a weight in several formats. Importance is used by formats that take it.
 
@@ -78,6 +92,8 @@ def measure_errors(
         shares: each expert's share of the tokens, `[E]`; None: equal shares.
         rule: the rounding rule, for formats that have it.
         pieces: number of pieces in which the layer is measured; `weight` is one of them. They share the sample size.
+        moments: the layer's moments, if it will be packed with feedback.
+        first: number of the first expert of `weight` in its stack.
     """
     stack = weight if weight.dim() == 3 else weight[None]
     experts, rows, columns = stack.shape
@@ -99,9 +115,34 @@ def measure_errors(
             by_row = (squares @ by).double().cpu()  # [S, 3]
             return torch.stack([by_row[:, 0] @ factors, by_row[:, 1].sum(), by_row[:, 2].sum()])
 
+        expert = None if weight.dim() == 2 else first + e
+        if moments is not None and vector is not None and moments.layer.enough(expert):
+            h2 = moments.layer.matrix(expert).to(exact.device)
+            factor = moments.shelf.factor(moments.layer, expert, slice(None), exact.device)
+
+            def joint(
+                off: Tensor,
+                h2: Tensor = h2,
+                factors: Tensor = factors,
+                share: float = 1.0 if shares is None else float(shares[e]),
+            ) -> Tensor:
+                by_row = ((off @ h2) * off).sum(1).double().cpu()  # [S]
+                kl = by_row @ factors / max(float(h2.trace()), 1e-30)
+                return torch.stack([kl, by_row.sum() * share, off.double().square().sum().cpu()])
+
+            powers += joint(exact)
+            for fmt in formats:
+                packed = torch.ops.isqtorch.quantize_feedback(
+                    sample, fmt.name, factor, vector.to(sample.device), scale_rule(fmt)
+                )
+                decoded = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32)
+                sums[fmt.name] += joint(decoded.sub_(exact))
+            continue
         powers += summed(exact.square())
         for fmt in formats:
             own_rule = rule if has_rule(fmt, rule) else None
+            if rule == "feedback":
+                own_rule = None if vector is None else scale_rule(fmt)
             wanted = None if vector is None or not uses_importance(fmt, own_rule) else vector.to(sample.device)
             packed = torch.ops.isqtorch.quantize(sample, fmt.name, wanted, own_rule)
             decoded = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32)

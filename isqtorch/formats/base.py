@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -211,6 +212,18 @@ class QuantFormat(ABC):
     def offset_in_steps(self) -> bool:
         """Whether the offset counts steps of the scale; else it has the unit of the weights."""
         return False
+
+    @property
+    def codes(self) -> Sequence[int]:
+        """The codes that a quantizer may choose, in the order of the weights they stand for.
+
+        The order of the weights is reversed where the scale is negative.
+        """
+        return range(1 << self.bits)
+
+    def with_codes(self, fields: Fields, q: Tensor) -> Fields:
+        """Return blocks with other codes and the same scales. Formats that store sums of their codes adapt them."""
+        return {**fields, "q": q}
 
     # ---- meaning -----------------------------------------------------------------------------------------------------
 

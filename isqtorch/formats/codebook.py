@@ -10,6 +10,7 @@ floating-point number (E2M1: sign, 2 bits of exponent, 1 of mantissa) times two,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,10 @@ class Iq4Xs(CodebookFormat):
 @dataclass(frozen=True)
 class Mxfp4(CodebookFormat):
     """Fields: `e` uint8 `[n]`; `q` uint8 `[n, 32]`."""
+
+    @property
+    def codes(self) -> Sequence[int]:
+        return (*range(15, 8, -1), *range(8))  # all but the negative zero
 
     def decode(self, fields: Fields) -> Tensor:
         return power_of_two(fields["e"])[:, None] * self.entries(fields["q"])

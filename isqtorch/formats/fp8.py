@@ -7,6 +7,7 @@ The bits of a code:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +43,10 @@ class Fp8Format(QuantFormat):
 
     def pack(self, fields: Fields) -> Tensor:
         return self.join({"scale": fields["scale"], "qs": fields["q"]})
+
+    @property
+    def codes(self) -> Sequence[int]:
+        return (*range(0xFE, 0x80, -1), *range(0x7F))  # all but NaN and the negative zero
 
     def decode(self, fields: Fields) -> Tensor:
         codes = fields["q"]

@@ -9,8 +9,10 @@ Positions of the codes:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Fields, QuantFormat, register
@@ -39,6 +41,17 @@ class GgmlFormat(QuantFormat):
             raw["qh"] = pack_stream(q >> 4, bits=1)
         raw["qs"] = q if self.bits == 8 else pack_planes(q & 15, bits=4, width=16)
         return self.join(raw)
+
+    @property
+    def codes(self) -> Sequence[int]:
+        return range(-127, 128) if self.bits == 8 else super().codes
+
+    def with_codes(self, fields: Fields, q: Tensor) -> Fields:
+        found = super().with_codes(fields, q)
+        if "s" in fields:  # only where codes changed: the quantizer multiplies by a scale that is not rounded yet
+            total = (fields["d"].float() * q.sum(dim=1).float()).half()
+            found["s"] = torch.where((q == fields["q"]).all(dim=1), fields["s"], total)
+        return found
 
     def decode(self, fields: Fields) -> Tensor:
         w = (fields["q"].float() - self.zero_point) * fields["d"].float()[:, None]  # [n, 32]

@@ -9,6 +9,7 @@ A weight w is computed from its code q:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,6 +168,13 @@ class Q8K(QuantFormat):
 
     def pack(self, fields: Fields) -> Tensor:
         return self.join({"d": fields["d"], "qs": fields["q"], "bsums": fields["bsums"]})
+
+    @property
+    def codes(self) -> Sequence[int]:
+        return range(-127, 128)
+
+    def with_codes(self, fields: Fields, q: Tensor) -> Fields:
+        return {**fields, "q": q, "bsums": q.view(-1, 16, 16).sum(dim=2).to(torch.int16)}
 
     def decode(self, fields: Fields) -> Tensor:
         return fields["d"][:, None] * fields["q"].float()

@@ -15,24 +15,25 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from isqtorch.files.binary import read_text
 from isqtorch.modules import PackedModule
 from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.request import Request
 from isqtorch.progress import progress_bar
-from isqtorch.running import Ids, bos_token, context_length, evaluating, run_model, token_ids
+from isqtorch.running import Ids, evaluating, run_model
 
+from .collecting import CollectedMoments, MomentWatch
 from .files import DEFAULT_CHUNK
 from .imatrix import Imatrix
-from .routed import RoutedExperts, find_routed_experts
+from .routed import RoutedExperts, Routing, find_routed_experts
+from .windows import token_windows
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _running_lock = threading.Lock()
@@ -115,6 +116,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.meters: dict[str, _Meter] = {}
+        self.layers = self.meters  # what is watched
         self._model = model
         self._lock = threading.Lock()
         self._thread = threading.local()
@@ -159,12 +161,12 @@ class _Watch:
         self._thread.last = weakref.ref(x), version, sums
         return sums
 
-    def _experts_observer(self, name: str, routed: RoutedExperts) -> Callable[[str, Tensor, Tensor], None]:
-        def observe(leaf: str, x: Tensor, experts: Tensor) -> None:
+    def _experts_observer(self, name: str, routed: RoutedExperts) -> Callable[[str, Tensor, Routing], None]:
+        def observe(leaf: str, x: Tensor, routing: Routing) -> None:
             """Add rows x `[S, K]` that were routed to experts `[S]` or `[S, top_k]`."""
             if self._active and len(x):
                 with ordinary_tensors():
-                    groups = experts.reshape(len(x), -1)
+                    groups = routing.experts.reshape(len(x), -1)
                     sums = torch.ops.isqtorch.square_sums(x.detach(), groups, routed.experts)
                     counts = _occurrences(groups, routed.experts)
                 with self._lock, ordinary_tensors():
@@ -173,8 +175,14 @@ class _Watch:
         return observe
 
 
-@contextmanager
-def calibrate(model: nn.Module) -> Iterator[Calibration]:
+@overload
+def calibrate(model: nn.Module) -> AbstractContextManager[Calibration]: ...
+@overload
+def calibrate(model: nn.Module, *, moments: Literal[False]) -> AbstractContextManager[Calibration]: ...
+@overload
+def calibrate(model: nn.Module, *, moments: Literal[True]) -> AbstractContextManager[CollectedMoments]: ...
+@contextmanager  # type: ignore[misc]  # the overloads say which of the two it yields
+def calibrate(model: nn.Module, *, moments: bool = False) -> Iterator[Calibration | CollectedMoments]:
     """Collect an importance matrix from everything that runs through a model inside a `with` block.
 
     The inputs of all linear layers, quantized or not, and of the fused experts of transformers models are recorded, in
@@ -183,9 +191,12 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
     Args:
         model: any module that is not being calibrated already.
+        moments: whether to collect second moments as well, for `rule="feedback"`. This takes 4 bytes for each pair of
+            columns of each distinct input. Every 8th sequence is held out, to judge with. Padding is left out, if the
+            calls have an `attention_mask`.
 
     Yields:
-        The matrix. It is empty until the block ends or `refresh()` is called.
+        The matrix, or an `isqtorch.Moments`. It is empty until the block ends or `refresh()` is called.
 
     Raises:
         ValueError: the model has no linear layer or is being calibrated already, the inputs of a layer were not finite,
@@ -196,24 +207,32 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
             model(torch.arange(100)[None])
         isqtorch.quantize_(model, "q4k", imatrix=im)
     """
-    with _running_lock:
-        if model in _running:
-            raise ValueError("calibrate: this model is being calibrated already")
-        _running.add(model)
-    watch = _Watch(model)
-    im = Calibration(watch.meters, f"calibration of {type(model).__name__}")
-    try:
-        with watch.running():
-            if not watch.meters:
-                raise ValueError(f"calibrate: {type(model).__name__} has no linear layer to watch")
-            yield im
-    finally:
-        _running.discard(model)
+    source = f"calibration of {type(model).__name__}"
+    watch = MomentWatch(model) if moments else _Watch(model)
+    im: Calibration | CollectedMoments
+    im = CollectedMoments(watch, source) if isinstance(watch, MomentWatch) else Calibration(watch.meters, source)
+    with watching(model), watch.running():
+        if not watch.layers:
+            raise ValueError(f"calibrate: {type(model).__name__} has no linear layer to watch")
+        yield im
     im.refresh()
     if not im:
         raise ValueError(
             "calibrate: no layer of the model ran inside the block. Run the model itself, not a compiled or exported form of it."
         )
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[None]:
+    """Mark a model as being calibrated. ValueError if it is already."""
+    with _running_lock:
+        if model in _running:
+            raise ValueError("calibrate: this model is being calibrated already")
+        _running.add(model)
+    try:
+        yield
+    finally:
+        _running.discard(model)
 
 
 def collect_imatrix(
@@ -249,39 +268,12 @@ def collect_imatrix(
         im = isqtorch.collect_imatrix(model, "examples/demo_model/calibration.txt", tokenizer, max_tokens=2048)
         im.save("demo.gguf")
     """
-    for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
-        if value is not None and (not isinstance(value, int) or value < 2):
-            raise ValueError(f"collect_imatrix: {option} must be an integer of 2 or more, got {value!r}")
-    content, dataset = read_calibration_text(text)
-    ids = token_ids(content, tokenizer, "collect_imatrix")[:max_tokens]
-    if len(ids) < 2:
-        raise ValueError(f"collect_imatrix: {len(ids)} tokens are too few to calibrate with. Use a longer text.")
-    longest = context_length(model)
-    size = min(chunk, len(ids), *([max(longest - 1, 1)] if longest is not None else []))
-    chunks = ids[: len(ids) // size * size].view(-1, size).clone()  # [chunks, size]
-    bos = bos_token(tokenizer)
-    if bos is not None:
-        chunks[:, 0] = bos
-
+    windows = token_windows(model, text, tokenizer, "collect_imatrix", chunk, max_tokens)
     with calibrate(model) as im, evaluating(model):
-        for ids_of_one in progress_bar("calibrate", "chunk", progress, chunks):
+        for ids_of_one in progress_bar("calibrate", "chunk", progress, windows.ids):
             run_model(model, ids_of_one[None])
-    im.chunk_count, im.chunk_size, im.datasets = len(chunks), size, (dataset,)
+    im.chunk_count, im.chunk_size, im.datasets = windows.facts
     return im
-
-
-def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
-    """Return the text or ids (a file is read), and a name for them."""
-    if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
-        return read_text(text), os.fspath(text)
-    return text, "text" if isinstance(text, str) else "token ids"
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return os.path.exists(text) and not os.path.isdir(text)  # a pipe or a device is refused, and is no text
-    except ValueError:  # a NUL character
-        return False
 
 
 def _columns(module: nn.Module) -> int:

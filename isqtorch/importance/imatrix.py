@@ -334,17 +334,6 @@ def check_extension(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-def load_imatrix(imatrix: ImatrixLike | None) -> Imatrix | None:
-    """Convert a user's argument (a path, a dict or an Imatrix) to an Imatrix. None stays None."""
-    if imatrix is None or isinstance(imatrix, Imatrix):
-        return imatrix
-    if isinstance(imatrix, (str, os.PathLike)):
-        return read_imatrix(imatrix)
-    if isinstance(imatrix, Mapping):
-        return Imatrix(imatrix)
-    raise ValueError(f"imatrix must be a dict of layer names, a path or an Imatrix, got {type(imatrix).__name__}")
-
-
 def imatrix_name(imatrix: ImatrixLike | None) -> str:
     """Name the source of an importance matrix: of a file only its name, without folders, because reports are shared."""
     if isinstance(imatrix, (str, os.PathLike)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,8 +24,25 @@ from torch import Tensor, nn
 from isqtorch.formats import get_format
 from isqtorch.modules import PackedModule, QuantExperts
 
-Observer = Callable[[str, Tensor, Tensor], None]
-"""A callback, called with the name of a weight, its input rows `[S, K]`, and their experts `[S]` or `[S, top_k]`."""
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the rows of an input go.
+
+    Attributes:
+        experts: the experts of each row, `[S]` or `[S, top_k]`.
+        order: where a token has several rows: for each row, `times` times the number of its token plus less than that,
+            int64 `[S]`. None: the rows are the tokens, or it is not known which tokens they are.
+        times: rows per token.
+    """
+
+    experts: Tensor
+    order: Tensor | None = None
+    times: int = 1
+
+
+Observer = Callable[[str, Tensor, Routing], None]
+"""A callback, called with the name of a weight, its input rows `[S, K]`, and their experts."""
 
 
 class RoutedExperts(Protocol):
@@ -59,7 +77,11 @@ class PackedExperts:
         multiply = self._module._multiply
 
         def watched(name: str, x: Tensor, ids: Tensor) -> Tensor:
-            observer(name, x.reshape(-1, x.shape[-1]), ids if x.ndim == 2 else ids.reshape(-1))
+            if x.ndim == 2:
+                observer(name, x, Routing(ids))
+            else:
+                rows = torch.arange(ids.numel(), device=ids.device)
+                observer(name, x.reshape(-1, x.shape[-1]), Routing(ids.reshape(-1), rows, ids.shape[-1]))
             return multiply(name, x, ids)
 
         vars(self._module)["_multiply"] = watched
@@ -87,8 +109,9 @@ class FloatExperts:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
             x, chosen = named["hidden_states"], named["top_k_index"]
-            routing.sorted = torch.sort(chosen.reshape(-1))[0]  # the experts of the rows of the second product
-            observer(self._first, x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]))
+            chosen = chosen.reshape(-1, chosen.shape[-1])
+            routing.sorted = Routing(*torch.sort(chosen.reshape(-1)), chosen.shape[-1])  # of the second product
+            observer(self._first, x.reshape(-1, x.shape[-1]), Routing(chosen))
 
         def between(x: Tensor) -> None:
             observer("down_proj", x, routing.sorted)

@@ -14,6 +14,7 @@ from isqtorch.policy.options import Options
 from isqtorch.text import cause
 
 from .damage import Damage, Watch
+from .feedback import Feedback
 
 _ERROR_CHUNK = 1 << 17  # number of weights that relative_error decodes at a time
 
@@ -26,9 +27,10 @@ class Job:
     has_input: bool  # at least one layer is not an embedding, so importance can be known
     fmt: QuantFormat
     importance: Tensor | None  # f32 [K], or [E, K] for a stack of experts
-    rule: str | None  # the requested rule, if the format has it
+    rule: str | None  # the requested rule, if the format has it; with feedback, the rule for the scales
     device: torch.device | None  # None: stays on its device
     options: Options
+    feedback: Feedback | None = None  # packs the matrix, if there is importance
     watch: Watch = field(default_factory=Watch, compare=False)  # looks at what `pack_weight` has packed
     damages: list[Damage] = field(default_factory=list, compare=False)  # what it found, when it is finished
 
@@ -55,7 +57,13 @@ def naming_memory(op: str, layer: str, doing: str, state: str) -> Iterator[None]
         ) from error
 
 
-def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expert: int | None = None) -> Tensor:
+def pack_weight(
+    weight: Tensor,
+    job: Job,
+    importance: Tensor | None = None,
+    expert: int | None = None,
+    columns: slice = slice(None),
+) -> Tensor:
     """The packed form of a weight, on the weight's device. The job's watch looks at it afterwards.
 
     Args:
@@ -63,6 +71,7 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expe
         job: format, rule and importance.
         importance: f32 `[K]` or `[E, K]`, used instead of the job's if `weight` is only a part of the job's weight.
         expert: number of the matrix, if `weight` is one of the job's stack.
+        columns: the columns of the job's weight that `weight` has.
 
     Returns:
         uint8 `[N, row_bytes]` or `[E, N, row_bytes]`.
@@ -74,24 +83,29 @@ def pack_weight(weight: Tensor, job: Job, importance: Tensor | None = None, expe
     if importance is not None:
         importance = importance.to(weight.device)
     if weight.dim() == 2:
-        return _pack_matrix(weight, job, importance, expert)
-    experts, rows, columns = weight.shape
-    out = weight.new_empty((experts, rows, job.fmt.row_bytes(columns)), dtype=torch.uint8)
+        return _pack_matrix(weight, job, importance, expert, columns)
+    experts, rows, width = weight.shape
+    out = weight.new_empty((experts, rows, job.fmt.row_bytes(width)), dtype=torch.uint8)
     for number in range(experts):  # matrix by matrix, so that only one matrix of a transposed stack is copied at a time
         vector = importance[number] if importance is not None and importance.dim() == 2 else importance
         try:
-            out[number] = _pack_matrix(weight[number], job, vector, number)
+            out[number] = _pack_matrix(weight[number], job, vector, number, columns)
         except ValueError as error:
             raise ValueError(f"expert {number}: {error}") from None
     return out
 
 
-def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None) -> Tensor:
+def _pack_matrix(weight: Tensor, job: Job, importance: Tensor | None, expert: int | None, columns: slice) -> Tensor:
+    packed: Tensor
     try:
-        packed: Tensor = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
+        if job.feedback is not None and importance is not None:
+            # Errors that make up for each other are large by themselves, so the watch looks at the other packed form.
+            packed, watched = job.feedback.pack(weight, job.fmt, importance, expert, columns)
+        else:
+            packed = watched = torch.ops.isqtorch.quantize(weight, job.fmt.name, importance, job.rule)
     except ValueError as error:  # the callers name the operation and the layer; the operator would name itself
         raise ValueError(cause(error)) from None
-    job.watch.add(weight, packed, job.fmt, job.damages, importance, expert)
+    job.watch.add(weight, watched, job.fmt, job.damages, importance, expert)
     return packed
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +12,28 @@ from isqtorch.auto import Auto, Budget, choose_formats
 from isqtorch.auto.choose import WeightOf
 from isqtorch.formats import QuantFormat, formats, get_format
 from isqtorch.importance.calibration import collect
-from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of, load_imatrix
-from isqtorch.modules import PackedModule
-from isqtorch.modules.convert import owner_of, parameter_name, weight_matrix
-from isqtorch.modules.packed import ordinary_tensors
+from isqtorch.importance.feedback import Shelf
+from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of
+from isqtorch.importance.moments import Moments, load_imatrix
+from isqtorch.importance.passes import Passes
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
 from isqtorch.policy.decide import Verdict, decide
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.layers import LayerInfo
-from isqtorch.policy.request import Request, checked_device
-from isqtorch.quantizers import has_rule, uses_importance
+from isqtorch.policy.request import Request
+from isqtorch.quantizers import has_rule, scale_rule, uses_importance
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.choice import Choice
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
 
+from .checks import check_kernels
 from .damage import Watch, damage_alarms, damage_reason
-from .pack import Job, pack_weight
+from .feedback import check_moments, feedback_notes, feedback_of, supply_from_text
+from .pack import Job
 
 _ZERO_RUN = 16  # the smallest sub-block of any format that takes importance
-_F16_SCALES_HOLD = 6e4  # smaller weights cannot overflow the 16-bit scale or offset of any format
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ class Prepared:
     imatrix: str | None  # source of the importance, or None if no job uses it
     notes: list[str]  # for the report, in addition to those of the verdict
     warnings: list[str]  # shown to the user immediately
+    shelf: Shelf  # the moments for the jobs with feedback
+    supply: Passes | None = None  # where they come from; None: they are on the shelf, or none are needed
+
+    def turns(self) -> Iterator[Job]:
+        """The jobs, each when its moments are in memory."""
+        waiting = list(self.jobs)
+        if self.supply is not None:
+            for number, moments in enumerate(self.supply.collected(), 1):
+                self.shelf.put(moments)
+                now: list[Job] = []
+                later: list[Job] = []
+                for job in waiting:
+                    is_last = number == self.supply.count
+                    ready = job.feedback is None or is_last or self.supply.reads(moments, job.names[0])
+                    (now if ready else later).append(job)
+                waiting = later
+                yield from now
+                self.shelf.put(None)  # before the next ones are collected
+                del moments
+        yield from waiting
 
     def report(
         self, errors: Mapping[str, float] | None = None, choice: Choice | None = None, notes: Sequence[str] = ()
@@ -59,16 +80,24 @@ class Prepared:
             notes: further notes for the report.
         """
         report = QuantReport.build(self.inventory, self.verdict, self.request.fmt, again=self.again)
+        feeds = {name: job.feedback for job in self.jobs if job.feedback is not None for name in job.names}
         damages = {name: job for job in self._damaged() for name in job.names}
         for layer in report.layers:
             layer.error = (errors or {}).get(layer.name)
+            if layer.name in feeds:
+                layer.feedback = feeds[layer.name].outcome()
+                if layer.feedback is not None:
+                    layer.reason = "; ".join(filter(None, [layer.reason, layer.feedback.reason]))
             if layer.stored is not None and layer.name in damages:
                 job = damages[layer.name]
                 layer.damaged = True
                 layer.reason = "; ".join(filter(None, [layer.reason, damage_reason(job.damages, job.fmt)]))
                 if layer.error is None:
                     layer.error = max(matrix.error for matrix in job.damages)
-        report.notes += [*self.notes, *notes, *self.alarms]
+        tables = [job.names[0] for job in self.jobs if job.feedback is None]
+        passes = 1 if self.supply is None else self.supply.count
+        fed = feedback_notes(self.request, list({id(feed): feed for feed in feeds.values()}.values()), passes, tables)
+        report.notes += [*self.notes, *fed, *notes, *self.alarms]
         report.imatrix, report.rule = self.imatrix, self.request.options.rule
         if choice is not None:
             report.record(choice)
@@ -116,19 +145,28 @@ def settle(
     auto = None if budget is None else Auto(inventory, request, budget)
     trial = request if auto is None else auto.smallest()  # selects the same layers as the final request
 
+    supply: Passes | None = None
+
     def checked(request: Request, imatrix: Imatrix | None) -> Prepared:
-        prepared = prepare(inventory, request, imatrix, again)
+        prepared = replace(prepare(inventory, request, imatrix, again), supply=supply)
         check(prepared)
         return prepared
 
     imatrix = load_imatrix(options.imatrix)
     measures_on_text = auto is not None and weight_of is None  # then both a text and an imatrix may be given
-    if options.calibration_file is not None and not (measures_on_text and imatrix is not None):
+    collects = options.calibration_file is not None and not (measures_on_text and imatrix is not None)
+    if options.rule == FEEDBACK and not collects:
+        check_moments(request, imatrix)
+    elif options.rule == FEEDBACK:
+        feeds = [job for job in checked(trial, None).jobs if job.feedback is not None]
+        supply = supply_from_text(model, request, [name for job in feeds for name in job.names])
+        imatrix = supply.importance()
+    elif collects:
         imatrix = collect(model, request, imatrix, lambda: checked(trial, None))
     prepared = checked(trial, imatrix)
     if auto is None:
         return prepared, None
-    chosen, choice = choose_formats(model, auto, imatrix, weight_of)
+    chosen, choice = choose_formats(model, auto, imatrix, weight_of, supply)
     return checked(chosen, imatrix), choice
 
 
@@ -147,7 +185,8 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     op, rule = request.op, request.options.rule
     verdict = decide(inventory.layers, request)
     permissions = check_activations(inventory.layers, verdict, request)
-    jobs = _jobs(inventory, verdict, request, imatrix, again)
+    shelf = Shelf(imatrix if isinstance(imatrix, Moments) else None)
+    jobs = _jobs(inventory, verdict, request, imatrix, again, shelf)
     kernels = _kernel_notes(inventory, verdict)
     notes = [*kernels, *_rule_notes(jobs, rule), *permissions]
     if imatrix is not None:
@@ -156,29 +195,16 @@ def prepare(inventory: Inventory, request: Request, imatrix: Imatrix | None, aga
     if not any(decision.format for decision in verdict.decisions):
         alarms.append(f"{op} quantized nothing; the report has the reasons")
     _check_rule(jobs, verdict, rule, op)
-    _check_kernels(jobs, op)
+    check_kernels(jobs, op)
     source = imatrix_name(imatrix) if any(job.importance is not None for job in jobs) else None
     return Prepared(
-        request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *kernels, *alarms]
+        request, inventory, verdict, jobs, again, source, [*notes, *alarms], [*verdict.notes, *kernels, *alarms], shelf
     )
 
 
-def check_devices(request: Request) -> None:
-    """ValueError unless all devices in a request are available."""
-    if request.device is not None:
-        checked_device(request.device, f"{request.op}: device")
-    for entry in request.topology.entries:
-        if entry.device is not None:
-            checked_device(entry.device, f"{request.op}: topology entry {entry.key!r}: device")
-
-
-def check_weights(model: nn.Module, prepared: Prepared) -> None:
-    """ValueError unless the model's own weights can be packed as decided."""
-    for job in prepared.jobs:
-        _check_weight(model, job, prepared.request.op)
-
-
-def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Imatrix | None, again: bool) -> list[Job]:
+def _jobs(
+    inventory: Inventory, verdict: Verdict, request: Request, imatrix: Imatrix | None, again: bool, shelf: Shelf
+) -> list[Job]:
     """The weights to pack, in model order, each shared weight once. Also checks the imatrix entries of these layers."""
     groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
@@ -189,16 +215,20 @@ def _jobs(inventory: Inventory, verdict: Verdict, request: Request, imatrix: Ima
         layers = [layer for layer, _, _ in members]
         first, fmt, device = members[0]
         importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
-        rule = request.options.rule if has_rule(fmt, request.options.rule) else None
+        rule: str | None = request.options.rule if has_rule(fmt, request.options.rule) else None
+        feedback = None
+        if request.options.rule == FEEDBACK:
+            rule, feedback = None if importance is None else scale_rule(fmt), feedback_of(layers, fmt, shelf)
         jobs.append(
             Job(
                 tuple(layer.name for layer in layers),
                 any(layer.kind != "embedding" for layer in layers),
                 fmt,
-                importance if uses_importance(fmt, rule) else None,
+                importance if feedback is not None or uses_importance(fmt, rule) else None,
                 rule,
                 device or request.device,
                 request.options,
+                feedback,
                 watch,
             )
         )
@@ -219,7 +249,9 @@ def _kernel_notes(inventory: Inventory, verdict: Verdict) -> list[str]:
 
 
 def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
-    """A note about layers whose format does not have the requested rule. If none has it, `_check_kernels` raises."""
+    """A note about layers whose format does not have the requested rule. If none has it, `_check_rule` raises."""
+    if rule == FEEDBACK:
+        return []  # `feedback_notes` tells what came of it
     without = [job.names[0] for job in jobs if job.rule != rule]
     return [f"{len(without)} layers have formats without a rule {rule!r}: {first_names(without)}"] if without else []
 
@@ -229,7 +261,8 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
     useful: list[Job] = []
     useless: list[Job] = []
     for job in jobs:
-        (useful if uses_importance(job.fmt, job.rule) else useless).append(job)
+        uses = job.feedback is not None or uses_importance(job.fmt, job.rule)
+        (useful if uses else useless).append(job)
     without = [job.names[0] for job in useful if job.importance is None and job.has_input]
     if without and not any(job.importance is not None for job in jobs):
         raise ValueError(
@@ -276,62 +309,15 @@ def _zero_run(importance: Tensor) -> int | None:
     return int(dead[0]) * _ZERO_RUN if len(dead) else None
 
 
-def _check_weight(model: nn.Module, job: Job, op: str) -> None:
-    """ValueError unless every weight of the layer is finite and the format's scales can hold it."""
-    module, leaf = owner_of(model, job.names[0])
-    name = parameter_name(model, job.names[0])
-    weight = cast(Tensor, getattr(module, leaf))
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"{op}: {name} is on the meta device and has no values. Load the weights first; isqtorch.plan works without."
-        )
-    with ordinary_tensors():
-        if isinstance(module, PackedModule) and leaf in module.packed:
-            matrix = decoded = torch.ops.isqtorch.dequantize(weight, module.packed[leaf], torch.float32)
-        else:
-            matrix, decoded = weight_matrix(module, leaf).detach(), weight
-        low, high = decoded.aminmax()  # propagates NaN, and allocates no tensor of the weight's size
-        if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
-            if max(-float(low), float(high)) > _F16_SCALES_HOLD:
-                _check_scales(matrix, job, op)
-            return
-        position = _first_bad(decoded)
-        raise ValueError(
-            f"{op}: {name}[{', '.join(map(str, position))}] is {decoded[position].item()}; weights must be finite. Repair the "
-            "checkpoint, or leave the layer out with exclude. Nothing was changed."
-        )
-
-
-def _check_scales(matrix: Tensor, job: Job, op: str) -> None:
-    """Pack a weight with very large values on trial: only the quantizer can tell whether a scale overflows."""
-    try:
-        pack_weight(matrix, replace(job, watch=Watch(), damages=[]))
-    except ValueError as error:
-        raise ValueError(f"{op}: {job.names[0]}: {error} Or exclude the layer. Nothing was changed.") from None
-
-
-def _first_bad(weight: Tensor) -> tuple[int, ...]:
-    """Position of the first weight that is NaN or infinite; there must be one."""
-    for row in range(weight.shape[0]):
-        bad = (~torch.isfinite(weight[row])).nonzero()
-        if len(bad):
-            return row, *bad[0].tolist()
-    raise AssertionError("all weights are finite")
-
-
-def _check_kernels(jobs: list[Job], op: str) -> None:
-    """Pack one block in each format: a missing kernel must raise before the first layer changes."""
-    for job in {job.fmt.name: job for job in jobs}.values():
-        try:
-            pack_weight(torch.zeros(1, job.fmt.block), replace(job, importance=None, watch=Watch(), damages=[]))
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
-
-
 def _check_rule(jobs: list[Job], verdict: Verdict, rule: str | None, op: str) -> None:
     """ValueError if no weight to pack has the requested rule; the message names the formats that were asked for."""
-    if not jobs or any(job.rule == rule for job in jobs):
+    if not jobs or any(job.feedback is not None if rule == FEEDBACK else job.rule == rule for job in jobs):
         return
+    if rule == FEEDBACK:
+        raise ValueError(
+            f"{op}: rule='feedback' is for linear layers and experts, and only {first_names([job.names[0] for job in jobs])} "
+            "would be packed. Leave rule out."
+        )
     names = list(dict.fromkeys(each.requested for each in verdict.decisions if each.format and each.requested))
     able = [name for name in formats() if has_rule(get_format(name), rule)]
     raise ValueError(

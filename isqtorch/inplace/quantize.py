@@ -23,17 +23,17 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.progress import progress_bar
-from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
+from .checks import check_devices, check_weights
 from .host import announce
 from .origin import Origin
 from .pack import Job, naming_memory, pack_weight, relative_error
-from .prepare import Prepared, check_devices, check_weights, settle
+from .prepare import Prepared, settle
 
 
 def quantize_(
@@ -49,7 +49,8 @@ def quantize_(
     exclude: Names | None = None,
     fallback: Fallback = "up",
     device: torch.device | str | None = None,
-    rule: Rule | None = None,
+    rule: ModelRule | None = None,
+    max_memory: int | str | None = None,
     activations: Activations | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
@@ -92,7 +93,13 @@ def quantize_(
         device: where to move the model; each layer is moved just before it is packed. None: nothing is moved.
         rule: an alternative quantization rule. "search" (afq and hqq) is slower, has a smaller error, and is the only
             rule of these formats that uses importance. "mlx" (afq) gives the same bits as MLX. Layers in other formats
-            use their default rule, and the report names them.
+            use their default rule, and the report names them. "feedback" (all formats) rounds the weights of a row one
+            after the other, each knowing what the ones before it did wrong: the same bytes per weight, about half the
+            divergence. It needs second moments of the inputs: `imatrix` is then an `isqtorch.Moments` or its file, or
+            they are collected from `calibration_file`. Each layer is also packed by importance alone, and what gives
+            better outputs on held-out text is kept.
+        max_memory: for "feedback" with a calibration file: largest size of the moments in memory, in bytes or as "6GB".
+            The model runs over the text as often as this needs. None: half of the memory that is free.
         activations: "fp8" allows linear layers in fp8 to round their input x to FP8 too where that is faster, as
             torch's allow_tf32 allows TF32. It acts on GPUs of compute capability 9.0, for many rows of x. No effect on
             experts and embeddings. None: x is not rounded.
@@ -133,6 +140,7 @@ def quantize_(
         calibration_file=calibration_file,
         tokenizer=tokenizer,
         rule=rule,
+        max_memory=max_memory,
         activations=activations,
         target_bpw=target_bpw,
         max_size=max_size,
@@ -152,7 +160,9 @@ def quantize_(
     inventory = inspect_model(model).on(request.device)
     check_foreign(inventory.foreign, request)
     check_devices(request)
-    prepared, choice = settle(model, inventory, request, lambda prepared: check_weights(model, prepared))
+    prepared, choice = settle(
+        model, inventory, request, lambda prepared: check_weights(model, prepared.jobs, prepared.request.op)
+    )
     origin = Origin.before(model, request)
     for message in prepared.warnings:
         warnings.warn(message, stacklevel=2)
@@ -170,31 +180,43 @@ def quantize_(
 
 
 def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
-    """Pack layer by layer, and move the rest of the model to its device. Returns the errors, if they are measured."""
+    """Pack layer by layer, and move the rest of the model to its device. Returns the errors, if they are measured.
+
+    If moments are collected in several passes, the model must run as it was until the last one. All packed layers are
+    put in place at the end then.
+    """
     request = prepared.request
     errors: dict[str, float] = {}
     placed: set[int] = set()
+    waiting: list[tuple[Job, nn.Parameter]] = []
+    runs_again = prepared.supply is not None and prepared.supply.count > 1
     with progress_bar(request.op, "layer", request.options.progress, total=len(prepared.jobs)) as bar:
-        for number, job in enumerate(prepared.jobs):
+        for number, job in enumerate(prepared.turns()):
             bar.set_postfix_str(f"{job.names[0]} {job.fmt.name}", refresh=False)
+            done = 0 if runs_again else number
             state = (
-                f"{number} of {len(prepared.jobs)} weights are packed, the others are as they were, and the model runs. To pack all, "
+                f"{done} of {len(prepared.jobs)} weights are packed, the others are as they were, and the model runs. To pack all, "
                 "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
             )
             with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
-                error = _replace(model, job, placed)
+                parameter, error = _packed(model, job)
+                if runs_again:
+                    waiting.append((job, parameter))
+                else:
+                    _put(model, job, parameter, placed)
             if error is not None:
                 errors.update(dict.fromkeys(job.names, error))
             bar.update()
+    for job, parameter in waiting:
+        _put(model, job, parameter, placed)
     permit(model.modules(), request.options.activations)
     if request.device is not None:
         _move_rest(model, request.device, placed)
     return errors
 
 
-def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
-    """Pack one weight and put the packed layers in place. The float weight is freed when this returns."""
-    parameter, error = _packed(model, job)
+def _put(model: nn.Module, job: Job, parameter: nn.Parameter, placed: set[int]) -> None:
+    """Put the packed layers of one weight in place. The float weight is freed when this returns."""
     done: dict[int, nn.Module] = {}
     for name in job.names:
         path, leaf = locate(model, name)
@@ -206,7 +228,6 @@ def _replace(model: nn.Module, job: Job, placed: set[int]) -> float | None:
             done[id(old)] = new if job.device is None else new.to(job.device)
             placed.add(id(new))
         put_module(model, path, done[id(old)])
-    return error
 
 
 def _packed(model: nn.Module, job: Job) -> tuple[nn.Parameter, float | None]:

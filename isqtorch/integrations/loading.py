@@ -15,10 +15,9 @@ from isqtorch.auto import Budget
 from isqtorch.files.binary import regular
 from isqtorch.formats import AUTO, KEEP, Spec, mix_name
 from isqtorch.importance.imatrix import Imatrix
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, Probe
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, Probe
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.policy.topology import TopologyLike
-from isqtorch.quantizers import Rule
 from isqtorch.report.report import QuantReport
 
 from .opening import Opened
@@ -65,7 +64,7 @@ def load(
     include: Names | None = None,
     exclude: Names | None = None,
     fallback: Fallback = "up",
-    rule: Rule | None = None,
+    rule: ModelRule | None = None,
     activations: Activations | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,

@@ -1,4 +1,4 @@
-"""The operators: quantize, dequantize, linear, embedding, experts_linear, square_sums.
+"""The operators: quantize, quantize_feedback, dequantize, linear, embedding, experts_linear, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with the native kernels of this installation; the names
 here are those operators. `reference` defines them in plain PyTorch.
@@ -21,6 +21,7 @@ __all__ = [
     "linear",
     "metal",
     "quantize",
+    "quantize_feedback",
     "set_cpu_isa",
     "square_sums",
 ]
@@ -28,6 +29,7 @@ __all__ = [
 del schema  # imported only to register the operators
 
 quantize = torch.ops.isqtorch.quantize
+quantize_feedback = torch.ops.isqtorch.quantize_feedback
 dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding

@@ -26,6 +26,7 @@ from .checks import (
     check_square_sums,
     format_named,
 )
+from .feedback import quantize_feedback as quantize_feedback
 
 _SQUARED_AT_ONCE = 1 << 24  # number of values that square_sums copies to f32 at a time
 

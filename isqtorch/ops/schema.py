@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import feedback, native, reference
 from .checks import (
     check_embedding,
     check_experts_dx,
@@ -37,9 +37,16 @@ _REFERENCE = (
     reference.experts_linear,
 )
 
+if not hasattr(torch.ops.isqtorch, "quantize_feedback"):  # PLANNED: the schema moves to csrc/ops.cpp with the kernel
+    torch.library.define(
+        "isqtorch::quantize_feedback",
+        "(Tensor w, str format, Tensor factor, Tensor importance, str? rule=None) -> Tensor",
+    )
+
 for _op in (metal.quantize, metal.dequantize, metal.linear, metal.embedding, metal.experts_linear):
     torch.library.impl(f"isqtorch::{_op.__name__}", "mps", _op)
 for _device in _DEVICES:
+    torch.library.impl("isqtorch::quantize_feedback", _device, feedback.quantize_feedback)
     for _op in _REFERENCE if _device not in native.NATIVE_DEVICES else ():
         torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
     if _device != "cpu" or native.LIBRARY is None:
@@ -70,6 +77,12 @@ for _name in ("linear_w8a8", "linear_w8a8_frozen"):
 def _(w: Tensor, format: str, importance: Tensor | None = None, rule: str | None = None) -> Tensor:
     row_bytes = check_quantize(w, format_named("quantize", format), importance, rule)
     return w.new_empty((*w.shape[:-1], row_bytes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("isqtorch::quantize_feedback")
+def _(w: Tensor, format: str, factor: Tensor, importance: Tensor, rule: str | None = None) -> Tensor:
+    row_bytes = feedback.check_feedback(w, format_named("quantize_feedback", format), factor, importance, rule)
+    return w.new_empty((w.shape[0], row_bytes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("isqtorch::dequantize")

@@ -7,15 +7,18 @@ new option needs a field here, the code that uses it, and an argument in each fu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from isqtorch.formats import Spec
 from isqtorch.quantizers import Rule
+from isqtorch.quantizers.families import FEEDBACK
 
 from .topology import TopologyLike
 
@@ -23,6 +26,8 @@ Organization = Literal["default", "moqe"]
 Fallback = Literal["up", "skip", "error"]
 Activations = Literal["fp8"]
 Probe = Literal["kl", "output"]
+ModelRule = Rule | Literal["feedback"]
+RULES = (*get_args(Rule), FEEDBACK)
 Names = Sequence[str] | str
 MAX_NAMES = 1 << 15  # of one option; each is tried on every layer
 ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -48,7 +53,8 @@ class Options:
     imatrix: ImatrixLike | None = None
     calibration_file: str | os.PathLike[str] | None = None
     tokenizer: Any = None
-    rule: Rule | None = None
+    rule: ModelRule | None = None
+    max_memory: int | str | None = None
     activations: Activations | None = None
     target_bpw: float | None = None
     max_size: int | str | None = None
@@ -79,6 +85,27 @@ class Options:
 
 LASTING = ("topology", "organization", "include", "exclude", "modules_to_not_convert", "fallback")
 """The options that select layers and formats, and not how the weights are packed."""
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_MOST_BYTES = 1 << 62
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+
+
+def parsed_bytes(op: str, option: str, size: int | str) -> int:
+    """Bytes from a number or a string such as "6GB", "800 MB" or "5.5GiB".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is not None:
+        size = int(Fraction(match[1]) * _UNITS[match[2].upper()]) if match[2].upper() in _UNITS else 0
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= _MOST_BYTES:
+        raise ValueError(
+            f"{op}: {option} must be a number of bytes or a string such as '6GB' or '5.5GiB', got {size!r:.80}"
+        )
+    return size
 
 
 def checked_names(op: str, option: str, names: Names | None) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from isqtorch.formats import Spec, mix_name, resolve_format
-from isqtorch.quantizers import Rule
+from isqtorch.quantizers.families import FEEDBACK
 
-from .options import Activations, Fallback, Names, Options, Organization, checked_names
+from .options import RULES, Activations, Fallback, Names, Options, Organization, checked_names, parsed_bytes
 from .patterns import PathRegex, Patience
 from .topology import Topology
 
@@ -74,11 +74,15 @@ class Request:
                 )
         if options.activations not in (None, *get_args(Activations)):
             raise ValueError(f'{op}: activations must be None or "fp8"; got {options.activations!r:.200}')
-        if options.rule not in (None, *get_args(Rule)):
+        if options.rule not in (None, *RULES):
             raise ValueError(
-                f"{op}: rule must be None, which is the default of each format, or one of {', '.join(get_args(Rule))}; "
+                f"{op}: rule must be None, which is the default of each format, or one of {', '.join(RULES)}; "
                 f"got {options.rule!r:.80}"
             )
+        if options.max_memory is not None:
+            parsed_bytes(op, "max_memory", options.max_memory)
+            if options.rule != FEEDBACK:
+                raise ValueError(f"{op}: max_memory is for rule='feedback', whose moments it limits")
         topology = Topology.load({} if options.topology is None else options.topology)
         patience = topology.patience
         patience.renew()

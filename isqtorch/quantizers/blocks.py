@@ -17,6 +17,7 @@ class Blocks:
     x: Tensor  # f32 [n, block]
     importance: Tensor | None = None  # f32 [n, block], >= 0
     row_power: Tensor | None = None  # f32 [n], mean of w * w over the whole row that a block comes from
+    steps: int | None = None  # how many steps the whole matrix takes, if these are not all of its blocks
 
 
 def importance_weight(x: Tensor, importance: Tensor, power: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 The solver searches for the zero point that minimizes the p-norm of the error (p = 0.7, to reduce the weight of
 outliers). It stops when the mean error of the whole matrix no longer falls. Therefore a matrix must be solved in one
-piece; solving it in parts gives other bytes. `rule="search"` starts from this solution and searches for scales and zero
-points with a smaller error (`line_fit.py`).
+piece; solving it in parts gives other bytes, unless the number of steps is known. `rule="search"` starts from this
+solution and searches for scales and zero points with a smaller error (`line_fit.py`).
 
 The package allows no step below 5e-5, so it turns groups of small weights into a few levels or a constant. Such groups
 take part in the solver as in the package, so that the other groups of the matrix get the package's bytes. What is
@@ -67,13 +67,14 @@ def _mean(x: Tensor, dim: int | None = None) -> Tensor:
     return x.mean(dtype=wide) if dim is None else x.mean(dim=dim, keepdim=True, dtype=wide)
 
 
-def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
+def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool, steps: int | None = None) -> HqqSolution:
     """Find the zero points of all groups of one matrix.
 
     Args:
         groups: f32 `[groups, g]`, at least one group.
         bits: bits per code.
         round_zero: start from an integer zero point, as the package does by default for 4 bits.
+        steps: how often to update the zero points; None: until the mean error of these groups no longer falls.
 
     Returns:
         The solution, with scale and zero not yet rounded for storage.
@@ -90,14 +91,14 @@ def hqq_solve(groups: Tensor, bits: int, *, round_zero: bool) -> HqqSolution:
         return (groups * inverse + zero).round().clamp(0, nmax)
 
     best, errors = float("inf"), []
-    for _ in range(_ITERATIONS):
+    for _ in range(_ITERATIONS if steps is None else steps):
         q = encode()
         error = groups - (q - zero) / inverse
         size = error.abs()
         shrunk = error.sign() * torch.relu(size - size ** (_P - 1) / _BETA)
         zero = _mean(q - (groups - shrunk) * inverse, dim=1).float()
         errors.append(float(_mean(size)))
-        if not errors[-1] < best:
+        if steps is None and not errors[-1] < best:
             break
         best = errors[-1]
     return HqqSolution(encode().to(torch.uint8), divide(1.0, inverse)[:, 0], zero[:, 0], tuple(errors))
@@ -129,12 +130,18 @@ def store_f16(groups: Tensor, solution: HqqSolution, bits: int) -> Fields:
     return {"scale": scale, "zero": zero, "q": q.to(torch.uint8)}
 
 
+def count_steps(fmt: QuantFormat, w: Tensor) -> int:
+    """Return how many steps the solver takes for a whole matrix, f32 `[N, K]` with N > 0."""
+    return len(hqq_solve(w.reshape(-1, fmt.block), fmt.bits, round_zero=fmt.bits == 4).errors)
+
+
 def solve(fmt: QuantFormat, blocks: Blocks, rule: str | None) -> Fields:
-    """Return scale, zero and codes of one whole matrix."""
+    """Return scale, zero and codes of one whole matrix, or of any groups of one if `blocks.steps` is given."""
     if blocks.x.shape[0] == 0:
         none = blocks.x.new_empty(0, dtype=torch.float16)
         return {"scale": none, "zero": none, "q": blocks.x.to(torch.uint8)}
-    solved = store_f16(blocks.x, hqq_solve(blocks.x, fmt.bits, round_zero=fmt.bits == 4), fmt.bits)
+    solution = hqq_solve(blocks.x, fmt.bits, round_zero=fmt.bits == 4, steps=blocks.steps)
+    solved = store_f16(blocks.x, solution, fmt.bits)
     return solved if rule is None else _searched(fmt, blocks, solved)
 
 

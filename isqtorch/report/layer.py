@@ -14,6 +14,34 @@ from isqtorch.policy.layers import LayerInfo
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the rule "feedback" gave for one weight. Errors are those of the outputs on held-out rows, RMS over RMS.
+
+    Attributes:
+        share: share of the rows that are packed with feedback; the others by importance alone, because that was better.
+        importance: error by importance alone; None if there was nothing to judge with.
+        feedback: error with feedback everywhere.
+        unjudged: number of matrices that had too few held-out rows to judge with, and were packed by importance alone.
+    """
+
+    share: float
+    importance: float | None
+    feedback: float | None
+    unjudged: int = 0
+
+    @property
+    def reason(self) -> str:
+        """Why the weight, or a part of it, is not packed with feedback; "" if it is."""
+        if self.importance is None:
+            return "by importance alone: too few held-out rows"
+        if not self.share:
+            return "by importance alone: feedback is not better on held-out rows"
+        if self.share < 1:
+            return "a part by importance alone: feedback is not better there on held-out rows"
+        return ""
+
+
 @dataclass
 class LayerReport:
     """One weight in a `QuantReport`. Sizes are in bytes, for the weight alone, without a bias.
@@ -35,6 +63,7 @@ class LayerReport:
             measured for damaged layers; for experts it is then the error of the worst one.
         damaged: whether packing lost much more than `QuantFormat.weight_error` leads to expect, in a sample of blocks
             that is taken of every weight. Weights too small for the scales of the format are the common cause.
+        feedback: what the rule "feedback" gave; None: it was not asked for, or the weight cannot have it.
 
     Example:
         layer = isqtorch.quantize_(model, 4, measure_error=True)["model.embed_tokens"]
@@ -56,6 +85,7 @@ class LayerReport:
     tied_to: str | None = None
     error: float | None = None
     damaged: bool = False
+    feedback: Outcome | None = None
 
     @property
     def numel(self) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from isqtorch.policy.decide import Decision, Verdict
 from isqtorch.policy.inventory import Inventory
+from isqtorch.policy.options import ModelRule
 from isqtorch.policy.topology import Topology
-from isqtorch.quantizers import Rule
 from isqtorch.text import human_size, markdown_table, text_table
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class QuantReport:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     imatrix: str | None = None
-    rule: Rule | None = None
+    rule: ModelRule | None = None
     choice: Choice | None = None
 
     @classmethod

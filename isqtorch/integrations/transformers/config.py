@@ -14,12 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from isqtorch._version import __version__
 from isqtorch.auto import Budget
 from isqtorch.formats import QuantFormat, Spec
-from isqtorch.importance.imatrix import imatrix_name, load_imatrix
+from isqtorch.importance.imatrix import imatrix_name
+from isqtorch.importance.moments import load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, Names, Options, Organization, listed
+from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, listed
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
-from isqtorch.quantizers import Rule
 
 from .meter import Meter
 
@@ -70,7 +70,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         exclude: Names | None = None,
         modules_to_not_convert: Names | None = None,
         fallback: Fallback = "up",
-        rule: Rule | None = None,
+        rule: ModelRule | None = None,
         activations: Activations | Sequence[str] | None = None,
         target_bpw: float | None = None,
         max_size: int | str | None = None,

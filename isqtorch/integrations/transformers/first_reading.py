@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isqtorch.auto import Auto
-from isqtorch.importance.imatrix import load_imatrix
+from isqtorch.importance.moments import load_imatrix
 from isqtorch.integrations.record import METHOD
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.options import listed

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from isqtorch.auto import Auto
-from isqtorch.auto.choose import Item, importance_and_shares
+from isqtorch.auto.choose import Item, importance_and_shares, moments_for
 from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure_errors
 from isqtorch.formats import get_format
+from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix
+from isqtorch.importance.moments import Moments
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Meter:
     parts: dict[str, list[Sums]] = field(default_factory=dict)  # by the first name of each weight
 
     def __post_init__(self) -> None:
+        self._shelf = Shelf(self.imatrix if isinstance(self.imatrix, Moments) else None)
         self._weights = {
             layer.name: (item, sharing) for item in self.auto.items for sharing in item.weights for layer in sharing
         }
@@ -38,7 +41,10 @@ class Meter:
             shares = None if shares is None else shares[expert : expert + 1]
         formats = [get_format(fmt) for fmt in item.options]
         with torch.no_grad():
-            sums = measure_errors(weight, formats, None, importance, shares, self.rule, pieces)
+            moments = moments_for(sharing, self._shelf, self.rule)
+            sums = measure_errors(
+                weight, formats, None, importance, shares, self.rule, pieces, moments=moments, first=expert or 0
+            )
         self.parts.setdefault(sharing[0].name, []).append(sums)
 
     def errors(self, items: Sequence[Item]) -> list[dict[str, Error]]:

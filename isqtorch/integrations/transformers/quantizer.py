@@ -319,13 +319,13 @@ def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
         source = (
             matrix if matrix.device.type in NATIVE_DEVICES else matrix.cpu()
         )  # packing on the CPU and copying is faster than the reference there
-        importance = None
+        importance, columns = None, slice(None)
         if job.importance is not None:
             columns = local_columns(module._parameters[leaf], job.fmt)
             importance = job.importance[..., columns]
         if load.meter is not None:
             load.meter.add(job.names[0], source)
-        packed = pack_weight(source, job, importance)
+        packed = pack_weight(source, job, importance, columns=columns)
         job.watch.finish()  # reads the weight, whose pages are dropped now
     load.files.drop(weight)
     return packed.to(weight.device)

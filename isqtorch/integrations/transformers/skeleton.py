@@ -16,7 +16,8 @@ from torch import nn
 
 from isqtorch.files.checkpoints import opened
 from isqtorch.formats import QuantFormat, get_format
-from isqtorch.importance.imatrix import load_imatrix
+from isqtorch.importance.moments import load_imatrix
+from isqtorch.inplace.feedback import check_moments
 from isqtorch.inplace.prepare import Prepared, prepare
 from isqtorch.integrations.record import METHOD
 from isqtorch.modules import PackedModule, QuantEmbedding, QuantExperts, QuantLinear
@@ -41,7 +42,9 @@ def prepare_on_cpu(inventory: Inventory, request: Request) -> Prepared:
         ValueError: see `quantize_`.
     """
     with torch.device("cpu"):  # transformers makes meta the default device here, and no kernel runs on it
-        return prepare(inventory, request, load_imatrix(request.options.imatrix))
+        imatrix = load_imatrix(request.options.imatrix)
+        check_moments(request, imatrix)
+        return prepare(inventory, request, imatrix)
 
 
 def _device_type(name: str, device_map: object) -> str:

@@ -1,0 +1,83 @@
+"""Token windows: a calibration text, cut into sequences that begin as prompts do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from isqtorch.files.binary import read_text
+from isqtorch.running import Ids, bos_token, context_length, token_ids
+
+from .files import DEFAULT_CHUNK
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sequences of tokens to calibrate with.
+
+    Attributes:
+        ids: int64 `[sequences, tokens]`.
+        dataset: where they come from.
+    """
+
+    ids: Tensor
+    dataset: str
+
+    @property
+    def facts(self) -> tuple[int, int, tuple[str, ...]]:
+        """`chunk_count`, `chunk_size` and `datasets` of an importance matrix."""
+        return (*self.ids.shape, (self.dataset,))
+
+
+def token_windows(
+    model: nn.Module,
+    text: Ids | os.PathLike[str],
+    tokenizer: Any,
+    op: str,
+    chunk: int = DEFAULT_CHUNK,
+    max_tokens: int | None = None,
+    least: int = 1,
+) -> Windows:
+    """Cut a text into windows; an incomplete last one is left out.
+
+    Args:
+        model: the model that will read them.
+        text, tokenizer, chunk, max_tokens: see `collect_imatrix`.
+        op: name of the calling function, for messages.
+        least: cut a short text into at least this number of windows, which are then shorter than `chunk`.
+
+    Raises:
+        ValueError: a bad argument, or a text that is too short or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
+        if value is not None and (not isinstance(value, int) or value < 2):
+            raise ValueError(f"{op}: {option} must be an integer of 2 or more, got {value!r}")
+    content, dataset = read_calibration_text(text)
+    ids = token_ids(content, tokenizer, op)[:max_tokens]
+    if len(ids) < 2 * least:
+        raise ValueError(f"{op}: {len(ids)} tokens are too few to calibrate with. Use a longer text.")
+    longest = context_length(model)
+    size = min(chunk, len(ids) // least, *([max(longest - 1, 1)] if longest is not None else []))
+    chunks = ids[: len(ids) // size * size].view(-1, size).clone()  # [chunks, size]
+    bos = bos_token(tokenizer)
+    if bos is not None:
+        chunks[:, 0] = bos
+    return Windows(chunks, dataset)
+
+
+def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
+    """Return the text or ids (a file is read), and a name for them."""
+    if isinstance(text, os.PathLike) or (isinstance(text, str) and len(text) < 4096 and _is_file(text)):
+        return read_text(text), os.fspath(text)
+    return text, "text" if isinstance(text, str) else "token ids"
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.exists(text) and not os.path.isdir(text)  # a pipe or a device is refused, and is no text
+    except ValueError:  # a NUL character
+        return False

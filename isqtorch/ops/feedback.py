@@ -1,0 +1,92 @@
+"""The operator `quantize_feedback` in plain torch, on any device, and its checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isqtorch.formats import QuantFormat
+from isqtorch.quantizers import solve_feedback
+
+from .checks import check_devices, check_finite, check_importance, check_quantize, check_scales, format_named
+
+_ROWS_CHECKED = 1024  # of the factor at a time
+
+
+@torch.no_grad()
+def quantize_feedback(w: Tensor, format: str, factor: Tensor, importance: Tensor, rule: str | None = None) -> Tensor:
+    """Quantize and pack a matrix whose codes make up for each other's errors.
+
+    Args:
+        w: float `[N, K]`, any strides.
+        format: name of the format.
+        factor: f32 `[K, K]`, unit upper triangular: `isqtorch.quantizers.feedback_factor` of the inputs' moments.
+        importance: float `[K]`, the diagonal of the moments.
+        rule: alternative rule of the format's quantizer for the scales, as for `quantize`.
+
+    Returns:
+        uint8 `[N, row_bytes]`.
+
+    Raises:
+        ValueError: arguments do not fit the format or each other, or weights are not finite or too large.
+    """
+    fmt = format_named("quantize_feedback", format)
+    row_bytes = check_feedback(w, fmt, factor, importance, rule)
+    vectors = check_importance(importance, w)
+    assert vectors is not None
+    w32 = w.detach().float()
+    check_finite(w, w32, fmt)
+    factor = factor.detach()
+    check_factor(factor)
+    fields, seen = solve_feedback(fmt, w32, factor, vectors[0], rule)
+    check_carried(seen)
+    check_scales(fields, seen, fmt)
+    return fmt.pack(fields).view(w.shape[0], row_bytes)
+
+
+def check_feedback(w: Tensor, fmt: QuantFormat, factor: Tensor, importance: Tensor, rule: str | None) -> int:
+    """Check everything about the arguments of `quantize_feedback` except their values.
+
+    Returns:
+        Bytes of a packed row.
+    """
+    row_bytes = check_quantize(w, fmt, importance, rule)
+    if w.ndim != 2:
+        raise ValueError(
+            f"quantize_feedback: weight must be one matrix [N, K], got shape {list(w.shape)}. Matrices of a stack have inputs of "
+            "their own: pack them one by one."
+        )
+    columns = w.shape[1]
+    if factor.dtype != torch.float32 or factor.shape != (columns, columns):
+        raise ValueError(
+            f"quantize_feedback: factor must be float32 [{columns}, {columns}] for a weight of {columns} columns, got "
+            f"{str(factor.dtype).removeprefix('torch.')} {list(factor.shape)}. Is this the factor of another layer?"
+        )
+    check_devices("quantize_feedback", w, factor=factor)
+    return row_bytes
+
+
+def check_factor(factor: Tensor) -> None:
+    """Check that a factor `[K, K]` is unit upper triangular and finite."""
+    for start in range(0, len(factor), _ROWS_CHECKED):
+        rows = factor[start : start + _ROWS_CHECKED]
+        at = torch.arange(start, start + len(rows), device=factor.device)[:, None]
+        column = torch.arange(len(factor), device=factor.device)
+        bad = ~rows.isfinite() | ((column < at) & (rows != 0)) | ((column == at) & (rows != 1))
+        if bool(bad.any()):
+            i, j = divmod(int(bad.reshape(-1).int().argmax()), len(factor))
+            raise ValueError(
+                f"quantize_feedback: factor[{start + i}, {j}] is {float(rows[i, j]):.6g}; a factor has zeros below its diagonal, ones "
+                "on it and finite numbers above. Make it with isqtorch.quantizers.feedback_factor."
+            )
+
+
+def check_carried(seen: Tensor) -> None:
+    """Check that weights minus the errors carried to them, `[N, K]`, are finite."""
+    bad = ~seen.isfinite()
+    if bool(bad.any()):
+        i, j = divmod(int(bad.reshape(-1).int().argmax()), seen.shape[1])
+        raise ValueError(
+            f"quantize_feedback: the errors carried to weight[{i}, {j}] are larger than float32 can hold. Make the factor from "
+            "moments with more damping, or scale the weight down."
+        )
