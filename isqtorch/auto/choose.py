@@ -20,11 +20,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from isqtorch.formats import QuantFormat, Spec, get_format
+from isqtorch.formats import QuantFormat, Spec, get_format, number_of_bits
 from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix, importance_of
 from isqtorch.importance.moments import Moments
 from isqtorch.importance.passes import Passes
+from isqtorch.importance.rules import rule_of
 from isqtorch.modules.convert import owner_of, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.decide import decide
@@ -33,6 +34,8 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.mixes import LISTED_EXPERT
 from isqtorch.policy.request import Assigned, Request
 from isqtorch.progress import progress_bar
+from isqtorch.quantizers import scale_rule
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.choice import Choice, Measured
 from isqtorch.report.report import QuantReport
 from isqtorch.text import cause, human_size
@@ -259,7 +262,8 @@ def measure_items(
         with ordinary_tensors():
             weight = weight_of([layer.name for layer in sharing])
             try:
-                sums = measure_errors(weight, formats, weighing, *importance, options.rule, moments=moments)
+                rules = rules_for(item, sharing, options.rule, importance[0] is not None)
+                sums = measure_errors(weight, formats, weighing, *importance, rules, moments=moments)
             except ValueError as error:
                 raise ValueError(f"{auto.request.op}: {sharing[0].name}: {cause(error)} Nothing was changed.") from None
             parts[sharing[0].name] = sums
@@ -280,6 +284,22 @@ def measure_items(
             del moments
     errors = [errors_of([parts[sharing[0].name] for sharing in item.weights]) for item in auto.items]
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
+
+
+def rules_for(
+    item: Item, sharing: Sequence[LayerInfo], asked: str | None, has_importance: bool
+) -> dict[str, str | None]:
+    """The rule with which packing will use each format of an item, for one of its weights."""
+    names = [layer.name for layer in sharing]
+    rules: dict[str, str | None] = {}
+    for name, spec in item.options.items():
+        fmt = get_format(name)
+        if asked == FEEDBACK:
+            rules[name] = scale_rule(fmt) if has_importance else None
+        else:
+            by_number = number_of_bits(spec) is not None
+            rules[name] = rule_of(names, fmt, asked, has_importance=has_importance, by_number=by_number)
+    return rules
 
 
 def moments_for(sharing: Sequence[LayerInfo], shelf: Shelf, rule: str | None) -> ShelvedMoments | None:

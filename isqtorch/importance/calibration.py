@@ -3,6 +3,7 @@
     with isqtorch.calibrate(model) as im:                           # any forward of the model inside the block
         model(ids)
     im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     # a text, in chunks, as llama.cpp does
+    im = isqtorch.collect_imatrix(model, "self", tokenizer)         # a text that the model writes
 
 The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for
 routed experts, per expert. A hook reads the input of its layer once. Layers with the same input (q, k and v; gate and
@@ -33,6 +34,7 @@ from .collecting import CollectedMoments, MomentWatch
 from .files import DEFAULT_CHUNK
 from .imatrix import Imatrix
 from .routed import RoutedExperts, Routing, find_routed_experts
+from .self_written import SELF
 from .windows import token_windows
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -237,7 +239,7 @@ def watching(model: nn.Module) -> Iterator[None]:
 
 def collect_imatrix(
     model: nn.Module,
-    text: Ids | os.PathLike[str],
+    text: Ids | os.PathLike[str] = SELF,
     tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
@@ -251,9 +253,10 @@ def collect_imatrix(
 
     Args:
         model: the model, in the dtype that it should run in. It runs in eval mode and gets its training flags back.
-        text: a file (a path object, or a string that names an existing file), a text, or token ids.
-        tokenizer: the model's tokenizer; not needed with token ids.
-        chunk: tokens per chunk. If the model's context is not longer, chunks are one token shorter than the context.
+        text: a file (a path object, or a string that names an existing file), a text, or token ids. "self", the
+            default, lets a model of transformers write the text itself: 48 sequences of 256 tokens.
+        tokenizer: the model's tokenizer; not needed with token ids. With "self" it tells whether texts begin with BOS.
+        chunk: tokens per chunk of a text that is given. If the model's context is not longer, chunks are one token shorter than the context.
         max_tokens: use only this number of tokens from the beginning of the text; None uses all.
         progress: whether to show a progress bar; None shows one if stderr is a terminal.
 
@@ -268,7 +271,7 @@ def collect_imatrix(
         im = isqtorch.collect_imatrix(model, "examples/demo_model/calibration.txt", tokenizer, max_tokens=2048)
         im.save("demo.gguf")
     """
-    windows = token_windows(model, text, tokenizer, "collect_imatrix", chunk, max_tokens)
+    windows = token_windows(model, text, tokenizer, "collect_imatrix", chunk, max_tokens, progress=progress)
     with calibrate(model) as im, evaluating(model):
         for ids_of_one in progress_bar("calibrate", "chunk", progress, windows.ids):
             run_model(model, ids_of_one[None])

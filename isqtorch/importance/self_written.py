@@ -70,7 +70,7 @@ def write_windows(
     device = next(model.parameters()).device
     prompt = prompt.to(device)
     with evaluating(model), progress_bar("write", "token", progress, total=new) as bar:
-        written = model.generate(  # type: ignore[operator]  # a method of transformers' models
+        written: Tensor = model.generate(  # type: ignore[operator]  # a method of transformers' models
             prompt,
             attention_mask=torch.ones_like(prompt),
             logits_processor=[_Nucleus(generator, bar, op)],

@@ -12,6 +12,7 @@ from isqtorch.files.binary import read_text
 from isqtorch.running import Ids, bos_token, context_length, token_ids
 
 from .files import DEFAULT_CHUNK
+from .self_written import SELF, describe, write_windows
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ def token_windows(
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
     least: int = 1,
+    progress: bool | None = None,
 ) -> Windows:
-    """Cut a text into windows; an incomplete last one is left out.
+    """Cut a text into windows, or let the model write them. An incomplete last window of a text is left out.
 
     Args:
         model: the model that will read them.
         text, tokenizer, chunk, max_tokens: see `collect_imatrix`.
         op: name of the calling function, for messages.
         least: cut a short text into at least this number of windows, which are then shorter than `chunk`.
+        progress: whether to show a progress bar while the model writes.
 
     Raises:
         ValueError: a bad argument, or a text that is too short or not UTF-8.
@@ -56,6 +59,10 @@ def token_windows(
     for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
         if value is not None and (not isinstance(value, int) or value < 2):
             raise ValueError(f"{op}: {option} must be an integer of 2 or more, got {value!r}")
+    if is_self(text):
+        written = write_windows(model, tokenizer, op=op, progress=progress)
+        written = written if max_tokens is None else written[: max(1, max_tokens // written.shape[1])]
+        return Windows(written, describe(written, tokenizer))
     content, dataset = read_calibration_text(text)
     ids = token_ids(content, tokenizer, op)[:max_tokens]
     if len(ids) < 2 * least:
@@ -67,6 +74,11 @@ def token_windows(
     if bos is not None:
         chunks[:, 0] = bos
     return Windows(chunks, dataset)
+
+
+def is_self(text: object) -> bool:
+    """Whether the model itself is to write the text."""
+    return isinstance(text, str) and text == SELF
 
 
 def read_calibration_text(text: Ids | os.PathLike[str]) -> tuple[Ids, str]:
