@@ -85,6 +85,10 @@ def quality(folder: Path) -> None:
         model(torch.arange(16)[None])
     assert set(seen) == set(collected)
     imatrix: isqtorch.Imatrix = isqtorch.read_imatrix(folder / "demo.gguf")
+    moments: isqtorch.Moments = isqtorch.collect_moments(model, text, tokenizer, chunk=128, progress=False)
+    moments.save(folder / "demo.safetensors")
+    fed = isqtorch.quantize_(load(), "q4_0", rule="feedback", imatrix=folder / "demo.safetensors", progress=False)
+    print(fed.notes)
     report = isqtorch.quantize_(model, "auto", target_bpw=4.5, probe="output", imatrix=imatrix, progress=False)
     assert report.choice is not None
     score: isqtorch.Perplexity = isqtorch.perplexity(model, text, tokenizer, context=128, mode="global")

@@ -16,6 +16,8 @@ from .explain import Explanation, explain
 from .formats import QuantFormat, formats, get_format, resolve_format
 from .importance.calibration import Calibration, calibrate, collect_imatrix
 from .importance.imatrix import Imatrix, read_imatrix
+from .importance.moments import Moments
+from .importance.passes import collect_moments
 from .inplace.dequantize import dequantize_
 from .inplace.quantize import quantize_
 from .inplace.requantize import requantize_
@@ -44,6 +46,7 @@ __all__ = [
     "KLResult",
     "LayerReport",
     "Loaded",
+    "Moments",
     "Optimization",
     "Perplexity",
     "QuantEmbedding",
@@ -57,6 +60,7 @@ __all__ = [
     "calibrate",
     "checkpoint",
     "collect_imatrix",
+    "collect_moments",
     "dequantize_",
     "explain",
     "export_gguf",

@@ -113,6 +113,8 @@ class LoadedModel:
             if source is None and self.packed:
                 source = STORED
             options = self._options(isq)
+            if "calibration_file" in options:
+                options["tokenizer"] = self.tokenizer
             if mix_name(isq) is not None or not resolve_format(isq, self.device or "cpu").activations:
                 options.pop("activations", None)  # it is only for fp8; layers that stay in fp8 keep the permission
             self.report = requantize_(self.model, isq, source=source, progress=False, **options)
@@ -170,10 +172,10 @@ def check_request(
             raise ValueError("give either imatrix or calibration_file, not both")
     elif any(
         (options or {}).get(name)
-        for name in ("topology", "imatrix", "calibration_file", "rule", "activations", *AUTO_OPTIONS)
+        for name in ("topology", "imatrix", "calibration_file", "rule", "max_memory", "activations", *AUTO_OPTIONS)
     ):
         raise ValueError(
-            "--topology, --imatrix, --calibration-file, --rule, --activations and the options of auto need --isq FORMAT"
+            "--topology, --imatrix, --calibration-file, --rule, --max-memory, --activations and the options of auto need --isq FORMAT"
         )
     found = Opened.of(source)
     if isq is not None and found.quantized_by == METHOD:

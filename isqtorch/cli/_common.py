@@ -54,10 +54,19 @@ def add_importance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule",
         metavar="RULE",
-        help="search: a slower, closer fit of afq and hqq, which also uses importance; mlx: MLX's afq bits",
+        help="search: a slower, closer fit of afq and hqq, which also uses importance; mlx: MLX's afq bits; feedback: about half "
+        "the divergence at the same size, with --calibration-file, or with moments as --imatrix",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="with --rule feedback: most memory for moments, such as 6GB; the text is read as often as needed (default: half of "
+        "what is free)",
     )
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix")
+    either.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix; or moments: .safetensors"
+    )
     either.add_argument(
         "--calibration-file",
         metavar="FILE",
@@ -83,6 +92,8 @@ def add_auto(parser: argparse.ArgumentParser) -> None:
 def policy_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_policy`, `add_importance` and `add_auto`, for `LoadedModel`."""
     options = {name: getattr(args, name) for name in ("topology", "organization", "fallback", "imatrix", "rule")}
+    if args.max_memory:
+        options["max_memory"] = int(args.max_memory) if args.max_memory.isdecimal() else args.max_memory
     if args.activations:
         options["activations"] = args.activations
     for option, name in _AUTO.items():

@@ -2,10 +2,12 @@
 
     isqtorch imatrix examples/demo_model/model examples/demo_model/calibration.txt -o demo.gguf
     isqtorch imatrix ./my-model my.txt -o my.imatrix --max-tokens 30000
+    isqtorch imatrix ./my-model my.txt -o my.safetensors               second moments, for --rule feedback
 
-The extension of OUT selects the file format: .gguf and .imatrix (or .dat) of llama.cpp, .cimatrix of mistral.rs. Every
-command with --imatrix reads all three. A text of 10,000 to 50,000 tokens is enough, if it is similar to what the model
-will process.
+The extension of OUT selects the file format: .gguf and .imatrix (or .dat) of llama.cpp, .cimatrix of mistral.rs. With
+.safetensors it holds the second moments of all inputs, from which --rule feedback chooses better codes; they take
+gigabytes for a large model. Every command with --imatrix reads all of them. A text of 10,000 to 50,000 tokens is
+enough, if it is similar to what the model will process.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ HELP = "collect an importance matrix from a text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file, an MLX folder, or a model id")
     parser.add_argument("text", metavar="TEXT", help="UTF-8 text file")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".gguf, .imatrix or .cimatrix")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help=".gguf, .imatrix, .cimatrix; or .safetensors for moments",
+    )
     parser.add_argument("--chunk", type=int, default=512, help="tokens per chunk (%(default)s)")
     parser.add_argument("--max-tokens", type=int, help="use only the first so many tokens of the text")
     add_json(parser)
@@ -32,13 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from isqtorch.importance.calibration import collect_imatrix
     from isqtorch.importance.imatrix import check_extension
+    from isqtorch.importance.moments_files import is_name
+    from isqtorch.importance.passes import collect_moments
 
-    check_extension(args.output)  # before minutes of work
+    whole = is_name(args.output)
+    if not whole:
+        check_extension(args.output)  # before minutes of work
     if not args.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
     read_text(args.text)
     model, tokenizer = load_model(args.model, "reads", "imatrix")
-    im = collect_imatrix(model, Path(args.text), tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
+    collect = collect_moments if whole else collect_imatrix
+    im = collect(model, Path(args.text), tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
     im.save(args.output)
     unseen = sum(im.unseen.values())
     if args.json:

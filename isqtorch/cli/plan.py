@@ -18,6 +18,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from isqtorch.policy.options import RULES
 from isqtorch.text import text_table
 
 from ._common import add_details, add_isq, add_json, add_model, add_policy
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_isq(parser, required=False)
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of the cache (%(default)s)")
     add_policy(parser)
+    parser.add_argument("--rule", metavar="RULE", help="as for quantize; no rule changes a size")
     parser.add_argument("--plot", metavar="PNG", help="with --isq: draw the bits of every layer (needs matplotlib)")
     add_details(parser)
     add_json(parser)
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from isqtorch.report.fit import overview
 
+    if args.rule is not None and args.rule not in RULES:
+        raise ValueError(f"--rule must be one of {', '.join(RULES)}; got {args.rule!r:.80}")
     if args.plot and args.isq is None:
         raise ValueError("--plot draws one format: it needs --isq FORMAT")
     options = {"topology": args.topology, "organization": args.organization, "fallback": args.fallback}

@@ -116,7 +116,7 @@ class MomentWatch:
                     others[name] = importance_of_inputs(self.inputs[key], feeds_attention(name), key in self.stacks)
             for name, columns in self.layers.items():
                 if name not in self.readers and ".experts." in f".{name}.":  # listed experts without a token
-                    others[name] = torch.zeros(columns), torch.zeros(1, dtype=torch.int64)
+                    others[name] = torch.zeros(columns, dtype=torch.float32), torch.zeros(1, dtype=torch.int64)
         stacks = {key: key in self.stacks for key in full}
         try:
             return Moments(full, readers, stacks, others, source=source)
@@ -159,8 +159,7 @@ class MomentWatch:
                 return None
         if own is None:
             own = self.readers[name] = name
-        elif own != name and own in self.inputs:  # until now it has read the same as others
-            self.inputs[name] = [part.copy() for part in self.inputs[own]]
+        elif own != name:  # until now it has read the same as others; it begins anew, with an input of its own
             own = self.readers[name] = name
         if mark is not None:
             recent.append(_Seen(weakref.ref(x), mark, own, {name}))

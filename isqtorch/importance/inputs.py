@@ -39,16 +39,18 @@ def feeds_attention(layer: str) -> bool:
 
 
 def joint_parts(layer: str, rows: int, columns: int) -> tuple[int, ...]:
-    """Rows of the queries, keys and values in a joint matrix that has them one after the other.
+    """Rows of the queries, keys and values in a joint matrix that has them one after the other; also of gate and up.
 
     Args:
         layer: its name.
-        rows: N; there are as many queries as columns, and equal parts of keys and values.
+        rows: N. Of q, k and v, as many are queries as there are columns, and keys and values have equal parts.
         columns: K.
 
     Returns:
         Their numbers; empty if the layer is no such matrix, or is not known to be one.
     """
+    if layer.endswith("gate_up_proj") and rows % 2 == 0:  # where they are interleaved, two halves do no harm
+        return rows // 2, rows // 2
     rest = rows - columns
     if layer.rpartition(".")[2] not in ("qkv_proj", "Wqkv", "c_attn") or rest <= 0 or rest % 2 or rest > 2 * columns:
         return ()
@@ -97,13 +99,18 @@ class Input:
             self.held.first[0], weights * (1 + FIRST), weights
         ) if weighted else weights
 
+    def fault(self) -> str | None:
+        """What is wrong with the values, or None."""
+        if not all(bool(torch.isfinite(rows).all()) for rows in self.held.rows):
+            return "have held-out rows that are not finite"
+        return next(
+            (second.fault() for second in (self.total, self.first) if second is not None and second.fault()), None
+        )
+
     def finish(self) -> None:
         for part in (self.total, self.first, self.held):
             if part is not None:
                 part.finish()
-
-    def copy(self) -> Input:
-        return Input(self.total.copy(), None if self.first is None else self.first.copy(), self.held.copy())
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +160,8 @@ class LayerMoments:
             count = sum(each.total.count for each in self.inputs)
             if not count:
                 return None
-            total = torch.zeros(self.inputs[0].total.columns, self.inputs[0].total.columns, device=device)
+            columns = self.inputs[0].total.columns
+            total = torch.zeros(columns, columns, dtype=torch.float32, device=device)
             for each in self.inputs:
                 if each.total.count:
                     total += each.matrix(self.weighted).to(device)

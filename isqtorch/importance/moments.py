@@ -73,6 +73,10 @@ class Moments(Imatrix):
     def __repr__(self) -> str:
         return f"Moments({len(self.inputs)} inputs of {len(self)} layers from {self.source})"
 
+    def __deepcopy__(self, memo: object) -> Moments:
+        """Return itself: copies of configurations must not copy gigabytes, and nothing changes moments."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of all moments."""
@@ -103,6 +107,34 @@ class Moments(Imatrix):
                 f"{len(parts)} x {parts[0].total.columns}. The moments are of another model; use the right ones, or none."
             )
         return LayerMoments(parts, feeds_attention(layer), self.stacks[key])
+
+    def under(self, path: str) -> Moments:
+        """The same moments, where all names begin with `path`: those of a part of a model become those of the model."""
+
+        def named(name: str) -> str:
+            return f"{path}.{name}"
+
+        return Moments(
+            {named(key): parts for key, parts in self.inputs.items()},
+            {named(name): named(key) for name, key in self.readers.items()},
+            {named(key): stacked for key, stacked in self.stacks.items()},
+            {named(name): (self.sums[name], self.counts[name]) for name in self.sums if name not in self.readers},
+            source=self.source,
+            chunk_count=self.chunk_count,
+            chunk_size=self.chunk_size,
+            datasets=self.datasets,
+        )
+
+    def check(self) -> None:
+        """Look at all values. A file may hold anything, and is not read before.
+
+        Raises:
+            ValueError: a sum is not finite or not symmetric, or a held-out row is not finite.
+        """
+        for key, parts in self.inputs.items():
+            fault = next((fault for part in parts if (fault := part.fault()) is not None), None)
+            if fault is not None:
+                raise ValueError(f"{self.source}: the moments of {key!r} {fault}. Collect them again.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file: `.safetensors` for the moments, or the importance alone as `Imatrix.save` does.

@@ -10,6 +10,8 @@ from torch import Tensor
 HELD_ROWS = 1024
 """Most held-out rows of an input; twice as many are thinned out to this number."""
 
+_LOPSIDED = 1e-3  # of the largest square: most difference of two elements that should be equal
+_COMPARED = 1024  # rows at a time
 _FOLD = 256  # rows that are added to the sum at once: a product of few rows would be slow
 
 
@@ -75,20 +77,33 @@ class Second:
         if self.total is not None and not self.rows:
             return self.total
         device = self.rows[0].device if self.rows else torch.device("cpu")
-        out = torch.zeros(self.columns, self.columns, device=device) if self.total is None else self.total.clone()
+        out = (
+            torch.zeros(self.columns, self.columns, dtype=torch.float32, device=device)
+            if self.total is None
+            else self.total.clone()
+        )
         for rows in self.rows:
             out.addmm_(rows.t(), rows)
         return out
 
     def diagonal(self) -> Tensor:
         """The sums of squares, f32 `[K]`."""
-        return torch.zeros(self.columns) if self.squares is None else self.squares
+        return torch.zeros(self.columns, dtype=torch.float32) if self.squares is None else self.squares
 
-    def copy(self) -> Second:
-        """A copy that shares no memory that is written to."""
-        squares = None if self.squares is None else self.squares.clone()
-        total = None if self.total is None else self.total.clone()
-        return Second(self.columns, self.full, self.sparse, self.count, squares, total, list(self.rows))
+    def fault(self) -> str | None:
+        """What is wrong with the values, or None."""
+        told = "must be finite and symmetric, with squares on the diagonal, as sums of x x' are"
+        if not all(bool(torch.isfinite(rows).all()) for rows in self.rows):
+            return told
+        if self.total is None:
+            return None
+        diagonal = self.total.diagonal()
+        most = _LOPSIDED * float(diagonal.max())
+        for start in range(0, self.columns, _COMPARED):
+            part = slice(start, start + _COMPARED)
+            if not bool(((self.total[part] - self.total[:, part].t()).abs() <= most).all()):  # false for NaN, too
+                return told
+        return None if bool(torch.isfinite(self.total.sum())) and bool((diagonal >= 0).all()) else told
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +114,7 @@ class Second:
     def _fold(self, rows: list[Tensor]) -> None:
         for x in rows:
             if self.total is None:
-                self.total = torch.zeros(self.columns, self.columns, device=x.device)
+                self.total = torch.zeros(self.columns, self.columns, dtype=torch.float32, device=x.device)
             self.total.addmm_(x.t(), x)
 
 
@@ -126,8 +141,8 @@ class HeldOut:
             return
         kept = rows.detach().to(rows.dtype if rows.dtype.itemsize <= 2 else torch.float32, copy=True)
         self.rows.append(kept)
-        self.weights.append(weights.to(kept.device, torch.float32))
-        self.first.append(first.to(kept.device))
+        self.weights.append(weights.to(kept.device, torch.float32, copy=True))
+        self.first.append(first.to(kept.device, copy=True))
         if len(self) > 2 * self.most:
             self.finish()
             # Firsts and others are thinned out separately, so that each keeps its share.
@@ -145,9 +160,6 @@ class HeldOut:
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
-
-    def copy(self) -> HeldOut:
-        return HeldOut(self.columns, list(self.rows), list(self.weights), list(self.first), self.most)
 
     @property
     def nbytes(self) -> int:

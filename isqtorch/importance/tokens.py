@@ -53,7 +53,7 @@ class Rows:
         if self.used is not None:
             marks = torch.zeros(count, dtype=torch.bool)
             marks[self.used] = True
-        weights, first = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+        weights, first = torch.zeros(count, dtype=torch.float32), torch.zeros(count, dtype=torch.bool)
         weights[self.held], first[self.held] = self.held_weights, self.held_first
         begins = torch.zeros(count, dtype=torch.bool)
         begins[self.first] = True
@@ -106,6 +106,25 @@ class Tokens:
                 stack.callback(after.remove)
             yield
 
+    @contextmanager
+    def window(self, length: int) -> Iterator[None]:
+        """A window of tokens runs through a part of the model inside this block, and no hook sees its ids.
+
+        Args:
+            length: number of tokens.
+        """
+        opened = self._open()
+        with self._lock:
+            held = torch.tensor([self.windows % HOLD_EVERY == _HELD])
+            self.windows += 1
+        counts, first = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.bool)
+        first[:, 0] = True
+        opened.calls, opened.depth = [Call(length, _classified(counts, first, held))], opened.depth + 1
+        try:
+            yield
+        finally:
+            opened.depth -= 1
+
     def rows_of(self, count: int, scattered: bool = False) -> Rows:
         """What the rows of an activation with `count` rows are, in the call that is running in this thread.
 
@@ -119,14 +138,18 @@ class Tokens:
         index = torch.arange(count)
         held = index % HOLD_EVERY == _HELD if scattered else index >= count - count // HOLD_EVERY
         rows = held.nonzero()[:, 0]
-        kept = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).long()] if len(rows) else rows
+        kept = (
+            rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED), dtype=torch.float64).long()]
+            if len(rows)
+            else rows
+        )
         if scattered:
             kept = rows
         return Rows(
             (~held).nonzero()[:, 0] if len(rows) else None,
             torch.zeros(0, dtype=torch.int64),
             kept,
-            torch.full((len(kept),), len(rows) / max(1, len(kept))),
+            torch.full((len(kept),), len(rows) / max(1, len(kept)), dtype=torch.float32),
             torch.zeros(len(kept), dtype=torch.bool),
         )
 
@@ -161,7 +184,7 @@ class Tokens:
             batch, length = embedded.shape[:2]
         else:
             return None
-        past = _past(given.get("past_key_values"))
+        begins = not _past(given)
         mask = given.get("attention_mask")
         counts = torch.ones(batch, length, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= length:
@@ -172,12 +195,13 @@ class Tokens:
         positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
             first = counts & (positions.detach().cpu().expand(batch, -1) == 0)
-        elif past == 0:
+            begins = bool(first.any())
+        elif begins:
             first = counts & (counts.cumsum(1) == 1)
         windows = opened.outer
         if windows is None or len(windows) != batch:
             with self._lock:
-                if past == 0:
+                if begins:
                     self._thread.windows = torch.arange(self.windows, self.windows + batch)
                     self.windows += batch
                 windows = getattr(self._thread, "windows", None)
@@ -197,10 +221,13 @@ def _classified(counts: Tensor, first: Tensor, held: Tensor) -> Rows:
         starts, others = own[first[number][own]], own[~first[number][own]]
         some = min(len(others), _SAMPLED)
         if some:
-            others = others[torch.linspace(0, len(others) - 1, some).long()]
+            others = others[torch.linspace(0, len(others) - 1, some, dtype=torch.float64).long()]
         weight = (len(own) - len(starts)) / max(1, some)
         rows += [number * length + starts, number * length + others]
-        weights += [torch.ones(len(starts)), torch.full((some,), weight)]
+        weights += [
+            torch.ones(len(starts), dtype=torch.float32),
+            torch.full((some,), weight, dtype=torch.float32),
+        ]
         begins += [torch.ones(len(starts), dtype=torch.bool), torch.zeros(some, dtype=torch.bool)]
     empty = torch.zeros(0, dtype=torch.int64)
     return Rows(
@@ -212,12 +239,13 @@ def _classified(counts: Tensor, first: Tensor, held: Tensor) -> Rows:
     )
 
 
-def _past(cache: Any) -> int:
-    """Number of tokens in a cache of keys and values."""
-    length = getattr(cache, "get_seq_length", None)
-    if callable(length):
-        return int(length())
-    return 0 if cache is None else 1
+def _past(given: dict[str, Any]) -> bool:
+    """Whether there is a cache of keys and values that holds tokens, whatever the argument is called."""
+    for value in given.values():
+        length = getattr(value, "get_seq_length", None)
+        if callable(length):
+            return int(length()) > 0
+    return isinstance(given.get("past_key_values"), tuple)
 
 
 def _signature(module: nn.Module, outermost: bool) -> tuple[str, ...] | None:

@@ -55,8 +55,9 @@ class Feedback:
             The packed rows, and those by importance alone.
         """
         layer = self.shelf.layer(self.names, self.shape)
-        parts = self.parts if expert is None else ()
-        packed, alone, judged = pack_by_feedback(weight, fmt, self.shelf, layer, importance, expert, parts, columns)
+        packed, alone, judged = pack_by_feedback(
+            weight, fmt, self.shelf, layer, importance, expert, self.parts, columns
+        )
         self.judged += judged
         self.unjudged += not judged
         return packed, alone
@@ -89,13 +90,15 @@ def feedback_of(layers: Sequence[LayerInfo], fmt: QuantFormat, shelf: Shelf) -> 
     if not can_feed_back(layers, fmt):
         return None
     shape = layers[0].shape
-    parts = joint_parts(layers[0].name, *shape) if len(shape) == 2 else ()
-    return Feedback(shelf, tuple(layer.name for layer in layers), shape, parts)
+    return Feedback(shelf, tuple(layer.name for layer in layers), shape, joint_parts(layers[0].name, *shape[-2:]))
 
 
 def check_moments(request: Request, imatrix: Imatrix | None) -> None:
-    """ValueError if the rule is "feedback" and there are no moments."""
-    if request.options.rule != FEEDBACK or isinstance(imatrix, Moments):
+    """ValueError if the rule is "feedback" and there are no moments, or their values are damaged."""
+    if request.options.rule != FEEDBACK:
+        return
+    if isinstance(imatrix, Moments):
+        imatrix.check()
         return
     op = request.op
     if imatrix is not None:

@@ -199,7 +199,10 @@ def _replace_layers(model: nn.Module, prepared: Prepared) -> dict[str, float]:
                 "free memory and load the model again; IsqConfig packs while it loads and needs less memory."
             )
             with naming_memory(request.op, job.names[0], f"packed in {job.fmt.name}", state):
-                parameter, error = _packed(model, job)
+                try:
+                    parameter, error = _packed(model, job)
+                except ValueError as fault:  # only moments that cannot be factorized: all else was checked before
+                    raise ValueError(f"{request.op}: {job.names[0]}: {fault} {state}") from None
                 if runs_again:
                     waiting.append((job, parameter))
                 else:

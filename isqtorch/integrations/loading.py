@@ -65,6 +65,7 @@ def load(
     exclude: Names | None = None,
     fallback: Fallback = "up",
     rule: ModelRule | None = None,
+    max_memory: int | str | None = None,
     activations: Activations | None = None,
     target_bpw: float | None = None,
     max_size: int | str | None = None,
@@ -89,8 +90,8 @@ def load(
             a GGUF file, an MLX folder, or a folder that another library has quantized (FP8, MXFP4, GPTQ, AWQ, ...) are
             decoded and packed anew, except those that have the format already; their errors stay, and the report says
             so. A folder that isqtorch has quantized takes no format.
-        topology, organization, imatrix, include, exclude, fallback, rule, activations: see `quantize_`. A topology
-            cannot place layers on devices here.
+        topology, organization, imatrix, include, exclude, fallback, rule, max_memory, activations: see `quantize_`. A
+            topology cannot place layers on devices here.
         calibration_file: see `quantize_`. The model is loaded first, and runs over the text as it is; its float weights
             then have to fit into memory. From a GGUF file or an MLX folder it runs with the packed weights.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`.
@@ -122,6 +123,7 @@ def load(
         exclude=exclude,
         fallback=fallback,
         rule=rule,
+        max_memory=max_memory,
         activations=activations,
         target_bpw=target_bpw,
         max_size=max_size,

@@ -22,6 +22,7 @@ from isqtorch.inplace.requantize import requantize_
 from isqtorch.policy.inventory import inspect_model, packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.plan import plan
 from isqtorch.report.report import QuantReport
 from isqtorch.text import first_names
@@ -135,6 +136,9 @@ def calibrated(model: Any, request: Request, tokenizer: Any) -> tuple[QuantRepor
     """Quantize a float model that runs over the calibration file first."""
     options, imatrix = request.options, None
     given = given_options(options)
+    if options.rule == FEEDBACK and options.calibration_file is not None and options.imatrix is None:
+        text = {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
+        return quantize_(model, request.fmt, **given, **text), None
     if options.calibration_file is not None and options.imatrix is None:
         if mix_name(request.fmt) != AUTO:
             asked = {name: given[name] for name in given if name not in ("rule", "imatrix", "progress", "probe")}
@@ -152,7 +156,9 @@ def changed(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, 
         return calibrated(model, request, tokenizer)
     options, imatrix = request.options, None
     given = given_options(options)
-    if options.calibration_file is not None and options.imatrix is None:
+    if options.rule == FEEDBACK and options.calibration_file is not None and options.imatrix is None:
+        given |= {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
+    elif options.calibration_file is not None and options.imatrix is None:
         imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
         given["imatrix"] = imatrix
     return requantize_(model, request.fmt, **given), imatrix

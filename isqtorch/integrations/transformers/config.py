@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -13,13 +15,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from isqtorch._version import __version__
 from isqtorch.auto import Budget
-from isqtorch.formats import QuantFormat, Spec
+from isqtorch.files.binary import regular
+from isqtorch.formats import AUTO, QuantFormat, Spec, mix_name
 from isqtorch.importance.imatrix import imatrix_name
 from isqtorch.importance.moments import load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, listed
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import Topology, TopologyLike
+from isqtorch.quantizers.families import FEEDBACK
 
 from .meter import Meter
 
@@ -38,6 +42,11 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             quantized: it takes over, without any rounding, what one of our formats holds exactly.
         topology, organization, imatrix, include, exclude, fallback, rule, activations: see `isqtorch.quantize_`. A
             topology cannot place layers on devices; `device_map` does that.
+        calibration_file, tokenizer: for `rule="feedback"`: a text to collect moments from, and the tokenizer of the model.
+            The decoder layers are read, fed with the text, packed and freed one after the other, so that peak memory is
+            the packed model, one float layer with its moments, and the hidden states of the text. The result is that of
+            `quantize_`. It works for models whose decoder layers follow each other and get the same masks and positions
+            for every window; others raise a ValueError, and `isqtorch.load` knows another way for them.
         target_bpw, max_size, formats: for "auto", see `isqtorch.quantize_`. The checkpoint is then read twice, once to
             measure and once to pack. Peak memory is as for any format. The model cannot run yet, so there is no
             `probe`.
@@ -66,6 +75,8 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         topology: TopologyLike | None = None,
         organization: Organization = "default",
         imatrix: ImatrixLike | None = None,
+        calibration_file: str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         include: Names | None = None,
         exclude: Names | None = None,
         modules_to_not_convert: Names | None = None,
@@ -89,6 +100,8 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             topology=topology,
             organization=organization,
             imatrix=imatrix,
+            calibration_file=calibration_file,
+            tokenizer=tokenizer,
             include=include,
             exclude=exclude,
             modules_to_not_convert=modules_to_not_convert,
@@ -109,9 +122,33 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         if activations is not None and not isinstance(activations, str):
             raise ValueError(f'{_OP}: activations must be None or "fp8"; got {activations!r}')
         self.activations = self.options.activations
+        self._check_text()
         # Read files now: they may be gone when the model is saved.
         self.options = self.request().options.changed(imatrix=load_imatrix(imatrix))
         self.budget()
+
+    @property
+    def feeds(self) -> bool:
+        """Whether a text is fed to the model while it is loaded."""
+        return self.options.calibration_file is not None and self.measuring is None
+
+    def _check_text(self) -> None:
+        """ValueError unless the text can be used, OSError if there is none."""
+        text = self.options.calibration_file
+        if text is None:
+            return
+        if self.options.rule != FEEDBACK or mix_name(self.isq) == AUTO:
+            raise ValueError(
+                f"{_OP}: calibration_file is for rule='feedback' here, and not for 'auto': a model cannot run before it is loaded. Use "
+                "isqtorch.load, or quantize_ on the loaded model."
+            )
+        if self.options.imatrix is not None:
+            raise ValueError(f"{_OP}: give either imatrix or calibration_file, not both")
+        if self.options.tokenizer is None:
+            raise ValueError(f"{_OP}: calibration_file needs tokenizer=..., the model's tokenizer")
+        if not os.path.exists(text):
+            raise FileNotFoundError(f"{_OP}: no calibration text {os.fspath(text)}")
+        regular(text)
 
     def request(self) -> Request:
         """The checked options, as a Request for the policy."""
@@ -151,8 +188,12 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         """
         config = copy.copy(self)
         config.layers, config.activations = layers, activations
-        if config.options.imatrix is not None:
-            config.options = config.options.changed(imatrix=imatrix_name(config.options.imatrix))
+        options = config.options
+        config.options = options.changed(
+            imatrix=None if options.imatrix is None else imatrix_name(options.imatrix),
+            calibration_file=None if options.calibration_file is None else Path(options.calibration_file).name,
+            tokenizer=None,
+        )
         return config
 
 
@@ -173,6 +214,10 @@ def _recorded(options: Options) -> dict[str, Any]:
     content = {}
     for field in fields(options):
         value = getattr(options, field.name)
+        if field.name == "tokenizer":
+            continue
+        if field.name == "calibration_file" and value is not None:
+            value = Path(value).name
         if isinstance(value, Topology):
             value = value.to_dict() or None
         elif field.name in ("include", "exclude", "modules_to_not_convert"):

@@ -39,6 +39,7 @@ from isqtorch.report.report import QuantReport
 
 from .config import IsqConfig
 from .experts import Matrix, pack_matrices, replaced
+from .feeding import feed_while_loading
 from .first_reading import choose_while_loading
 from .mapped import MappedFiles, Pack
 from .meter import Meter
@@ -73,6 +74,7 @@ class _Load:
     misfits: set[str] = field(default_factory=set)  # parameters that have another shape in the checkpoint
     failure: Exception | None = None  # the first error; the loader would only log it
     stored: StoredLoad | None = None  # the weights that another program has quantized
+    ready: dict[str, Tensor] = field(default_factory=dict)  # parameters that are packed already; see feeding.py
 
     def job(self, name: str) -> Job:
         """How a parameter is packed, or taken over."""
@@ -130,7 +132,10 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
         elif stored is not None and mix_name(request.fmt) == KEEP:
             request = replace(request, assigned=stored.assigned(inventory))
-        prepared = prepare_on_cpu(inventory, request)
+        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), {}
+        if config.feeds:
+            fed = feed_while_loading(model, config.options, prepared, files)
+            prepared, ready = fed.prepared, fed.packed
         if stored is not None:
             stored.quantized.dropping(self._files.consume)
             if config.measuring is None:
@@ -145,7 +150,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                     jobs[parameter_name(model, name)] = job
         permit(model.modules(), request.options.activations)
         origin = Origin.made(files, None, config.request())
-        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring, stored=stored)
+        self._load = _Load(prepared, origin, self._files, jobs, choice, config.measuring, stored=stored, ready=ready)
 
     # ---- weight by weight --------------------------------------------------------------------------------------------
 
@@ -192,6 +197,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from the matrices of its experts, which are read one at a time."""
 
         def packed(load: _Load) -> Tensor:
+            if name in load.ready:
+                return load.ready.pop(name)
             job = load.job(name)
             shape = tuple(local(model.get_parameter(name)).shape)
             pieces = shape[0] * len(sources)
@@ -210,6 +217,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from a float stack that the checkpoint may store transposed."""
 
         def packed(load: _Load) -> Tensor:
+            if name in load.ready:
+                return load.ready.pop(name)
             weight = read()
             assert weight is not None, "a stack is never wholly on another rank"
             experts, rows, row_bytes = local(model.get_parameter(name)).shape
@@ -305,6 +314,9 @@ def record(model: Any, quantizer: IsqHfQuantizer) -> None:
 
 
 def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
+    if name in load.ready:
+        load.files.drop(weight)
+        return load.ready.pop(name).to(weight.device)
     path, _, leaf = name.rpartition(".")
     job, module = load.jobs[name], model.get_submodule(path)
     if isinstance(module, QuantExperts):

@@ -35,15 +35,21 @@ def describe_unloaded(model: Any, device_map: object) -> Inventory:
     return replace(inventory, layers=layers)
 
 
-def prepare_on_cpu(inventory: Inventory, request: Request) -> Prepared:
+def prepare_on_cpu(inventory: Inventory, request: Request, feeds: bool = False) -> Prepared:
     """The jobs that `quantize_` would have after loading.
+
+    Args:
+        inventory: the weights.
+        request: the format and options.
+        feeds: whether moments for the rule "feedback" are collected later.
 
     Raises:
         ValueError: see `quantize_`.
     """
     with torch.device("cpu"):  # transformers makes meta the default device here, and no kernel runs on it
         imatrix = load_imatrix(request.options.imatrix)
-        check_moments(request, imatrix)
+        if not feeds:
+            check_moments(request, imatrix)
         return prepare(inventory, request, imatrix)
 
 

@@ -1,0 +1,123 @@
+"""rule="feedback" with IsqConfig, load and the commands."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import state_bytes, tiny_gpt2, tiny_llama, tiny_moe
+
+import isqtorch
+
+transformers = pytest.importorskip("transformers")
+
+DEMO = Path(__file__).resolve().parents[2] / "examples/demo_model"
+
+
+def saved(make: Callable[[], Any], folder: Path) -> tuple[Any, isqtorch.Moments]:
+    """A model, also as a checkpoint, and its moments."""
+    model = make()
+    model.save_pretrained(folder)
+    ids = torch.randint(1, 60, (1500,), generator=torch.Generator().manual_seed(0))
+    return model, isqtorch.collect_moments(model, ids, chunk=60, progress=False)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_moe], ids=["llama", "gpt2", "moe"])
+@pytest.mark.parametrize("fmt", ["q4_0", "afq4"])
+def test_packing_while_loading_gives_the_same_bytes(make: Any, fmt: str, tmp_path: Path) -> None:
+    model, moments = saved(make, tmp_path / "model")
+    moments.save(tmp_path / "x.safetensors")
+    config = isqtorch.IsqConfig(fmt, rule="feedback", imatrix=tmp_path / "x.safetensors")
+    loaded = type(model).from_pretrained(tmp_path / "model", quantization_config=config)
+    report = isqtorch.quantize_(model, fmt, rule="feedback", imatrix=moments, progress=False)
+    assert state_bytes(loaded) == state_bytes(model)
+    outcomes = {layer.name: layer.feedback for layer in loaded.isq_report.layers if layer.feedback is not None}
+    assert outcomes and outcomes.keys() == {layer.name for layer in report.layers if layer.feedback is not None}
+    for name, outcome in outcomes.items():
+        assert outcome.share == report[name].feedback.share
+        assert outcome.feedback == pytest.approx(report[name].feedback.feedback, rel=1e-4)
+    assert any(note.startswith("feedback: ") for note in loaded.isq_report.notes)
+    loaded.save_pretrained(tmp_path / "packed")
+    entry = transformers.AutoConfig.from_pretrained(tmp_path / "packed").quantization_config
+    assert entry["rule"] == "feedback" and entry["imatrix"] == "x.safetensors"
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert state_bytes(again) == state_bytes(model)
+
+
+def test_auto_while_loading(tmp_path: Path) -> None:
+    model, moments = saved(tiny_moe, tmp_path / "model")
+    options = {"rule": "feedback", "imatrix": moments, "target_bpw": 12, "formats": ["q4_0", "q8_0"]}
+    loaded = type(model).from_pretrained(
+        tmp_path / "model", quantization_config=isqtorch.IsqConfig("auto", **options), dtype=torch.float32
+    )
+    isqtorch.quantize_(model, "auto", progress=False, **options)
+    assert state_bytes(loaded) == state_bytes(model)
+
+
+def test_without_moments(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = isqtorch.IsqConfig(4, rule="feedback")
+    with pytest.raises(ValueError, match="rule='feedback' needs second moments"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_moments_are_not_copied_with_the_configuration(tmp_path: Path) -> None:
+    """transformers copies configurations, and moments may be larger than the model."""
+    _, moments = saved(tiny_llama, tmp_path)
+    assert copy.deepcopy(isqtorch.IsqConfig(4, rule="feedback", imatrix=moments)).options.imatrix is moments
+
+
+def test_load_collects_and_packs(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "calibration.txt").read_text(encoding="utf-8")[:9000])
+    options = {"rule": "feedback", "calibration_file": text, "include": r"layers\.0\.", "progress": False}
+    model, tokenizer, report = isqtorch.load(DEMO / "model", "q4_0", max_memory="1MB", **options)
+    assert any("moments collected in" in note for note in report.notes)
+    twin = isqtorch.load(DEMO / "model").model
+    isqtorch.quantize_(twin, "q4_0", tokenizer=tokenizer, **options)
+    assert state_bytes(twin) == state_bytes(model)
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of one token per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(letter) % 60 for letter in text]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    path.write_text("".join(chr(97 + int(i)) for i in torch.randint(0, 26, (800,), generator=generator)))
+    return path
+
+
+def tied_llama() -> Any:
+    return tiny_llama(tied=True)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tied_llama, tiny_gpt2, tiny_moe])
+def test_streaming_gives_what_quantize_gives(make: Any, text: Path, tmp_path: Path) -> None:
+    """Heads, too: a tied one by importance, another one with feedback."""
+    make().save_pretrained(tmp_path / "model")
+    options = {"rule": "feedback", "calibration_file": text, "tokenizer": Words()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=isqtorch.IsqConfig("q4_0", **options)
+    )
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=model.dtype)
+    report = isqtorch.quantize_(twin, "q4_0", progress=False, **options)
+    assert state_bytes(model) == state_bytes(twin)
+    for layer in model.isq_report.layers:
+        assert layer.stored == report[layer.name].stored
+        assert (layer.feedback is None) == (report[layer.name].feedback is None), layer.name
+    assert any("moments collected layer by layer while loading" in note for note in model.isq_report.notes)
+    model.save_pretrained(tmp_path / "packed")
+    assert "tokenizer" not in transformers.AutoConfig.from_pretrained(tmp_path / "packed").quantization_config
