@@ -289,7 +289,9 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
     weight = torch.randn(400, 256, generator=generator) * torch.linspace(0.5, 2, 400)[:, None]
     weighing = sensitivity.Weighing(torch.rand(400, generator=generator).double() ** 4, torch.ones(256).double())
     fmt = get_format("q3k")
-    whole = sensitivity.errors_of([sensitivity.measure_errors(weight, [fmt], weighing, None, None, {fmt.name: None})])["q3k"]
+    whole = sensitivity.errors_of([sensitivity.measure_errors(weight, [fmt], weighing, None, None, {fmt.name: None})])[
+        "q3k"
+    ]
     monkeypatch.setattr(sensitivity, "_SAMPLE", 100 * 256)
     samples = [sensitivity.measure_errors(weight, [fmt], weighing, None, None, {fmt.name: None}) for _ in range(2)]
     assert torch.equal(samples[0].errors["q3k"], samples[1].errors["q3k"])

@@ -30,7 +30,14 @@ def test_delicate_layers(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["lm_head", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", "0", ""],
+    [
+        "lm_head",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.gate_proj",
+        "0",
+        "",
+    ],
 )
 def test_other_layers(name: str) -> None:
     assert not is_delicate([name])
@@ -72,7 +79,13 @@ def test_only_delicate_layers_is_no_error() -> None:
 def test_auto_measures_with_the_rule_that_packs() -> None:
     model = tiny_llama()
     report = isqtorch.quantize_(
-        copy.deepcopy(model), "auto", target_bpw=6, formats=["afq3", "afq4"], rule="search", probe="output", progress=False
+        copy.deepcopy(model),
+        "auto",
+        target_bpw=6,
+        formats=["afq3", "afq4"],
+        rule="search",
+        probe="output",
+        progress=False,
     )
     assert report.choice is not None
     measured = {name: options["afq3"].error for names, _, options in report.choice.items for name in names}

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from isqtorch.importance.imatrix import Imatrix, importance_of
 from isqtorch.importance.moments import Moments
 from isqtorch.importance.passes import Passes
 from isqtorch.importance.rules import rule_of
+from isqtorch.importance.windows import Text
 from isqtorch.modules.convert import owner_of, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.decide import decide
@@ -203,6 +203,7 @@ def choose_formats(
     imatrix: Imatrix | None,
     weight_of: WeightOf | None = None,
     supply: Passes | None = None,
+    text: Text | None = None,
 ) -> tuple[Request, Choice]:
     """Measure a live model and choose formats. The model does not change.
 
@@ -213,6 +214,7 @@ def choose_formats(
         weight_of: reads weights that are not the model's own. Without it the model's own are used. With it the probe
             "kl" is not possible, because packed weights have no gradients.
         supply: where moments for the rule "feedback" come from, if they are not in `imatrix`.
+        text: the calibration text, for the probe "kl".
 
     Returns:
         The request with the chosen formats, and the measurements.
@@ -221,12 +223,13 @@ def choose_formats(
         ValueError: see `measure_curvature`; `probe="kl"` without a text; a weight is not finite.
     """
     options = auto.request.options
-    if options.probe == "kl" and options.calibration_file is None:
-        raise ValueError(f"{auto.request.op}: probe='kl' needs calibration_file=..., a text to measure on")
+    if options.probe == "kl" and text is None:
+        raise ValueError(
+            f"{auto.request.op}: probe='kl' needs calibration_file=..., a text to measure on, or calibration='self'"
+        )
     curvature = None
-    if weight_of is None and options.calibration_file is not None and options.probe != "output":
+    if weight_of is None and text is not None and options.probe != "output":
         names = [sharing[0].name for item in auto.items for sharing in item.weights]
-        text = Path(options.calibration_file)
         curvature = measure_curvature(model, names, options.tokenizer, text, progress=options.progress)
     errors, measured = measure_items(auto, weight_of or partial(_own_weight, model), imatrix, curvature, supply)
     return auto.choose(errors, measured)

@@ -6,7 +6,6 @@ runs over the text several times, each time for some of its inputs, in the order
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from isqtorch.progress import progress_bar
 from isqtorch.report.fit import memories
-from isqtorch.running import Ids, evaluating, run_model
+from isqtorch.running import evaluating, run_model
 
 from .calibration import watching
 from .collecting import CollectedMoments, MomentWatch
@@ -25,7 +24,7 @@ from .moments import Moments
 from .second import HELD_ROWS
 from .self_written import SELF
 from .tokens import HOLD_EVERY
-from .windows import Windows, token_windows
+from .windows import Text, Windows, token_windows
 
 _SHARE = 0.5  # of the free memory
 
@@ -133,7 +132,7 @@ class Passes:
 
 def collect_moments(
     model: nn.Module,
-    text: Ids | os.PathLike[str] = SELF,
+    text: Text = SELF,
     tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,

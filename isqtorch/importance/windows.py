@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from isqtorch.files.binary import read_text
@@ -33,9 +34,13 @@ class Windows:
         return (*self.ids.shape, (self.dataset,))
 
 
+Text = Ids | os.PathLike[str] | Windows
+"""A calibration text: "self", a file, a text, token ids `[T]`, or windows `[S, T]` that are read as they are."""
+
+
 def token_windows(
     model: nn.Module,
-    text: Ids | os.PathLike[str],
+    text: Text,
     tokenizer: Any,
     op: str,
     chunk: int = DEFAULT_CHUNK,
@@ -59,6 +64,10 @@ def token_windows(
     for option, value in (("chunk", chunk), ("max_tokens", max_tokens)):
         if value is not None and (not isinstance(value, int) or value < 2):
             raise ValueError(f"{op}: {option} must be an integer of 2 or more, got {value!r}")
+    if isinstance(text, Windows):
+        return text
+    if isinstance(text, Tensor) and text.ndim == 2 and len(text) > 1:
+        return Windows(token_rows(text, op, max_tokens), "token ids")
     if is_self(text):
         written = write_windows(model, tokenizer, op=op, progress=progress)
         written = written if max_tokens is None else written[: max(1, max_tokens // written.shape[1])]
@@ -74,6 +83,20 @@ def token_windows(
     if bos is not None:
         chunks[:, 0] = bos
     return Windows(chunks, dataset)
+
+
+def token_rows(ids: Tensor, op: str, max_tokens: int | None = None) -> Tensor:
+    """Check windows of token ids `[S, T]` that are given as they should be read: int64 on the CPU."""
+    rows = torch.stack([token_ids(row, None, op) for row in ids])
+    if rows.shape[1] < 2:
+        raise ValueError(f"{op}: windows of {rows.shape[1]} tokens are too short to calibrate with.")
+    return rows if max_tokens is None else rows[: max(1, max_tokens // rows.shape[1])]
+
+
+def check_text(op: str, text: Text | None, tokenizer: Any) -> None:
+    """ValueError if a text file is given without a tokenizer."""
+    if isinstance(text, os.PathLike) and tokenizer is None:
+        raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
 
 
 def is_self(text: object) -> bool:

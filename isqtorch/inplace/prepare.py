@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from isqtorch.auto import Auto, Budget, choose_formats
@@ -17,6 +16,7 @@ from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of
 from isqtorch.importance.moments import Moments, load_imatrix
 from isqtorch.importance.passes import Passes
 from isqtorch.importance.rules import rule_of
+from isqtorch.importance.windows import Text, is_self, token_windows
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
 from isqtorch.policy.decide import Decision, Verdict, decide
@@ -156,18 +156,24 @@ def settle(
     imatrix = load_imatrix(options.imatrix)
     measures_on_text = auto is not None and weight_of is None  # then both a text and an imatrix may be given
     collects = options.calibration_file is not None and not (measures_on_text and imatrix is not None)
+    text: Text | None = options.calibration_file
+    if collects and imatrix is not None:
+        raise ValueError(f"{request.op}: give either imatrix or calibration_file, not both")
+    if text is not None and is_self(text):
+        checked(trial, None)  # before the model writes
+        text = token_windows(model, text, options.tokenizer, request.op, progress=options.progress)
     if options.rule == FEEDBACK and not collects:
         check_moments(request, imatrix)
-    elif options.rule == FEEDBACK:
+    elif options.rule == FEEDBACK and text is not None:
         feeds = [job for job in checked(trial, None).jobs if job.feedback is not None]
-        supply = supply_from_text(model, request, [name for job in feeds for name in job.names])
+        supply = supply_from_text(model, request, text, [name for job in feeds for name in job.names])
         imatrix = supply.importance()
-    elif collects:
-        imatrix = collect(model, request, imatrix, lambda: checked(trial, None))
+    elif collects and text is not None:
+        imatrix = collect(model, request, text, imatrix, lambda: checked(trial, None))
     prepared = checked(trial, imatrix)
     if auto is None:
         return prepared, None
-    chosen, choice = choose_formats(model, auto, imatrix, weight_of, supply)
+    chosen, choice = choose_formats(model, auto, imatrix, weight_of, supply, text)
     return checked(chosen, imatrix), choice
 
 

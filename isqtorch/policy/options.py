@@ -54,7 +54,7 @@ class Options:
     device: torch.device | str | None = None
     imatrix: ImatrixLike | None = None
     calibration: CalibrationLike | None = None
-    calibration_file: str | os.PathLike[str] | None = None  # another spelling; a Request moves it to `calibration`
+    calibration_file: CalibrationLike | None = None  # a Request puts the text of either spelling here, checked
     tokenizer: Any = None
     rule: ModelRule | None = None
     max_memory: int | str | None = None

@@ -41,7 +41,8 @@ class Request:
 
     Attributes:
         fmt: the default format; None: quantize only the layers that the topology names.
-        options: the options; `topology` is already parsed, and a calibration text is in `calibration`.
+        options: the options; `topology` is already parsed, and a calibration text is in `calibration_file`,
+            in either spelling: "self", a Path, or token ids.
         op: name of the public function, for messages.
         assigned: for "auto", the format chosen for each layer, by layer name.
         topology: the parsed topology; empty if none was given.
@@ -102,7 +103,7 @@ class Request:
         for name, value in parsed.items():
             object.__setattr__(self, name, value)  # allowed: a frozen record may be filled while it is constructed
         calibration = checked_calibration(op, options)
-        options = options.changed(topology=topology, calibration=calibration, calibration_file=None)
+        options = options.changed(topology=topology, calibration=None, calibration_file=calibration)
         object.__setattr__(self, "options", options)  # so that a YAML file is read only once
 
     def changed(self, **options: Any) -> Request:
@@ -120,7 +121,8 @@ def checked_calibration(op: str, options: Options) -> Literal["self"] | Path | T
     if options.calibration_file is not None:
         if given is not None:
             raise ValueError(f"{op}: give either calibration or calibration_file, which is another spelling, not both")
-        given = Path(options.calibration_file)
+        given = options.calibration_file  # a request that is made of a checked one may hold what is no path
+        given = Path(given) if isinstance(given, str) and given != "self" else given
     if given is None or isinstance(given, Path):
         return given
     if isinstance(given, (str, os.PathLike)):
@@ -131,7 +133,13 @@ def checked_calibration(op: str, options: Options) -> Literal["self"] | Path | T
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
-    if not ids.numel() or ids.ndim not in (1, 2) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if (
+        not ids.numel()
+        or ids.ndim not in (1, 2)
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+    ):
         raise ValueError(
             f"{op}: calibration must be 'self', which lets the model write a text, the path of a text, or token ids [T] or "
             f"[windows, T]; got {given!r:.80}"
