@@ -115,7 +115,7 @@ def with_encoder() -> Any:
     ("make", "why"),
     [
         (lambda: nn.Sequential(nn.Linear(64, 64)), "Sequential has no method generate of transformers"),
-        (encoder, "BertForMaskedLM generates no text"),
+        (encoder, "BertForMaskedLM has no method generate"),
         (with_encoder, "T5ForConditionalGeneration has an encoder and cannot begin a text"),
     ],
 )
