@@ -211,8 +211,8 @@ def quantize(
 
     Args:
         weight: float `[..., N, K]`; leading dimensions (experts) are separate matrices.
-        fmt: format, its name, or a number of bits, which selects a format for the weight's device (`resolve_format`).
-            AFQ formats have f16 scales for an f16 weight, else bf16 scales.
+        fmt: format, its name, or a number of bits, which selects a format for the weight's device and columns
+            (`resolve_format`). AFQ formats have f16 scales for an f16 weight, else bf16 scales.
         importance: float `[K]`, or `[..., K]` with one vector per matrix, all >= 0: the weight of the squared error in
             each column. Formats without an importance search ignore it, and so do AFQ and HQQ without rule="search".
         rule: alternative rule of the format's quantizer: "search" for AFQ and HQQ, "mlx" for AFQ. None is the default
@@ -233,5 +233,6 @@ def quantize(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"quantize: weight must be a torch.Tensor, got {type(weight).__name__}.")
-    chosen = resolve_format(fmt, weight.device).for_dtype(weight.dtype)
+    columns = weight.shape[-1] if weight.ndim else None
+    chosen = resolve_format(fmt, weight.device, columns).for_dtype(weight.dtype)
     return QuantizedTensor(ops.quantize(weight, chosen.name, importance, rule), chosen, weight.shape, weight.dtype)

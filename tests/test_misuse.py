@@ -108,7 +108,7 @@ MISUSES: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("wrong organization", lambda d: quantize_(mlp(), 4, organization="moe"), ValueError, r"organization must be one of default, moqe; got 'moe'"),
     ("moqe without experts", lambda d: quantize_(mlp(), 4, organization="moqe"), ValueError, r"organization='moqe' quantizes routed experts only"),
     ("wrong fallback", lambda d: quantize_(mlp(), 4, fallback="down"), ValueError, r"fallback must be one of up, skip, error; got 'down'"),
-    ("fallback error", lambda d: quantize_(mlp(width=96), 4, fallback="error"), ValueError, r"3 layers do not fit as asked: 0: 96 columns"),
+    ("fallback error", lambda d: quantize_(mlp(width=96), "q4k", fallback="error"), ValueError, r"3 layers do not fit as asked: 0: 96 columns"),
     ("bad include", lambda d: quantize_(mlp(), 4, include=["("]), ValueError, r"include pattern '\(': bad regex"),
     ("exclude a number", lambda d: quantize_(mlp(), 4, exclude=[3]), ValueError, r"exclude: must be a string or a list of strings, got 3 in the list"),
     ("missing device", lambda d: quantize_(mlp(), 4, device="cuda:99"), ValueError, r"device 'cuda:99' is not available"),

@@ -270,7 +270,7 @@ def test_the_formula_of_the_errors() -> None:
     rows, columns = torch.rand(2, 6, generator=generator).double(), torch.rand(2, 256, generator=generator).double()
     shares = torch.tensor([0.9, 0.1], dtype=torch.float64)
     fmt = get_format("q4k")
-    sums = sensitivity.measure_errors(weight, [fmt], sensitivity.Weighing(rows, columns), h, shares, None)
+    sums = sensitivity.measure_errors(weight, [fmt], sensitivity.Weighing(rows, columns), h, shares, {fmt.name: None})
     got = sensitivity.errors_of([sums])["q4k"]
     error = (
         torch.stack([isqtorch.quantize(w, "q4k", importance=v).dequantize() for w, v in zip(weight, h, strict=True)])
@@ -289,9 +289,11 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
     weight = torch.randn(400, 256, generator=generator) * torch.linspace(0.5, 2, 400)[:, None]
     weighing = sensitivity.Weighing(torch.rand(400, generator=generator).double() ** 4, torch.ones(256).double())
     fmt = get_format("q3k")
-    whole = sensitivity.errors_of([sensitivity.measure_errors(weight, [fmt], weighing, None, None, None)])["q3k"]
+    whole = sensitivity.errors_of([sensitivity.measure_errors(weight, [fmt], weighing, None, None, {fmt.name: None})])[
+        "q3k"
+    ]
     monkeypatch.setattr(sensitivity, "_SAMPLE", 100 * 256)
-    samples = [sensitivity.measure_errors(weight, [fmt], weighing, None, None, None) for _ in range(2)]
+    samples = [sensitivity.measure_errors(weight, [fmt], weighing, None, None, {fmt.name: None}) for _ in range(2)]
     assert torch.equal(samples[0].errors["q3k"], samples[1].errors["q3k"])
     part = sensitivity.errors_of(samples[:1])["q3k"]
     assert whole.cost is not None and part.cost == pytest.approx(whole.cost, rel=0.1)

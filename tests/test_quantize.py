@@ -63,7 +63,7 @@ def test_tied_llama_shares_one_weight_before_and_after() -> None:
 
 def test_llama_with_hidden_288_falls_back_and_says_so() -> None:
     model = tiny_llama(hidden=288)
-    report = quantize_(model, 4)
+    report = quantize_(model, "q4k")
     up, down, head = report["model.layers.0.mlp.up_proj"], report["model.layers.0.mlp.down_proj"], report["lm_head"]
     assert (up.requested, up.stored, up.fell_back) == ("q4k", "q5_0", True)
     assert up.reason == "288 columns are not a multiple of 256, which q4k needs: q5_0 instead"

@@ -24,7 +24,7 @@ def table_of(text: str) -> list[str]:
 
 
 def test_details_have_a_line_for_every_layer() -> None:
-    report = quantize_(tiny_llama(hidden=288), 4, measure_error=True)
+    report = quantize_(tiny_llama(hidden=288), "q4k", measure_error=True)
     text = report.details()
     table = table_of(text)
     head = table[0]

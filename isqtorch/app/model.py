@@ -15,6 +15,7 @@ import torch
 from isqtorch.auto import AUTO_OPTIONS, Budget
 from isqtorch.files.binary import regular
 from isqtorch.formats import AUTO, mix_name, resolve_format
+from isqtorch.importance.windows import is_self
 from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.weights import STORED
 from isqtorch.integrations.classes import Need, unable
@@ -206,7 +207,7 @@ def check_request(
     if device is not None:
         checked_device(device, "device")
     text = (options or {}).get("calibration_file")
-    if text is not None:
+    if text is not None and not is_self(text):
         if not os.path.exists(text):
             raise FileNotFoundError(f"no calibration text {text}")
         regular(Path(text))
@@ -220,7 +221,8 @@ def check_request(
         for name in ("topology", "imatrix", "calibration_file", "rule", "max_memory", "activations", *AUTO_OPTIONS)
     ):
         raise ValueError(
-            "--topology, --imatrix, --calibration-file, --rule, --max-memory, --activations and the options of auto need --isq FORMAT"
+            "--topology, --imatrix, --calibration, --calibration-file, --rule, --max-memory, --activations and the options of "
+            "auto need --isq FORMAT"
         )
     found = Opened.of(source)
     if isq is not None and found.quantized_by == METHOD:

@@ -16,15 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor, nn
 
-from isqtorch.formats import QuantFormat, Spec, get_format
+from isqtorch.formats import QuantFormat, Spec, get_format, number_of_bits
 from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix, importance_of
 from isqtorch.importance.moments import Moments
 from isqtorch.importance.passes import Passes
+from isqtorch.importance.rules import rule_of
+from isqtorch.importance.windows import Text
 from isqtorch.modules.convert import owner_of, weight_matrix
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.decide import decide
@@ -33,6 +34,8 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.mixes import LISTED_EXPERT
 from isqtorch.policy.request import Assigned, Request
 from isqtorch.progress import progress_bar
+from isqtorch.quantizers import scale_rule
+from isqtorch.quantizers.families import FEEDBACK
 from isqtorch.report.choice import Choice, Measured
 from isqtorch.report.report import QuantReport
 from isqtorch.text import cause, human_size
@@ -200,6 +203,7 @@ def choose_formats(
     imatrix: Imatrix | None,
     weight_of: WeightOf | None = None,
     supply: Passes | None = None,
+    text: Text | None = None,
 ) -> tuple[Request, Choice]:
     """Measure a live model and choose formats. The model does not change.
 
@@ -210,6 +214,7 @@ def choose_formats(
         weight_of: reads weights that are not the model's own. Without it the model's own are used. With it the probe
             "kl" is not possible, because packed weights have no gradients.
         supply: where moments for the rule "feedback" come from, if they are not in `imatrix`.
+        text: the calibration text, for the probe "kl".
 
     Returns:
         The request with the chosen formats, and the measurements.
@@ -218,12 +223,13 @@ def choose_formats(
         ValueError: see `measure_curvature`; `probe="kl"` without a text; a weight is not finite.
     """
     options = auto.request.options
-    if options.probe == "kl" and options.calibration_file is None:
-        raise ValueError(f"{auto.request.op}: probe='kl' needs calibration_file=..., a text to measure on")
+    if options.probe == "kl" and text is None:
+        raise ValueError(
+            f"{auto.request.op}: probe='kl' needs calibration_file=..., a text to measure on, or calibration='self'"
+        )
     curvature = None
-    if weight_of is None and options.calibration_file is not None and options.probe != "output":
+    if weight_of is None and text is not None and options.probe != "output":
         names = [sharing[0].name for item in auto.items for sharing in item.weights]
-        text = Path(options.calibration_file)
         curvature = measure_curvature(model, names, options.tokenizer, text, progress=options.progress)
     errors, measured = measure_items(auto, weight_of or partial(_own_weight, model), imatrix, curvature, supply)
     return auto.choose(errors, measured)
@@ -259,7 +265,8 @@ def measure_items(
         with ordinary_tensors():
             weight = weight_of([layer.name for layer in sharing])
             try:
-                sums = measure_errors(weight, formats, weighing, *importance, options.rule, moments=moments)
+                rules = rules_for(item, sharing, options.rule, importance[0] is not None)
+                sums = measure_errors(weight, formats, weighing, *importance, rules, moments=moments)
             except ValueError as error:
                 raise ValueError(f"{auto.request.op}: {sharing[0].name}: {cause(error)} Nothing was changed.") from None
             parts[sharing[0].name] = sums
@@ -280,6 +287,22 @@ def measure_items(
             del moments
     errors = [errors_of([parts[sharing[0].name] for sharing in item.weights]) for item in auto.items]
     return errors, "kl" if curvature is not None else "weight" if imatrix is None else "output"
+
+
+def rules_for(
+    item: Item, sharing: Sequence[LayerInfo], asked: str | None, has_importance: bool
+) -> dict[str, str | None]:
+    """The rule with which packing will use each format of an item, for one of its weights."""
+    names = [layer.name for layer in sharing]
+    rules: dict[str, str | None] = {}
+    for name, spec in item.options.items():
+        fmt = get_format(name)
+        if asked == FEEDBACK:
+            rules[name] = scale_rule(fmt) if has_importance else None
+        else:
+            by_number = number_of_bits(spec) is not None
+            rules[name] = rule_of(names, fmt, asked, has_importance=has_importance, by_number=by_number)
+    return rules
 
 
 def moments_for(sharing: Sequence[LayerInfo], shelf: Shelf, rule: str | None) -> ShelvedMoments | None:

@@ -12,7 +12,6 @@ One forward and one backward pass per chunk of text give it for all layers, incl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isqtorch.importance.windows import read_calibration_text
+from isqtorch.importance.windows import Text, Windows, read_calibration_text, token_windows
 from isqtorch.modules.convert import locate, upright
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.progress import progress_bar
-from isqtorch.running import Ids, bos_token, context_length, evaluating, run_model, token_ids
+from isqtorch.running import bos_token, context_length, evaluating, run_model, token_ids
 
 from .sensitivity import Weighing
 
@@ -36,7 +35,7 @@ def measure_curvature(
     model: nn.Module,
     names: Sequence[str],
     tokenizer: Any,
-    text: Ids | os.PathLike[str],
+    text: Text,
     *,
     progress: bool | None = None,
 ) -> dict[str, Weighing]:
@@ -60,26 +59,36 @@ def measure_curvature(
         ValueError: the text is too short, the model returns no logits or no gradients, or the gradients are not finite.
         OSError: the file cannot be read.
     """
-    content, _ = read_calibration_text(text)
-    ids, bos = token_ids(content, tokenizer, "probe"), bos_token(tokenizer)
-    longest = context_length(model)
-    size = min(CHUNK, len(ids), *([longest] if longest is not None else []))
-    if size < 2:
-        raise ValueError(f"probe: {len(ids)} tokens are too few to measure with. Use a longer text.")
-    starts = torch.linspace(0, len(ids) - size, min(CHUNKS, len(ids) // size)).long().tolist()
+    chunks = _chunks(model, tokenizer, text)
     meters = {name: _Meter() for name in names}
     generator = torch.Generator().manual_seed(0)
     with evaluating(model), torch.enable_grad(), _watched(model, meters):
-        for start in progress_bar("probe", "chunk", progress, starts):
-            chunk = ids[None, start : start + size].clone()
-            if bos is not None:
-                chunk[:, 0] = bos  # as in calibration; the labels are sampled, so no target is lost
-            _sampled_loss(model, chunk, generator).backward()
-    tokens = size * len(starts)
+        for chunk in progress_bar("probe", "chunk", progress, chunks):
+            _sampled_loss(model, chunk[None], generator).backward()
+    tokens = chunks.numel()
     found = {name: weighing for name, meter in meters.items() if (weighing := meter.weighing(name, tokens)) is not None}
     if not found:
         raise ValueError("probe: no gradient reached any weight; the model must be made of differentiable layers")
     return found
+
+
+def _chunks(model: nn.Module, tokenizer: Any, text: Text) -> Tensor:
+    """Chunks that are spread evenly over a text or over windows, int64 `[chunks, tokens]`."""
+    longest = context_length(model)
+    most = CHUNK if longest is None else min(CHUNK, longest)
+    if isinstance(text, Windows) or (isinstance(text, Tensor) and text.ndim == 2 and len(text) > 1):
+        rows = token_windows(model, text, tokenizer, "probe").ids
+        return rows[torch.linspace(0, len(rows) - 1, min(CHUNKS, len(rows))).long(), :most]
+    content, _ = read_calibration_text(text)
+    ids, bos = token_ids(content, tokenizer, "probe"), bos_token(tokenizer)
+    size = min(most, len(ids))
+    if size < 2:
+        raise ValueError(f"probe: {len(ids)} tokens are too few to measure with. Use a longer text.")
+    starts = torch.linspace(0, len(ids) - size, min(CHUNKS, len(ids) // size)).long().tolist()
+    chunks = torch.stack([ids[start : start + size] for start in starts])
+    if bos is not None:
+        chunks[:, 0] = bos  # as in calibration; the labels are sampled, so no target is lost
+    return chunks
 
 
 def _sampled_loss(model: nn.Module, ids: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from isqtorch.formats import QuantFormat
 from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.inputs import LayerMoments
-from isqtorch.quantizers import has_rule, scale_rule, uses_importance
+from isqtorch.quantizers import scale_rule, uses_importance
 
 HEAD = 16.0
 """18 was measured on the demo model. It gives the head about two more bits, as llama.cpp's mixes do."""
@@ -74,7 +74,7 @@ def measure_errors(
     weighing: Weighing | None,
     importance: Tensor | None,
     shares: Tensor | None,
-    rule: str | None,
+    rules: Mapping[str, str | None],
     pieces: int = 1,
     moments: ShelvedMoments | None = None,
     first: int = 0,
@@ -90,7 +90,7 @@ def measure_errors(
         weighing: the factors of "kl"; None leaves the costs None.
         importance: `[K]` or `[E, K]`.
         shares: each expert's share of the tokens, `[E]`; None: equal shares.
-        rule: the rounding rule, for formats that have it.
+        rules: the rounding rule of each format, by its name.
         pieces: number of pieces in which the layer is measured; `weight` is one of them. They share the sample size.
         moments: the layer's moments, if it will be packed with feedback.
         first: number of the first expert of `weight` in its stack.
@@ -140,11 +140,9 @@ def measure_errors(
             continue
         powers += summed(exact.square())
         for fmt in formats:
-            own_rule = rule if has_rule(fmt, rule) else None
-            if rule == "feedback":
-                own_rule = None if vector is None else scale_rule(fmt)
-            wanted = None if vector is None or not uses_importance(fmt, own_rule) else vector.to(sample.device)
-            packed = torch.ops.isqtorch.quantize(sample, fmt.name, wanted, own_rule)
+            rule = rules[fmt.name]
+            wanted = None if vector is None or not uses_importance(fmt, rule) else vector.to(sample.device)
+            packed = torch.ops.isqtorch.quantize(sample, fmt.name, wanted, rule)
             decoded = torch.ops.isqtorch.dequantize(packed, fmt.name, torch.float32)
             sums[fmt.name] += summed(decoded.sub_(exact).square_())
     return Sums(sums, powers, weighing is not None)

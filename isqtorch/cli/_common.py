@@ -68,6 +68,11 @@ def add_importance(parser: argparse.ArgumentParser) -> None:
         "--imatrix", metavar="FILE", help="importance matrix: .imatrix, .gguf or .cimatrix; or moments: .safetensors"
     )
     either.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="self: the model writes a text and is calibrated on it before it is quantized; or a file, as --calibration-file",
+    )
+    either.add_argument(
         "--calibration-file",
         metavar="FILE",
         help="UTF-8 text to collect an importance matrix from before quantizing (`isqtorch imatrix` also saves it)",
@@ -100,9 +105,18 @@ def policy_options(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, option, None)
         if value is not None:
             options[name] = int(value) if option == "max_size" and value.isdecimal() else value
+    if args.calibration:
+        options["calibration_file"] = calibration_of(args.calibration)
     if args.calibration_file:
         options["calibration_file"] = Path(args.calibration_file)
     return options
+
+
+def calibration_of(text: str) -> str | Path:
+    """The value of `calibration`: "self", or the path of a file."""
+    from isqtorch.importance.windows import is_self
+
+    return text if is_self(text) else Path(text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from isqtorch.files.gguf import MAGIC
 from isqtorch.files.writing import check_place, recover
-from isqtorch.formats import mix_name, resolve_format
+from isqtorch.formats import mix_name, number_of_bits, resolve_format
 
 from ._common import add_auto, add_device, add_importance, add_isq, add_model, add_policy, policy_options
 from .quantize import one_line
@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from isqtorch.app.model import LoadedModel, check_request
 
+    if args.to == "gguf" and number_of_bits(args.isq) is not None:
+        args.isq = resolve_format(args.isq).name  # by name, layers that it does not fit get formats that GGUF has
     check, write = {"gguf": (_check_gguf, _write_gguf), "mlx": (_check_mlx, _write_mlx)}[args.to]
     options = policy_options(args)
     opened = check_request(args.model, args.isq, args.device, options)

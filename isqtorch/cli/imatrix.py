@@ -3,6 +3,7 @@
     isqtorch imatrix examples/demo_model/model examples/demo_model/calibration.txt -o demo.gguf
     isqtorch imatrix -m ./my-model my.txt -o my.imatrix --max-tokens 30000
     isqtorch imatrix -m ./my-model my.txt -o my.safetensors            second moments, for --rule feedback
+    isqtorch imatrix -m ./my-model --calibration self -o my.gguf       from a text that the model writes
 
 The extension of OUT selects the file format: .gguf and .imatrix (or .dat) of llama.cpp, .cimatrix of mistral.rs. With
 .safetensors it holds the second moments of all inputs, from which --rule feedback chooses better codes; they take
@@ -17,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-from ._common import add_json, load_model, read_text
+from ._common import add_json, calibration_of, load_model, read_text
 from .parser import Parser
 
 HELP = "collect an importance matrix from a text"
@@ -25,7 +26,10 @@ HELP = "collect an importance matrix from a text"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_model_first()
-    parser.add_argument("text", metavar="TEXT", help="UTF-8 text file")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="UTF-8 text file")
+    parser.add_argument(
+        "--calibration", metavar="TEXT", help="self: the model writes the text; or a UTF-8 text file, as TEXT"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -50,10 +54,16 @@ def run(args: argparse.Namespace) -> int:
         check_extension(args.output)  # before minutes of work
     if not args.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
-    read_text(args.text)
-    model, tokenizer = load_model(args.model, "reads", "imatrix")
+    if (args.text is None) == (args.calibration is None):
+        raise ValueError("give one of TEXT and --calibration self: a text file, or a text that the model writes")
+    text = Path(args.text) if args.calibration is None else calibration_of(args.calibration)
+    if isinstance(text, Path):
+        read_text(str(text))
+        model, tokenizer = load_model(args.model, "reads", "imatrix")
+    else:
+        model, tokenizer = load_model(args.model, "continues", "imatrix --calibration self")
     collect = collect_moments if whole else collect_imatrix
-    im = collect(model, Path(args.text), tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
+    im = collect(model, text, tokenizer, chunk=args.chunk, max_tokens=args.max_tokens)
     im.save(args.output)
     unseen = sum(im.unseen.values())
     if args.json:

@@ -1,4 +1,4 @@
-"""The ways a user may specify a format: a name, or a number of bits, which selects a format for the device."""
+"""The ways a user may specify a format: a name, or a number of bits, which selects a format for the device and layer."""
 
 from __future__ import annotations
 
@@ -11,46 +11,70 @@ Spec = int | str | QuantFormat
 
 AUTO = "auto"  # the rule that measures the layers and chooses (isqtorch.auto)
 KEEP = "keep"  # the rule that takes over what a checkpoint has quantized already
-_BY_BITS = {2: "q2k", 3: "q3k", 4: "q4k", 5: "q5k", 6: "q6k", 8: "q8_0"}
-_BY_BITS_MPS = {2: "afq2", 3: "afq3", 4: "afq4", 5: "q5k", 6: "afq6", 8: "afq8"}
+SLACK = 0.6  # a format meets a number of bits if its scales and offsets add no more than this
+_BY_BITS = {
+    2: ("q2k", "afq2", "afq2g32"),
+    3: ("q3k", "afq3", "afq3g32"),
+    4: ("q4k", "iq4_nl"),
+    5: ("q5k", "q5_0"),
+    6: ("q6k", "afq6", "afq6g32"),
+    8: ("q8_0",),
+}
+"""Formats for a number of bits, the best first; the first whose block divides the columns of a layer is taken.
+
+The order is that of the measured errors of weights of small models (docs/quality.md).
+"""
+_BY_BITS_MPS = {
+    2: ("afq2", "afq2g32"),
+    3: ("afq3", "afq3g32"),
+    4: ("afq4", "iq4_nl"),
+    5: ("q5k", "q5_0"),
+    6: ("afq6", "afq6g32"),
+    8: ("afq8", "q8_0"),
+}
 
 
-def bits_asked(spec: object) -> int | None:
-    """The number of bits, if a specification is one, also as text; else None."""
-    if isinstance(spec, str) and spec.isdecimal():
-        return int(spec)
-    return spec if isinstance(spec, int) and not isinstance(spec, bool) else None
-
-
-def resolve_format(spec: int | str | QuantFormat, device: str | torch.device = "cpu") -> QuantFormat:
+def resolve_format(
+    spec: int | str | QuantFormat, device: str | torch.device = "cpu", columns: int | None = None
+) -> QuantFormat:
     """Convert a user's specification to a format.
 
     Args:
         spec: a name, a format, or a number of bits: 2, 3, 4, 5, 6 or 8 (also as text, "4").
         device: where the weight will be used. With a number of bits, MPS gets an AFQ format (q5k for 5 bits), other
             devices get a ggml format.
+        columns: K of the weight. With a number of bits, a weight whose rows no K-quant divides gets the best other
+            format of about this size, for example hqq4 instead of q4k. None: a multiple of 256, as most models have.
 
     Returns:
-        The format.
+        The format. Its block divides `columns` if that of any format for the number does.
 
     Raises:
         ValueError: the name is unknown, or no format has this number of bits.
 
     Example:
         print(isqtorch.resolve_format(4).name, isqtorch.resolve_format(4, "mps").name)  # q4k afq4
+        print(isqtorch.resolve_format(4, columns=576).name)
     """
     if isinstance(spec, bool) or not isinstance(spec, (int, str, QuantFormat)):
         raise ValueError(f"format must be a name or a number of bits, got {_shown(spec)}")
+    bits = number_of_bits(spec)
+    if bits is None:
+        return get_format(spec)  # type: ignore[arg-type]  # it is no number
+    table = _BY_BITS_MPS if torch.device(device).type == "mps" else _BY_BITS
+    if bits not in table:
+        raise ValueError(
+            f"no format has {bits} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}."
+        )
+    candidates = [get_format(name) for name in table[bits]]
+    return next((fmt for fmt in candidates if columns is None or columns % fmt.block == 0), candidates[0])
+
+
+def number_of_bits(spec: object) -> int | None:
+    """Return the number of a specification that is a number of bits, also as text; None if it is anything else."""
     if isinstance(spec, str) and spec.isdecimal():
-        spec = int(spec)
-    if isinstance(spec, int):
-        table = _BY_BITS_MPS if torch.device(device).type == "mps" else _BY_BITS
-        if spec not in table:
-            raise ValueError(
-                f"no format has {spec} bits. Use one of {', '.join(map(str, table))}, or a name: {', '.join(formats())}."
-            )
-        spec = table[spec]
-    return get_format(spec)
+        return int(spec)
+    return spec if isinstance(spec, int) and not isinstance(spec, bool) else None
 
 
 def _shown(spec: object) -> str:

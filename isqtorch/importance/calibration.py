@@ -3,6 +3,7 @@
     with isqtorch.calibrate(model) as im:                           # any forward of the model inside the block
         model(ids)
     im = isqtorch.collect_imatrix(model, "text.txt", tokenizer)     # a text, in chunks, as llama.cpp does
+    im = isqtorch.collect_imatrix(model, "self", tokenizer)         # a text that the model writes
 
 The statistic is llama.cpp's: per input column the sum of x * x over all tokens, in f32, and the number of tokens; for
 routed experts, per expert. A hook reads the input of its layer once. Layers with the same input (q, k and v; gate and
@@ -11,12 +12,10 @@ up) share this pass.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -27,13 +26,14 @@ from isqtorch.modules.convert import layer_kind
 from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.policy.request import Request
 from isqtorch.progress import progress_bar
-from isqtorch.running import Ids, evaluating, run_model
+from isqtorch.running import evaluating, run_model
 
 from .collecting import CollectedMoments, MomentWatch
 from .files import DEFAULT_CHUNK
 from .imatrix import Imatrix
 from .routed import RoutedExperts, Routing, find_routed_experts
-from .windows import token_windows
+from .self_written import SELF
+from .windows import Text, check_text, token_windows
 
 _running: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _running_lock = threading.Lock()
@@ -237,7 +237,7 @@ def watching(model: nn.Module) -> Iterator[None]:
 
 def collect_imatrix(
     model: nn.Module,
-    text: Ids | os.PathLike[str],
+    text: Text = SELF,
     tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
@@ -251,9 +251,12 @@ def collect_imatrix(
 
     Args:
         model: the model, in the dtype that it should run in. It runs in eval mode and gets its training flags back.
-        text: a file (a path object, or a string that names an existing file), a text, or token ids.
-        tokenizer: the model's tokenizer; not needed with token ids.
-        chunk: tokens per chunk. If the model's context is not longer, chunks are one token shorter than the context.
+        text: a file (a path object, or a string that names an existing file), a text, token ids `[T]`, or windows of
+            token ids `[S, T]`, which are read as they are. "self", the default, lets a model of transformers write the
+            text itself: 48 sequences of 256 tokens.
+        tokenizer: the model's tokenizer; not needed with token ids. With "self" it tells whether texts begin with BOS.
+        chunk: tokens per chunk of a text that is given. If the model's context is not longer, chunks are one token
+            shorter than the context.
         max_tokens: use only this number of tokens from the beginning of the text; None uses all.
         progress: whether to show a progress bar; None shows one if stderr is a terminal.
 
@@ -268,7 +271,7 @@ def collect_imatrix(
         im = isqtorch.collect_imatrix(model, "examples/demo_model/calibration.txt", tokenizer, max_tokens=2048)
         im.save("demo.gguf")
     """
-    windows = token_windows(model, text, tokenizer, "collect_imatrix", chunk, max_tokens)
+    windows = token_windows(model, text, tokenizer, "collect_imatrix", chunk, max_tokens, progress=progress)
     with calibrate(model) as im, evaluating(model):
         for ids_of_one in progress_bar("calibrate", "chunk", progress, windows.ids):
             run_model(model, ids_of_one[None])
@@ -290,12 +293,15 @@ def _occurrences(groups: Tensor, count: int) -> Tensor:
     return (groups.reshape(-1, 1) == torch.arange(count, device=groups.device)).sum(0)
 
 
-def collect(model: nn.Module, request: Request, imatrix: Imatrix | None, check: Callable[[], object]) -> Imatrix:
-    """Collect the importance matrix of the model in its current state, from the calibration file of a request.
+def collect(
+    model: nn.Module, request: Request, text: Text, imatrix: Imatrix | None, check: Callable[[], object]
+) -> Imatrix:
+    """Collect the importance matrix of the model in its current state, from the calibration text of a request.
 
     Args:
         model: the model.
-        request: the request; its options name the file and the tokenizer.
+        request: the request; its options have the tokenizer.
+        text: the text.
         imatrix: the importance matrix of the request; must be None.
         check: called first. It raises if anything else is wrong with the request, because the collection takes minutes.
 
@@ -305,8 +311,6 @@ def collect(model: nn.Module, request: Request, imatrix: Imatrix | None, check: 
     op, options = request.op, request.options
     if imatrix is not None:
         raise ValueError(f"{op}: give either imatrix or calibration_file, not both")
-    if options.tokenizer is None:
-        raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
+    check_text(op, text, options.tokenizer)
     check()
-    text = Path(options.calibration_file or "")
     return collect_imatrix(model, text, options.tokenizer, progress=options.progress)

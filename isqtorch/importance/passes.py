@@ -6,7 +6,6 @@ runs over the text several times, each time for some of its inputs, in the order
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from isqtorch.progress import progress_bar
 from isqtorch.report.fit import memories
-from isqtorch.running import Ids, evaluating, run_model
+from isqtorch.running import evaluating, run_model
 
 from .calibration import watching
 from .collecting import CollectedMoments, MomentWatch
@@ -23,8 +22,9 @@ from .imatrix import Imatrix
 from .inputs import feeds_attention
 from .moments import Moments
 from .second import HELD_ROWS
+from .self_written import SELF
 from .tokens import HOLD_EVERY
-from .windows import Windows, token_windows
+from .windows import Text, Windows, token_windows
 
 _SHARE = 0.5  # of the free memory
 
@@ -132,7 +132,7 @@ class Passes:
 
 def collect_moments(
     model: nn.Module,
-    text: Ids | os.PathLike[str],
+    text: Text = SELF,
     tokenizer: Any = None,
     chunk: int = DEFAULT_CHUNK,
     max_tokens: int | None = None,
@@ -147,7 +147,8 @@ def collect_moments(
 
     Args:
         model: the model, in the dtype that it should run in. It runs in eval mode and gets its training flags back.
-        text: a file (a path object, or a string that names an existing file), a text, or token ids.
+        text: a file (a path object, or a string that names an existing file), a text, or token ids; "self": a text
+            that the model writes, see `collect_imatrix`.
         tokenizer: the model's tokenizer; not needed with token ids.
         chunk: tokens per chunk. A text of fewer than 8 chunks is cut into 8.
         max_tokens: use only this number of tokens from the beginning of the text; None uses all.
@@ -164,7 +165,7 @@ def collect_moments(
         moments = isqtorch.collect_moments(model, text, tokenizer, max_tokens=2048)
         isqtorch.quantize_(model, "q4k", rule="feedback", imatrix=moments)
     """
-    windows = token_windows(model, text, tokenizer, "collect_moments", chunk, max_tokens, least=HOLD_EVERY)
+    windows = token_windows(model, text, tokenizer, "collect_moments", chunk, max_tokens, HOLD_EVERY, progress)
     return run_windows(model, MomentWatch(model), windows, progress)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from isqtorch.importance.inputs import joint_parts
 from isqtorch.importance.moments import Moments
 from isqtorch.importance.passes import Passes
 from isqtorch.importance.tokens import HOLD_EVERY
-from isqtorch.importance.windows import token_windows
+from isqtorch.importance.windows import Text, check_text, token_windows
 from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import parsed_bytes
 from isqtorch.policy.request import Request
@@ -113,12 +112,13 @@ def check_moments(request: Request, imatrix: Imatrix | None) -> None:
     )
 
 
-def supply_from_text(model: nn.Module, request: Request, names: Collection[str]) -> Passes:
-    """Prepare to collect the moments of the calibration file of a request.
+def supply_from_text(model: nn.Module, request: Request, text: Text, names: Collection[str]) -> Passes:
+    """Prepare to collect the moments of the calibration text of a request.
 
     Args:
         model: the model, which runs in its present state.
-        request: its options name the file and the tokenizer.
+        request: its options have the tokenizer.
+        text: the text.
         names: the layers that are packed with feedback.
 
     Raises:
@@ -127,9 +127,8 @@ def supply_from_text(model: nn.Module, request: Request, names: Collection[str])
     op, options = request.op, request.options
     if options.imatrix is not None:
         raise ValueError(f"{op}: give either imatrix or calibration_file, not both")
-    if options.tokenizer is None:
-        raise ValueError(f"{op}: calibration_file needs tokenizer=..., the model's tokenizer")
-    windows = token_windows(model, Path(options.calibration_file or ""), options.tokenizer, op, least=HOLD_EVERY)
+    check_text(op, text, options.tokenizer)
+    windows = token_windows(model, text, options.tokenizer, op, least=HOLD_EVERY, progress=options.progress)
     most = None if options.max_memory is None else parsed_bytes(op, "max_memory", options.max_memory)
     return Passes(model, windows, names, most, options.progress)
 

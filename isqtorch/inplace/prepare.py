@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from isqtorch.auto import Auto, Budget, choose_formats
@@ -16,9 +15,11 @@ from isqtorch.importance.feedback import Shelf
 from isqtorch.importance.imatrix import Imatrix, imatrix_name, importance_of
 from isqtorch.importance.moments import Moments, load_imatrix
 from isqtorch.importance.passes import Passes
+from isqtorch.importance.rules import rule_of
+from isqtorch.importance.windows import Text, is_self, token_windows
 from isqtorch.ops.native import NATIVE_DEVICES, missing_kernels
 from isqtorch.policy.activations import check_activations
-from isqtorch.policy.decide import Verdict, decide
+from isqtorch.policy.decide import Decision, Verdict, decide
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.request import Request
@@ -156,18 +157,24 @@ def settle(
     imatrix = load_imatrix(options.imatrix)
     measures_on_text = auto is not None and weight_of is None  # then both a text and an imatrix may be given
     collects = options.calibration_file is not None and not (measures_on_text and imatrix is not None)
+    text: Text | None = options.calibration_file
+    if collects and imatrix is not None:
+        raise ValueError(f"{request.op}: give either imatrix or calibration_file, not both")
+    if text is not None and is_self(text):
+        checked(trial, None)  # before the model writes
+        text = token_windows(model, text, options.tokenizer, request.op, progress=options.progress)
     if options.rule == FEEDBACK and not collects:
         check_moments(request, imatrix)
-    elif options.rule == FEEDBACK:
+    elif options.rule == FEEDBACK and text is not None:
         feeds = [job for job in checked(trial, None).jobs if job.feedback is not None]
-        supply = supply_from_text(model, request, [name for job in feeds for name in job.names])
+        supply = supply_from_text(model, request, text, [name for job in feeds for name in job.names])
         imatrix = supply.importance()
-    elif collects:
-        imatrix = collect(model, request, imatrix, lambda: checked(trial, None))
+    elif collects and text is not None:
+        imatrix = collect(model, request, text, imatrix, lambda: checked(trial, None))
     prepared = checked(trial, imatrix)
     if auto is None:
         return prepared, None
-    chosen, choice = choose_formats(model, auto, imatrix, weight_of, supply)
+    chosen, choice = choose_formats(model, auto, imatrix, weight_of, supply, text)
     return checked(chosen, imatrix), choice
 
 
@@ -207,27 +214,29 @@ def _jobs(
     inventory: Inventory, verdict: Verdict, request: Request, imatrix: Imatrix | None, again: bool, shelf: Shelf
 ) -> list[Job]:
     """The weights to pack, in model order, each shared weight once. Also checks the imatrix entries of these layers."""
-    groups: dict[str, list[tuple[LayerInfo, QuantFormat, torch.device | None]]] = {}
+    groups: dict[str, list[tuple[LayerInfo, QuantFormat, Decision]]] = {}
     for layer, decision in zip(inventory.layers, verdict.decisions, strict=True):
         if decision.format is not None and (again or decision.format.name != layer.packed_as):
-            groups.setdefault(layer.holder, []).append((layer, decision.format, decision.device))
+            groups.setdefault(layer.holder, []).append((layer, decision.format, decision))
     jobs, watch = [], Watch()
     for members in groups.values():
         layers = [layer for layer, _, _ in members]
-        first, fmt, device = members[0]
+        first, fmt, decision = members[0]
         importance = None if imatrix is None else importance_of(imatrix, layers, first.shape)
-        rule: str | None = request.options.rule if has_rule(fmt, request.options.rule) else None
+        names = tuple(layer.name for layer in layers)
+        has_importance = importance is not None
+        rule = rule_of(names, fmt, request.options.rule, has_importance=has_importance, by_number=decision.by_number)
         feedback = None
         if request.options.rule == FEEDBACK:
             rule, feedback = None if importance is None else scale_rule(fmt), feedback_of(layers, fmt, shelf)
         jobs.append(
             Job(
-                tuple(layer.name for layer in layers),
+                names,
                 any(layer.kind != "embedding" for layer in layers),
                 fmt,
                 importance if feedback is not None or uses_importance(fmt, rule) else None,
                 rule,
-                device or request.device,
+                decision.device or request.device,
                 request.options,
                 feedback,
                 watch,
@@ -253,8 +262,20 @@ def _rule_notes(jobs: list[Job], rule: str | None) -> list[str]:
     """A note about layers whose format does not have the requested rule. If none has it, `_check_rule` raises."""
     if rule == FEEDBACK:
         return []  # `feedback_notes` tells what came of it
-    without = [job.names[0] for job in jobs if job.rule != rule]
-    return [f"{len(without)} layers have formats without a rule {rule!r}: {first_names(without)}"] if without else []
+    without = [job.names[0] for job in jobs if not has_rule(job.fmt, rule)]
+    spared = [job.names[0] for job in jobs if job.rule != rule and rule is not None and has_rule(job.fmt, rule)]
+    better = [job.names[0] for job in jobs if rule is None and job.rule is not None]
+    notes = [f"{len(without)} layers have formats without a rule {rule!r}: {first_names(without)}"] if without else []
+    if spared:
+        notes.append(
+            f"{len(spared)} layers keep the default rule, because rule={rule!r} may do harm without importance in front of attention "
+            f"and in down projections; imatrix= or calibration= lets it search these, too: {first_names(spared)}"
+        )
+    if better:
+        notes.append(
+            f"{len(better)} layers use rule='search', which is how their formats take importance: {first_names(better)}"
+        )
+    return notes
 
 
 def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
@@ -312,7 +333,7 @@ def _zero_run(importance: Tensor) -> int | None:
 
 def _check_rule(jobs: list[Job], verdict: Verdict, rule: str | None, op: str) -> None:
     """ValueError if no weight to pack has the requested rule; the message names the formats that were asked for."""
-    if not jobs or any(job.feedback is not None if rule == FEEDBACK else job.rule == rule for job in jobs):
+    if not jobs or any(job.feedback is not None if rule == FEEDBACK else has_rule(job.fmt, rule) for job in jobs):
         return
     if rule == FEEDBACK:
         raise ValueError(

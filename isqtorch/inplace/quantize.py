@@ -23,7 +23,17 @@ from isqtorch.modules.packed import ordinary_tensors
 from isqtorch.modules.parameter import PackedParameter
 from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, Probe
+from isqtorch.policy.options import (
+    Activations,
+    CalibrationLike,
+    Fallback,
+    ImatrixLike,
+    ModelRule,
+    Names,
+    Options,
+    Organization,
+    Probe,
+)
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.policy.words import explaining
@@ -46,6 +56,7 @@ def quantize_(
     topology: TopologyLike | None = None,
     organization: Organization = "default",
     imatrix: ImatrixLike | None = None,
+    calibration: CalibrationLike | None = None,
     calibration_file: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     include: Names | None = None,
@@ -84,10 +95,13 @@ def quantize_(
         organization: "default", or "moqe" to quantize only the routed experts.
         imatrix: the importance of each input column of a layer: a dict {layer: f32 [K]}, an `isqtorch.Imatrix`, or the
             path of an importance matrix file.
-        calibration_file: a text file to collect an importance matrix from before quantizing (see `collect_imatrix`),
-            instead of `imatrix`. "auto" takes both and then uses the text only for its measurements. The model must be
-            a causal language model that can run on its device.
-        tokenizer: the tokenizer of the model, for `calibration_file`.
+        calibration: a text to collect an importance matrix from before quantizing (see `collect_imatrix`), instead of
+            `imatrix`. "self" lets the model write the text: 48 sequences of 256 tokens. Else it is the path of a text
+            file, token ids `[T]`, or windows of token ids `[S, T]`. "auto" takes both and then uses the text only for
+            its measurements. The model must be a causal language model that can run on its device; to write a text, one
+            of transformers.
+        calibration_file: another spelling of `calibration`.
+        tokenizer: the tokenizer of the model, for a text file. With "self" it tells whether texts begin with BOS.
         include: regexes, searched in the module path; only layers that match one of them are quantized. An empty list
             selects none.
         exclude: regexes, searched in the module path; layers that match one of them are left as they are.
@@ -140,6 +154,7 @@ def quantize_(
         fallback=fallback,
         device=device,
         imatrix=imatrix,
+        calibration=calibration,
         calibration_file=calibration_file,
         tokenizer=tokenizer,
         rule=rule,

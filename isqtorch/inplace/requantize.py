@@ -23,7 +23,16 @@ from isqtorch.modules.parameter import PackedParameter, is_plain
 from isqtorch.policy.activations import activation_notes
 from isqtorch.policy.foreign import check_foreign
 from isqtorch.policy.inventory import check_model, inspect_model, packed_names
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Organization, Probe
+from isqtorch.policy.options import (
+    Activations,
+    CalibrationLike,
+    Fallback,
+    ImatrixLike,
+    ModelRule,
+    Names,
+    Organization,
+    Probe,
+)
 from isqtorch.policy.request import Request
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.policy.words import explaining
@@ -50,6 +59,7 @@ def requantize_(
     topology: TopologyLike | None = None,
     organization: Organization | None = None,
     imatrix: ImatrixLike | None = None,
+    calibration: CalibrationLike | None = None,
     calibration_file: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     include: Names | None = None,
@@ -87,7 +97,7 @@ def requantize_(
             over where they have the format already, and are decoded and packed anew elsewhere.
         topology, organization, include, exclude, fallback: see `quantize_`. None keeps the value of the last request.
             `{}` drops a topology, `""` or `()` drops include or exclude: then all layers are selected.
-        imatrix, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
+        imatrix, calibration, calibration_file, tokenizer: see `quantize_`. An importance matrix of an earlier request is not used
             again. Calibration runs the model in its present formats.
         activations: see `quantize_`. None: if any layer may round x now, all layers in fp8 may afterwards, and the
             report notes it. "" withdraws the permission.
@@ -123,6 +133,7 @@ def requantize_(
     )
     options = lasting.changed(
         imatrix=imatrix,
+        calibration=calibration,
         calibration_file=calibration_file,
         tokenizer=tokenizer,
         rule=rule,

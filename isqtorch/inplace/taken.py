@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from isqtorch.formats import QuantFormat, bits_asked
+from isqtorch.formats import QuantFormat, number_of_bits
 from isqtorch.modules.convert import owner_of, parameter_name, weight_matrix
 from isqtorch.policy.inventory import Inventory
 from isqtorch.policy.request import Request
@@ -41,7 +41,7 @@ class Taken:
     @classmethod
     def of(cls, model: nn.Module, request: Request) -> Taken | None:
         """Open the checkpoint; None if no bits are asked for, or it is not quantized."""
-        bits = bits_asked(request.fmt)
+        bits = number_of_bits(request.fmt)
         if bits is None:
             return None
         files = files_of(model)

@@ -15,7 +15,18 @@ from isqtorch.auto import Budget
 from isqtorch.files.binary import regular
 from isqtorch.formats import AUTO, KEEP, Spec, mix_name
 from isqtorch.importance.imatrix import Imatrix
-from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, Probe
+from isqtorch.importance.windows import is_self
+from isqtorch.policy.options import (
+    Activations,
+    CalibrationLike,
+    Fallback,
+    ImatrixLike,
+    ModelRule,
+    Names,
+    Options,
+    Organization,
+    Probe,
+)
 from isqtorch.policy.request import Request, checked_device
 from isqtorch.policy.topology import TopologyLike
 from isqtorch.policy.words import explaining
@@ -62,6 +73,7 @@ def load(
     topology: TopologyLike | None = None,
     organization: Organization = "default",
     imatrix: ImatrixLike | None = None,
+    calibration: CalibrationLike | None = None,
     calibration_file: str | os.PathLike[str] | None = None,
     include: Names | None = None,
     exclude: Names | None = None,
@@ -94,7 +106,7 @@ def load(
             so. A folder that isqtorch has quantized takes no format.
         topology, organization, imatrix, include, exclude, fallback, rule, max_memory, activations: see `quantize_`. A
             topology cannot place layers on devices here.
-        calibration_file: see `quantize_`. The model is loaded first, and runs over the text as it is; its float weights
+        calibration, calibration_file: see `quantize_`. The model is loaded first, and runs over the text as it is; its float weights
             then have to fit into memory. From a GGUF file or an MLX folder it runs with the packed weights.
         target_bpw, max_size, formats, probe: for "auto", see `quantize_`.
         progress: whether to show progress bars; None: if stderr is a terminal.
@@ -120,6 +132,7 @@ def load(
         topology=topology,
         organization=organization,
         imatrix=imatrix,
+        calibration=calibration,
         calibration_file=calibration_file,
         include=include,
         exclude=exclude,
@@ -159,11 +172,12 @@ def checked_request(isq: Spec | None, options: Options) -> Request | None:
                 f"{_OP}: topology entry {entry.key!r} names a device. Leave it out; device=... is for the whole model."
             )
     Budget.of(_OP, isq, options)
-    text = options.calibration_file
+    text = request.options.calibration_file
     if text is not None:
-        if not os.path.exists(text):
-            raise FileNotFoundError(f"{_OP}: no calibration text {os.fspath(text)}")
-        regular(Path(text))
+        if isinstance(text, Path):
+            if not text.exists():
+                raise FileNotFoundError(f"{_OP}: no calibration text {text}")
+            regular(text)
         if options.imatrix is not None and mix_name(isq) != AUTO:
             raise ValueError(f"{_OP}: give either imatrix or calibration_file, not both")
     return request
@@ -195,8 +209,12 @@ def load_opened(
     if found.is_decoded and request is None:
         request = Request(KEEP, Options(), _OP)
     if request is not None and request.options.calibration_file is not None:
-        found.check("continues" if mix_name(request.fmt) == AUTO else "reads", "calibration_file")
-        found.check_tokenizer("calibration_file")
+        if is_self(request.options.calibration_file):
+            found.check("continues", "calibration='self', which lets the model write a text,")
+        else:
+            found.check("continues" if mix_name(request.fmt) == AUTO else "reads", "calibration_file")
+        if isinstance(request.options.calibration_file, Path):
+            found.check_tokenizer("calibration_file")
     load = from_transformers if found.checkpoint is None else _from_checkpoint
     model, report, imatrix = load(found, request, dtype, device, progress)
     return Loaded(model, found.companions.tokenizer, report, found.companions.processor, imatrix)

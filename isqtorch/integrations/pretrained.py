@@ -18,6 +18,7 @@ from isqtorch import checkpoint as own_file
 from isqtorch.formats import AUTO, KEEP, mix_name
 from isqtorch.importance.calibration import collect_imatrix
 from isqtorch.importance.imatrix import Imatrix
+from isqtorch.importance.windows import is_self, token_windows
 from isqtorch.inplace.quantize import quantize_
 from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.streaming import Misfit
@@ -176,16 +177,18 @@ def calibrated(model: Any, request: Request, tokenizer: Any) -> tuple[QuantRepor
     options, imatrix = request.options, None
     given = given_options(options)
     if options.rule == FEEDBACK and options.calibration_file is not None and options.imatrix is None:
-        text = {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
-        return quantize_(model, request.fmt, **given, **text), None
-    if options.calibration_file is not None and options.imatrix is None:
-        if mix_name(request.fmt) != AUTO:
+        return quantize_(model, request.fmt, **given, calibration=options.calibration_file, tokenizer=tokenizer), None
+    auto, text = mix_name(request.fmt) == AUTO, options.calibration_file
+    if text is not None and options.imatrix is None:
+        if not auto:
             asked = {name: given[name] for name in given if name not in ("rule", "imatrix", "progress", "probe")}
             plan(model, request.fmt, **asked)  # raises errors before minutes of calibration
-        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
+        windows = token_windows(model, text, tokenizer, "load", progress=options.progress)
+        imatrix = collect_imatrix(model, windows, tokenizer, progress=options.progress)
         given["imatrix"] = imatrix
-    if mix_name(request.fmt) == AUTO and options.calibration_file is not None:
-        given |= {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
+        text = windows.ids if is_self(text) else text  # so that the model writes once
+    if auto and text is not None:
+        given |= {"calibration": text, "tokenizer": tokenizer}
     return quantize_(model, request.fmt, **given), imatrix
 
 
@@ -196,9 +199,9 @@ def changed(model: Any, request: Request, tokenizer: Any) -> tuple[QuantReport, 
     options, imatrix = request.options, None
     given = given_options(options)
     if options.rule == FEEDBACK and options.calibration_file is not None and options.imatrix is None:
-        given |= {"calibration_file": options.calibration_file, "tokenizer": tokenizer}
+        given |= {"calibration": options.calibration_file, "tokenizer": tokenizer}
     elif options.calibration_file is not None and options.imatrix is None:
-        imatrix = collect_imatrix(model, Path(options.calibration_file), tokenizer, progress=options.progress)
+        imatrix = collect_imatrix(model, options.calibration_file, tokenizer, progress=options.progress)
         given["imatrix"] = imatrix
     return requantize_(model, request.fmt, **given), imatrix
 
@@ -208,7 +211,8 @@ def given_options(options: Options) -> dict[str, Any]:
     return {
         field.name: getattr(options, field.name)
         for field in fields(options)
-        if getattr(options, field.name) != field.default and field.name not in ("calibration_file", "tokenizer")
+        if getattr(options, field.name) != field.default
+        and field.name not in ("calibration", "calibration_file", "tokenizer")
     }
 
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from isqtorch.formats import AUTO, KEEP, QuantFormat, Spec, bits_asked, get_format, mix_name, resolve_format
+from isqtorch.formats import AUTO, KEEP, QuantFormat, Spec, get_format, mix_name, number_of_bits, resolve_format
 from isqtorch.modules.packed import FLOAT_DTYPES
 
 from .layers import LayerInfo
 from .mixes import assign
+from .numbers import departure, is_met, promotion, share_of_tables
 from .request import Assigned, Request
 from .topology import Entry
 
@@ -49,6 +50,7 @@ class Decision:
     fell_back: bool = False
     firm: bool = False  # decided by a rule for this layer, not by a default; overrides the decisions of tied layers
     device: torch.device | None = None  # where a topology entry puts the layer
+    by_number: bool = False  # a number of bits was asked for, so the best rule of the format is meant, too
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def decide(layers: Sequence[LayerInfo], request: Request) -> Verdict:
         )
     siblings = {layer.name for layer in layers}
     assigned = _assigned(layers, request)
-    decisions = [_decide_one(layer, request, siblings, assigned) for layer in layers]
+    share = share_of_tables(layers)
+    decisions = [_decide_one(layer, request, siblings, assigned, share) for layer in layers]
     decisions = _keep_experts_together(layers, decisions)
     if request.options.fallback == "error":
         bad = [d for d in decisions if d.fell_back]
@@ -107,7 +110,7 @@ def _assigned(layers: Sequence[LayerInfo], request: Request) -> Mapping[str, Ass
 
 
 def _decide_one(
-    layer: LayerInfo, request: Request, siblings: set[str], assigned: Mapping[str, Assigned] | None
+    layer: LayerInfo, request: Request, siblings: set[str], assigned: Mapping[str, Assigned] | None, share: float
 ) -> Decision:
     entry = request.topology.find(layer.name)
     pinned = entry is not None and (entry.spec is not None or entry.leave)
@@ -116,12 +119,14 @@ def _decide_one(
     if assigned is not None and not pinned:
         spec = None if given is None else given.format
     device = entry.device if entry is not None and entry.device is not None else layer.device_type
-    requested = None if spec is None else resolve_format(spec, device)
+    bits = number_of_bits(spec)
+    requested = None if spec is None else resolve_format(spec, device, layer.shape[-1])
     decision = Decision(
         layer.name,
         requested.name if requested else None,
         None,
         device=entry.device if entry else None,
+        by_number=bits is not None,
     )
     never = _reason_never(layer, request, entry, siblings)
     if never is not None:
@@ -137,11 +142,18 @@ def _decide_one(
     wanted, reasons = requested, [given.why] if given is not None and given.why else []
     promoted = False
     firm = entry is not None and entry.spec is not None
-    if layer.role and not firm and given is None and requested.promoted not in (None, requested.name):
-        wanted, promoted = get_format(requested.promoted or requested.name), True
+    if layer.role and not firm and given is None:
+        if bits is not None:
+            wanted = promotion(requested, device, layer.shape[-1], share)
+        elif requested.promoted is not None:
+            wanted = get_format(requested.promoted)
+        promoted = wanted.name != requested.name
+    if promoted:
         reasons.append(
             f"{'output head' if layer.role == 'head' else 'embedding'}: promoted from {requested.name} to {wanted.name}"
         )
+    elif bits is not None and (departs := departure(bits, requested, device, layer.shape[-1])):
+        reasons.append(departs)
     if not (isinstance(spec, str) and "." in spec):  # "afq4.f16": the user chose the scale type
         suited = wanted.for_dtype(layer.dtype)
         if suited.name != wanted.name:
@@ -150,6 +162,9 @@ def _decide_one(
     fmt, misfit = _fit(wanted, layer.shape[-1], request.options.fallback)
     if misfit:
         reasons.append(misfit)
+    elif bits is not None and not promoted and not is_met(bits, requested, device):
+        fmt, misfit = (None if request.options.fallback == "skip" else fmt), "the smallest that fits"
+        reasons.append(f"{misfit}: left as it is" if fmt is None else misfit)
     return replace(
         decision, format=fmt, reason="; ".join(reasons), promoted=promoted, fell_back=bool(misfit), firm=firm or not fmt
     )
@@ -160,7 +175,7 @@ def _kept_as(layer: LayerInfo, spec: Spec) -> QuantFormat | None:
 
     No other format of this size is better: it would add its own error to that of the checkpoint.
     """
-    bits = bits_asked(spec)
+    bits = number_of_bits(spec)
     return next((fmt for fmt in map(get_format, layer.stored_as) if fmt.bits == bits), None)
 
 

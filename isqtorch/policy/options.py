@@ -30,6 +30,8 @@ ModelRule = Rule | Literal["feedback"]
 RULES = (*get_args(Rule), FEEDBACK)
 Names = Sequence[str] | str
 MAX_NAMES = 1 << 15  # of one option; each is tried on every layer
+CalibrationLike = str | os.PathLike[str] | Tensor | Sequence[int]
+"""A calibration text: "self" lets the model write it; else the path of a text file, or token ids."""
 ImatrixLike = Mapping[str, Tensor] | str | os.PathLike[str]
 """An importance matrix: an `Imatrix` or dict from layer names to vectors f32 [K], or the path of a file."""
 
@@ -51,7 +53,8 @@ class Options:
     fallback: Fallback = "up"
     device: torch.device | str | None = None
     imatrix: ImatrixLike | None = None
-    calibration_file: str | os.PathLike[str] | None = None
+    calibration: CalibrationLike | None = None
+    calibration_file: CalibrationLike | None = None  # a Request puts the text of either spelling here, checked
     tokenizer: Any = None
     rule: ModelRule | None = None
     max_memory: int | str | None = None

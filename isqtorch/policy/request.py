@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from isqtorch.formats import Spec, mix_name, resolve_format
 from isqtorch.quantizers.families import FEEDBACK
@@ -38,7 +41,8 @@ class Request:
 
     Attributes:
         fmt: the default format; None: quantize only the layers that the topology names.
-        options: the options; `topology` is already parsed.
+        options: the options; `topology` is already parsed, and a calibration text is in `calibration_file`,
+            in either spelling: "self", a Path, or token ids.
         op: name of the public function, for messages.
         assigned: for "auto", the format chosen for each layer, by layer name.
         topology: the parsed topology; empty if none was given.
@@ -98,11 +102,49 @@ class Request:
         }
         for name, value in parsed.items():
             object.__setattr__(self, name, value)  # allowed: a frozen record may be filled while it is constructed
-        object.__setattr__(self, "options", options.changed(topology=topology))  # so that a YAML file is read only once
+        calibration = checked_calibration(op, options)
+        options = options.changed(topology=topology, calibration=None, calibration_file=calibration)
+        object.__setattr__(self, "options", options)  # so that a YAML file is read only once
 
     def changed(self, **options: Any) -> Request:
         """A copy with other options."""
         return replace(self, options=self.options.changed(**options))
+
+
+def checked_calibration(op: str, options: Options) -> Literal["self"] | Path | Tensor | None:
+    """The calibration text of either spelling: "self", the path of a file, token ids `[T]` or `[S, T]`, or None.
+
+    Raises:
+        ValueError: both spellings are given, or it is none of these.
+    """
+    given = options.calibration
+    if options.calibration_file is not None:
+        if given is not None:
+            raise ValueError(f"{op}: give either calibration or calibration_file, which is another spelling, not both")
+        given = options.calibration_file  # a request that is made of a checked one may hold what is no path
+        given = Path(given) if isinstance(given, str) and given != "self" else given
+    if given is None or isinstance(given, Path):
+        return given
+    if isinstance(given, (str, os.PathLike)):
+        if not os.fspath(given):
+            raise ValueError(f"{op}: calibration is an empty path. Give 'self', the path of a text, or token ids.")
+        return "self" if isinstance(given, str) and given == "self" else Path(given)
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if (
+        not ids.numel()
+        or ids.ndim not in (1, 2)
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"{op}: calibration must be 'self', which lets the model write a text, the path of a text, or token ids [T] or "
+            f"[windows, T]; got {given!r:.80}"
+        )
+    return ids
 
 
 def parsed_device(device: torch.device | str, what: str) -> torch.device:

@@ -106,8 +106,8 @@ class Session:
         if self.wishes.format is None:
             return has
         packed = cast(Tensor, layer._parameters[leaf])
-        fmt = resolve_format(self.wishes.format, packed.device)
         columns = has.in_features(packed.shape[-1])
+        fmt = resolve_format(self.wishes.format, packed.device, columns)
         if columns % fmt.block:
             raise ValueError(
                 f"merge: {self.weights.name_of(layer)} has rows of {columns} weights, and merge_format {fmt.name} needs a multiple of "

@@ -147,8 +147,13 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
             raise ValueError(f"{_OP}: give either imatrix or calibration_file, not both")
         if self.options.tokenizer is None:
             raise ValueError(f"{_OP}: calibration_file needs tokenizer=..., the model's tokenizer")
-        if not os.path.exists(text):
-            raise FileNotFoundError(f"{_OP}: no calibration text {os.fspath(text)}")
+        if not isinstance(text, Path):
+            raise ValueError(
+                f"{_OP}: calibration_file must be the path of a text here. A model cannot write before it is loaded: use "
+                "isqtorch.load, or quantize_ on the loaded model."
+            )
+        if not text.exists():
+            raise FileNotFoundError(f"{_OP}: no calibration text {text}")
         regular(text)
 
     def request(self) -> Request:
@@ -192,7 +197,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         options = config.options
         config.options = options.changed(
             imatrix=None if options.imatrix is None else imatrix_name(options.imatrix),
-            calibration_file=None if options.calibration_file is None else Path(options.calibration_file).name,
+            calibration_file=None if options.calibration_file is None else Path(str(options.calibration_file)).name,
             tokenizer=None,
         )
         return config

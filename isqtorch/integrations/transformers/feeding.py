@@ -65,9 +65,7 @@ def feed_while_loading(model: Any, options: Options, prepared: Prepared, files: 
     with parameters_on_meta(str(Path(files[0]).parent)), torch.device("cpu"):
         twin = type(model)._from_config(settings, dtype=model.dtype)
     with torch.device("cpu"), _default_dtype(torch.float32):  # the loader makes others the defaults
-        windows = token_windows(
-            twin, Path(options.calibration_file or ""), options.tokenizer, "IsqConfig", least=HOLD_EVERY
-        )
+        windows = token_windows(twin, options.calibration_file or "", options.tokenizer, "IsqConfig", least=HOLD_EVERY)
         kinds = {layer.device_type for layer in prepared.inventory.layers}
         device = torch.device(kinds.pop() if len(kinds) == 1 else "cpu")
         source = ConvertedSource(twin, files, get_model_conversion_mapping(twin))

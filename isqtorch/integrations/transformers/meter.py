@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isqtorch.auto import Auto
-from isqtorch.auto.choose import Item, importance_and_shares, moments_for
+from isqtorch.auto.choose import Item, importance_and_shares, moments_for, rules_for
 from isqtorch.auto.sensitivity import Error, Sums, errors_of, measure_errors
 from isqtorch.formats import get_format
 from isqtorch.importance.feedback import Shelf
@@ -42,8 +42,9 @@ class Meter:
         formats = [get_format(fmt) for fmt in item.options]
         with torch.no_grad():
             moments = moments_for(sharing, self._shelf, self.rule)
+            rules = rules_for(item, sharing, self.rule, importance is not None)
             sums = measure_errors(
-                weight, formats, None, importance, shares, self.rule, pieces, moments=moments, first=expert or 0
+                weight, formats, None, importance, shares, rules, pieces, moments=moments, first=expert or 0
             )
         self.parts.setdefault(sharing[0].name, []).append(sums)
 
