@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import isqtorch
 from isqtorch.app.model import State
 from isqtorch.files.writing import replacing_folder
+from isqtorch.importance.calibration import calibrate
 from isqtorch.inplace.weights import STORED
 from isqtorch.report.report import QuantReport
 
@@ -117,7 +117,7 @@ class Live:
 
     def _start(self) -> None:
         with ExitStack() as stack:
-            self._imatrix = stack.enter_context(isqtorch.calibrate(self._served.loaded.model))
+            self._imatrix = stack.enter_context(calibrate(self._served.loaded.model))
             self._watching = stack.pop_all()
 
     def _stop(self) -> None:
