@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ import transformers
 import isqtorch
 from benchmarks import bench_quality
 from benchmarks.quality import originals, packages, plot, tables
-from benchmarks.quality.judges import Score, SentenceJudge, TextJudge
+from benchmarks.quality.judges import Score, SentenceJudge, TextJudge, standard_error
 from benchmarks.quality.measure import Quality, Results
 from benchmarks.quality.rows import Row, default, for_real_models
 from isqtorch.formats import formats, get_format
@@ -258,6 +259,15 @@ def test_kernels_hardly_add_to_the_error_of_8_bit_weights(name: str) -> None:
     kernels = judge(model).distance
     isqtorch.dequantize_(model)
     assert kernels <= 1.1 * judge(model).distance
+
+
+def test_standard_errors() -> None:
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    assert standard_error(values) == pytest.approx(values.std(ddof=1) / 50**0.5)
+    assert standard_error(values, 7 * np.ones(50, dtype=np.int64)) == pytest.approx(standard_error(values))
+    sizes = np.array([*[511] * 50, 1])  # a short last window may be anything
+    assert standard_error(np.append(values, 100.0), sizes) == pytest.approx(standard_error(values), rel=0.1)
+    assert standard_error(values[:1]) == 0.0
 
 
 def test_windows_begin_with_bos() -> None:

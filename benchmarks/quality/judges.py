@@ -121,8 +121,9 @@ class TextJudge:
 
     def _mean(self, values: Tensor) -> tuple[float, float]:
         """Mean over tokens, and its standard error from the means of the windows."""
-        means = [float(part.double().mean()) for part in values.split([len(row) - 1 for row in self.windows])]
-        return float(values.double().mean()), standard_error(np.array(means))
+        sizes = [len(row) - 1 for row in self.windows]
+        means = [float(part.double().mean()) for part in values.split(sizes)]
+        return float(values.double().mean()), standard_error(np.array(means), np.array(sizes))
 
 
 def kl(kept: Tensor, log_q: Tensor) -> Tensor:
@@ -196,9 +197,14 @@ def sentences(text: str) -> list[str]:
     return list(dict.fromkeys(part for part in found if low <= len(part) <= high))
 
 
-def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of independent values; 0 for a single one, of which it is unknown."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def standard_error(values: NDArray[np.float64], sizes: NDArray[np.int64] | None = None) -> float:
+    """Of the mean of independent values, weighted by `sizes` if given; 0 for a single one, of which it is unknown."""
+    count = len(values)
+    if count < 2:
+        return 0.0
+    weights = np.full(count, 1 / count) if sizes is None else sizes / sizes.sum()
+    errors = weights * (values - (weights * values).sum())
+    return float(math.sqrt(count / (count - 1) * (errors**2).sum()))
 
 
 def _logits(output: Any) -> Tensor:
