@@ -151,7 +151,7 @@ def test_moments_of_another_layer_are_noticed(fmt: str) -> None:
 
 
 def test_parts_of_a_joint_matrix_are_judged_by_themselves() -> None:
-    """Errors that the moments planted for keys only must not take feedback from queries and values."""
+    """So the share of the rows that have feedback is a number of thirds."""
     model, moments = moments_of(tiny_gpt2)
     name = "transformer.h.0.attn.c_attn"
     other = copy.deepcopy(model)

@@ -7,6 +7,8 @@ another way are a `Misfit`. The moments are those of the float model, so the byt
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +31,8 @@ from isqtorch.running import evaluating, run_model
 from .pack import Job, naming_memory, pack_weight
 from .prepare import Prepared
 from .source import Source
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
 
 
 class Misfit(ValueError):
@@ -118,6 +122,8 @@ def stream(
             del watch, moments
             _restore(model, empty)
             source.release()
+            if _trim is not None:  # packed weights lie between large blocks that are free now; the holes would add up
+                _trim(0)
         rest = [job for job in prepared.jobs if not _inside(job, path)]
         if head is not None and head_module is not None:
             moments = _of_head(model, layers, head, head_module, hidden, windows, any(job.feedback for job in rest))

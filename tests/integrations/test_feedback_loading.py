@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +208,36 @@ def test_load_streams_or_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [layer.stored for layer in other.report.layers] == [layer.stored for layer in loaded.report.layers]
     outcomes = [layer.feedback for layer in other.report.layers if layer.feedback is not None]
     assert len(outcomes) == 7 and all(outcome.share == 1 for outcome in outcomes)
+
+
+def test_neither_the_floats_nor_all_moments_are_in_memory(text: Path, tmp_path: Path) -> None:
+    """At a time: the packed model, one layer in floats with its moments, and the hidden states."""
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    floats = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    model.save_pretrained(tmp_path / "model")
+    del model
+    layer, moments = floats / 16, 4 * (3 * 512**2 + 1536**2)
+    script = Path(__file__).with_name("feedback_memory.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "model"), str(text)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found, floats, layer, moments)
+    assert found["fed"] == 16 * 7
+    hidden = 800 * 512 * 4
+    # four times the layer and its moments, for what packing needs besides: a factor, errors, both packed forms
+    limit = found["size"] + 4 * (layer + moments) + 4 * hidden + 20e6
+    assert found["peak_anonymous"] < limit < 0.75 * floats, (found, limit)
