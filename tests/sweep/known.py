@@ -7,13 +7,7 @@ from collections.abc import Iterable, Mapping
 from .checks import CHECKS, Row
 
 # (type, check) -> why it fails, and why that is right or cannot be helped here
-_IN_A_LIST = (
-    "its heads call their layers through a plain list, whose entries are not replaced: not mended yet. quantize_ lets the float "
-    "layers run there, and IsqConfig leaves them on meta; exclude='mask_embedder' is the way out"
-)
 KNOWN: Mapping[tuple[str, str], str] = {
-    ("maskformer", "immediate"): _IN_A_LIST,
-    ("mask2former", "immediate"): _IN_A_LIST,
     ("superglue", "forward"): "the outputs are points and matches, which noise changes as a whole",
     (
         "fastspeech2_conformer",
