@@ -261,3 +261,28 @@ def test_a_weight_shared_with_something_else_stays() -> None:
     report = quantize_(nn.ModuleDict({"linear": linear, "raw": Raw(linear.weight), "other": nn.Linear(64, 64)}), "q8_0")
     assert formats_of(report) == {"linear": None, "raw.table": None, "other": "q8_0"}
     assert report["linear"].reason.startswith("as raw.table, which shares the weight: a parameter of Raw itself")
+
+
+def test_a_layer_that_a_plain_list_holds_too_stays() -> None:
+    """Its forward takes the layer from the list, where nothing would replace it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(256, 64), nn.ReLU()]
+            for i, layer in enumerate(self.layers):
+                self.add_module(str(i), layer)
+            self.last = nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+
+    model = Block()
+    report = quantize_(model, "q8_0")
+    assert [layer.name for layer in report.quantized] == ["last"]
+    assert (
+        report["0"].reason == "the plain list 'layers' of Block holds it as well"
+        and model.layers[0] is model._modules["0"]
+    )

@@ -65,7 +65,8 @@ def inspect_model(model: nn.Module, shared: Mapping[str, str] | None = None) -> 
     owners = _layers_by_name(model)
     roles = _hugging_face_roles(model)
     kept = _kept_in_float(model)
-    readers = layers_read_directly(model)
+    readers = {key: f"{cls} reads its weight directly" for key, cls in layers_read_directly(model).items()}
+    readers |= _held_in_lists(model)
     foreign = find_foreign(model)
     held = set(foreign.layers) if foreign is not None else set()
     first: dict[object, int] = {}  # storage -> index into layers
@@ -157,7 +158,7 @@ def _describe(
         )
     kind = "embedding" if known == "embedding" else "linear"
     reader = readers.get(id(module))
-    keep = obstacle(module) or (f"{reader} reads its weight directly" if reader else None) or _kept_reason(name, kept)
+    keep = obstacle(module) or reader or _kept_reason(name, kept)
     shape_2d = cast("tuple[int, int]", tuple(weight_matrix(module).shape))
     return LayerInfo(
         name, kind, shape_2d, weight.dtype, _role(name, module, kind, roles), device_type=device, keep=keep
@@ -187,7 +188,7 @@ def _describe_experts(
         shape = (*weight.shape[:2], fmt.in_features(weight.shape[2]))
         return LayerInfo(path, "experts", shape, module.dtype, device_type=device, packed_as=fmt.name, block=name)
     reader = readers.get(id(module))
-    keep = obstacle(module, leaf) or (f"{reader} reads its weight directly" if reader else None)
+    keep = obstacle(module, leaf) or reader
     shape = tuple(weight_matrix(module, leaf).shape)
     return LayerInfo(
         path,
@@ -224,6 +225,21 @@ def _why_other(module: nn.Module, leaf: str, weight: Tensor) -> str:
     if weight.dim() == 3 and "expert" in cls.lower():
         return f"{cls} are fused experts with code of their own: not quantized"
     return f"a parameter of {cls} itself: only the weights of nn.Linear, nn.Embedding, Conv1D and fused experts are quantized"
+
+
+def _held_in_lists(model: nn.Module) -> dict[int, str]:
+    """{id of a module: why it stays} of modules that others hold in a plain list as well.
+
+    They are called through the list, where nothing replaces them: the float layer would run on, as in MaskFormer.
+    """
+    return {
+        id(item): f"the plain list {name!r} of {type(module).__name__} holds it as well"
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) in (list, tuple)
+        for item in value
+        if isinstance(item, nn.Module)
+    }
 
 
 def _kept_in_float(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from synthetic import write_moe
 from torch import Tensor
 from two_processes import run_two
 
-from isqtorch import IsqConfig, ops
+from isqtorch import IsqConfig, get_format, ops
+from isqtorch.integrations.transformers.experts import pack_matrices
 from isqtorch.modules import QuantExperts
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +43,14 @@ def rewrite(folder: Path, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+
+
+def test_the_importance_is_that_of_the_experts_in_the_file() -> None:
+    """A rank that gets a part of a stack cannot know which experts these are."""
+    job: Any = SimpleNamespace(fmt=get_format("q8_0"), importance=torch.ones(3, 64))
+    matrices = [lambda: torch.ones(4, 64)] * 2
+    with pytest.raises(ValueError, match="the checkpoint has 2 experts, and their importance is that of 3"):
+        pack_matrices([matrices], (2, 4, 68), job, lambda matrix, expert: None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
