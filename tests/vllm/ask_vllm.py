@@ -10,7 +10,6 @@ weights of packed layers took at once. A case that may fail ("fails": true) then
 
 import contextlib
 import gc
-import io
 import json
 import logging
 import os
@@ -68,9 +67,13 @@ def ask(case, alive, peak):
     alive.clear()
     peak[0] = 0
     settings = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8, **case["settings"]}
-    heard = io.StringIO()
-    handler = logging.StreamHandler(heard)
-    logging.getLogger("vllm.isqtorch").addHandler(handler)
+    heard = []
+
+    def hear(record):  # a filter: vLLM removes handlers when its first model sets up the log
+        heard.append(record.getMessage())
+        return True
+
+    logging.getLogger("vllm.isqtorch").addFilter(hear)
     llm = None
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -91,14 +94,14 @@ def ask(case, alive, peak):
             ],
             "layers": llm.apply_model(describe)[0] if settings.get("tensor_parallel_size", 1) == 1 else None,
             "peak": peak[0],
-            "log": heard.getvalue(),
+            "log": "\n".join(heard),
         }
     except Exception as error:
         if case.get("fails"):
-            return {"error": f"{type(error).__name__}: {error}", "log": heard.getvalue()}
+            return {"error": f"{type(error).__name__}: {error}", "log": "\n".join(heard)}
         raise
     finally:
-        logging.getLogger("vllm.isqtorch").removeHandler(handler)
+        logging.getLogger("vllm.isqtorch").removeFilter(hear)
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
         del llm
