@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import FORMATS, IMPLEMENTATIONS, every_dtype, every_format, every_variant, implementation
+from helpers import (
+    FORMATS,
+    IMPLEMENTATIONS,
+    before_a_guard_page,
+    every_dtype,
+    every_format,
+    every_variant,
+    implementation,
+)
 from torch import Tensor
 
 from isqtorch import ops
@@ -215,6 +223,17 @@ def test_rows_wider_than_a_slab(name: str, level: str) -> None:
     factor, importance = feedback_factor(h), h.diagonal().contiguous()
     want = ops.reference.quantize_feedback(w, name, factor, importance, scale_rule(fmt))
     assert torch.equal(by_feedback(w, fmt, h, factor), want)
+
+
+@pytest.mark.parametrize("level", EACH_LEVEL, indirect=True)
+@every_format
+def test_reads_nothing_behind_its_arguments(fmt: QuantFormat, level: str) -> None:
+    columns = columns_for(fmt)
+    h, w = moments(columns), weights(5, columns).bfloat16()
+    arguments = (feedback_factor(h), h.diagonal().contiguous())
+    packed = ops.quantize_feedback(w, fmt.name, *arguments)
+    guarded = [before_a_guard_page(argument) for argument in arguments]
+    assert torch.equal(ops.quantize_feedback(before_a_guard_page(w), fmt.name, *guarded), packed)
 
 
 @every_format

@@ -8,6 +8,7 @@
 //   store(chosen, out)    packs them
 //   Chosen::overflow()    lanes whose 16-bit scale is not finite
 //   Chosen::value(i, c)   what code c of element i stands for, as decode computes it
+//   kLastRank             see BlockwiseFormat
 #pragma once
 
 #include "cpu/convert.h"
