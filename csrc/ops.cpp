@@ -8,6 +8,10 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // w [..., N, K] float -> uint8 [..., N, row_bytes]; importance f32 [K], or [E, K] for w [E, N, K]
   m.def("quantize(Tensor w, str format, Tensor? importance=None, str? rule=None) -> Tensor");
 
+  // w [N, K] float -> uint8 [N, row_bytes], with codes that make up for each other's errors; factor f32 [K, K], unit
+  // upper triangular; importance f32 [K]
+  m.def("quantize_feedback(Tensor w, str format, Tensor factor, Tensor importance, str? rule=None) -> Tensor");
+
   // weight uint8 [..., N, row_bytes] -> [..., N, K]
   m.def("dequantize(Tensor weight, str format, ScalarType dtype) -> Tensor");
 

@@ -177,6 +177,10 @@ inline Rule checked_rule(const char* format, uint8_t rules, const std::optional<
     if (*rule == name) return number;
     known += text(" or '", name, "'");
   }
+  check(
+      *rule != "feedback",
+      "quantize: rule 'feedback' needs the second moments of the layer's inputs. Use quantize_feedback for one weight, "
+      "or quantize_ for a model.");
   check(false, "quantize: ", format, " has no rule '", shortened(*rule), "'. Use rule=None", known, ".");
   return Rule::kDefault;
 }
@@ -214,10 +218,36 @@ inline std::vector<float> checked_importance(const std::optional<Tensor>& import
   return columns;
 }
 
+// The arguments of `quantize_feedback` that `quantize` does not have. The shape is that of the weight.
+inline void check_feedback(const std::vector<int64_t>& shape, const Tensor& factor) {
+  if (shape.size() != 2) {
+    check(false, "quantize_feedback: weight must be one matrix [N, K], got shape ", shape_text(shape),
+          ". Matrices of a stack have inputs of their own: pack them one by one.");
+  }
+  const int64_t k = shape[1];
+  if (factor.scalar_type() != ScalarType::Float || shape_of(factor) != std::vector<int64_t>{k, k}) {
+    check(false, "quantize_feedback: factor must be float32 [", k, ", ", k, "] for a weight of ", k, " columns, got ",
+          name_of(factor.scalar_type()), " ", shape_text(shape_of(factor)), ". Is this the factor of another layer?");
+  }
+}
+[[noreturn]] inline void refuse_factor(int64_t i, int64_t j, float value) {
+  throw std::invalid_argument(text("quantize_feedback: factor[", i, ", ", j, "] is ", number_text(value),
+                                   "; a factor has zeros below its diagonal, ones on it and finite numbers above. Make "
+                                   "it with isqtorch.quantizers.feedback_factor."));
+}
+
 // Weight number `at` of a tensor is NaN or infinite.
 [[noreturn]] inline void refuse_weight(const char* format, int64_t at, const std::vector<int64_t>& shape, float value) {
   throw std::invalid_argument(text("quantize: weight[", position_text(at, shape), "] is ", number_text(value), "; ",
                                    format, " needs finite values. Repair the checkpoint, or leave this weight out."));
+}
+
+// In the block that begins with weight number `at`, the weights minus the errors carried to them overflow.
+[[noreturn]] inline void refuse_carried(const std::string& format, int64_t at, const std::vector<int64_t>& shape) {
+  throw std::invalid_argument(text("quantize_feedback: the errors carried to the block of ", format, " from weight[",
+                                   position_text(at, shape),
+                                   "] on are larger than float32 can hold. Make the factor "
+                                   "from moments with more damping, or scale the weight down."));
 }
 
 // The block that begins with weight number `at` has a scale that overflows.

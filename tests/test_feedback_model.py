@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 DEMO = Path(__file__).resolve().parent.parent / "examples/demo_model"
 CONTEXT = 256
-TOKENS = 10 * CONTEXT
+TOKENS = 8 * CONTEXT
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -54,7 +54,7 @@ def test_it_lowers_the_divergence_of_the_demo_model() -> None:
     text = (DEMO / "heldout.txt").read_text(encoding="utf-8")[: 8 * TOKENS]
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:TOKENS])
     reference = isqtorch.reference_logits(model, ids, context=CONTEXT)
-    moments = isqtorch.collect_moments(model, DEMO / "calibration.txt", tokenizer, chunk=CONTEXT, progress=False)
+    moments = isqtorch.collect_moments(model, DEMO / "calibration.txt", tokenizer, CONTEXT, 16384, progress=False)
     for fmt, most in (("q4_0", 0.55), ("q4k", 0.65)):
         found = {}
         for rule in (None, "feedback"):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -219,6 +219,18 @@ def test_quantize_equals_the_reference(fmt: QuantFormat, tmp_path: Path) -> None
     cases = [quantize_case(w, fmt, importance, s[2]) for s, (w, importance, _) in zip(settings, wanted, strict=True)]
     for setting, got, (_, _, want) in zip(settings, run("baseline", cases, tmp_path), wanted, strict=True):
         assert torch.equal(got, want), setting
+
+
+@every_variant
+def test_feedback_equals_the_reference(fmt: QuantFormat, tmp_path: Path) -> None:
+    w, importance = hard_weight(fmt, 5, 3), weight(fmt, 1, 3, seed=6)[0].abs()
+    factor = (weight(fmt, 3 * fmt.block, 3, seed=7) / 8).triu(1) + torch.eye(3 * fmt.block)
+    rules = [None, "search"] if has_rule(fmt, "search") else [None]
+    cases = [replace(quantize_case(w, fmt, importance, rule), operation="feedback") for rule in rules]
+    for case in cases:
+        case.inputs.append(factor)
+    for rule, got in zip(rules, run("baseline", cases, tmp_path), strict=True):
+        assert torch.equal(got, ops.reference.quantize_feedback(w, fmt.name, factor, importance, rule)), rule
 
 
 @every_variant

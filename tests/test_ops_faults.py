@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from feedback_faults import FEEDBACK_FAULTS, poisoned
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 packed_q4k = torch.zeros(6, 144, dtype=torch.uint8)
 stack_q4k = torch.zeros(2, 6, 144, dtype=torch.uint8)
 huge = torch.empty(0, 84 << 56, dtype=torch.uint8)  # as many weights as 2**64: zero, if one forgets to look
-VALUES = ("nan", "inf", "-inf", "f16 overflow", "importance negative", "importance huge", "id ")
+VALUES = ("nan", "inf", "-inf", "f16 overflow", "importance negative", "importance huge", "id ", "factor's ", "carried")
 """Beginnings of the names of faults that are in the values, of which tracing knows nothing."""
 
 
@@ -240,13 +241,8 @@ FAULTS = {
         "ids must be int64 or int32, got float32",
         lambda o: o.embedding(torch.tensor([1.0]), packed_q4k, "q4k", torch.float32),
     ),
+    **FEEDBACK_FAULTS,
 }
-
-
-def poisoned(value: float) -> torch.Tensor:
-    w = torch.ones(2, 256)
-    w[1, 33] = w[1, 200] = value
-    return w
 
 
 def negative_at_3() -> torch.Tensor:
@@ -309,6 +305,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "experts_linear_dx": (torch.ones(2, 1, 6), stack_q4k, "q4k", IDS),
     "embedding": (IDS, packed_q4k, "q4k", torch.float32),
     "square_sums": (X, IDS, 2),
+    "quantize_feedback": (X, "q4k", torch.eye(256), torch.ones(256)),
 }
 """Calls that are right, of the operators with several tensors."""
 

@@ -23,6 +23,7 @@ struct QuantizeResult {
   static constexpr int64_t kNone = INT64_MAX;
   int64_t bad_weight = kNone;   // a NaN or an infinity
   int64_t overflow_at = kNone;  // a finite weight in a block whose 16-bit scale would be infinite
+  int64_t carried_at = kNone;   // a block with a weight to which more errors are carried than f32 can hold
 };
 
 // One matrix to quantize.
@@ -36,6 +37,12 @@ struct QuantizeJob {
   ParallelFor parallel_for;
 };
 
+// The same with error feedback.
+struct FeedbackJob : QuantizeJob {
+  const float* factor;  // [k, k], unit upper triangular
+  int64_t threads;
+};
+
 struct FormatKernels {
   const char* name;
   int block;
@@ -43,6 +50,7 @@ struct FormatKernels {
   uint8_t rules;                                                   // a bit for each rule besides the default
   void (*decode)(const uint8_t* blocks, int64_t count, float* w);  // w [count * block]
   QuantizeResult (*quantize)(const QuantizeJob& job);
+  QuantizeResult (*quantize_feedback)(const FeedbackJob& job);
 };
 
 // ---- `linear` for few rows of x: cpu/linear/rows.h ------------------------------------------------------------------

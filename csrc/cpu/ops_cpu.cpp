@@ -1,6 +1,9 @@
 // The operators on CPU tensors: checks, errors, memory and threads. Arithmetic is in the kernels (kernels.h), which
 // know nothing of torch.
 #include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -15,6 +18,25 @@ namespace isqtorch {
 namespace {
 
 // ---- quantize -----------------------------------------------------------------------------------------------------
+
+// Raises the error for the first fault of a matrix that begins with weight number `first` of `source`.
+void refuse_faults(const QuantizeResult& result, const KernelTable& kernels, const char* format, const Tensor& source,
+                   int64_t first, const std::vector<int64_t>& shape) {
+  constexpr int64_t kNone = QuantizeResult::kNone;
+  if (result.bad_weight != kNone) {
+    const Dtype dtype = *float_dtype(source.scalar_type());
+    const int64_t at = first + result.bad_weight;
+    float value;
+    kernels.formats.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1,
+                         &value);
+    refuse_weight(format, at, shape, value);
+  }
+  // In a row, the first of the two is the cause of the other.
+  if (result.overflow_at != kNone && result.overflow_at <= result.carried_at) {
+    refuse_block(format, first + result.overflow_at, shape);
+  }
+  if (result.carried_at != kNone) refuse_carried(format, first + result.carried_at, shape);
+}
 
 Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
                 std::optional<std::string> rule) {
@@ -41,18 +63,66 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
     job.rule = checked;
     job.out = static_cast<uint8_t*>(out.mutable_data_ptr()) + e * matrix_bytes;
     job.parallel_for = parallel;
-    const QuantizeResult result = format.quantize(job);
-    if (result.bad_weight != QuantizeResult::kNone) {
-      const int64_t at = e * matrix_weights + result.bad_weight;
-      float value;
-      kernels.formats.load(static_cast<const uint8_t*>(source.const_data_ptr()) + at * item_bytes(dtype), dtype, 1,
-                           &value);
-      refuse_weight(format.name, at, shape, value);
-    }
-    if (result.overflow_at != QuantizeResult::kNone) {
-      refuse_block(format.name, e * matrix_weights + result.overflow_at, shape);
-    }
+    refuse_faults(format.quantize(job), kernels, format.name, source, e * matrix_weights, shape);
   }
+  return out;
+}
+
+// ---- quantize_feedback --------------------------------------------------------------------------------------------
+
+// Checks that a factor [k, k] is unit upper triangular and finite.
+void check_factor(const float* factor, int64_t k) {
+  const auto bad = [=](int64_t i, int64_t j) {
+    const float v = factor[i * k + j];
+    return j < i ? v != 0 : j == i ? v != 1 : !std::isfinite(v);
+  };
+  std::atomic<int64_t> first{QuantizeResult::kNone};  // row
+  parallel_rows(k, k, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && i < first; ++i) {
+      const float* row = factor + i * k;
+      bool fault = row[i] != 1;
+      for (int64_t j = 0; j < i; ++j) fault |= row[j] != 0;
+      for (int64_t j = i + 1; j < k; ++j) fault |= !(std::abs(row[j]) <= FLT_MAX);
+      if (!fault) continue;
+      int64_t seen = first;
+      while (i < seen && !first.compare_exchange_weak(seen, i)) {
+      }
+    }
+  });
+  if (first == QuantizeResult::kNone) return;
+  const int64_t i = first;
+  int64_t j = 0;
+  while (!bad(i, j)) ++j;
+  refuse_factor(i, j, factor[i * k + j]);
+}
+
+Tensor quantize_feedback(const Tensor& w, std::string format_name, const Tensor& factor, const Tensor& importance,
+                         std::optional<std::string> rule) {
+  const KernelTable& kernels = selected_table();
+  const FormatKernels& format = kernels.formats.formats[find_format("quantize_feedback", format_name)];
+  const std::vector<int64_t> packed_shape = checked_source(w, format.name, format.block, format.block_bytes);
+  const std::vector<int64_t> shape = shape_of(w);
+  const Rule checked = checked_rule(format.name, format.rules, rule);
+  const std::vector<float> columns = checked_importance(importance, shape);
+  check_feedback(shape, factor);
+  const Tensor v = dense(factor);
+  const float* const first = static_cast<const float*>(v.const_data_ptr());
+  const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
+  check_factor(first, shape[1]);
+
+  Tensor out = empty(packed_shape, ScalarType::Byte);
+  FeedbackJob job;
+  job.w = source.const_data_ptr();
+  job.dtype = *float_dtype(source.scalar_type());
+  job.rows = shape[0];
+  job.k = shape[1];
+  job.importance = columns.data();
+  job.rule = checked;
+  job.out = static_cast<uint8_t*>(out.mutable_data_ptr());
+  job.parallel_for = parallel;
+  job.factor = first;
+  job.threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
+  refuse_faults(format.quantize_feedback(job), kernels, format.name, source, 0, shape);
   return out;
 }
 
@@ -166,6 +236,7 @@ void set_cpu_isa(std::string name) { select_isa(name); }
 
 STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {
   m.impl("quantize", TORCH_BOX(&isqtorch::quantize));
+  m.impl("quantize_feedback", TORCH_BOX(&isqtorch::quantize_feedback));
   m.impl("dequantize", TORCH_BOX(&isqtorch::dequantize));
   m.impl("embedding", TORCH_BOX(&isqtorch::embedding));
 }

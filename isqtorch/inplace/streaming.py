@@ -7,11 +7,10 @@ another way are a `Misfit`. The moments are those of the float model, so the byt
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +35,16 @@ class Misfit(ValueError):
     """A model that cannot run layer by layer. The message begins with the reason."""
 
 
-@dataclass(frozen=True)
-class Streamed:
+class Streamed(NamedTuple):
     """What streaming gives.
 
     Attributes:
         prepared: the request; its jobs have importance, and the shelf has the moments of the head.
         packed: {name of a parameter: its packed bytes}, of all layers that were streamed.
-        seconds: how long it took.
     """
 
     prepared: Prepared
     packed: dict[str, Tensor]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,6 @@ def stream(
         ValueError: a weight cannot be packed, or inputs of a layer are not finite.
         OSError: a file cannot be read.
     """
-    began = time.perf_counter()
     path, layers = _decoder(model)
     head = next((layer for layer in prepared.inventory.layers if layer.role == "head" and layer.kind == "linear"), None)
     head_module = None if head is None else model.get_submodule(head.name)
@@ -131,7 +126,7 @@ def stream(
     order = {job.names: number for number, job in enumerate(prepared.jobs)}
     jobs = sorted([*jobs, *rest], key=lambda job: order[job.names])
     done = replace(prepared, jobs=jobs, imatrix=_source(model))
-    return Streamed(done, packed, time.perf_counter() - began)
+    return Streamed(done, packed)
 
 
 def _source(model: nn.Module) -> str:
@@ -239,8 +234,12 @@ def _captured(model: nn.Module, layers: nn.ModuleList, windows: Windows) -> tupl
     """The hidden states before the first layer, of every window, and how each layer is called."""
     try:
         return _captured_as(model, layers, windows, lambda states: states)
-    except Misfit:
+    except Misfit as misfit:
+        first = misfit
+    try:
         return _captured_as(model, layers, windows, lambda states: (states,))  # layers of some models return tuples
+    except Misfit:
+        raise first from None
 
 
 def _captured_as(
@@ -249,16 +248,18 @@ def _captured_as(
     hidden: list[Tensor] = []
     calls: list[_Call] = []
     last: list[Tensor] = []
+    run: list[int] = []  # the layers that have been called in this window
 
     def forward(number: int, states: Tensor, call: _Call) -> Any:
         if number == 0:
             hidden.append(states.detach().clone())
-            last[:] = [states]
+            last[:], run[:] = [states], []
+        if number != len(run):
+            raise Misfit("its layers do not follow each other")
+        run.append(number)
         if len(hidden) == 1:
-            if number != len(calls):
-                raise Misfit("its layers do not follow each other")
             calls.append(call)
-        elif number >= len(calls) or not _same(calls[number], call):
+        elif not _same(calls[number], call):
             raise Misfit("its layers are called in another way for each window")
         if states is not last[0]:
             raise Misfit("it changes the hidden states between its layers")

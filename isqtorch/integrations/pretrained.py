@@ -20,6 +20,7 @@ from isqtorch.importance.imatrix import Imatrix
 from isqtorch.importance.windows import is_self, token_windows
 from isqtorch.inplace.quantize import quantize_
 from isqtorch.inplace.requantize import requantize_
+from isqtorch.inplace.streaming import Misfit
 from isqtorch.policy.inventory import inspect_model, packed_names
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
@@ -30,6 +31,9 @@ from isqtorch.text import first_names
 
 from .hub import naming_hub
 from .opening import Opened, needs_transformers
+
+NEARLY = "q8_0"
+"""In which a model runs over a calibration text if it can run neither as floats nor layer by layer."""
 
 
 def from_transformers(
@@ -44,12 +48,28 @@ def from_transformers(
         return _from_own_file(found, dtype, device)
     later = request is not None and runs_first(request)
     settings: dict[str, Any] = {} if device is None else {"device_map": str(device)}
-    if found.is_decoded or (request is not None and not later):
+    misfit = ""
+    if request is not None and streams(request):
+        from .transformers import IsqConfig
+
+        options = request.options
+        text = {"calibration_file": options.calibration_file, "tokenizer": found.companions.tokenizer}
+        config, later = IsqConfig(request.fmt, **_for_config(options), **text), False
+        try:
+            model, info = _pretrained(found, progress, dtype=dtype or "auto", quantization_config=config, **settings)
+        except Misfit as fault:
+            misfit, later = str(fault), True
+            first = Request(None if request.fmt is None else NEARLY, options, "load")
+            settings["quantization_config"] = IsqConfig(first.fmt, **_for_config(options.lasting()))
+            model, info = _pretrained(found, progress, dtype=dtype or "auto", **settings)
+    elif found.is_decoded or (request is not None and not later):
         from .transformers import IsqConfig
 
         first = Request(KEEP, Options(), "load") if later or request is None else request
         settings["quantization_config"] = IsqConfig(first.fmt, **_for_config(first.options))
-    model, info = _pretrained(found, progress, dtype=dtype or "auto", **settings)
+        model, info = _pretrained(found, progress, dtype=dtype or "auto", **settings)
+    else:
+        model, info = _pretrained(found, progress, dtype=dtype or "auto", **settings)
     missing = sorted(info["missing_keys"])
     without = ""
     if missing and _is_pooler(found, missing):  # encoders for embeddings are often stored without it
@@ -75,7 +95,23 @@ def from_transformers(
         )
     if without:
         report.notes.append(without)
+    if misfit:
+        report.notes.append(
+            f"moments collected with weights in {NEARLY}, because the model cannot run layer by layer: {misfit}"
+        )
     return model, report, imatrix
+
+
+def streams(request: Request) -> bool:
+    """Whether a text is fed to the model layer by layer while it is loaded. `max_memory` asks for passes instead."""
+    options = request.options
+    return (
+        options.rule == FEEDBACK
+        and isinstance(options.calibration_file, Path)  # a model writes a text, or reads ids, when it is loaded
+        and options.imatrix is None
+        and mix_name(request.fmt) not in (AUTO, KEEP)
+        and options.max_memory is None
+    )
 
 
 def _pretrained(found: Opened, progress: bool | None, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isqtorch.formats import QuantFormat
+from isqtorch.formats import Fields, QuantFormat
 from isqtorch.quantizers import solve_feedback
 
 from .checks import check_devices, check_finite, check_importance, check_quantize, check_scales, format_named
@@ -34,13 +34,12 @@ def quantize_feedback(w: Tensor, format: str, factor: Tensor, importance: Tensor
     row_bytes = check_feedback(w, fmt, factor, importance, rule)
     vectors = check_importance(importance, w)
     assert vectors is not None
-    w32 = w.detach().float()
-    check_finite(w, w32, fmt)
     factor = factor.detach()
     check_factor(factor)
-    fields, seen = solve_feedback(fmt, w32, factor, vectors[0], rule)
-    check_carried(seen)
-    check_scales(fields, seen, fmt)
+    w32 = w.detach().float()
+    check_finite(w, w32, fmt)
+    fields, seen, targets = solve_feedback(fmt, w32, factor, vectors[0], rule)
+    _check_result(fmt, fields, seen, targets)
     return fmt.pack(fields).view(w.shape[0], row_bytes)
 
 
@@ -81,12 +80,25 @@ def check_factor(factor: Tensor) -> None:
             )
 
 
-def check_carried(seen: Tensor) -> None:
-    """Check that weights minus the errors carried to them, `[N, K]`, are finite."""
-    bad = ~seen.isfinite()
-    if bool(bad.any()):
-        i, j = divmod(int(bad.reshape(-1).int().argmax()), seen.shape[1])
+def _check_result(fmt: QuantFormat, fields: Fields, seen: Tensor, targets: Tensor) -> None:
+    """Check scales, and that no sum of carried errors overflows. In a row, the first fault causes those behind it.
+
+    Args:
+        fmt: the format.
+        fields, seen, targets: see `solve_feedback`.
+    """
+    lost = ~targets.reshape(-1, fmt.block).isfinite().all(dim=1)  # [blocks]
+    first = int(lost.int().argmax()) if bool(lost.any()) else None
+    if first is not None:  # scales behind it mean nothing, nor its own if the quantizer saw more than f32 holds
+        blocks = seen.clone().view(-1, fmt.block)
+        end = first + int(bool(blocks[first].isfinite().all()))
+        blocks[end:] = 0
+        seen = blocks.view_as(seen)
+        fields = {name: torch.cat([part[:end], torch.zeros_like(part[end:])]) for name, part in fields.items()}
+    check_scales(fields, seen, fmt)
+    if first is not None:
+        i, j = divmod(first * fmt.block, seen.shape[1])
         raise ValueError(
-            f"quantize_feedback: the errors carried to weight[{i}, {j}] are larger than float32 can hold. Make the factor from "
-            "moments with more damping, or scale the weight down."
+            f"quantize_feedback: the errors carried to the block of {fmt.name} from weight[{i}, {j}] on are larger than float32 can "
+            "hold. Make the factor from moments with more damping, or scale the weight down."
         )

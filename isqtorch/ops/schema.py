@@ -37,20 +37,14 @@ _REFERENCE = (
     reference.experts_linear,
 )
 
-if not hasattr(torch.ops.isqtorch, "quantize_feedback"):  # PLANNED: the schema moves to csrc/ops.cpp with the kernel
-    torch.library.define(
-        "isqtorch::quantize_feedback",
-        "(Tensor w, str format, Tensor factor, Tensor importance, str? rule=None) -> Tensor",
-    )
-
 for _op in (metal.quantize, metal.dequantize, metal.linear, metal.embedding, metal.experts_linear):
     torch.library.impl(f"isqtorch::{_op.__name__}", "mps", _op)
 for _device in _DEVICES:
-    torch.library.impl("isqtorch::quantize_feedback", _device, feedback.quantize_feedback)
     for _op in _REFERENCE if _device not in native.NATIVE_DEVICES else ():
         torch.library.impl(f"isqtorch::{_op.__name__}", _device, _op)
     if _device != "cpu" or native.LIBRARY is None:
         torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
+        torch.library.impl("isqtorch::quantize_feedback", _device, reference.quantize_feedback)
     # it calls the operator `dequantize`, so it decodes with the native kernel if there is one
     torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
 

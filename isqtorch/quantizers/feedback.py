@@ -10,10 +10,10 @@ V carries to column i. This is the method of OBQ, GPTQ and LDLQ: rows do not dep
 changed before its turn. The last columns cannot pass their errors on, and none looks ahead, so the result is good, not
 optimal.
 
-The scales of a block come from the format's own quantizer. It sees the block when its turn comes: the weights minus the
-errors carried to it from the blocks before. What its rule takes from a whole row (the mean square) or matrix (HQQ's
-number of steps) comes from the original weights. An element whose target is still the weight that the quantizer saw keeps
-the quantizer's code, so with a diagonal H the result is the quantizer's.
+The scales of a block come from the format's own quantizer, when the block's turn comes. It sees the weights that would
+make up for all errors before the block if they could be stored exactly. What its rule takes from a whole row (the mean
+square) or matrix (HQQ's number of steps) comes from the original weights. An element whose target is still the weight
+that the quantizer saw keeps the quantizer's code, so with a diagonal H the result is the quantizer's.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _check_moments(moments: Tensor) -> None:
 
 def solve_feedback(
     fmt: QuantFormat, w: Tensor, factor: Tensor, importance: Tensor, rule: str | None = None
-) -> tuple[Fields, Tensor]:
+) -> tuple[Fields, Tensor, Tensor]:
     """Quantize a matrix with error feedback.
 
     On a CPU, the result does not depend on the number of threads, nor on the process's flush-to-zero mode.
@@ -123,8 +123,8 @@ def solve_feedback(
         rule: alternative rule of the family for the scales; None is the default.
 
     Returns:
-        The fields of the `N * K / block` blocks, in row order, as `solve`. And f32 `[N, K]`, the weights for which the
-        quantizer chose the scales: `w` minus the errors carried from other blocks.
+        The fields of the `N * K / block` blocks, in row order, as `solve`. The weights for which the quantizer chose the
+        scales, f32 `[N, K]`. And those for which the codes were chosen: `w` minus the errors carried to it.
 
     Raises:
         ValueError: the family does not support `rule`.
@@ -137,38 +137,41 @@ def solve_feedback(
     if w.device.type == "cpu":
         chunk = min(chunk, blocks_per_chunk(max(count, fmt.block), w.device))
     done: list[Fields] = []
-    seen: list[Tensor] = []
+    seen, targets = [], []
     with denormals_kept() if w.device.type == "cpu" else nullcontext():
         steps = family.steps(fmt, w) if family.steps is not None and len(w) else None
         for start in range(0, max(1, len(w)), chunk):
             rows = w[start : start + chunk]
             power = row_mean_square(rows) if vector is not None and family.row_power else None
-            fields, x = _solve_rows(fmt, family, rows, factor, Blocks(rows, vector, power, steps), rule)
+            fields, x, target = _solve_rows(fmt, family, rows, factor, Blocks(rows, vector, power, steps), rule)
             done.append(fields)
             seen.append(x)
-    return {name: torch.cat([fields[name] for fields in done]) for name in done[0]}, torch.cat(seen)
+            targets.append(target)
+    joined = {name: torch.cat([fields[name] for fields in done]) for name in done[0]}
+    return joined, torch.cat(seen), torch.cat(targets)
 
 
 def _solve_rows(
     fmt: QuantFormat, family: Family, w: Tensor, factor: Tensor, whole: Blocks, rule: str | None
-) -> tuple[Fields, Tensor]:
+) -> tuple[Fields, Tensor, Tensor]:
     """Quantize rows, f32 `[n, K]`. `whole` has what the family's quantizer is told about them."""
     rows, columns = w.shape
     errors = w.new_zeros(columns, rows)
     blocks: list[Fields] = []
-    seen: list[Tensor] = []
+    seen, targets = [], []
     for start in range(0, columns, fmt.block):
         here = slice(start, start + fmt.block)
         carried = _carried(errors[:start], factor[:start, here])
-        x = w[:, here] - carried
+        x = w[:, here] - _exact(carried, factor[here, here])
         importance = None if whole.importance is None else whole.importance[here].expand_as(x)
         chosen = family.solve(fmt, Blocks(x, importance, whole.row_power, whole.steps), rule)
         codes, errors[here] = _codes(fmt, chosen, x, w[:, here], carried, factor[here, here])
         blocks.append(fmt.with_codes(chosen, codes))
         seen.append(x)
+        targets.append(w[:, here] - carried)
     # [n, blocks of a row, ...] -> in row order
     fields = {name: torch.stack([each[name] for each in blocks], dim=1).flatten(0, 1) for name in blocks[0]}
-    return fields, torch.cat(seen, dim=1)
+    return fields, torch.cat(seen, dim=1), torch.cat(targets, dim=1)
 
 
 def _carried(errors: Tensor, factor: Tensor) -> Tensor:
@@ -185,6 +188,24 @@ def _carried(errors: Tensor, factor: Tensor) -> Tensor:
     return total
 
 
+def _exact(carried: Tensor, factor: Tensor) -> Tensor:
+    """Return what to subtract from the weights of a block so that all errors before it are made up for.
+
+    The change of a column is carried to those behind it, as its errors are: d V = -carried, for the change d.
+
+    Args:
+        carried: `[n, block]`, the errors carried from other blocks.
+        factor: V, `[block, block]`.
+
+    Returns:
+        -d, `[n, block]`.
+    """
+    change = carried.clone()
+    for i in range(change.shape[1] - 1):
+        change[:, i + 1 :] -= change[:, i : i + 1] * factor[i, i + 1 :]
+    return change
+
+
 def _codes(
     fmt: QuantFormat, chosen: Fields, x: Tensor, w: Tensor, carried: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -193,9 +214,9 @@ def _codes(
     Args:
         fmt: the format.
         chosen: the fields of the blocks by the family's quantizer, which has seen x.
-        x: `[n, block]`, w minus the errors carried from other blocks.
+        x: `[n, block]`.
         w: `[n, block]`, the original weights.
-        carried: `[n, block]`, these errors. Those of the block itself are added.
+        carried: `[n, block]`, the errors carried from other blocks. Those of the block itself are added in place.
         factor: `[block, block]`.
 
     Returns:

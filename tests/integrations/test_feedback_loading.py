@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import state_bytes, tiny_gpt2, tiny_llama, tiny_moe
+from torch import nn
 
 import isqtorch
 
@@ -121,3 +122,86 @@ def test_streaming_gives_what_quantize_gives(make: Any, text: Path, tmp_path: Pa
     assert any("moments collected layer by layer while loading" in note for note in model.isq_report.notes)
     model.save_pretrained(tmp_path / "packed")
     assert "tokenizer" not in transformers.AutoConfig.from_pretrained(tmp_path / "packed").quantization_config
+
+
+def test_a_model_that_cannot_run_layer_by_layer(text: Path, tmp_path: Path) -> None:
+    """The encoder is another list of layers, and only the decoder's would be fed."""
+    config = transformers.T5Config(
+        vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "model")
+    options = {"rule": "feedback", "calibration_file": text, "tokenizer": Words()}
+    with pytest.raises(ValueError, match="is outside of the layers"):
+        type(model).from_pretrained(tmp_path / "model", quantization_config=isqtorch.IsqConfig("q4_0", **options))
+
+
+class Skipping(nn.Module):
+    """Stands in for a decoder, whose layers are called as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, input_ids: Any) -> Any:
+        x = self.embed(input_ids)
+        for number, layer in enumerate(self.layers):
+            if self.how == "skips" and number == 1 and bool(input_ids[0, 0] % 2):
+                continue
+            if self.how == "changes":
+                x = x + 1
+            x = layer(x, x.mean()) if self.how == "differs" else layer(x)
+            x = x[0] if self.how == "tuple" else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("", None),
+        ("tuple", None),
+        ("changes", "changes the hidden states between"),
+        ("skips", "do not follow each other|in another way"),
+        ("differs", "in another way for each window"),
+    ],
+)
+def test_what_runs_layer_by_layer(how: str, message: str | None) -> None:
+    from isqtorch.importance.windows import Windows
+    from isqtorch.inplace.streaming import Misfit, _captured
+
+    model = Skipping(how)
+    windows = Windows(torch.arange(44).view(4, 11), "ids")
+    before = [dict(vars(layer)) for layer in model.layers]
+    if message is None:
+        hidden, calls = _captured(model, model.layers, windows)
+        assert len(hidden) == 4 and len(calls) == 3
+        assert torch.equal(hidden[2], model.embed(windows.ids[2:3]))
+    else:
+        with pytest.raises(Misfit, match=message):
+            _captured(model, model.layers, windows)
+    assert [dict(vars(layer)) for layer in model.layers] == before
+
+
+def test_load_streams_or_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isqtorch.inplace import streaming
+
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "calibration.txt").read_text(encoding="utf-8")[:9000])
+    options = {"rule": "feedback", "calibration_file": text, "include": r"layers\.0\.", "progress": False}
+    loaded = isqtorch.load(DEMO / "model", "q4_0", **options)
+    assert any("layer by layer while loading" in note for note in loaded.report.notes)
+    twin = isqtorch.load(DEMO / "model").model
+    isqtorch.quantize_(twin, "q4_0", tokenizer=loaded.tokenizer, **options)
+    assert state_bytes(twin) == state_bytes(loaded.model)
+
+    def refuse(*_: Any) -> None:
+        raise streaming.Misfit("planted")
+
+    monkeypatch.setattr(streaming, "_captured_as", refuse)
+    other = isqtorch.load(DEMO / "model", "q4_0", **options)
+    assert any("moments collected with weights in q8_0" in note and "planted" in note for note in other.report.notes)
+    assert [layer.stored for layer in other.report.layers] == [layer.stored for layer in loaded.report.layers]
+    outcomes = [layer.feedback for layer in other.report.layers if layer.feedback is not None]
+    assert len(outcomes) == 7 and all(outcome.share == 1 for outcome in outcomes)

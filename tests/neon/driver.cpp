@@ -75,15 +75,23 @@ void decode(const Case& c, const FormatKernels& format, const Files& files) {
 void quantize(const Case& c, const FormatKernels& format, const Files& files) {
   const int64_t count = c.rows * c.k, item = static_cast<Dtype>(c.dtype) == Dtype::kF32 ? 4 : 2;
   const int64_t bytes = count / format.block * format.block_bytes;
-  const Guarded w(count * item, 1), importance(c.k * 4, 1), out(bytes, 1);
+  const bool feedback = std::string(c.operation) == "feedback";
+  const Guarded w(count * item, 1), importance(c.k * 4, 1), factor(feedback ? c.k * c.k * 4 : 0, 1), out(bytes, 1);
   files.read(w.bytes(), count * item);
   if (c.weighted) files.read(importance.bytes(), c.k * 4);
+  if (feedback) files.read(factor.bytes(), c.k * c.k * 4);
   const ParallelFor one_by_one = [](int64_t n, int64_t, RangeFn body) {
     for (int64_t i = 0; i < n; ++i) body.call(body.context, i, i + 1);
   };
-  const QuantizeResult result =
-      format.quantize({w.bytes(), static_cast<Dtype>(c.dtype), c.rows, c.k, c.weighted ? importance.floats() : nullptr,
-                       static_cast<Rule>(c.rule), out.bytes(), one_by_one});
+  const QuantizeJob job = {w.bytes(),
+                           static_cast<Dtype>(c.dtype),
+                           c.rows,
+                           c.k,
+                           c.weighted ? importance.floats() : nullptr,
+                           static_cast<Rule>(c.rule),
+                           out.bytes(),
+                           one_by_one};
+  const QuantizeResult result = feedback ? format.quantize_feedback({job, factor.floats(), 1}) : format.quantize(job);
   check(result.bad_weight == QuantizeResult::kNone && result.overflow_at == QuantizeResult::kNone, "bad weights");
   files.write(out.bytes(), bytes);
 }
@@ -176,7 +184,7 @@ void run(const Files& files) {
     }
     const int format = find_format("driver", c.format);
     if (operation == "decode") decode(c, table.formats.formats[format], files);
-    if (operation == "quantize") quantize(c, table.formats.formats[format], files);
+    if (operation == "quantize" || operation == "feedback") quantize(c, table.formats.formats[format], files);
     if (operation == "linear") linear(c, table, format, files);
   }
 }

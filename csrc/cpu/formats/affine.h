@@ -75,16 +75,24 @@ struct Afq : BlockwiseFormat {
     load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return scale * codes + bias; });
   }
 
-  static LaneInts quantize(const LaneBlocks<kGroup>& in, Block* out) {
+  struct Chosen {
     LaneInts codes[kGroup];
     Halves scale, bias;
-    choose_affine<kGroup>(in, kMax, kF16, codes, &scale, &bias);
+    LaneInts overflow() const { return scale.overflow | bias.overflow; }
+    LaneFloats value(int, LaneInts code) const { return scale.value * to_float(code) + bias.value; }
+  };
+  static constexpr int kLastRank = kMax;
+
+  static void choose(const LaneBlocks<kGroup>& in, Chosen* out) {
+    choose_affine<kGroup>(in, kMax, kF16, out->codes, &out->scale, &out->bias);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
     for (int l = 0; l < kWidth; ++l) {
-      out[l].scale = scale.bits[l];
-      out[l].bias = bias.bits[l];
-      store_stream<kBits>(codes, l, kGroup, out[l].codes);
+      out[l].scale = chosen.scale.bits[l];
+      out[l].bias = chosen.bias.bits[l];
+      store_stream<kBits>(chosen.codes, l, kGroup, out[l].codes);
     }
-    return scale.overflow | bias.overflow;
   }
 };
 

@@ -16,6 +16,13 @@ ISQ_INLINE void decode_levels(const uint8_t* qs, float scale, const float* level
 
 constexpr float kIq4Floats[16] = {ISQ_IQ4_LEVELS}, kE2m1Floats[16] = {ISQ_E2M1_LEVELS};
 
+// The level of each lane's code.
+ISQ_INLINE LaneFloats levels_of(LaneInts codes, const float* levels) {
+  LaneFloats found;
+  for (int l = 0; l < kWidth; ++l) found[l] = levels[codes[l] & 15];
+  return found;
+}
+
 // w = d * level
 struct Iq4Nl : BlockwiseFormat {
   using Block = BlockIq4Nl;
@@ -24,16 +31,25 @@ struct Iq4Nl : BlockwiseFormat {
 
   static void decode(const Block& block, float* w) { decode_levels(block.qs, f16_to_f32(block.d), kIq4Floats, w); }
 
-  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+  struct Chosen {
+    LaneInts codes[32];
+    Halves d;
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int, LaneInts code) const { return d.value * levels_of(code, kIq4Floats); }
+  };
+  static constexpr int kLastRank = 15;
+
+  static void choose(const LaneBlocks<32>& in, Chosen* out) {
     LaneFloats w[32];
     iq4_weights(in, w);
     const LaneFloats d = search_iq4<LaneFloats, 32>(in.x, w), inverse = reciprocal_or_zero(d);
-    LaneInts codes[32];
-    for (int i = 0; i < 32; ++i) codes[i] = nearest_iq4_code(in.x[i] * inverse);
-    const Halves stored = to_f16(d);
-    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
-    store_codes<4>(codes, out);
-    return stored.overflow;
+    for (int i = 0; i < 32; ++i) out->codes[i] = nearest_iq4_code(in.x[i] * inverse);
+    out->d = to_f16(d);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d.bits[l];
+    store_codes<4>(chosen.codes, out);
   }
 
   // The weights of the squared errors: x^2, or with importance.
@@ -63,22 +79,36 @@ struct Iq4Xs : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+  struct Chosen {
+    LaneInts codes[256], sc[8];  // sc from 0 to 63, for -32 to 31
+    Halves d;
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int i, LaneInts code) const {
+      return d.value * to_float(sc[i / 32] - 32) * levels_of(code, kIq4Floats);
+    }
+  };
+  static constexpr int kLastRank = 15;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
     using T = Twin<LaneFloats>;
     LaneFloats w[256], scales[8];
+    LaneInts *const codes = out->codes, *const sc = out->sc;
     Iq4Nl::iq4_weights(in, w);
     for (int j = 0; j < 8; j += kSide<T>) put<1>(scales, j, search_iq4<T, 32>(in.x + 32 * j, w + 32 * j));
     const LaneFloats d = -first_extreme(scales, 8) / 32.0f, inverse = reciprocal_or_zero(d);
-    LaneInts sc[8], codes[256];
     for (int j = 0; j < 8; ++j) {
       sc[j] = clamp(nearest_int(inverse * scales[j]), -32, 31);
       const LaneFloats step = d * to_float(sc[j]), per_step = reciprocal_or_zero(step);  // ggml takes the exact d
       for (int i = 32 * j; i < 32 * j + 32; ++i) codes[i] = nearest_iq4_code(per_step * in.x[i]);
       sc[j] = sc[j] + 32;
     }
-    const Halves stored = to_f16(d);
+    out->d = to_f16(d);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    const LaneInts *const codes = chosen.codes, *const sc = chosen.sc;
     for (int l = 0; l < kWidth; ++l) {
-      out[l].d = stored.bits[l];
+      out[l].d = chosen.d.bits[l];
       for (int h = 0; h < 2; ++h) {
         const LaneInts* at = sc + 4 * h;
         out[l].scales_h[h] = (uint8_t)(at[0][l] >> 4 | at[1][l] >> 4 << 2 | at[2][l] >> 4 << 4 | at[3][l] >> 4 << 6);
@@ -89,7 +119,6 @@ struct Iq4Xs : BlockwiseFormat {
       const LaneInts* at = codes + 32 * (j / 16) + j % 16;
       return at[0] | at[16] << 4;
     });
-    return stored.overflow;
   }
 };
 
@@ -104,14 +133,24 @@ struct Mxfp4 : BlockwiseFormat {
     decode_levels(block.qs, bits_float(bits), kE2m1Floats, w);
   }
 
-  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
-    const LaneInts e = mxfp4_exponent(in.largest);
-    const LaneFloats step = mxfp4_step(e);
-    LaneInts codes[32];
-    for (int i = 0; i < 32; ++i) codes[i] = mxfp4_code(in.x[i], step);
-    for (int l = 0; l < kWidth; ++l) out[l].e = (uint8_t)e[l];
-    store_codes<4>(codes, out);
-    return splat<LaneInts>(0);
+  struct Chosen {
+    LaneInts codes[32], e;
+    LaneInts overflow() const { return splat<LaneInts>(0); }
+    LaneFloats value(int, LaneInts code) const { return mxfp4_step(e) * levels_of(code, kE2m1Floats); }
+  };
+  // By size, with the sign of the weight. There is one zero.
+  static constexpr int kFirstRank = -7, kLastRank = 7;
+  static LaneInts code_of(LaneInts rank) { return select(rank < 0, 8 - rank, rank); }
+
+  static void choose(const LaneBlocks<32>& in, Chosen* out) {
+    out->e = mxfp4_exponent(in.largest);
+    const LaneFloats step = mxfp4_step(out->e);
+    for (int i = 0; i < 32; ++i) out->codes[i] = mxfp4_code(in.x[i], step);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    for (int l = 0; l < kWidth; ++l) out[l].e = (uint8_t)chosen.e[l];
+    store_codes<4>(chosen.codes, out);
   }
 };
 

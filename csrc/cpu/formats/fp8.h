@@ -19,22 +19,37 @@ struct Fp8 : BlockwiseFormat {
     for (int i = 0; i < 128; i += kLanes) store_lanes(value_of(load_bytes(block.codes + i)) * scale, w + i);
   }
 
-  static LaneInts quantize(const LaneBlocks<128>& in, Block* out) {
+  struct Chosen {
+    LaneInts codes[128];
+    LaneFloats scale;
+    LaneInts overflow() const { return splat<LaneInts>(0); }
+    LaneFloats value(int, LaneInts code) const { return value_of(code) * scale; }
+  };
+  // By size, with the sign of the weight. There is one zero, and NaN is not among them.
+  static constexpr int kFirstRank = -0x7e, kLastRank = 0x7e;
+  static LaneInts code_of(LaneInts rank) { return select(rank < 0, 0x80 - rank, rank); }
+
+  static void choose(const LaneBlocks<128>& in, Chosen* out) {
     // The scale is at least the smallest normal number, because kernels may flush subnormal scales to zero.
     const LaneFloats scale = select(in.largest == 0.0f, 1.0f, max(in.largest / kLargest, splat<LaneFloats>(FLT_MIN)));
-    store_bytes<128>(out->codes, sizeof(Block), [&](int i) { return encode(in.x[i] / scale); });
-    for (int l = 0; l < kWidth; ++l) out[l].scale = scale[l];
-    return splat<LaneInts>(0);
+    for (int i = 0; i < 128; ++i) out->codes[i] = encode(in.x[i] / scale);
+    out->scale = scale;
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    store_bytes<128>(out->codes, sizeof(Block), [&](int i) { return chosen.codes[i]; });
+    for (int l = 0; l < kWidth; ++l) out[l].scale = chosen.scale[l];
   }
 
  private:
   // Exact. No step uses a subnormal f32, which the thread may flush to zero.
-  static F value_of(I code) {
-    const I magnitude = code & 0x7f;
-    const F normal = as_float((magnitude << 20) + (120 << 23));  // exponent bias 7 to 127
-    const F subnormal = to_float(magnitude) * 0x1p-9f;
-    const F value = select(magnitude < 8, subnormal, normal);
-    const F with_nan = select(magnitude == 0x7f, splat(__builtin_nanf("")), value);
+  template <class V>
+  static FloatOf<V> value_of(V code) {
+    const V magnitude = code & 0x7f;
+    const FloatOf<V> normal = as_float((magnitude << 20) + (120 << 23));  // exponent bias 7 to 127
+    const FloatOf<V> subnormal = to_float(magnitude) * 0x1p-9f;
+    const FloatOf<V> value = select(magnitude < 8, subnormal, normal);
+    const FloatOf<V> with_nan = select(magnitude == 0x7f, splat<FloatOf<V>>(__builtin_nanf("")), value);
     return as_float(as_int(with_nan) | (code & 0x80) << 24);
   }
 

@@ -65,8 +65,16 @@ struct Symmetric32 : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+  struct Chosen {
     LaneInts codes[32];
+    Halves d;
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int, LaneInts code) const { return to_float(code - kHalf) * d.value; }
+  };
+  static constexpr int kLastRank = 2 * kHalf - 1;
+
+  static void choose(const LaneBlocks<32>& in, Chosen* out) {
+    LaneInts* const codes = out->codes;
     LaneFloats d;
     if (in.weighted) {
       LaneFloats w[32], levels[32];
@@ -79,10 +87,12 @@ struct Symmetric32 : BlockwiseFormat {
       for (int i = 0; i < 32; ++i)
         codes[i] = clamp(truncate(in.x[i] * inverse + ((float)kHalf + 0.5f)), 0, 2 * kHalf - 1);
     }
-    const Halves stored = to_f16(d);
-    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
-    store_codes<kBits>(codes, out);
-    return stored.overflow;
+    out->d = to_f16(d);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d.bits[l];
+    store_codes<kBits>(chosen.codes, out);
   }
 };
 struct Q4_0 : Symmetric32<4, BlockQ4_0> {};
@@ -102,8 +112,16 @@ struct MinMax32 : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+  struct Chosen {
     LaneInts codes[32];
+    Halves d, m;
+    LaneInts overflow() const { return d.overflow | m.overflow; }
+    LaneFloats value(int, LaneInts code) const { return to_float(code) * d.value + m.value; }
+  };
+  static constexpr int kLastRank = kMax;
+
+  static void choose(const LaneBlocks<32>& in, Chosen* out) {
+    LaneInts* const codes = out->codes;
     LaneFloats d, m;
     if (in.weighted) {
       LaneFloats w[32], levels[32], offset;
@@ -118,13 +136,16 @@ struct MinMax32 : BlockwiseFormat {
       const LaneFloats inverse = reciprocal_or_zero(d);
       for (int i = 0; i < 32; ++i) codes[i] = clamp(truncate((in.x[i] - m) * inverse + 0.5f), 0, kMax);
     }
-    const Halves stored_d = to_f16(d), stored_m = to_f16(m);
+    out->d = to_f16(d);
+    out->m = to_f16(m);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
     for (int l = 0; l < kWidth; ++l) {
-      out[l].d = stored_d.bits[l];
-      out[l].m = stored_m.bits[l];
+      out[l].d = chosen.d.bits[l];
+      out[l].m = chosen.m.bits[l];
     }
-    store_codes<kBits>(codes, out);
-    return stored_d.overflow | stored_m.overflow;
+    store_codes<kBits>(chosen.codes, out);
   }
 };
 struct Q4_1 : MinMax32<4, BlockQ4_1> {};
@@ -142,22 +163,39 @@ struct Bytes32 : BlockwiseFormat {
     for (int i = 0; i < 32; ++i) w[i] = (float)block.qs[i] * d;
   }
 
-  static LaneInts quantize(const LaneBlocks<32>& in, Block* out) {
+  struct Chosen {
+    LaneInts codes[32];
+    Halves d;
+    LaneFloats s;  // stored in f16; may be infinite there for large weights, because decoding does not use it
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int, LaneInts code) const { return to_float(code) * d.value; }
+    LaneInts sum() const {
+      LaneInts sum = splat<LaneInts>(0);
+      for (int i = 0; i < 32; ++i) sum += codes[i];
+      return sum;
+    }
+  };
+  static constexpr int kFirstRank = -127, kLastRank = 127;
+
+  static void choose(const LaneBlocks<32>& in, Chosen* out) {
     const LaneFloats d = in.largest / 127.0f;
     const LaneFloats inverse = reciprocal_or_zero(d);
-    LaneInts sum = splat<LaneInts>(0), codes[32];
-    for (int i = 0; i < 32; ++i) {
-      codes[i] = round_away(in.x[i] * inverse);
-      sum += codes[i];
-    }
-    store_bytes<32>(out->qs, sizeof(Block), [&](int i) { return codes[i] & 255; });
-    const Halves stored = to_f16(d);
-    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
+    for (int i = 0; i < 32; ++i) out->codes[i] = round_away(in.x[i] * inverse);
+    out->d = to_f16(d);
+    if constexpr (kHasSum) out->s = d * to_float(out->sum());
+  }
+
+  static void codes_changed(LaneInts where, Chosen* chosen) {
+    if constexpr (kHasSum) chosen->s = select(where, chosen->d.value * to_float(chosen->sum()), chosen->s);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    store_bytes<32>(out->qs, sizeof(Block), [&](int i) { return chosen.codes[i] & 255; });
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d.bits[l];
     if constexpr (kHasSum) {
-      const Halves s = to_f16(d * to_float(sum));  // may be infinite for large weights; decoding does not use it
+      const Halves s = to_f16(chosen.s);
       for (int l = 0; l < kWidth; ++l) out[l].s = s.bits[l];
     }
-    return stored.overflow;
   }
 };
 struct Q8_0 : Bytes32<BlockQ8_0, false> {};

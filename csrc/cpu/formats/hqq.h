@@ -18,7 +18,7 @@
 namespace isqtorch::ISQ_ISA {
 
 template <int kBits, int kGroup>
-struct Hqq {
+struct Hqq : BlockwiseFormat {
 #pragma pack(push, 1)
   struct Block {
     uint16_t scale, zero;  // f16
@@ -26,23 +26,45 @@ struct Hqq {
   };
 #pragma pack(pop)
   static constexpr int kBlock = kGroup, kMax = (1 << kBits) - 1;
+  static constexpr bool kTakesImportance = false;
+  static constexpr uint8_t kRules = rule_bit(Rule::kSearch);
 
   static void decode(const Block& block, float* w) {
     const float scale = f16_to_f32(block.scale), zero = f16_to_f32(block.zero);
     load_stream<kBits>(block.codes, kGroup, w, [=](F8 codes) { return (codes - zero) * scale; });
   }
 
+  struct Chosen {
+    LaneInts codes[kGroup];
+    Halves scale, zero;
+    LaneInts overflow() const { return scale.overflow | zero.overflow; }
+    LaneFloats value(int, LaneInts code) const { return (to_float(code) - zero.value) * scale.value; }
+  };
+  static constexpr int kLastRank = kMax;
+
   static QuantizeResult quantize(const QuantizeJob& job) {
     Matrix matrix(job);
-    matrix.start();
-    double best = __builtin_inf();
-    for (int step = 0; step < kSteps; ++step) {
-      const double error = matrix.move_zeros();
-      if (!(error < best)) break;  // the last move is kept, as in the hqq package
-      best = error;
-    }
+    matrix.solve();
     matrix.store();
     return matrix.result;
+  }
+
+  static int count_steps(const QuantizeJob& job) { return Matrix(job).solve(); }
+
+  // Takes in.steps steps.
+  static void choose(const LaneBlocks<kGroup>& in, Chosen* out) {
+    Line line(in);
+    LaneDoubles size;
+    for (int step = 0; step < in.steps; ++step) line.move(in, &size);
+    line.finish(in, out);
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    for (int l = 0; l < kWidth; ++l) {
+      out[l].scale = chosen.scale.bits[l];
+      out[l].zero = chosen.zero.bits[l];
+      store_stream<kBits>(chosen.codes, l, kGroup, out[l].codes);
+    }
   }
 
  private:
@@ -68,25 +90,77 @@ struct Hqq {
     return select(large & (rest > 0.0f), with_sign, zero);
   }
 
-  // The matrix and the state of its solver: the inverse scale and the zero point of every group, as vectors with one
-  // group per lane.
+  // The state of the solver for a unit of groups: the inverse scale, and the zero point.
+  struct Line {
+    LaneFloats inverse, zero;
+
+    Line() = default;
+    explicit Line(const LaneBlocks<kGroup>& in) {
+      LaneFloats low, high;
+      first_min_max(in.x, kGroup, &low, &high);
+      const LaneFloats span = high - low;
+      const LaneFloats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
+      inverse = select(exact > kLargestInverse, kLargestInverse, exact);
+      zero = -low * inverse;
+      if (kBits == 4) zero = round_even(zero);  // the hqq package's default for 4 bits
+    }
+
+    // One step. *size is the sum of |error| before it.
+    void move(const LaneBlocks<kGroup>& in, LaneDoubles* size) {
+      LaneDoubles moved = {}, sum = {};
+      for (int i = 0; i < kGroup; ++i) {
+        const LaneFloats q = integer_for(in.x[i], inverse, zero);
+        const LaneFloats e = in.x[i] - (q - zero) / inverse;
+        moved += to_double(q - (in.x[i] - shrink(e)) * inverse);
+        sum += to_double(abs(e));
+      }
+      zero = to_float(moved / (double)kGroup);
+      *size = sum;
+    }
+
+    // Rounds scale and zero to f16 and computes the codes with the rounded ones. A zero beyond f16 (a narrow group far
+    // from 0) is never stored as infinity: such a group gets a coarser scale that puts the zero at +-2000. A group of
+    // small weights gets a finer scale than the solver's steps, if its zero stays within +-2000.
+    void finish(const LaneBlocks<kGroup>& in, Chosen* out) const {
+      const LaneFloats exact_scale = 1.0f / inverse;
+      const LaneFloats offset = zero * exact_scale;
+      const LaneInts far = abs(zero) > kLargestF16;
+      LaneFloats low, high;
+      first_min_max(in.x, kGroup, &low, &high);
+      const LaneFloats least = max(abs(low) / kExact, splat<LaneFloats>(kSmallestF16));
+      const LaneFloats fine = scale_to_f16(max((high - low) / (float)kMax, least)).value;
+      const LaneInts small = (low < high) & (fine < kSmallestStep);
+      out->scale = to_f16(select(small, fine, select(far, abs(offset) / kExact, exact_scale)));
+      const LaneFloats scale = out->scale.value;
+      const LaneFloats solved = select(far, round_even(offset / scale), zero);
+      out->zero = to_f16(select(small, round_even(-low / scale), solved));
+      for (int i = 0; i < kGroup; ++i) {
+        out->codes[i] = truncate(clamp(round_even(in.x[i] / scale + out->zero.value), 0.0f, (float)kMax));
+      }
+      if (in.rule != Rule::kSearch) return;
+      HqqLine line = {scale, out->zero.value};
+      fit_lines(in, kMax, true, &line, out->codes);
+      out->scale = to_f16(line.scale);
+      out->zero = to_f16(line.second);
+    }
+  };
+
+  // The matrix and the state of its solver, one Line for every unit of groups.
   struct Matrix {
     const QuantizeJob& job;
     const int64_t groups, units;
-    LaneFloats *inverse, *zero;  // [units]
-    LaneDoubles* errors;         // [units]: sums of |e|, to be added in an order that does not depend on threads
+    Line* lines;          // [units]
+    LaneDoubles* errors;  // [units]: sums of |e|, to be added in an order that does not depend on threads
     QuantizeResult result;
 
     explicit Matrix(const QuantizeJob& j)
         : job(j),
           groups(j.rows * (j.k / kGroup)),
           units((groups + kWidth - 1) / kWidth),
-          inverse(new LaneFloats[units]),
-          zero(new LaneFloats[units]),
+          lines(new Line[units]),
           errors(new LaneDoubles[units]) {}
     ~Matrix() {
-      delete[] inverse;
-      delete[] zero;
+      delete[] lines;
       delete[] errors;
     }
     Matrix(const Matrix&) = delete;
@@ -97,6 +171,7 @@ struct Hqq {
       for_range(job, units, 1 + (1 << 14) / (kWidth * kGroup), [&](int64_t begin, int64_t end) {
         LaneBlocks<kGroup> lanes;
         lanes.weighted = weighted;
+        lanes.rule = job.rule;
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t left = groups - unit * kWidth, count = left < kWidth ? left : kWidth;
           load_blocks(job, unit * kWidth, count, lanes, &result.bad_weight);
@@ -105,32 +180,21 @@ struct Hqq {
       });
     }
 
-    void start() {
-      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
-        LaneFloats low, high;
-        first_min_max(in.x, kGroup, &low, &high);
-        const LaneFloats span = high - low;
-        const LaneFloats exact = select(span <= kFlat, 1.0f, (float)kMax / span);
-        inverse[unit] = select(exact > kLargestInverse, kLargestInverse, exact);
-        zero[unit] = -low * inverse[unit];
-        if (kBits == 4) zero[unit] = round_even(zero[unit]);  // the hqq package's default for 4 bits
-      });
+    // Returns the number of steps.
+    int solve() {
+      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) { lines[unit] = Line(in); });
+      double best = __builtin_inf();
+      for (int step = 1; step <= kSteps; ++step) {
+        const double error = move_zeros();
+        if (!(error < best)) return step;  // the last move is kept, as in the hqq package
+        best = error;
+      }
+      return kSteps;
     }
 
     // One step for every group. Returns the mean |error| before it.
     double move_zeros() {
-      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) {
-        const LaneFloats s = inverse[unit], z = zero[unit];
-        LaneDoubles moved = {}, size = {};
-        for (int i = 0; i < kGroup; ++i) {
-          const LaneFloats q = integer_for(in.x[i], s, z);
-          const LaneFloats e = in.x[i] - (q - z) / s;
-          moved += to_double(q - (in.x[i] - shrink(e)) * s);
-          size += to_double(abs(e));
-        }
-        zero[unit] = to_float(moved / (double)kGroup);
-        errors[unit] = size;
-      });
+      for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) { lines[unit].move(in, &errors[unit]); });
       double sum = 0;
       for (int64_t first = 0; first < groups; first += 16) {  // sixteen at a time on every ISA level
         double part = 0;
@@ -140,45 +204,20 @@ struct Hqq {
       return sum / ((double)groups * kGroup);
     }
 
-    // Rounds scale and zero to f16 and computes the codes with the rounded ones. A zero beyond f16 (a narrow group far
-    // from 0) is never stored as infinity: such a group gets a coarser scale that puts the zero at +-2000. A group of
-    // small weights gets a finer scale than the solver's steps, if its zero stays within +-2000.
     void store() {
-      const bool search = job.rule == Rule::kSearch;
       for_units(
           [&](int64_t unit, int64_t count, const LaneBlocks<kGroup>& in) {
-            const LaneFloats exact_scale = 1.0f / inverse[unit];
-            const LaneFloats offset = zero[unit] * exact_scale;
-            const LaneInts far = abs(zero[unit]) > kLargestF16;
-            LaneFloats low, high;
-            first_min_max(in.x, kGroup, &low, &high);
-            const LaneFloats least = max(abs(low) / kExact, splat<LaneFloats>(kSmallestF16));
-            const LaneFloats fine = scale_to_f16(max((high - low) / (float)kMax, least)).value;
-            const LaneInts small = (low < high) & (fine < kSmallestStep);
-            Halves scale = to_f16(select(small, fine, select(far, abs(offset) / kExact, exact_scale)));
-            const LaneFloats solved = select(far, round_even(offset / scale.value), zero[unit]);
-            Halves zero_point = to_f16(select(small, round_even(-low / scale.value), solved));
-            LaneInts codes[kGroup];
-            for (int i = 0; i < kGroup; ++i) {
-              codes[i] = truncate(clamp(round_even(in.x[i] / scale.value + zero_point.value), 0.0f, (float)kMax));
-            }
-            if (search) {
-              HqqLine line = {scale.value, zero_point.value};
-              fit_lines(in, kMax, true, &line, codes);
-              scale = to_f16(line.scale);
-              zero_point = to_f16(line.second);
-            }
-            const LaneInts overflow = scale.overflow | zero_point.overflow | (in.largest > kLargestWithF16Scales);
+            Chosen chosen;
+            lines[unit].finish(in, &chosen);
             Block packed[kWidth];
+            Hqq::store(chosen, packed);
+            const LaneInts overflow = chosen.overflow() | (in.largest > kLargestWithF16Scales);
             for (int l = 0; l < count; ++l) {
-              packed[l].scale = scale.bits[l];
-              packed[l].zero = zero_point.bits[l];
-              store_stream<kBits>(codes, l, kGroup, packed[l].codes);
               if (overflow[l]) lower_to(&result.overflow_at, (unit * kWidth + l) * kGroup);
             }
             std::memcpy(job.out + unit * kWidth * sizeof(Block), packed, count * sizeof(Block));
           },
-          search && job.importance);
+          job.rule == Rule::kSearch && job.importance);
     }
   };
 };
@@ -187,8 +226,13 @@ template <int kBits, int kGroup>
 struct KernelsOf<Hqq<kBits, kGroup>> {
   using Format = Hqq<kBits, kGroup>;
   static constexpr FormatKernels get(const char* name) {
-    return {
-        name, kGroup, sizeof(typename Format::Block), rule_bit(Rule::kSearch), decode_blocks<Format>, Format::quantize};
+    return {name,
+            kGroup,
+            sizeof(typename Format::Block),
+            Format::kRules,
+            decode_blocks<Format>,
+            Format::quantize,
+            quantize_feedback<Format>};
   }
 };
 

@@ -28,9 +28,20 @@ struct Q2K : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
-    LaneFloats w[256], levels[256], scales[16], mins[16], d, dmin;
+  struct Chosen {
     LaneInts codes[256], sc[16], mn[16];
+    Halves d, dmin;
+    LaneInts overflow() const { return d.overflow | dmin.overflow; }
+    LaneFloats value(int i, LaneInts code) const {
+      const LaneFloats scale = d.value * to_float(sc[i / 16] & 15), offset = dmin.value * to_float(mn[i / 16] & 15);
+      return scale * to_float(code) - offset;
+    }
+  };
+  static constexpr int kLastRank = 3;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
+    LaneFloats w[256], levels[256], scales[16], mins[16], d, dmin;
+    LaneInts *const codes = out->codes, *const sc = out->sc, *const mn = out->mn;
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 1.0f), w);
     } else {
@@ -57,13 +68,18 @@ struct Q2K : BlockwiseFormat {
       codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored_d.value * to_float(sc[j]),
                                  stored_dmin.value * to_float(mn[j]), 0, 3, 0, levels + 16 * j, codes + 16 * j);
     }
+    out->d = stored_d;
+    out->dmin = stored_dmin;
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    const LaneInts *const sc = chosen.sc, *const mn = chosen.mn;
     store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return (sc[j] & 15) | (mn[j] & 15) << 4; });
-    store_crumbs(codes, out);
+    store_crumbs(chosen.codes, out);
     for (int l = 0; l < kWidth; ++l) {
-      out[l].d = stored_d.bits[l];
-      out[l].dmin = stored_dmin.bits[l];
+      out[l].d = chosen.d.bits[l];
+      out[l].dmin = chosen.dmin.bits[l];
     }
-    return stored_d.overflow | stored_dmin.overflow;
   }
 
  private:
@@ -122,9 +138,19 @@ struct Pairs256 : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
-    LaneFloats w[256], levels[256], scales[8], mins[8], d, dmin;
+  struct Chosen {
     LaneInts codes[256], ls[8], lm[8];
+    Halves d, dmin;
+    LaneInts overflow() const { return d.overflow | dmin.overflow; }
+    LaneFloats value(int i, LaneInts code) const {
+      return d.value * to_float(ls[i / 32]) * to_float(code) - dmin.value * to_float(lm[i / 32]);
+    }
+  };
+  static constexpr int kLastRank = kMax;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
+    LaneFloats w[256], levels[256], scales[8], mins[8], d, dmin;
+    LaneInts *const codes = out->codes, *const ls = out->ls, *const lm = out->lm;
     if (in.weighted) {
       importance_weights(in, block_mean_square(in.x, 2.0f), w);
     } else {
@@ -153,6 +179,12 @@ struct Pairs256 : BlockwiseFormat {
       codes_for_stored_scale<32>(in.x + 32 * j, in.largest, stored_d.value * to_float(ls[j]),
                                  stored_dmin.value * to_float(lm[j]), 0, kMax, 0, levels + 32 * j, codes + 32 * j);
     }
+    out->d = stored_d;
+    out->dmin = stored_dmin;
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    const LaneInts *const codes = chosen.codes, *const ls = chosen.ls, *const lm = chosen.lm;
     store_pairs(ls, lm, out->scales, sizeof(Block));
     store_bytes<128>(out->qs, sizeof(Block), [&](int j) {
       const LaneInts* at = codes + 64 * (j / 32) + j % 32;
@@ -160,10 +192,9 @@ struct Pairs256 : BlockwiseFormat {
     });
     if constexpr (kBits == 5) store_bit_plane(codes, 4, out->qh, sizeof(Block));
     for (int l = 0; l < kWidth; ++l) {
-      out[l].d = stored_d.bits[l];
-      out[l].dmin = stored_dmin.bits[l];
+      out[l].d = chosen.d.bits[l];
+      out[l].dmin = chosen.dmin.bits[l];
     }
-    return stored_d.overflow | stored_dmin.overflow;
   }
 
  private:

@@ -35,9 +35,17 @@ struct Q3K : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
-    LaneFloats levels[256], scales[16], d;
+  struct Chosen {
     LaneInts codes[256], t[16];
+    Halves d;
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int i, LaneInts code) const { return d.value * to_float(t[i / 16] - 32) * to_float(code - 4); }
+  };
+  static constexpr int kLastRank = 7;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
+    LaneFloats levels[256], scales[16], d;
+    LaneInts *const codes = out->codes, *const t = out->t;
     using T = Twin<LaneFloats>;
     if (in.weighted) {
       LaneFloats w[256], sums[16], integers[16];
@@ -64,14 +72,18 @@ struct Q3K : BlockwiseFormat {
       codes_for_stored_scale<16>(in.x + 16 * j, in.largest, stored.value * to_float(t[j] - 32), splat<LaneFloats>(0.0f),
                                  -4, 3, 4, levels + 16 * j, codes + 16 * j);
     }
+    out->d = stored;
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    const LaneInts* const t = chosen.t;
     store_bytes<12>(out->scales, sizeof(Block), [&](int j) {
       if (j < 8) return (t[j] & 15) | (t[8 + j] & 15) << 4;
       return t[j - 8] >> 4 | t[j - 4] >> 4 << 2 | t[j] >> 4 << 4 | t[j + 4] >> 4 << 6;
     });
-    store_crumbs(codes, out);
-    store_bit_plane(codes, 2, out->hmask, sizeof(Block));
-    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
-    return stored.overflow;
+    store_crumbs(chosen.codes, out);
+    store_bit_plane(chosen.codes, 2, out->hmask, sizeof(Block));
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d.bits[l];
   }
 };
 
@@ -96,9 +108,17 @@ struct Q6K : BlockwiseFormat {
     }
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
-    LaneFloats levels[256], scales[16];
+  struct Chosen {
     LaneInts codes[256], sc[16];
+    Halves d;
+    LaneInts overflow() const { return d.overflow; }
+    LaneFloats value(int i, LaneInts code) const { return d.value * to_float(sc[i / 16]) * to_float(code - 32); }
+  };
+  static constexpr int kLastRank = 63;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
+    LaneFloats levels[256], scales[16];
+    LaneInts *const codes = out->codes, *const sc = out->sc;
     using T = Twin<LaneFloats>;
     for (int j = 0; j < 16; j += kSide<T>) {
       const LaneFloats* w = in.weighted ? in.importance + 16 * j : nullptr;
@@ -115,6 +135,11 @@ struct Q6K : BlockwiseFormat {
                                  -32, 31, 32, levels + 16 * j, codes + 16 * j);
     }
     for (int i = 0; i < 256; ++i) codes[i] = select(zero, 0, codes[i]);  // all bytes of such a block are zero
+    out->d = stored;
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
+    const LaneInts *const codes = chosen.codes, *const sc = chosen.sc;
     store_bytes<128>(out->ql, sizeof(Block), [&](int j) {
       const LaneInts* at = codes + 128 * (j / 64) + j % 64;
       return (at[0] & 15) | (at[64] & 15) << 4;
@@ -124,8 +149,7 @@ struct Q6K : BlockwiseFormat {
       return at[0] >> 4 | at[32] >> 4 << 2 | at[64] >> 4 << 4 | at[96] >> 4 << 6;
     });
     store_bytes<16>(out->scales, sizeof(Block), [&](int j) { return sc[j] & 255; });
-    for (int l = 0; l < kWidth; ++l) out[l].d = stored.bits[l];
-    return stored.overflow;
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d.bits[l];
   }
 };
 
@@ -141,23 +165,32 @@ struct Q8K : BlockwiseFormat {
     for (int i = 0; i < 256; ++i) w[i] = d * (float)block.qs[i];
   }
 
-  static LaneInts quantize(const LaneBlocks<256>& in, Block* out) {
+  struct Chosen {
+    LaneInts codes[256];
+    LaneFloats d;
+    LaneInts overflow() const { return splat<LaneInts>(0); }
+    LaneFloats value(int, LaneInts code) const { return d * to_float(code); }
+  };
+  static constexpr int kFirstRank = -127, kLastRank = 127;
+
+  static void choose(const LaneBlocks<256>& in, Chosen* out) {
     const LaneFloats extreme = first_extreme(in.x, 256);
     const LaneFloats inverse = -127.0f / extreme;
     const LaneInts zero = ~(abs(inverse) <= FLT_MAX);  // all weights are zero or nearly zero
-    const LaneFloats d = select(zero, 0.0f, 1.0f / inverse);
-    LaneInts codes[256];
+    out->d = select(zero, 0.0f, 1.0f / inverse);
+    for (int i = 0; i < 256; ++i) {
+      out->codes[i] = select(zero, 0, clamp(nearest_int(inverse * in.x[i]), -128, 127));
+    }
+  }
+
+  static void store(const Chosen& chosen, Block* out) {
     for (int j = 0; j < 16; ++j) {
       LaneInts sum = splat<LaneInts>(0);
-      for (int i = 16 * j; i < 16 * j + 16; ++i) {
-        codes[i] = select(zero, 0, clamp(nearest_int(inverse * in.x[i]), -128, 127));
-        sum += codes[i];
-      }
+      for (int i = 16 * j; i < 16 * j + 16; ++i) sum += chosen.codes[i];
       for (int l = 0; l < kWidth; ++l) out[l].bsums[j] = (int16_t)sum[l];
     }
-    store_bytes<256>(out->qs, sizeof(Block), [&](int i) { return codes[i] & 255; });
-    for (int l = 0; l < kWidth; ++l) out[l].d = d[l];
-    return splat<LaneInts>(0);
+    store_bytes<256>(out->qs, sizeof(Block), [&](int i) { return chosen.codes[i] & 255; });
+    for (int l = 0; l < kWidth; ++l) out[l].d = chosen.d[l];
   }
 };
 

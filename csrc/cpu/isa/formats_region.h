@@ -12,6 +12,7 @@
 #include "cpu/formats/kquants_affine.h"
 #include "cpu/formats/kquants_symmetric.h"
 #include "cpu/formats/list.h"
+#include "cpu/quantize/feedback.h"
 
 namespace isqtorch::ISQ_ISA {
 

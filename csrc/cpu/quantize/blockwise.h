@@ -1,6 +1,13 @@
 // The driver of the quantizers that work block by block. It loads as many blocks as a vector has lanes (a unit), lets
 // the format choose their codes, and stores the result. Blocks are numbered through the whole matrix, so a unit may
 // span rows. The result does not depend on how threads share the units.
+//
+// A format has a type Block, as it is stored, and a type Chosen, which holds the scales and codes of a unit:
+//
+//   choose(in, out)       chooses them
+//   store(chosen, out)    packs them
+//   Chosen::overflow()    lanes whose 16-bit scale is not finite
+//   Chosen::value(i, c)   what code c of element i stands for, as decode computes it
 #pragma once
 
 #include "cpu/convert.h"
@@ -18,6 +25,7 @@ struct LaneBlocks {
   LaneFloats row_mean_square;     // of the row of each block, if kNeedsRowMeanSquare
   bool weighted;
   Rule rule;
+  int steps;  // of HQQ's solver, where that does not have the whole matrix before it
 };
 
 // Defaults for the properties of a format.
@@ -25,6 +33,16 @@ struct BlockwiseFormat {
   static constexpr bool kNeedsRowMeanSquare = false;
   static constexpr uint8_t kRules = 0;
   static constexpr bool kF16Scales = true;
+
+  // The codes in the order of what they stand for: code_of(kFirstRank .. kLastRank).
+  static constexpr int kFirstRank = 0;
+  static LaneInts code_of(LaneInts rank) { return rank; }
+
+  // Adapts what else depends on codes, after those of some lanes have been replaced.
+  template <class Chosen>
+  static void codes_changed(LaneInts, Chosen*) {}
+
+  static int count_steps(const QuantizeJob&) { return 0; }
 };
 
 // Larger than any weight that a format with f16 scales can hold: the largest such weight is 65504 * 128 * 32, f16 times
@@ -106,6 +124,19 @@ __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first
   for (int i = 0; i < kBlock; i += kWidth) load_turned(w + i, kBlock, lanes.importance + i);
 }
 
+// Not inlined, because more than one driver calls them.
+template <class Format>
+__attribute__((noinline)) void choose(const LaneBlocks<Format::kBlock>& in, typename Format::Chosen* out) {
+  Format::choose(in, out);
+}
+template <class Format>
+__attribute__((noinline)) void store(const typename Format::Chosen& chosen, typename Format::Block* out) {
+  Format::store(chosen, out);
+}
+
+template <class Format>
+QuantizeResult quantize_feedback(const FeedbackJob& job);  // feedback.h
+
 template <class Format>
 QuantizeResult quantize_blockwise(const QuantizeJob& job) {
   constexpr int kBlock = Format::kBlock;
@@ -120,6 +151,7 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
   const int64_t units = (blocks + kWidth - 1) / kWidth;
   for_range(job, units, 1 + (1 << 12) / (kWidth * kBlock), [&](int64_t begin, int64_t end) {
     LaneBlocks<kBlock> lanes;
+    typename Format::Chosen chosen;
     lanes.weighted = weighted;
     lanes.rule = job.rule;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -129,8 +161,10 @@ QuantizeResult quantize_blockwise(const QuantizeJob& job) {
         for (int l = 0; l < kWidth; ++l)
           lanes.row_mean_square[l] = l < count ? mean_square[(first + l) / blocks_per_row] : 0;
       }
+      choose<Format>(lanes, &chosen);
       Block packed[kWidth];
-      LaneInts overflow = Format::quantize(lanes, packed);
+      store<Format>(chosen, packed);
+      LaneInts overflow = chosen.overflow();
       if (Format::kF16Scales) overflow |= lanes.largest > kLargestWithF16Scales;
       for (int l = 0; l < count; ++l) {
         if (overflow[l]) lower_to(&result.overflow_at, (first + l) * kBlock);
@@ -154,8 +188,13 @@ void decode_blocks(const uint8_t* bytes, int64_t count, float* w) {
 template <class Format>
 struct KernelsOf {
   static constexpr FormatKernels get(const char* name) {
-    return {name,           Format::kBlock,        sizeof(typename Format::Block),
-            Format::kRules, decode_blocks<Format>, quantize_blockwise<Format>};
+    return {name,
+            Format::kBlock,
+            sizeof(typename Format::Block),
+            Format::kRules,
+            decode_blocks<Format>,
+            quantize_blockwise<Format>,
+            quantize_feedback<Format>};
   }
 };
 

@@ -46,6 +46,7 @@ from .meter import Meter
 from .shards import check_fully_sharded, check_shards, local_columns, mark_rows
 from .skeleton import (
     describe_unloaded,
+    offload_error,
     pack_on_meta,
     packed_formats,
     parents_of,
@@ -108,7 +109,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
                 "IsqConfig: 'layers' describes a saved model; to quantize one, give a format: IsqConfig(4)"
             )
         if not self.pre_quantized and isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise _offload_error()
+            raise offload_error()
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: object = None, checkpoint_files: list[str] | None = None, **_: Any
@@ -132,10 +133,9 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
             request, choice = choose_while_loading(model, config, inventory, checkpoint_files, self.stored)
         elif stored is not None and mix_name(request.fmt) == KEEP:
             request = replace(request, assigned=stored.assigned(inventory))
-        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), {}
+        prepared, ready = prepare_on_cpu(inventory, request, feeds=config.feeds), dict[str, Tensor]()
         if config.feeds:
-            fed = feed_while_loading(model, config.options, prepared, files)
-            prepared, ready = fed.prepared, fed.packed
+            prepared, ready = feed_while_loading(model, config.options, prepared, files)
         if stored is not None:
             stored.quantized.dropping(self._files.consume)
             if config.measuring is None:
@@ -197,8 +197,6 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from the matrices of its experts, which are read one at a time."""
 
         def packed(load: _Load) -> Tensor:
-            if name in load.ready:
-                return load.ready.pop(name)
             job = load.job(name)
             shape = tuple(local(model.get_parameter(name)).shape)
             pieces = shape[0] * len(sources)
@@ -217,8 +215,6 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """Pack the stack `name` from a float stack that the checkpoint may store transposed."""
 
         def packed(load: _Load) -> Tensor:
-            if name in load.ready:
-                return load.ready.pop(name)
             weight = read()
             assert weight is not None, "a stack is never wholly on another rank"
             experts, rows, row_bytes = local(model.get_parameter(name)).shape
@@ -243,6 +239,8 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
     def _attempt(self, name: str, pack: Callable[[_Load], Tensor]) -> Tensor:
         load = self._load
         assert load is not None, "packing outside of a load"
+        if name in load.ready:
+            return load.ready.pop(name)
         if load.failure is None:
             job = load.job(name)
             try:
@@ -268,7 +266,7 @@ class IsqHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         if load.failure is not None:
             raise load.failure
         if "disk" in getattr(model, "hf_device_map", {}).values():
-            raise _offload_error()
+            raise offload_error()
         missing = unpack_missing(model)
         load.files.release(model)
         model.isq_report = _report(model, load, missing)
@@ -314,9 +312,6 @@ def record(model: Any, quantizer: IsqHfQuantizer) -> None:
 
 
 def _packed(load: _Load, model: Any, name: str, weight: Tensor) -> Tensor:
-    if name in load.ready:
-        load.files.drop(weight)
-        return load.ready.pop(name).to(weight.device)
     path, _, leaf = name.rpartition(".")
     job, module = load.jobs[name], model.get_submodule(path)
     if isinstance(module, QuantExperts):
@@ -403,10 +398,3 @@ def _report(model: Any, load: _Load, missing: list[str]) -> QuantReport:
     report = replace(load.prepared, inventory=inventory, verdict=verdict).report(choice=load.choice)
     report.seconds = time.perf_counter() - load.started
     return report
-
-
-def _offload_error() -> ValueError:
-    return ValueError(
-        "IsqConfig: the device_map puts layers on the disk, from where transformers would read the float weights again. Quantize "
-        "without offloading, save_pretrained, and load the saved model with this device_map."
-    )

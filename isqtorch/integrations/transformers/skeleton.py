@@ -280,3 +280,11 @@ def _owner(model: Any, name: str) -> Any:
         module = model.get_submodule(path)
         owner = module if hasattr(module, "_init_weights") else owner
     return owner
+
+
+def offload_error() -> ValueError:
+    """The error for layers that a device_map puts on the disk."""
+    return ValueError(
+        "IsqConfig: the device_map puts layers on the disk, from where transformers would read the float weights again. Quantize "
+        "without offloading, save_pretrained, and load the saved model with this device_map."
+    )

@@ -25,14 +25,24 @@ VALUES = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, 1e-8, 65504.0, 1e30, 3e38, float("na
 SIZES = (0, 1, 2, 3, 5, 31, 33, 255, 257)
 HUGE = (2**40, 2**45, 2**56, 2**62, 84 << 56)
 LAYOUTS = ("plain", "plain", "expanded", "turned", "shifted", "gradient", "strided")
-OF_VALUES = ("IndexError", "quantize: weight[", "quantize: importance[", "quantize: the block")
+OF_VALUES = (
+    "IndexError",
+    "quantize: weight[",
+    "quantize: importance[",
+    "quantize: the block",
+    "quantize_feedback: factor[",
+    "quantize_feedback: the errors",
+)
 NAMES = formats(variants=True)
 WORDS = tuple(word for word in mutate.TEXTS if word.isprintable()) + ("\0",)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor: how to make it. `values`: "bytes", "floats", "ids <most>", or a number that some elements have."""
+    """A tensor: how to make it.
+
+    `values`: "bytes", "floats", "ids <most>", "unit" (a unit upper triangular matrix), or a number that some elements have.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -54,6 +64,8 @@ class Spec:
             made = torch.randn(self.shape, generator=generator)
             if not isinstance(self.values, str):
                 made.view(-1)[:: max(1, made.numel() // 3)] = self.values
+            elif self.values == "unit" and made.ndim == 2:
+                made = (made / 8).triu(1) + torch.eye(*self.shape)
         made = made.to(dtype)
         if self.layout == "expanded" and made.ndim:
             return made[:1].expand(self.shape)
@@ -80,7 +92,16 @@ def valid(rng: Random) -> tuple[str, list[Any]]:
     ids = Spec((m, slots), rng.choice(("int64", "int32")), f"ids {experts}")
     bias = rng.choice((None, Spec((n,), rng.choice(FLOATS))))
     op = rng.choice(
-        ("quantize", "dequantize", "linear", "embedding", "experts_linear", "experts_linear_dx", "square_sums")
+        (
+            "quantize",
+            "quantize_feedback",
+            "dequantize",
+            "linear",
+            "embedding",
+            "experts_linear",
+            "experts_linear_dx",
+            "square_sums",
+        )
     )
     if op == "quantize":
         importance = rng.choice((None, Spec((k,), "float32", 1.0)))
@@ -90,6 +111,9 @@ def valid(rng: Random) -> tuple[str, list[Any]]:
             importance,
             rng.choice((None, None, "search", "mlx")),
         ]
+    if op == "quantize_feedback":
+        importance, factor = Spec((k,), "float32", 1.0), Spec((k, k), "float32", rng.choice(("unit", "unit", 1.0)))
+        return op, [Spec((n, k), x), fmt.name, factor, importance, rng.choice((None, None, "search", "mlx"))]
     if op == "dequantize":
         return op, [packed, fmt.name, dtype]
     if op == "linear":

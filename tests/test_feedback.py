@@ -1,0 +1,332 @@
+"""Error feedback: codes that make up for each other's errors. How good they are, that all implementations choose the same,
+and that a wrong factor would be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import FORMATS, IMPLEMENTATIONS, every_dtype, every_format, every_variant, implementation
+from torch import Tensor
+
+from isqtorch import ops
+from isqtorch.formats import QuantFormat, get_format
+from isqtorch.quantizers import feedback_factor, has_rule, scale_rule
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+EACH_LEVEL = [name.removeprefix("native-") for name in IMPLEMENTATIONS if name != "reference"]
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run with the kernels of one level of instruction sets."""
+    ops.set_cpu_isa(request.param)
+    yield request.param
+    ops.set_cpu_isa("")
+
+
+def moments(columns: int, seed: int = 0, tokens: int = 1000) -> Tensor:
+    """Second moments of correlated inputs of uneven size, one of which is always zero: f32 `[K, K]`."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(tokens, columns, generator=generator) @ (mix + 0.3 * torch.eye(columns))
+    x *= torch.rand(columns, generator=generator) + 0.1
+    x[:, 5] = 0
+    return x.t() @ x / tokens
+
+
+def weights(rows: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def loss(w: Tensor, packed: Tensor, fmt: QuantFormat, h: Tensor) -> float:
+    """tr(D H D'), the mean squared error of the outputs, summed over them."""
+    d = ops.dequantize(packed, fmt.name, torch.float32).double() - w.double()
+    return float(((d @ h.double()) * d).sum())
+
+
+def by_importance(w: Tensor, fmt: QuantFormat, h: Tensor) -> Tensor:
+    return ops.quantize(w, fmt.name, h.diagonal().contiguous(), scale_rule(fmt))
+
+
+def by_feedback(w: Tensor, fmt: QuantFormat, h: Tensor, factor: Tensor | None = None) -> Tensor:
+    factor = feedback_factor(h) if factor is None else factor
+    return ops.quantize_feedback(w, fmt.name, factor, h.diagonal().contiguous(), scale_rule(fmt))
+
+
+def ratio(w: Tensor, fmt: QuantFormat, h: Tensor, factor: Tensor | None = None) -> float:
+    """How large the loss is with feedback, as a share of that by importance alone."""
+    return loss(w, by_feedback(w, fmt, h, factor), fmt, h) / loss(w, by_importance(w, fmt, h), fmt, h)
+
+
+def columns_for(fmt: QuantFormat) -> int:
+    return max(2 * fmt.block, 256)
+
+
+# ---- how good the codes are ---------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_all_formats_have_the_rule(fmt: QuantFormat) -> None:
+    assert has_rule(fmt, "feedback")
+    with pytest.raises(ValueError, match="'feedback' needs the second moments"):
+        ops.quantize(torch.zeros(2, fmt.block), fmt.name, None, "feedback")
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[:2])
+@every_variant
+def test_uncorrelated_inputs_give_the_bytes_of_the_quantizer(fmt: QuantFormat, name: str) -> None:
+    columns = columns_for(fmt)
+    w = weights(9, columns)
+    w[2] = 0
+    w[3, :40] = 0
+    w[4] *= 1e-7
+    w[5, 7] = 100
+    for importance in (torch.ones(columns), torch.rand(columns, generator=torch.Generator().manual_seed(2))):
+        factor = feedback_factor(importance.diag())
+        for rule in {None, scale_rule(fmt), "mlx" if has_rule(fmt, "mlx") else None}:
+            packed = implementation(name).quantize_feedback(w, fmt.name, factor, importance, rule)
+            assert torch.equal(packed, ops.quantize(w, fmt.name, importance, rule)), rule
+
+
+@every_format
+def test_correlated_inputs(fmt: QuantFormat) -> None:
+    h, w = moments(columns_for(fmt)), weights(16, columns_for(fmt))
+    assert ratio(w, fmt, h) < 0.75
+
+
+@every_format
+def test_one_row_of_one_block(fmt: QuantFormat) -> None:
+    losses = torch.zeros(2)
+    for seed in range(8):
+        h, w = moments(fmt.block, seed), weights(1, fmt.block, seed)
+        packed = by_feedback(w, fmt, h)
+        assert packed.shape == (1, fmt.block_bytes)
+        losses += torch.tensor([loss(w, packed, fmt, h), loss(w, by_importance(w, fmt, h), fmt, h)])
+    assert losses[0] < 0.8 * losses[1]
+
+
+@every_format
+def test_inputs_that_are_all_the_same(fmt: QuantFormat) -> None:
+    """Only the sum of a row's errors counts. With feedback, it is hardly more than one error."""
+    columns = columns_for(fmt)
+    h, w = torch.ones(columns, columns), weights(16, columns)
+    assert ratio(w, fmt, h) < 0.3
+
+
+@every_format
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_small_and_large_weights(fmt: QuantFormat, scale: float) -> None:
+    h, w = moments(columns_for(fmt)), weights(16, columns_for(fmt)) * scale
+    w[3] = 0
+    packed = by_feedback(w, fmt, h)
+    assert torch.equal(ops.dequantize(packed[3:4], fmt.name, torch.float32), torch.zeros(1, w.shape[1]))
+    assert loss(w, packed, fmt, h) < 0.95 * loss(w, by_importance(w, fmt, h), fmt, h)
+
+
+@every_format
+@every_dtype
+def test_types_of_weights(fmt: QuantFormat, dtype: torch.dtype) -> None:
+    h, w = moments(columns_for(fmt)), weights(5, columns_for(fmt)).to(dtype)
+    packed = by_feedback(w, fmt, h)
+    assert torch.equal(packed, by_feedback(w.float(), fmt, h))
+    assert torch.equal(packed, by_feedback(w.double(), fmt, h))
+    assert torch.equal(packed, by_feedback(w.t().contiguous().t(), fmt, h, feedback_factor(h).t().contiguous().t()))
+
+
+@every_variant
+def test_blocks_are_as_the_format_wants_them(fmt: QuantFormat) -> None:
+    h, w = moments(columns_for(fmt)), weights(7, columns_for(fmt))
+    blocks = by_feedback(w, fmt, h).view(-1, fmt.block_bytes)
+    fields = fmt.unpack(blocks)
+    assert torch.equal(fmt.pack(fields), blocks)
+    assert fmt.fault(blocks) is None
+    assert set(fields["q"].unique().tolist()) <= set(fmt.codes) | {8 if fmt.name == "mxfp4" else 0}
+    if "bsums" in fields:
+        assert torch.equal(fields["bsums"], fields["q"].view(-1, 16, 16).sum(2).short())
+    if "s" in fields:
+        d = fields["d"].float()
+        torch.testing.assert_close(fields["s"].float(), d * fields["q"].sum(1), rtol=2e-3, atol=1e-3)
+
+
+def test_the_same_codes_as_by_the_inverse() -> None:
+    """The usual form of the method, with the Cholesky factor of the inverse, which changes the weights as it goes."""
+    fmt = get_format("q4k")
+    h, w = moments(512), weights(16, 512)
+    damped = h.double() + torch.eye(512) * 0.01 * h.diagonal().mean() + torch.diag((h.diagonal() == 0).double())
+    u = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    rest, parts = w.double(), []
+    for start in (0, 256):
+        block = rest[:, start : start + 256].float()
+        fields = fmt.unpack(ops.quantize(block, fmt.name, h.diagonal()[start : start + 256].contiguous()))
+        low = fmt.decode({**fields, "q": torch.zeros_like(fields["q"])})
+        step = fmt.decode({**fields, "q": torch.ones_like(fields["q"])}) - low
+        for i in range(256):
+            at = start + i
+            code = ((rest[:, at] - low[:, i]) / step[:, i]).nan_to_num().round().clamp(0, 15)
+            error = (rest[:, at] - code * step[:, i] - low[:, i]) / u[at, at]
+            rest[:, at + 1 :] -= error[:, None] * u[at, at + 1 :]
+            fields["q"][:, i] = code.byte()
+        parts.append(fmt.pack(fields))
+    theirs = torch.cat(parts, dim=1)
+    ours = by_feedback(w, fmt, h)
+    codes = [fmt.unpack(packed.view(-1, fmt.block_bytes))["q"] for packed in (ours, theirs)]
+    assert (codes[0] == codes[1]).double().mean() > 0.99
+    assert abs(loss(w, ours, fmt, h) / loss(w, theirs, fmt, h) - 1) < 1e-3
+
+
+# ---- all implementations choose the same ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", EACH_LEVEL, indirect=True)
+@every_variant
+def test_native_bytes_are_those_of_the_reference(fmt: QuantFormat, level: str) -> None:
+    rules = {None, scale_rule(fmt), "mlx" if has_rule(fmt, "mlx") else None}
+    for rows, blocks in ((1, 1), (5, 2), (67, 3)):
+        columns = blocks * fmt.block
+        h, w = moments(columns, seed=blocks), weights(rows, columns)
+        factor, importance = feedback_factor(h), h.diagonal().contiguous()
+        w[rows // 2] = 0
+        w[rows // 3, :20] *= 1e-6
+        w[rows - 1] = 3.3
+        for rule in rules:
+            want = ops.reference.quantize_feedback(w, fmt.name, factor, importance, rule)
+            assert torch.equal(ops.quantize_feedback(w, fmt.name, factor, importance, rule), want), (rows, blocks, rule)
+
+
+@pytest.mark.parametrize("level", EACH_LEVEL, indirect=True)
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q3k", "iq4_nl", "afq4", "fp8"])
+def test_rows_wider_than_a_slab(name: str, level: str) -> None:
+    """The native kernel takes columns in slabs of 256 and earlier columns 128 at a time."""
+    fmt = get_format(name)
+    columns = 256 * 4 if fmt.block == 256 else 256 * 4 + fmt.block
+    h, w = moments(columns), weights(3, columns)
+    factor, importance = feedback_factor(h), h.diagonal().contiguous()
+    want = ops.reference.quantize_feedback(w, name, factor, importance, scale_rule(fmt))
+    assert torch.equal(by_feedback(w, fmt, h, factor), want)
+
+
+@every_format
+def test_any_number_of_threads(fmt: QuantFormat) -> None:
+    columns = columns_for(fmt)
+    h, w = moments(columns), weights(300, columns)
+    factor = feedback_factor(h)  # torch's Cholesky decomposition does depend on threads
+    expected = by_feedback(w, fmt, h, factor)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(by_feedback(w, fmt, h, factor), expected), threads
+    finally:
+        torch.set_num_threads(before)
+    if fmt.solver != "hqq":
+        assert torch.equal(by_feedback(w[37:38], fmt, h, factor), expected[37:38])
+
+
+def test_rows_do_not_know_each_other_but_for_the_steps_of_hqq() -> None:
+    fmt = get_format("hqq4")
+    h, w = moments(256), weights(20, 256)
+    whole, first = by_feedback(w, fmt, h), by_feedback(w[:4], fmt, h)
+    assert abs(loss(w[:4], whole[:4], fmt, h) / loss(w[:4], first, fmt, h) - 1) < 0.05
+
+
+def test_no_rows() -> None:
+    for fmt in FORMATS:
+        h = moments(columns_for(fmt))
+        w = torch.empty(0, columns_for(fmt))
+        for operators in (ops.reference, ops):
+            packed = operators.quantize_feedback(w, fmt.name, feedback_factor(h), h.diagonal().contiguous())
+            assert packed.shape == (0, fmt.row_bytes(w.shape[1]))
+
+
+# ---- the factor -----------------------------------------------------------------------------------------------------------
+
+
+def test_factor_of_moments() -> None:
+    h = moments(300)
+    v = feedback_factor(h, 0.02)
+    assert torch.equal(v, v.triu()) and torch.equal(v.diagonal(), torch.ones(300))
+    damped = h.double() + 0.02 * h.diagonal().double().mean() * torch.eye(300)
+    damped[5, 5] += 1
+    inverse = torch.linalg.inv(v.double())
+    d = inverse @ damped @ inverse.t()
+    assert float((d - d.diagonal().diag()).abs().max()) < 1e-5 * float(d.diagonal().max())
+    assert torch.equal(feedback_factor(torch.zeros(8, 8)), torch.eye(8))
+    assert torch.equal(feedback_factor(torch.tensor([[3.0]])), torch.ones(1, 1))
+
+
+def test_moments_of_few_tokens() -> None:
+    """They are singular. Without damping, Cholesky fails, so the damping is raised."""
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(3))
+    h = x.t() @ x / 20
+    assert int(torch.linalg.cholesky_ex(h).info) != 0
+    fmt, w = get_format("q4_0"), weights(16, 256)
+    for damping in (0.01, 0.0):
+        v = feedback_factor(h, damping)
+        assert bool(v.isfinite().all())
+        assert ratio(w, fmt, h, v) < 0.2
+
+
+BAD_MOMENTS = {
+    "NaN": (torch.full((4, 4), float("nan")), r"moments\[0, 0\] is nan"),
+    "NaN beside the diagonal": (
+        torch.eye(4).index_fill(1, torch.tensor(2), float("nan")).fill_diagonal_(1),
+        "symmetric",
+    ),
+    "negative": (torch.tensor([[1.0, 0], [0, -1]]), r"moments\[1, 1\] is -1"),
+    "not symmetric": (torch.tensor([[1.0, 0.5], [0, 1]]), "symmetric"),
+    "not square": (torch.ones(2, 3), r"\[K, K\].*\[2, 3\]"),
+    "integers": (torch.ones(2, 2, dtype=torch.int64), "float matrix"),
+    "none": (torch.ones(0, 0), r"\[0, 0\]"),
+    "indefinite": (torch.tensor([[1.0, 5], [5, 1]]), "not positive definite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MOMENTS)
+def test_bad_moments_are_refused(name: str) -> None:
+    h, words = BAD_MOMENTS[name]
+    with pytest.raises(ValueError, match=f"feedback_factor: .*{words}"):
+        feedback_factor(h)
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), 2.0])
+def test_bad_damping_is_refused(damping: float) -> None:
+    with pytest.raises(ValueError, match="feedback_factor: damping must be from 0 to 1"):
+        feedback_factor(torch.eye(4), damping)
+
+
+# ---- faults that one could make -------------------------------------------------------------------------------------------
+
+WRONG_FACTORS = {
+    "of another layer": lambda h: feedback_factor(moments(len(h), seed=99)),
+    "of columns in reverse order": lambda h: feedback_factor(h.flip(0, 1)),
+    "of the matrix that is not turned": lambda h: _unit(torch.linalg.cholesky(_damped(h))).t().contiguous(),
+    "of the inverse": lambda h: _unit(torch.linalg.cholesky(torch.linalg.inv(_damped(h)), upper=True).t()).t(),
+    "with signs changed": lambda h: 2 * torch.eye(len(h)) - feedback_factor(h),
+    "without effect": lambda h: torch.eye(len(h)),
+}
+"""Each is unit upper triangular, so that only the result can show that it is wrong."""
+
+
+def _damped(h: Tensor) -> Tensor:
+    return h + torch.diag(0.01 * h.diagonal().mean() + (h.diagonal() == 0).float())
+
+
+def _unit(lower: Tensor) -> Tensor:
+    return lower / lower.diagonal()
+
+
+@pytest.mark.parametrize("name", WRONG_FACTORS)
+def test_a_wrong_factor_would_be_noticed(name: str) -> None:
+    """The bound of `test_correlated_inputs` is not kept."""
+    for fmt in (get_format("q4_0"), get_format("q4k"), get_format("afq4")):
+        h, w = moments(columns_for(fmt)), weights(16, columns_for(fmt))
+        assert not ratio(w, fmt, h, WRONG_FACTORS[name](h)) < 0.75
+
+
+def test_a_transposed_factor_is_refused() -> None:
+    h = moments(256)
+    with pytest.raises(ValueError, match=r"factor\[1, 0\] is .*zeros below its diagonal"):
+        by_feedback(weights(2, 256), get_format("q4_0"), h, feedback_factor(h).t())
