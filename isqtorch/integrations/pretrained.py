@@ -108,7 +108,7 @@ def streams(request: Request) -> bool:
     options = request.options
     return (
         options.rule == FEEDBACK
-        and options.calibration_file is not None
+        and isinstance(options.calibration_file, Path)  # a model writes a text, or reads ids, when it is loaded
         and options.imatrix is None
         and mix_name(request.fmt) not in (AUTO, KEEP)
         and options.max_memory is None
