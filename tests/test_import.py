@@ -52,7 +52,7 @@ def import_once() -> dict[str, object]:
 def test_import_is_fast() -> None:
     """A small share of what importing torch takes (a second or two), so that the machine's speed does not matter."""
     # The first run may read cold files or compile bytecode: the best of three counts.
-    assert min(import_once()["share"] for _ in range(3)) < 0.2
+    assert min(import_once()["share"] for _ in range(3)) < 0.3
 
 
 def test_import_leaves_heavy_packages_alone() -> None:

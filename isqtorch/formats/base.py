@@ -223,7 +223,12 @@ class QuantFormat(ABC):
         return range(1 << self.bits)
 
     def with_codes(self, fields: Fields, q: Tensor) -> Fields:
-        """Return blocks with other codes and the same scales. Formats that store sums of their codes adapt them."""
+        """Return blocks with other codes and the same scales. Formats that store sums of their codes adapt them.
+
+        Args:
+            fields: the fields of blocks.
+            q: the new codes, of the shape and type of `fields["q"]`.
+        """
         return {**fields, "q": q}
 
     # ---- meaning -----------------------------------------------------------------------------------------------------
