@@ -395,7 +395,7 @@ def test_what_calibration_showed_serves_every_format(tmp_path: Path) -> None:
         (["--isq", "4", "--calibration-file", "no-such.txt"], "no calibration text no-such.txt"),
         (
             ["--calibration-file", MODEL + "/config.json"],
-            "--calibration-file, --rule, --activations and the options of auto need --isq",
+            "--calibration-file, --rule, --max-memory, --activations and the options of auto need --isq",
         ),
     ],
 )

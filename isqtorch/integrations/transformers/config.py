@@ -21,7 +21,7 @@ from isqtorch.importance.imatrix import imatrix_name
 from isqtorch.importance.moments import load_imatrix
 from isqtorch.integrations.record import FORMAT_VERSION, METHOD, checked_activations, checked_layers, checked_version
 from isqtorch.policy.options import Activations, Fallback, ImatrixLike, ModelRule, Names, Options, Organization, listed
-from isqtorch.policy.request import Request
+from isqtorch.policy.request import Request, checked_calibration
 from isqtorch.policy.topology import Topology, TopologyLike
 from isqtorch.policy.words import about
 from isqtorch.quantizers.families import FEEDBACK
@@ -135,7 +135,7 @@ class IsqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
     def _check_text(self) -> None:
         """ValueError unless the text can be used, OSError if there is none."""
-        text = self.options.calibration_file
+        text = checked_calibration(_OP, self.options)
         if text is None:
             return
         if self.options.rule != FEEDBACK or mix_name(self.isq) == AUTO:
