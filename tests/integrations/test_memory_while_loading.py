@@ -52,9 +52,9 @@ def failing(module: Any, name: str, error: Exception) -> Any:
     def raising(*_: Any) -> Any:
         raise error
 
-    def patched(*args: Any) -> Any:
+    def patched(*args: Any, **named: Any) -> Any:
         if next(calls) != 2:
-            return real(*args)
+            return real(*args, **named)
         return raising if name == "_reader" else raising()
 
     return mock.patch.object(module, name, patched)
