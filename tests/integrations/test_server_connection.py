@@ -30,7 +30,8 @@ def reach() -> Iterator[Reach]:
 
 def scope(method: str = "POST", **headers: str) -> dict[str, Any]:
     named = {"host": "localhost", **headers}
-    return {"type": "http", "method": method, "headers": [(k.encode(), v.encode()) for k, v in named.items()]}
+    headers = [(k.encode(), v.encode()) for k, v in named.items()]
+    return {"type": "http", "method": method, "path": "/v1/chat/completions", "headers": headers}
 
 
 class Client:
