@@ -40,7 +40,8 @@ def test_every_architecture(case: str, isq: str | None, tmp_path: Path) -> None:
             assert value.dtype == after[name].dtype and torch.equal(value, after[name]), name
         else:  # the file has 1 + weight, or -exp(A_log), rounded to f32
             torch.testing.assert_close(value, after[name], rtol=1e-6, atol=1e-6)
-    assert relative_error(logits(back), logits(model)) < 1e-6
+    # Where those differ in a last bit, the kernels may round an activation to the next of 15 bits.
+    assert relative_error(logits(back), logits(model)) < (1e-6 if isq is None else 3e-4)
 
 
 @pytest.mark.parametrize("isq", [None, "q4k_m"])

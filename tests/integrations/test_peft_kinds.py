@@ -39,13 +39,13 @@ def adapted(model: Any, kind: Kind) -> Any:
     return peft.get_peft_model(model, kind.make())
 
 
-def perturb(model: Any) -> None:
+def perturb(model: Any, size: float = 0.02) -> None:
     """Trained adapters."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape) * 0.02)
+                parameter.add_(torch.randn(parameter.shape) * size)
 
 
 def logits(model: Any, **batch: Any) -> torch.Tensor:
@@ -102,10 +102,13 @@ def test_merging_keeps_what_was_learnt_and_unmerging_the_bytes(name: str) -> Non
     model = base()
     plain = logits(model)
     tuned = adapted(model, kind).eval()
-    perturb(tuned)
+    size = 0.02
+    perturb(tuned, size)
+    while (effect := relative(logits(tuned), plain)) < 0.03:  # more than merging may lose
+        assert size < 1
+        size *= 2
+        perturb(tuned, size)
     want, before = logits(tuned), state_bytes(tuned)
-    effect = relative(want, plain)
-    assert effect > 0.003
     other = copy.deepcopy(tuned)
     if name != "OSF":  # PEFT refuses to unmerge it
         tuned.merge_adapter()

@@ -206,7 +206,7 @@ def test_offloading_to_disk(llama: Path, tmp_path: Path, options: dict[str, Any]
     [
         ((), {}, "there is neither a format nor a topology"),
         (("q4z",), {}, "q4z"),
-        ((4,), {"topolgy": {}}, "unknown option 'topolgy'. Options are isq, topology"),
+        ((4,), {"topolgy": {}}, "unknown option 'topolgy'. Did you mean 'topology'"),
         ((4,), {"topology": {"x": 4}}, "unknown key 'x'"),
         ((4,), {"topology": {"0": {"device": "cpu"}}}, "topology entry '0' names a device; .* device_map"),
         ((4,), {"organization": "x"}, "organization must be one of"),

@@ -96,7 +96,7 @@ def test_what_config_json_holds(llama: Path, tmp_path: Path) -> None:
         "exclude": ["v_proj"],
         "modules_to_not_convert": ["lm_head"],
         "layers": {
-            "model.embed_tokens": "q6k",
+            "model.embed_tokens": "q5k",
             **{f"model.layers.0.{name}": "q6k" for name in layer},
             **{f"model.layers.1.{name}": "q5k" for name in layer},
         },
