@@ -18,7 +18,7 @@ from .layers import LayerInfo
 MOST_ADDED = 0.3
 """Bits per weight that promotion may add to the average of a model, if a number of bits was asked for.
 
-Models of 7 billion weights stay below it with q6k instead of q4k, which named formats get.
+A model of 7 billion weights stays below it with the promotion that named formats get.
 """
 _NUMBERS = (8, 6, 5, 4, 3)
 
