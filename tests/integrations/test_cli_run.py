@@ -22,7 +22,6 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-import torch  # noqa: E402
 
 import isqtorch  # noqa: E402
 from isqtorch.cli import main  # noqa: E402
@@ -106,7 +105,6 @@ def test_importance_from_a_chat(
     chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """/imatrix collects, writes, and is used by the next change of the format."""
-    import isqtorch
 
     file = tmp_path / "chat.gguf"
     said = [
@@ -340,7 +338,6 @@ def test_a_failed_quantize_leaves_nothing(
 
 def test_checkpoints_of_the_library_load_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with `isqtorch.checkpoint.save`'s file in it is a MODEL as well."""
-    import isqtorch
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
@@ -352,56 +349,6 @@ def test_checkpoints_of_the_library_load_too(tmp_path: Path, capsys: pytest.Capt
     assert reply(capsys, "-m", str(tmp_path), *few)["text"] == reply(capsys, "-m", MODEL, "--isq", "q4k", *few)["text"]
     assert main(["run", "-m", str(tmp_path), "--isq", "4", *few]) == 1
     assert "quantized already" in capsys.readouterr().err
-
-
-def test_calibrating_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--calibration-file` gives what `quantize_` with that text gives, not what it gives without."""
-    text = tmp_path / "text.txt"
-    text.write_text(
-        (ROOT / "examples/demo_model/calibration.txt").read_text(encoding="utf-8")[:12000], encoding="utf-8"
-    )
-    options = ["-m", MODEL, "--isq", "q2k", "-o"]
-    assert main(["quantize", *options, str(tmp_path / "with"), "--calibration-file", str(text)]) == 0
-    assert main(["quantize", *options, str(tmp_path / "without")]) == 0
-    capsys.readouterr()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    direct = load(MODEL, dtype="auto").eval()
-    isqtorch.quantize_(
-        direct, "q2k", calibration_file=text, tokenizer=transformers.AutoTokenizer.from_pretrained(MODEL)
-    )
-    expected, found, plain = (
-        model.state_dict() for model in (direct, load(tmp_path / "with"), load(tmp_path / "without"))
-    )
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert any(not torch.equal(plain[name], value) for name, value in expected.items())
-
-
-def test_what_calibration_showed_serves_every_format(tmp_path: Path) -> None:
-    from isqtorch.app.model import LoadedModel
-
-    text = tmp_path / "text.txt"
-    text.write_text((ROOT / "examples/demo_model/calibration.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    changed, fresh = (LoadedModel(MODEL, fmt, options={"calibration_file": text}) for fmt in ("q2k", "q3k"))
-    text.unlink()
-    report = changed.requantize("q3k")
-    assert any("chunks of" in note for note in report.notes)
-    state, want = changed.model.state_dict(), fresh.model.state_dict()
-    assert all(state[name].equal(want[name]) for name in want)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--isq", "4", "--calibration-file", "no-such.txt"], "no calibration text no-such.txt"),
-        (
-            ["--calibration-file", MODEL + "/config.json"],
-            "--calibration-file, --rule, --max-memory, --activations and the options of auto need --isq",
-        ),
-    ],
-)
-def test_mistakes_with_a_calibration_file(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "-m", MODEL, "--prompt", "x", *argv]) == 1
-    assert message in capsys.readouterr().err
 
 
 # ---- the guide -------------------------------------------------------------------------------------------------------
