@@ -213,6 +213,14 @@ def check_packed(op: str, weight: Tensor, fmt: QuantFormat, *, matrix: bool = Fa
     return columns
 
 
+def check_dequantize(weight: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> int:
+    """Check all arguments of `dequantize`, and return K."""
+    columns = check_packed("dequantize", weight, fmt)
+    check_output_dtype("dequantize", dtype)
+    check_size((*weight.shape[:-1], columns))
+    return columns
+
+
 def check_output_dtype(op: str, dtype: torch.dtype) -> None:
     """Check that the dtype of a result is f32, f16 or bf16."""
     if dtype not in ACTIVATION_DTYPES:
@@ -259,11 +267,7 @@ def check_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
 
 
 def check_embedding(ids: Tensor, weight: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> int:
-    """Check everything about the arguments of `embedding` except the values of ids.
-
-    Returns:
-        K.
-    """
+    """Check all arguments of `embedding` except the values of ids, and return K."""
     columns = check_packed("embedding", weight, fmt, matrix=True)
     check_output_dtype("embedding", dtype)
     check_ids_type(ids, weight)

@@ -11,6 +11,7 @@ from isqtorch.quantizers import needs_whole, solve
 from isqtorch.quantizers.denormals import blocks_per_chunk, denormals_kept
 
 from .checks import (
+    check_dequantize,
     check_embedding,
     check_expert_ids,
     check_experts,
@@ -19,8 +20,6 @@ from .checks import (
     check_ids,
     check_importance,
     check_linear,
-    check_output_dtype,
-    check_packed,
     check_quantize,
     check_scales,
     check_square_sums,
@@ -73,8 +72,7 @@ def dequantize(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     Weights are computed in f32 and then rounded to `dtype`.
     """
     fmt = format_named("dequantize", format)
-    columns = check_packed("dequantize", weight, fmt)
-    check_output_dtype("dequantize", dtype)
+    columns = check_dequantize(weight, fmt, dtype)
     blocks = weight.reshape(weight.numel() // fmt.block_bytes, fmt.block_bytes)
     out = torch.empty(blocks.shape[0], fmt.block, dtype=dtype, device=weight.device)
     with denormals_kept() if weight.device.type == "cpu" else nullcontext():
@@ -186,6 +184,7 @@ def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tens
     """
     check_square_sums(x, groups, count)
     rows = x.detach().reshape(-1, x.shape[-1])
+    sums = torch.zeros(count, x.shape[-1], device=x.device)  # first: a count that no memory holds fails here
     if groups is None:
         member = torch.ones(1, len(rows), device=x.device)
         member = torch.cat([member, member.new_zeros(count - 1, len(rows))])
@@ -193,7 +192,6 @@ def square_sums(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tens
         ids = torch.arange(count, device=x.device)
         groups = groups if groups.numel() else groups.new_zeros(len(rows), 0)  # sizes beside a 0 may overflow products
         member = (groups.to(x.device)[..., None] == ids).sum(1).t().to(torch.float32)  # [count, rows]
-    sums = torch.zeros(count, x.shape[-1], device=x.device)
     step = max(1, _SQUARED_AT_ONCE // x.shape[-1])
     for start in range(0, len(rows), step):
         sums.addmm_(member[:, start : start + step], rows[start : start + step].float().square())

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from . import feedback, native, reference
 from .checks import (
+    check_dequantize,
     check_embedding,
     check_experts_dx,
     check_experts_shapes,
     check_linear,
-    check_output_dtype,
-    check_packed,
     check_quantize,
-    check_size,
     check_square_sums,
     check_w8a8,
     format_named,
@@ -81,9 +79,7 @@ def _(w: Tensor, format: str, factor: Tensor, importance: Tensor, rule: str | No
 
 @torch.library.register_fake("isqtorch::dequantize")
 def _(weight: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    columns = check_packed("dequantize", weight, format_named("dequantize", format))
-    check_output_dtype("dequantize", dtype)
-    check_size((*weight.shape[:-1], columns))
+    columns = check_dequantize(weight, format_named("dequantize", format), dtype)
     return weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
 
 

@@ -34,6 +34,10 @@ OF_VALUES = (
     "quantize_feedback: the errors",
 )
 NAMES = formats(variants=True)
+PACKING = (
+    "quantize",
+    "quantize_feedback",
+)  # only these take an importance on the CPU beside a weight on the meta device
 WORDS = tuple(word for word in mutate.TEXTS if word.isprintable()) + ("\0",)
 
 
@@ -202,7 +206,7 @@ def run(source: tuple[str, list[Any]]) -> bool:
     elif devices == {"cpu"} and not any(part in fault for part in OF_VALUES) and "MemoryError" not in fault:
         assert traced is None, f"only the kernel refuses it: {fault}"
     if devices != {"cpu"}:
-        assert fault or devices == {"meta"} or (op == "quantize" and y is not None and y.is_meta), (
+        assert fault or devices == {"meta"} or (op in PACKING and y is not None and y.is_meta), (
             "memory that nobody wrote"
         )
         return not fault
