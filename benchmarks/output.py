@@ -61,9 +61,7 @@ def dated(folder: Path, name: str) -> Path:
 
 def write(results: Measured, report: str, path: Path, draw: Callable[[Path], None] | None = None) -> list[Path]:
     """JSON, Markdown and, with matplotlib, the plot, under the same name; returns what was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.with_suffix(".json"), path.with_suffix(".md")]
-    paths[0].write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
+    paths = [save(results, path), path.with_suffix(".md")]
     paths[1].write_text(report, encoding="utf-8")
     if draw is not None:
         try:
@@ -73,6 +71,16 @@ def write(results: Measured, report: str, path: Path, draw: Callable[[Path], Non
         else:
             paths.append(path.with_suffix(".png"))
     return paths
+
+
+def save(results: Measured, path: Path) -> Path:
+    """Write the JSON alone; what was there before stays whole until the new file is."""
+    path = path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
 
 
 def tell(paths: Sequence[Path], faults: Sequence[str] = ()) -> int:

@@ -247,6 +247,29 @@ def test_a_run_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert isqtorch.perplexity(model, ids, context=256) == pytest.approx(score.perplexity, rel=1e-4)
 
 
+def test_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of an earlier run are kept, but for those that shall be measured again; another run's are refused."""
+    calibration = tmp_path / "few.txt"
+    calibration.write_text((DEMO / "calibration.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    given = ["--calibration", str(calibration), "--tokens", "300", "--output", str(tmp_path)]
+    assert bench_quality.main([*given, "--rows", "afq2", "afq3"]) == 0
+    (stored,) = tmp_path.glob("quality-demo-model-*.json")
+    data = json.loads(stored.read_text())
+    measured = data["rows"][2]["scores"][0]["distance"]
+    for row in data["rows"][1:]:
+        row["scores"][0]["distance"], row["commit"] = 0.125, "earlier"
+    stored.write_text(json.dumps(data))
+    again = ["--resume", str(stored), "--again", "afq3*"]
+    assert bench_quality.main([*given, "--rows", "afq2", "afq3", "afq4", *again]) == 0
+    results = Results.from_json(json.loads(stored.read_text()))
+    assert [row.name for row in results.rows[1:]] == ["afq2", "afq3", "afq4"]
+    assert results.rows[1].scores[0].distance == 0.125 and results.rows[2].scores[0].distance == measured
+    assert tables.commits(results) == ["earlier", results.facts["commit"]]
+    for other in (["--tokens", "200"], ["--context", "128"], ["--text", str(calibration)]):
+        assert bench_quality.main([*given, *other, "--rows", "afq2", "--resume", str(stored)]) == 1
+        assert "the results to go on with have another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["q8_0", "afq8"])
 def test_kernels_hardly_add_to_the_error_of_8_bit_weights(name: str) -> None:
     """With activations of 8 bits instead of 15, the divergence is three times that of the weights alone."""

@@ -44,6 +44,12 @@ class Quality:
     scores: list[Score]
     seconds: float = 0.0  # to quantize
     stored: dict[str, int] = field(default_factory=dict)  # format -> number of layers
+    commit: str = ""  # of isqtorch; "" in results older than this field
+
+    @property
+    def name(self) -> str:
+        """As in `Row.name`."""
+        return "+".join(filter(None, [self.spec, self.how]))
 
 
 @dataclass
@@ -65,6 +71,21 @@ class Results:
             return cls(rows, data["skipped"], data["facts"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"these results are of another version of the benchmark: {error}") from None
+
+    def rows_of(self, earlier: Results) -> dict[str, Quality]:
+        """The rows of an earlier run, by name, but for its original.
+
+        Raises:
+            ValueError: it measured something else: another model or precision, other texts, windows or calibration.
+        """
+        for fact in ("name", "note", "measure", "context", "texts", "calibrated", "kernels", "torch"):
+            ours, theirs = self.facts[fact], earlier.facts.get(fact)
+            if ours != theirs:
+                raise ValueError(f"the results to go on with have another {fact}: {theirs}, and this run has {ours}")
+        ours_of, theirs_of = self.rows[0], earlier.rows[0]
+        if ours_of.spec != theirs_of.spec or [s.count for s in ours_of.scores] != [s.count for s in theirs_of.scores]:
+            raise ValueError("the results to go on with have another precision, or another number of tokens")
+        return {row.name: row for row in earlier.rows[1:]}
 
 
 class Session:
@@ -124,6 +145,7 @@ class Session:
             scores=[judge(model) for judge in self.judges],
             seconds=seconds,
             stored=stored,
+            commit=self.results.facts["commit"],
         )
         self.results.rows.append(found)
         self.seconds = time.perf_counter() - began

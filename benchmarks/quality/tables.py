@@ -62,10 +62,16 @@ def conditions(results: Results) -> str:
             lines[-1] += f", perplexity of the original {score.perplexity:.3f} ± {score.perplexity_stderr:.3f}"
     lines += [
         f"importance from {facts['calibrated']}",
-        f"isqtorch {facts['commit']}, torch {facts['torch']}, kernels {facts['kernels']}, {facts['date']}",
+        f"isqtorch {', '.join(commits(results))}, torch {facts['torch']}, kernels {facts['kernels']}, {facts['date']}",
     ]
     skipped = [f"not measured: {name}: {why}" for name, why in results.skipped.items()]
     return bullets([*lines, *skipped])
+
+
+def commits(results: Results) -> list[str]:
+    """The versions of isqtorch that measured the rows, in their order."""
+    found = [row.commit for row in results.rows[1:] if row.commit]
+    return list(dict.fromkeys(found)) or [results.facts["commit"]]
 
 
 def bullets(lines: Sequence[str]) -> str:
