@@ -175,15 +175,7 @@ class LoadedModel:
             copy_files(self.opened.home, folder, local=self.opened.local)
 
     def _options(self, isq: str | None) -> dict[str, Any]:
-        """The options that apply to a format. "auto" has options of its own, and reads the calibration text again."""
-        options = {name: value for name, value in self.options.items() if value is not None}
-        if mix_name(isq) == AUTO:
-            return options
-        return {
-            name: value
-            for name, value in options.items()
-            if name not in AUTO_OPTIONS and not (name == "calibration_file" and "imatrix" in options)
-        }
+        return options_for(isq, self.options)
 
     def _load(self, isq: str | None) -> Loaded:
         options = Options(progress=False, **(self._options(isq) if isq is not None else {}))
@@ -192,6 +184,18 @@ class LoadedModel:
         if found.imatrix is not None:  # so that `requantize` need not calibrate again
             self.options["imatrix"] = found.imatrix
         return found
+
+
+def options_for(isq: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that apply to a format. "auto" has options of its own, and reads the calibration text again."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if mix_name(isq) == AUTO:
+        return given
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in AUTO_OPTIONS and not (name == "calibration_file" and "imatrix" in given)
+    }
 
 
 def check_spec(isq: str, device: str | None = None) -> None:

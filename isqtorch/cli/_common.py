@@ -21,12 +21,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_isq(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_isq(parser: argparse.ArgumentParser, *, required: bool, several: bool = False) -> None:
+    more = "; several with commas between them" if several else ""
     parser.add_argument(
         "--isq",
         required=required,
         metavar="FORMAT",
-        help="bits (2 3 4 5 6 8: the best format for the device), a name (`isqtorch formats` lists them), a mix (q4k_m), auto, or keep",
+        help="bits (2 3 4 5 6 8: the best format for the device), a name (`isqtorch formats` lists them), a mix (q4k_m), auto, or keep"
+        + more,
     )
 
 

@@ -3,6 +3,8 @@
     isqtorch plan -m examples/demo_model/model                     the size in every format, and whether it fits
     isqtorch plan -m examples/demo_model/model --isq 4             the layers, similar ones in one line
     isqtorch plan -m examples/demo_model/model --isq 4 --details   every layer
+    isqtorch plan -m ./my-model --recommend                        what to take for the memory that is free, and the command
+    isqtorch plan -m ./my-model --recommend --memory 8GB           the same for another machine
     isqtorch plan -m ./my-model --isq q3k --topology layers.yaml --json
     isqtorch plan -m ./my-model --context 32768
     isqtorch plan -m my-model.gguf                                 what packing its weights anew would give
@@ -36,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser)
     parser.add_argument("--rule", metavar="RULE", help="as for quantize; no rule changes a size")
     parser.add_argument("--plot", metavar="PNG", help="with --isq: draw the bits of every layer (needs matplotlib)")
+    parser.add_argument(
+        "--recommend", action="store_true", help="say what to take for the memory at hand, and the command to type"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="with --recommend: fit into 8GB, say, instead of what is free here"
+    )
+    parser.add_argument("--device", help="with --recommend: cpu, cuda:1, mps (default: a GPU if there is one)")
     add_details(parser)
     add_json(parser)
 
@@ -43,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from isqtorch.report.fit import overview
 
+    if args.recommend:
+        from .recommending import run as recommend
+
+        return recommend(args)
+    for option in ("memory", "device"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for --recommend")
     if args.rule is not None and args.rule not in RULES:
         raise ValueError(f"--rule must be one of {', '.join(RULES)}; got {args.rule!r:.80}")
     if args.plot and args.isq is None:

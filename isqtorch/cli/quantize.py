@@ -1,6 +1,7 @@
 """Quantize a model and write it to a folder: packed weights, configuration, generation settings and tokenizer.
 
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
+    isqtorch quantize -m ./my-model --isq q4k,q8_0 -o packed             writes packed/q4k and packed/q8_0
     isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
@@ -8,14 +9,17 @@
 
 README.md in the folder is a model card: formats, sizes, this command, how to load. Another README.md there is never replaced.
 A model of any class is written as its own class, with its processor and the files of a sentence embedder. Each weight is
-packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so
-does `from_pretrained` if isqtorch is imported. --force replaces the model in a folder that this command wrote, and
-keeps files of other kinds there. It refuses a folder with another model, and one that holds MODEL or lies in it.
+packed as it is read. The folder appears when it is complete. Every command accepts it as MODEL, and so does
+`from_pretrained` if isqtorch is imported. With several formats, the model is read once and calibrated once, if its floats
+fit into memory; else it is read for each format, and a line says so. --force replaces the model in a folder that this
+command wrote, and keeps files of other kinds there. It refuses a folder with another model, and one that holds MODEL or
+lies in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -45,6 +49,7 @@ from ._common import (
 )
 
 if TYPE_CHECKING:
+    from isqtorch.app.model import LoadedModel
     from isqtorch.integrations.opening import Opened
 
 HELP = "quantize a model and write it as a checkpoint"
@@ -57,8 +62,15 @@ _TEMPLATES = "additional_chat_templates"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_isq(parser, required=False)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    add_isq(parser, required=False, several=True)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new or empty folder; of several formats, their folders",
+    )
     parser.add_argument(
         "--force", action="store_true", help="replace a folder that this command wrote; other files in it stay"
     )
@@ -77,22 +89,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from isqtorch.app.card import CARD, card, is_ours
-    from isqtorch.app.model import LoadedModel, check_request
+    from isqtorch.app.model import check_request, options_for
+    from isqtorch.app.several import packed_in_turn
 
     options = policy_options(args)
-    opened = check_request(args.model, args.isq, args.device, options)
+    formats = (
+        list(dict.fromkeys(part.strip() for part in (args.isq or "").split(","))) if args.isq is not None else [None]
+    )
+    several = len(formats) > 1
+    for isq in formats[1:]:
+        check_request(args.model, isq, args.device, options_for(isq, options))
+    opened = check_request(
+        args.model, formats[0], args.device, options_for(formats[0], options) if several else options
+    )
     _check_format(args, opened)
-    recover(args.output)
-    check_output(args.output, args.model, force=args.force)
+    if several:
+        check_parent(args)
+    targets = {isq: args.output / isq if several else args.output for isq in formats}
+    for target in targets.values():
+        recover(target)
+        check_output(target, args.model, force=args.force)
     check_files(args.save_topology, args.plot)
-    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
-    if loaded.report is None:
-        raise ValueError(f"{args.model} holds no packed weights, and none was packed: give another --isq FORMAT")
-    check_output(args.output, args.model, force=args.force)  # again: quantizing may have taken an hour
-    with one_line(args.output), replacing_folder(args.output, is_kept) as folder:
+    reports = {}
+    for isq, loaded in packed_in_turn(args.model, formats, opened=opened, device=args.device, options=options):
+        if loaded.report is None:
+            raise ValueError(f"{args.model} holds no packed weights, and none was packed: give another --isq FORMAT")
+        _write(loaded, targets[isq], args)
+        reports[isq] = loaded.report
+        if not args.json:
+            print(loaded.report.details() if args.details else str(loaded.report))
+        print(f"wrote {targets[isq]}", file=sys.stderr)
+    if args.json:
+        found = {isq: report.to_dict() for isq, report in reports.items()}
+        print(json.dumps(found, indent=2) if several else reports[formats[0]].to_json())
+    return 0
+
+
+def _write(loaded: LoadedModel, target: Path, args: argparse.Namespace) -> None:
+    """Write one folder, and the files about it."""
+    from isqtorch.app.card import CARD, card, is_ours
+
+    assert loaded.report is not None
+    check_output(target, args.model, force=args.force)  # again: quantizing may have taken an hour
+    with one_line(target), replacing_folder(target, is_kept) as folder:
         loaded.save(folder)
-        old = args.output / CARD
+        old = target / CARD
         if not (folder / CARD).exists() and (not os.path.lexists(old) or is_ours(old)):
             text = card(loaded.report, type(loaded.model).__name__, args.model, args.words)
             (folder / CARD).write_text(text, encoding="utf-8")
@@ -100,10 +141,18 @@ def run(args: argparse.Namespace) -> int:
         loaded.report.topology().save(args.save_topology)
     if args.plot:
         loaded.report.plot(args.plot)
-    text = loaded.report.details() if args.details else str(loaded.report)
-    print(loaded.report.to_json() if args.json else text)
-    print(f"wrote {args.output}", file=sys.stderr)
-    return 0
+
+
+def check_parent(args: argparse.Namespace) -> None:
+    """Refuse what several formats cannot share; OSError if the folder for their folders is a model itself."""
+    for option in ("save_topology", "plot"):
+        if getattr(args, option):
+            raise ValueError(f"--{option.replace('_', '-')} is one file; give it with one format")
+    check_place(args.output, args.model)
+    if (args.output / "config.json").exists():
+        raise FileExistsError(
+            f"{args.output} is a model itself; with several formats it gets a folder for each: give a new one"
+        )
 
 
 def _check_format(args: argparse.Namespace, opened: Opened) -> None:

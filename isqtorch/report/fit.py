@@ -46,6 +46,8 @@ class Overview:
             tell.
         memories: the memories of this machine.
         notes: remarks about these numbers.
+        largest: size of the largest weight in its checkpoint: while a model is packed, one weight is there in float.
+        is_packed: whether the checkpoint holds packed weights already.
     """
 
     reports: dict[str, QuantReport]
@@ -54,6 +56,8 @@ class Overview:
     cache_bytes: int | None
     memories: list[Memory]
     notes: list[str]
+    largest: int
+    is_packed: bool
 
     def fits(self, weights: int) -> dict[str, bool]:
         """{name of a memory: whether `weights` bytes and the cache fit into its free part}."""
@@ -110,8 +114,17 @@ def overview(
     per_token = cache_bytes_per_token(config)
     if per_token is None:
         notes = [*notes, "the configuration does not tell the size of the key-value cache; it is not counted"]
-    now = next(iter(reports.values())).bytes_before
-    return Overview(reports, now, context, None if per_token is None else context * per_token, memories(), notes)
+    first = next(iter(reports.values()))
+    return Overview(
+        reports,
+        first.bytes_before,
+        context,
+        None if per_token is None else context * per_token,
+        memories(),
+        notes,
+        largest=max((layer.bytes_before for layer in first.layers), default=0),
+        is_packed=any(layer.packed_as for layer in inventory.layers),
+    )
 
 
 def cache_bytes_per_token(config: Mapping[str, Any]) -> int | None:
