@@ -135,7 +135,7 @@ class Conversation:
 
     @property
     def has_template(self) -> bool:
-        return bool(self.loaded.tokenizer.chat_template)
+        return bool(self.loaded.chat_writer.chat_template)
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -160,10 +160,16 @@ class Conversation:
 
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
+        loaded = self.loaded
         try:
-            inputs = self.loaded.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            if loaded.sees:  # the template of a processor expects lists of parts, and would leave out a plain text
+                parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+                text = loaded.processor.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
+                inputs = loaded.tokenizer(text, return_tensors="pt", **loaded.template_settings(text))
+            else:
+                inputs = loaded.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses: {error}") from error
         ids: Tensor = inputs["input_ids"]

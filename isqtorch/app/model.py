@@ -99,6 +99,26 @@ class LoadedModel:
         return unable(self.opened.cls, self.opened.config, "continues") is None
 
     @property
+    def processor(self) -> Any:
+        """What reads images or sound for the model, with the tokenizer in it; None: the model reads text alone."""
+        return self.loaded.processor
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model continues texts with images in them, and its processor is there to read these."""
+        return self.continues and getattr(self.processor, "image_processor", None) is not None
+
+    @property
+    def chat_writer(self) -> Any:
+        """What has the chat template: the processor of a model that sees, else the tokenizer."""
+        return self.processor if self.sees else self.tokenizer
+
+    def template_settings(self, text: str) -> dict[str, Any]:
+        """Settings of the tokenizer for a text that the template of a processor has written, with or without its first token."""
+        begin = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+
+    @property
     def context(self) -> int | None:
         """Largest number of tokens of prompt and reply together; None: no limit is known."""
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -28,10 +28,11 @@ from . import other_requests, requests
 from .body import Body, parse
 from .connection import App, Connection, error_body
 from .embeddings import Embeddings
-from .handlers import Chat, Completions, check_template, rendered
+from .handlers import Chat, Completions
 from .live import Live, check_apply, check_nothing
 from .memory import release_memory
 from .page import Page
+from .prompts import check_template, rendered
 from .reach import Reach
 from .responses import Responses
 from .served import ApiError, GenerationError, Served
@@ -92,7 +93,8 @@ class Api:
             "created": self.created,
             "owned_by": "isqtorch",
             "isq": loaded.isq,
-            "chat": bool(loaded.tokenizer.chat_template),
+            "chat": bool(loaded.chat_writer.chat_template),
+            "images": loaded.sees,
             "context_length": self.served.context,
         }
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isqtorch.files.checkpoints import read_json
 
-from .handlers import tokens_of
+from .prompts import tokens_of
 from .served import ApiError, Served
 
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
-import torch
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.utils import Modality, ToolCall, build_response_parser
+from transformers.cli.serving.utils import ToolCall, build_response_parser
 
 from . import answers
 from .connection import TICKET, error_body
+from .prompts import check_template, rendered, tokens_of
 from .replies import Chances
 from .served import ApiError, Finish, Served
 from .wishes import Wishes, set_sampling, wishes_of
@@ -203,49 +202,6 @@ class Completions(_OneModel, CompletionHandler):  # type: ignore[misc]
     def _form(self, body: dict[str, Any], request_id: str) -> Any:
         served = self.model_manager
         return answers.Completions(request_id, served.name, served.loaded.tokenizer, body.get("suffix", ""))
-
-
-def check_template(served: Served, body: dict[str, Any]) -> None:
-    """ApiError if the model has no chat, or a request sets what only the server may set."""
-    tokenizer = served.loaded.tokenizer
-    own = inspect.signature(tokenizer.apply_chat_template).parameters
-    for name in body.get("chat_template_kwargs", {}):
-        # an argument of the method itself (a template given by the client could run forever), or what it passes on
-        if name in own or name in ("messages", "conversations"):
-            raise ApiError(400, f"chat_template_kwargs must not hold {name!r}")
-    if not tokenizer.chat_template:
-        raise ApiError(400, f"{served.name!r} is a base model without a chat template; use /v1/completions")
-
-
-def rendered(served: Served, messages: list[dict[str, Any]], body: dict[str, Any]) -> Any:
-    """The tokens of a conversation."""
-    tokenizer = served.loaded.tokenizer
-    settings = {"add_generation_prompt": True, "tools": body.get("tools"), **body.get("chat_template_kwargs", {})}
-    try:
-        plain = ChatCompletionHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
-        served.check_length(tokenizer.apply_chat_template(plain, tokenize=False, **settings))
-        inputs = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True, return_tensors="pt", **settings)
-    except ApiError:
-        raise
-    except Exception as error:  # templates are programs: they can raise anything for messages they do not expect
-        raise ApiError(
-            400, f"the model's chat template does not take this request: {type(error).__name__}: {error}"
-        ) from error
-    return inputs.to(served.loaded.model.device)
-
-
-def tokens_of(served: Served, prompt: str | list[int]) -> Any:
-    """The tokens of a text, or of a list of token ids."""
-    device = served.loaded.model.device
-    if isinstance(prompt, str):
-        served.check_length(prompt)
-        return served.loaded.tokenizer(prompt, return_tensors="pt", verbose=False).to(device)
-    vocabulary = served.loaded.model.config.get_text_config().vocab_size
-    outside = next((token for token in prompt if token >= vocabulary), None)
-    if outside is not None:
-        raise ApiError(400, f"the prompt has token {outside}; the vocabulary has {vocabulary}")
-    ids = torch.tensor([prompt], device=device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _used(choices: list[Choice]) -> dict[str, int]:

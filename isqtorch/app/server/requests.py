@@ -15,6 +15,7 @@ from typing import Any
 from .body import Body, check_unicode, kind, parse_inner, shown
 from .grammar import MAX_CHARACTERS
 from .grammar import MAX_CHOICES as MAX_FORM_CHOICES
+from .images import check_image, is_image
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000  # of each
@@ -180,10 +181,14 @@ def _check_message(message: Any, where: str) -> None:
     if not isinstance(content, list) or not content:
         raise ValueError(f"{where}.content must be a string or a list of parts, got {kind(content)}")
     for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
+        place = f"{where}.content[{i}]"
+        if is_image(part):
+            check_image(part, place)
+        elif isinstance(part, dict) and part.get("type") == "text":
+            _check_text(part.get("text"), f"{place}.text")
+        else:
             wrong = shown(part.get("type")) if isinstance(part, dict) else kind(part)
-            raise ValueError(f"{where}.content[{i}] is {wrong}; this server takes parts of type 'text' only")
-        _check_text(part.get("text"), f"{where}.content[{i}].text")
+            raise ValueError(f"{place} is {wrong}; this server takes parts of type 'text' and 'image_url'")
 
 
 def _check_calls(calls: Any, where: str) -> None:

@@ -12,7 +12,7 @@ from transformers.cli.serving.response import ResponseHandler
 
 from . import requests
 from .connection import TICKET
-from .handlers import check_template, rendered
+from .prompts import check_template, rendered
 from .served import ApiError, Served
 from .wishes import set_sampling, wishes_of
 
@@ -49,14 +49,18 @@ class Responses(ResponseHandler):  # type: ignore[misc]  # transformers is not t
         except Exception as error:  # it reads fields of items that may be missing
             raise ApiError(400, f"input has an item that this server does not read: {error!r}") from None
         for message in messages:
-            self._as_text(message)
+            self._as_chat(message)
         requests.check_messages(messages, "input")
         return rendered(served, messages, body)
 
     @staticmethod
-    def _as_text(message: dict[str, Any]) -> None:
+    def _as_chat(message: dict[str, Any]) -> None:
         """Name the parts of a message as a chat does."""
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") in ("input_text", "output_text"):
                 part["type"] = "text"
+            elif isinstance(part, dict) and part.get("type") == "input_image":
+                part.update(
+                    type="image_url", image_url={"url": part.get("image_url"), "detail": part.pop("detail", None)}
+                )
