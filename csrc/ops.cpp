@@ -36,6 +36,11 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // ids int32 or int64 [...] -> [..., K]: rows of dequantize(weight)
   m.def("embedding(Tensor ids, Tensor weight, str format, ScalarType dtype) -> Tensor");
 
+  // q [B, H, R, D] -> [B, H, R, V] = softmax(scale * q k^T + mask) v; k uint8 [B, G, S, bytes of D], v uint8 [B, G, S,
+  // bytes of V], packed, a head of theirs for H / G heads of q; mask bool (true: seen) or float [B, H, R, S], 1 in
+  // place of B, H or R if it is the same for all
+  m.def("attention(Tensor q, Tensor k, Tensor v, str k_format, str v_format, float scale, Tensor? mask) -> Tensor");
+
   // x [..., K] -> f32 [count, K]: per group, the sums of x * x over its rows; groups int32 or int64 [rows, slots]: a
   // number outside 0 .. count - 1 means no group; without groups, every row is in group 0
   m.def("square_sums(Tensor x, Tensor? groups=None, int count=1) -> Tensor");

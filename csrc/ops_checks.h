@@ -94,6 +94,26 @@ inline void check_bias(const char* op, const Tensor& bias, const std::vector<int
   checked_dtype(op, "bias", bias.scalar_type());
 }
 
+// The shapes of q [B, H, R, D] and of packed k and v, whose rows of keys hold key_dim numbers.
+inline void check_attention(const std::vector<int64_t>& q, const std::vector<int64_t>& k, int64_t key_dim,
+                            const std::vector<int64_t>& v) {
+  if (q.size() != 4) {
+    check(false, "attention: q must have 4 dimensions [B, heads, queries, head_dim], got shape ", shape_text(q), ".");
+  }
+  if (!std::equal(k.begin(), k.begin() + 3, v.begin())) {
+    check(false, "attention: k and v must have the same batch, heads and tokens, got shapes ", shape_text(k), " and ",
+          shape_text(v), ".");
+  }
+  if (q[3] != key_dim) {
+    check(false, "attention: the last dimension of q must be ", key_dim, ", the numbers in a row of k, got shape ",
+          shape_text(q), ".");
+  }
+  if (q[0] != k[0] || k[1] == 0 || q[1] % k[1]) {
+    check(false, "attention: q must have the batch of k and a multiple of its heads, got shapes ", shape_text(q),
+          " and ", shape_text(k), ".");
+  }
+}
+
 // The sizes of `experts_linear`.
 struct ExpertsShape {
   int64_t experts, n, tokens, slots;

@@ -54,6 +54,7 @@ __all__ = [
     "QuantFormat",
     "QuantLinear",
     "QuantReport",
+    "QuantizedCache",
     "QuantizedTensor",
     "Topology",
     "__version__",
@@ -82,26 +83,27 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .integrations.transformers import IsqConfig
+    from .integrations.transformers import IsqConfig, QuantizedCache
 else:
-    if find_spec("transformers") is None:
-        __all__.remove("IsqConfig")  # `from isqtorch import *` works without transformers
+    _OF_TRANSFORMERS = ("IsqConfig", "QuantizedCache")
+    if find_spec("transformers") is None:  # `from isqtorch import *` works without transformers
+        __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]
 
     def __getattr__(name: str) -> Any:
-        """Import IsqConfig on first use: it needs transformers, whose import takes seconds."""
-        if name != "IsqConfig":
+        """Import what needs transformers on first use: that import takes seconds."""
+        if name not in _OF_TRANSFORMERS:
             raise AttributeError(f"module 'isqtorch' has no attribute {name!r}")
         try:
-            from .integrations.transformers import IsqConfig
+            from .integrations import transformers as plugin
         except ImportError as error:
             if not isinstance(error, ModuleNotFoundError) or error.name != "transformers":
                 raise  # transformers is too old, and the message says so
             # hasattr must return False, which takes an AttributeError. `from isqtorch import IsqConfig` needs an
             # ImportError: Python would replace the message of an AttributeError.
             importing = sys._getframe(1).f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib")
-            hint = "isqtorch.IsqConfig needs transformers: pip install 'isqtorch[hf]'"
+            hint = f"isqtorch.{name} needs transformers: pip install 'isqtorch[hf]'"
             raise (ImportError if importing else AttributeError)(hint) from error
-        return IsqConfig
+        return getattr(plugin, name)
 
     def __dir__() -> list[str]:
         return sorted(__all__)

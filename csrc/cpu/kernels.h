@@ -149,6 +149,39 @@ struct PanelKernels {
   void (*unpack)(const float* sums, int64_t rows, int64_t tokens, float* y, int64_t ldy);
 };
 
+// ---- attention over packed keys and values: cpu/attention/attend.h
+// ---------------------------------------------------
+
+constexpr int64_t kAttendTile = 64;  // tokens whose scores are in memory at a time
+
+enum class AttendRead : uint8_t { kQ8_0, kQ4_0, kDecoded };  // kDecoded: any format, through its decoder
+
+// The packed keys, or values, of some tokens.
+struct AttendSide {
+  const uint8_t* rows;     // one after the other
+  int64_t row_bytes, dim;  // dim: numbers of a row, a multiple of 32
+  AttendRead read;
+  int block_bytes;
+  void (*decode)(const uint8_t* blocks, int64_t count, float* to);
+};
+
+struct AttendJob {
+  AttendSide keys, values;
+  int64_t tokens;
+  int queries;
+  const float* q;            // [queries, keys.dim] with the scale of the scores; zeros up to the next power of two
+  const float* const* mask;  // of each query, [tokens] to add to its scores; or null
+  float* buffer;             // [kAttendTile, the larger dim]
+  // Results, with room for a power of two of queries: the weighted sums [queries, values.dim], which score the weights
+  // are relative to, and the sum of the weights.
+  float *sums, *most, *total;
+};
+
+struct AttentionKernels {
+  int most_queries;  // of a job; a power of two
+  void (*attend)(const AttendJob& job);
+};
+
 // ---- a level ------------------------------------------------------------------------------------------------------
 
 struct FormatTable {
@@ -158,6 +191,7 @@ struct FormatTable {
   void (*store)(const float* from, int64_t count, Dtype dtype, void* to);  // convert from f32, to nearest even
   // sums[i] += v * v over `rows` rows of `count` values, `stride` bytes apart
   void (*add_squares)(const void* from, Dtype dtype, int64_t stride, int64_t rows, int64_t count, float* sums);
+  AttentionKernels attention;
 };
 
 struct KernelTable {

@@ -1,4 +1,4 @@
-"""The operators: quantize, quantize_feedback, dequantize, linear, embedding, experts_linear, square_sums.
+"""The operators: quantize, quantize_feedback, dequantize, linear, embedding, experts_linear, attention, square_sums.
 
 Importing this package registers them as `torch.ops.isqtorch.*`, with the native kernels of this installation; the names
 here are those operators. `reference` defines them in plain PyTorch.
@@ -13,6 +13,7 @@ __all__ = [
     "CpuInfo",
     "CudaInfo",
     "LinearKernel",
+    "attention",
     "cpu_info",
     "cuda_info",
     "dequantize",
@@ -34,4 +35,5 @@ dequantize = torch.ops.isqtorch.dequantize
 linear = torch.ops.isqtorch.linear
 embedding = torch.ops.isqtorch.embedding
 experts_linear = torch.ops.isqtorch.experts_linear
+attention = torch.ops.isqtorch.attention
 square_sums = torch.ops.isqtorch.square_sums

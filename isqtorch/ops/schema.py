@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import feedback, native, reference
+from .attention import attention, check_attention
 from .checks import (
     check_dequantize,
     check_embedding,
@@ -43,6 +44,7 @@ for _device in _DEVICES:
     if _device != "cpu" or native.LIBRARY is None:
         torch.library.impl("isqtorch::square_sums", _device, reference.square_sums)
         torch.library.impl("isqtorch::quantize_feedback", _device, reference.quantize_feedback)
+        torch.library.impl("isqtorch::attention", _device, attention)
     # it calls the operator `dequantize`, so it decodes with the native kernel if there is one
     torch.library.impl("isqtorch::experts_linear_dx", _device, reference.experts_linear_dx)
 
@@ -121,6 +123,12 @@ def _(dy: Tensor, weight: Tensor, format: str, ids: Tensor) -> Tensor:
 def _(x: Tensor, groups: Tensor | None = None, count: int = 1) -> Tensor:
     check_square_sums(x, groups, count)
     return x.new_empty((count, x.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("isqtorch::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, k_format: str, v_format: str, scale: float, mask: Tensor | None) -> Tensor:
+    columns = check_attention(q, k, v, k_format, v_format, mask)
+    return q.new_empty((*q.shape[:3], columns))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -26,6 +26,7 @@ from .config import IsqConfig  # noqa: E402
 from .dtypes import install as answer_dtype  # noqa: E402
 from .findings import install as note_findings  # noqa: E402
 from .host import TransformersHost, records, tied  # noqa: E402
+from .quantized_cache import QuantizedCache, offer_backend  # noqa: E402
 from .quantizer import IsqHfQuantizer  # noqa: E402
 from .resize import install as follow_resizing  # noqa: E402
 from .saving import install as record_when_saving  # noqa: E402
@@ -40,5 +41,6 @@ read_quantized()
 follow_ties(tied)
 note_findings()
 answer_dtype()
+offer_backend()
 
-__all__ = ["IsqConfig", "IsqHfQuantizer"]
+__all__ = ["IsqConfig", "IsqHfQuantizer", "QuantizedCache"]
