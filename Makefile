@@ -32,7 +32,7 @@ VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -119,6 +119,9 @@ format: build  ## rewrite sources in the house format
 
 tables: build  ## rewrite the generated format tables in README.md and docs/
 	$(PYTHON) docs/tables.py
+
+wheel: build  ## a wheel for others, in dist/, installed outside of the clone and tried there; ISQTORCH_CUDA=0 leaves the CUDA kernels out
+	$(PYTHON) -m release.wheel --torch '$(TORCH)'
 
 ifdef OWN_ENVIRONMENT
 build:

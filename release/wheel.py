@@ -1,0 +1,158 @@
+"""Build a wheel of this machine, and try it as its user would.
+
+    python -m release.wheel                              build, repair, install, run; the wheel is in dist/
+    python -m release.wheel --torch torch==2.10.0        try it with that torch
+    python -m release.wheel --only check dist/*.whl      try a wheel that exists
+
+The wheel has the CPU kernels of all levels of this architecture. It has the CUDA kernels, too, if there is an nvcc; with
+ISQTORCH_CUDA=0 it has none, and with ISQTORCH_CUDA=1 it is an error if they cannot be built. torch's own libraries stay
+outside: the user's torch brings them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW = ROOT / "build" / "wheel"
+TAGS = re.compile(r"isqtorch-[\w.+]+-cp310-abi3-([\w.]+)\.whl")
+OUTSIDE = ("libtorch*", "libc10*")
+"""Libraries that torch brings. A second copy of them would be a second torch."""
+
+
+def build(target: Path) -> Path:
+    """Build a wheel of the sources, and put it into a folder under the name that says where it runs.
+
+    Raises:
+        SystemExit: a step failed; its output is above.
+    """
+    sys.path.insert(0, str(ROOT))
+    from csrc.cuda import build as cuda
+
+    shutil.rmtree(RAW, ignore_errors=True)
+    for stale in [*ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")]:  # setuptools would pack what was there once
+        shutil.rmtree(stale)
+    environment = dict(os.environ)
+    if not environment.get("ISQTORCH_CUDA"):
+        try:
+            print(f"with CUDA kernels, compiled by {cuda.find_toolkit().nvcc}", flush=True)
+            environment["ISQTORCH_CUDA"] = "1"
+        except cuda.NotBuilt as reason:
+            print(f"WITHOUT CUDA KERNELS: {reason}", flush=True)
+            environment["ISQTORCH_CUDA"] = "0"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(RAW),
+        str(ROOT),
+    ]
+    call(pip, environment)
+    (raw,) = RAW.glob("*.whl")
+    return repaired(raw, target)
+
+
+def repaired(raw: Path, target: Path) -> Path:
+    """A wheel whose name says which C library it needs. On Linux auditwheel finds that out; elsewhere it is said already."""
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("isqtorch-*.whl"):
+        old.unlink()
+    if not sys.platform.startswith("linux"):
+        return Path(shutil.copy(raw, target))
+    excluded = [word for name in OUTSIDE for word in ("--exclude", name)]
+    command = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(target), str(raw)]
+    call(command, {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"})
+    (wheel,) = target.glob("isqtorch-*.whl")
+    return wheel
+
+
+def look(wheel: Path) -> list[str]:
+    """What is wrong with a wheel, as its files show it; [] if nothing is."""
+    tags = TAGS.fullmatch(wheel.name)
+    if tags is None:
+        return [f"{wheel.name} is not for CPython 3.10 and every later one (cp310-abi3)"]
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
+    found = []
+    if tags[1].startswith("linux"):
+        found.append(f"{wheel.name} has no manylinux tag: it was not repaired")
+    libraries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd)(\.|$)", name)]
+    own = [name for name in libraries if re.fullmatch(r"isqtorch/_(C|CUDA)\.(abi3\.so|pyd)", name)]
+    if tags[1].startswith(("manylinux", "linux")) and "isqtorch/_C.abi3.so" not in own:
+        found.append("isqtorch/_C.abi3.so is missing: no CPU kernels")
+    found += [f"{name} belongs to torch or to the system" for name in set(libraries) - set(own)]
+    needed = [
+        "isqtorch/py.typed",
+        "isqtorch/csrc/ops.cpp",
+        "isqtorch/formats/gguf_grids.bin",
+        "isqtorch/app/server/page.html",
+    ]
+    found += [f"{name} is missing" for name in needed if name not in names]
+    if not any(re.fullmatch(r"isqtorch/csrc/metal/.*\.metal", name) for name in names):
+        found.append("the Metal sources are missing")
+    outside = [name for name in names if not re.match(r"isqtorch(-[^/]+\.dist-info)?/", name)]
+    found += [f"{name} would be installed beside the package" for name in outside]
+    sources = [
+        name for name in names if name.endswith((".cu", ".cpp", ".h", ".o", ".pyc")) and "/csrc/metal/" not in name
+    ]
+    found += [f"{name} belongs to the build" for name in sources if name != "isqtorch/csrc/ops.cpp"]
+    if "License-Expression: Apache-2.0" not in metadata:
+        found.append("the metadata name no licence")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", nargs="?", type=Path, help="with --only check: the wheel")
+    parser.add_argument("--only", choices=["build", "check"], help="one of the two halves")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="where the wheel goes (dist)")
+    parser.add_argument("--torch", default="torch==2.13.0", metavar="SPEC", help="to try it with (%(default)s)")
+    parser.add_argument("--python", default=sys.executable, help="to try it with (%(default)s)")
+    args = parser.parse_args(argv)
+    if (args.only == "check") != (args.wheel is not None):
+        parser.error("a wheel is given with --only check, and only there")
+    wheel = args.wheel if args.only == "check" else build(args.output)
+    faults = look(wheel)
+    for fault in faults:
+        print(f"FAIL: {fault}", file=sys.stderr)
+    if faults:
+        return 1
+    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, {contents(wheel)}")
+    if args.only != "build":
+        from .trial import trial
+
+        trial(wheel, args.torch, args.python)
+        print(f"{wheel.name} works with {args.torch}")
+    return 0
+
+
+def contents(wheel: Path) -> str:
+    """The compiled libraries of a wheel, with their sizes unpacked."""
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [info for info in archive.infolist() if info.filename.endswith((".so", ".dylib", ".pyd"))]
+    return ", ".join(f"{Path(i.filename).name} {i.file_size / 1e6:.1f} MB" for i in libraries) or "no compiled library"
+
+
+def call(command: Iterable[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> None:
+    """Run a command, whose output is shown; SystemExit with its name if it fails."""
+    words = list(command)
+    done = subprocess.run(words, env=environment, cwd=folder, check=False)
+    if done.returncode:
+        raise SystemExit(f"isqtorch: failed with status {done.returncode}: {' '.join(words)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
