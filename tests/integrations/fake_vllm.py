@@ -256,6 +256,7 @@ class ParallelLMHead(VocabParallelEmbedding):
 
 class MoEActivation(Enum):
     SILU = "silu"
+    SWIGLUOAI = "swigluoai"
     GELU_TANH_NO_MUL = "gelu_tanh_no_mul"
     UNKNOWN = "unknown"
 
@@ -317,6 +318,17 @@ class RoutedExperts(nn.Module):
         else:
             half = own[self.inner :] if shard == "w3" and self.moe_config.is_act_and_mul else own[: self.inner]
             half.copy_(loaded.narrow(0, self.rank * self.inner, self.inner))
+
+
+class GptOssRoutedExperts(RoutedExperts):
+    """Experts whose gate and up are one matrix, in turns; floats of a checkpoint have their axes swapped."""
+
+    def weight_loader(self, weight: Any, loaded: Tensor, shard: str, expert: int) -> None:
+        """The share of an expert: "gpt_oss_w13" or "gpt_oss_w2", a matrix or a bias."""
+        own = weight.data[self.local.index(expert)]
+        if own.dim() == 2 and self.quant_method.__dict__.get("weight_dtype") != "mxfp4":
+            loaded = loaded.t()
+        own.copy_(loaded)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

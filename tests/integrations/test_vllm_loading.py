@@ -11,6 +11,7 @@ import fake_vllm
 import pytest
 import torch
 from fake_vllm import LinearBase, VocabParallelEmbedding, config_of
+from helpers import relative_error
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -117,11 +118,69 @@ def test_stacks_of_experts_are_given_one_by_one() -> None:
         *(f"{EXPERTS}.{e}.down_proj.weight" for e in range(2)),
     ]
     assert torch.equal(found[f"{EXPERTS}.1.up_proj.weight"], gate_up[1, 32:])
-    other = config_of({"layers": layers})
-    other.maybe_update_config("gpt-oss", hf_config=SimpleNamespace(model_type="gpt_oss"))
-    assert fake_vllm.RoutedExperts(2, 96, 32, other, EXPERTS).quant_method is None
-    floats = loaded(other, tensors)
-    assert torch.equal(floats[f"{EXPERTS}.down_proj"], ops.dequantize(down, "q8_0", torch.bfloat16).transpose(1, 2))
+
+
+class _OfGptOss:
+    """Renames as vLLM's gpt-oss: stacks of experts get the names of its parameters."""
+
+    def apply_dict(self, values: dict[str, Any]) -> dict[str, Any]:
+        leaves = {".gate_up_proj": ".w13_weight", ".down_proj": ".w2_weight"}
+        renamed = {}
+        for name, value in values.items():
+            end = next((end for end in leaves if name.endswith(end)), None)
+            renamed[name if end is None else name.removesuffix(end) + leaves[end]] = value
+        return renamed
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_experts_of_gpt_oss_are_given_whole(online: bool) -> None:
+    """An expert's gate and up, which take turns, stay one matrix, and its biases come with it."""
+    gate_up, down = torch.randn(2, 64, 96), torch.randn(2, 96, 32)
+    tensors = {
+        f"{EXPERTS}.gate_up_proj": gate_up.transpose(1, 2) if online else ops.quantize(gate_up, "mxfp4"),
+        f"{EXPERTS}.gate_up_proj_bias": torch.randn(2, 64),
+        f"{EXPERTS}.down_proj": down.transpose(1, 2) if online else ops.quantize(down, "mxfp4"),
+        f"{EXPERTS}.down_proj_bias": torch.randn(2, 96),
+    }
+    layers = {f"{EXPERTS}.gate_up_proj": "mxfp4", f"{EXPERTS}.down_proj": "mxfp4"}
+    config = config_of({"isq": "mxfp4"} if online else {"layers": layers})
+    if online:
+        config.formats._known = dict(layers)  # what `resolve` finds out
+        config.formats._original = {path: path for path in layers}
+    config.apply_vllm_mapper(_OfGptOss())
+    layer = fake_vllm.GptOssRoutedExperts(2, 96, 32, config, EXPERTS, activation="swigluoai", biases=True)
+    found = loaded(config, tensors)
+    assert list(found) == [
+        f"{EXPERTS}.{e}.{part}_{kind}" for part in ("w13", "w2") for kind in ("weight", "bias") for e in range(2)
+    ]
+    for name, value in found.items():
+        number, leaf = name.removeprefix(f"{EXPERTS}.").split(".")
+        weight = layer.get_parameter(leaf)
+        weight.weight_loader(weight, value, f"gpt_oss_{leaf.partition('_')[0]}", int(number))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layer.w13_weight, ops.quantize(gate_up, "mxfp4"))
+    assert torch.equal(layer.w2_weight, ops.quantize(down, "mxfp4"))
+    assert torch.equal(layer.w2_bias, tensors[f"{EXPERTS}.down_proj_bias"])
+    x, ids, scores = torch.randn(3, 96), torch.tensor([[0, 1], [1, 0], [1, 1]]), torch.rand(3, 2)
+    y = layer.quant_method.apply(layer, x, scores, ids, None, None)
+    w13, w2 = (ops.dequantize(w, "mxfp4", torch.float32) for w in (layer.w13_weight, layer.w2_weight))
+    for row in range(3):
+        want = torch.zeros(96)
+        for expert, score in zip(ids[row].tolist(), scores[row], strict=True):
+            hidden = w13[expert] @ x[row] + tensors[f"{EXPERTS}.gate_up_proj_bias"][expert]
+            gate, up = hidden[::2].clamp(max=7), hidden[1::2].clamp(-7, 7)
+            inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            want += score * (w2[expert] @ inner + tensors[f"{EXPERTS}.down_proj_bias"][expert])
+        assert relative_error(y[row], want) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_a_checkpoint_of_another_program_is_refused(dtype: torch.dtype) -> None:
+    tensors = {"model.layers.0.mlp.down_proj.weight": torch.zeros(4, 32).to(dtype)}
+    with pytest.raises(ValueError, match="another program has quantized this checkpoint.*save_pretrained"):
+        loaded(config_of({"isq": 4}), tensors)
+    with pytest.raises(ValueError, match="MLX or another program has quantized.*save_pretrained"):
+        config_of({"group_size": 64, "bits": 4})
 
 
 def test_the_layers_of_other_stages_are_not_decoded() -> None:

@@ -20,11 +20,11 @@ from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
 
 from .experts import IsqExpertsMethod
-from .formats import OP, Formats
+from .formats import OP, WAY_OUT, Formats
 from .linear import IsqLinearMethod
 from .tables import IsqHeadMethod, IsqTableMethod
 
-_COPIED = ("gpt_oss",)  # types of models whose experts vLLM writes into its parameters without asking their loaders
+_WHOLE = "GptOssRoutedExperts"  # experts that vLLM loads one by one, each with gate and up in one matrix
 _OPTIONS = ("isq", "topology", "organization", "include", "exclude", "fallback")
 
 
@@ -38,7 +38,6 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
 
     def __init__(self, content: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.model_type = ""
         content = {"isq": 4} if content is None else dict(content)
         checked_version(OP, content.get("format_version", 1))
         if "layers" in content:
@@ -49,6 +48,8 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
                     stacklevel=2,
                 )
             return
+        if {"bits", "group_size"} <= set(content):
+            raise ValueError(f"{OP}: MLX or another program has quantized this checkpoint. {WAY_OUT}")
         unknown = sorted(set(content) - {*_OPTIONS, "quant_method", "format_version", "isqtorch_version"})
         if unknown:
             raise ValueError(f"{OP}: unknown option {unknown[0]!r}. Options are {', '.join(_OPTIONS)}.")
@@ -78,7 +79,6 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Called with the model's configuration, before there is a model."""
         if hf_config is not None:
-            self.model_type = getattr(hf_config, "model_type", "")
             self.formats.resolve(hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -99,11 +99,14 @@ class IsqVllmConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not a 
                 if self.formats.is_float(parts)
                 else IsqLinearMethod(self.formats, parts, prefix)
             )
-        if isinstance(layer, RoutedExperts) and self.model_type not in _COPIED:
+        if isinstance(layer, RoutedExperts):
             paths = self.formats.experts(prefix, getattr(layer.moe_config, "is_act_and_mul", True))
             if not self.formats.are_packed(prefix, paths, layer.moe_config):
                 return None
-            return IsqExpertsMethod(layer.moe_config, self.formats, paths, prefix)
+            whole = any(each.__name__ == _WHOLE for each in type(layer).__mro__)
+            if whole:
+                self.formats.whole.update(paths)
+            return IsqExpertsMethod(layer.moe_config, self.formats, paths, prefix, whole)
         return None
 
     def _parts(self, prefix: str) -> list[str]:

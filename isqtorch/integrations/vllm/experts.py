@@ -26,16 +26,19 @@ from .packing import packed
 class IsqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not a dependency
     """The experts of a layer. Their weights are packed in the checkpoint, or once they are loaded."""
 
-    def __init__(self, moe: Any, formats: Formats, paths: tuple[str, str], prefix: str) -> None:
+    def __init__(self, moe: Any, formats: Formats, paths: tuple[str, str], prefix: str, whole: bool = False) -> None:
         """Args:
         moe: vLLM's configuration of the layer.
         formats: of the model's layers.
         paths: the two stacks of experts in the checkpoint: what goes up, and what goes down.
         prefix: vLLM's name of the layer, for messages.
+        whole: whether vLLM loads gate and up of an expert as one matrix, as for gpt-oss.
         """
         super().__init__(moe)
         self.formats, self.paths, self.prefix = formats, paths, prefix
         self.uses_meta_device = formats.online
+        if whole and not formats.online:
+            self.weight_dtype = "mxfp4"  # vLLM's loader then copies rows as they are; else it would transpose them
         self.gated = getattr(moe, "is_act_and_mul", True)
         self.has_bias = getattr(moe, "has_bias", False)
         self.up: QuantFormat

@@ -24,6 +24,11 @@ from isqtorch.policy.request import Request
 from .skeleton import layers_of
 
 OP = "isq in vLLM"
+WAY_OUT = (
+    "Open it with isqtorch.load(SOURCE, 'keep') in an environment with transformers >= 5.23, write model and tokenizer with "
+    "save_pretrained, and give vLLM that folder: formats that isqtorch has keep their bits."
+)
+"""What to do with a checkpoint of another program."""
 log = logging.getLogger("vllm.isqtorch")  # below vLLM's own logger, so that its settings apply
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -60,6 +65,7 @@ class Formats:
     Attributes:
         online: whether the checkpoint has float weights, which are packed while they are loaded.
         asked: the paths that vLLM has asked for.
+        whole: the stacks of experts that vLLM takes one expert at a time, gate and up in one matrix.
     """
 
     def __init__(self, stored: Mapping[str, str] | None, request: Request | None) -> None:
@@ -71,6 +77,7 @@ class Formats:
         self.online = stored is None
         self.request = request
         self.asked: set[str] = set()
+        self.whole: set[str] = set()
         self._known: dict[str, str | None] = dict(stored or {})
         self._original = {path: path for path in self._known}  # vLLM's path -> that of the checkpoint
         self._paths = set(self._known)  # those of the checkpoint
@@ -102,9 +109,9 @@ class Formats:
 
     def rename(self, mapper: Any) -> None:
         """Take over the paths of vLLM's model. `mapper` is its WeightsMapper, and may leave layers out."""
-        original = mapper.apply_dict(self._original)
-        self._known = {path: self._known[old] for path, old in mapper.apply_dict({p: p for p in self._known}).items()}
-        self._original = original
+        renamed = {_with_leaf_of(old, new): old for new, old in mapper.apply_dict({p: p for p in self._known}).items()}
+        self._original = {new: self._original[old] for new, old in renamed.items()}
+        self._known = {new: self._known[old] for new, old in renamed.items()}
 
     # ---- what layers are there ---------------------------------------------------------------------------------------
 
@@ -203,6 +210,19 @@ class Formats:
         leaves = () if found is None else ("down_proj",) if found[2] in ("down_proj", "w2") else STACKS[:2]
         return next((path for leaf in leaves if (path := f"{found[1]}.{leaf}") in self._paths), None)  # type: ignore[index]
 
+    def by_expert(self, tensor: str) -> tuple[str, str] | None:
+        """Where vLLM takes a tensor of the checkpoint one expert at a time: the module, and its name for the values.
+
+        Returns:
+            For `M.gate_up_proj` of 32 matrices M and "w13_weight": vLLM knows them as M.0.w13_weight and so on. None: it
+            takes the tensor as it is.
+        """
+        stack = tensor.removesuffix("_bias")
+        parent, _, leaf = stack.rpartition(".")
+        if not any(self._original[path] == stack for path in self.whole):
+            return None
+        return parent, f"{'w2' if leaf == 'down_proj' else 'w13'}_{'weight' if tensor == stack else 'bias'}"
+
     def unasked(self) -> dict[str, tuple[str, str]]:
         """The layers that have a format and that vLLM did not ask for: {path in the checkpoint: (path, format)}."""
         return {
@@ -244,6 +264,12 @@ class Formats:
             log.warning("%s: %s gets %s, because transformers does not know it", OP, layer.path, MIXES[mix].base)
             return _decided(layer, Request(MIXES[mix].base, self.request.options, OP))
         return _decided(layer, self.request)
+
+
+def _with_leaf_of(old: str, new: str) -> str:
+    """vLLM's path of a layer. Of a stack of experts it may be one of vLLM's parameters, so the last name stays."""
+    leaf = old.rpartition(".")[2]
+    return f"{new.rpartition('.')[0]}.{leaf}".lstrip(".") if leaf in STACKS else new
 
 
 def _decided(layer: Layer, request: Request) -> QuantFormat | None:

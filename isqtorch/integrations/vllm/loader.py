@@ -20,7 +20,9 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from isqtorch.text import first_names, human_size
 
 from .config import IsqVllmConfig
-from .formats import OP, Formats, log
+from .formats import OP, WAY_OUT, Formats, log
+
+_CODES = (torch.uint8, torch.int8, torch.int32, torch.uint32)
 
 
 class IsqModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not a dependency
@@ -63,12 +65,16 @@ def decoded(
             log.warning(
                 "%s: vLLM's %s asks no plug-in about %s: they stay float.", OP, type(model).__name__, first_names(here)
             )
-        yield from weights
+        for name, tensor in weights:
+            _check_float(name, tensor)
+            yield from _pieces(formats, name, tensor)
         return
     changed: dict[str, tuple[int, int]] = {}
     for name, tensor in weights:
         path = formats.stored_in(name.removesuffix(".weight"))
-        if path is None or tensor.dtype != torch.uint8:
+        if formats.by_expert(name) is not None:
+            yield from _pieces(formats, name, tensor)
+        elif path is None or tensor.dtype != torch.uint8:
             yield name, tensor
         elif path not in unasked:
             yield from _by_expert(path, tensor) if tensor.dim() == 3 and path == name else [(name, tensor)]
@@ -89,6 +95,15 @@ def decoded(
         )
 
 
+def _check_float(name: str, tensor: Tensor) -> None:
+    """ValueError for the codes of another program, which vLLM's loaders would take for weights."""
+    if tensor.dim() > 1 and (tensor.dtype in _CODES or (tensor.is_floating_point() and tensor.itemsize == 1)):
+        raise ValueError(
+            f"{OP}: {name} has {str(tensor.dtype).removeprefix('torch.')} values, so another program has quantized this checkpoint, but "
+            f"a model is packed from floats while vLLM loads it. {WAY_OUT}"
+        )
+
+
 def _floats(name: str, packed: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
     try:
         floats: Tensor = torch.ops.isqtorch.dequantize(packed, fmt, dtype)
@@ -98,6 +113,16 @@ def _floats(name: str, packed: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
             "its config.json is that of another model."
         ) from None
     return floats
+
+
+def _pieces(formats: Formats, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of all experts, under the names that vLLM knows for each of them; any other tensor as it is."""
+    target = formats.by_expert(name)
+    if target is None:
+        yield name, tensor
+        return
+    for number, values in enumerate(tensor):
+        yield f"{target[0]}.{number}.{target[1]}", values
 
 
 def _by_expert(path: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
