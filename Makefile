@@ -102,7 +102,7 @@ sanitize: build  ## ops, linear and golden tests on every CPU level, under Addre
 	rm -rf $(SANITIZED)
 	ISQTORCH_SANITIZE=1 $(PYTHON) setup.py --quiet build --build-lib $(SANITIZED)
 	ISQTORCH_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) tests/test_feedback.py tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
+	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) tests/test_feedback.py tests/test_feedback_factor.py tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
 
 lint: build  ## ruff, mypy --strict, pyright on a user's program, clang-format, generated tables
 	$(PYTHON) -m ruff check .

@@ -252,8 +252,8 @@ inline void check_feedback(const std::vector<int64_t>& shape, const Tensor& fact
 }
 [[noreturn]] inline void refuse_factor(int64_t i, int64_t j, float value) {
   throw std::invalid_argument(text("quantize_feedback: factor[", i, ", ", j, "] is ", number_text(value),
-                                   "; a factor has zeros below its diagonal, ones on it and finite numbers above. Make "
-                                   "it with isqtorch.quantizers.feedback_factor."));
+                                   "; a factor has zeros below its diagonal, positive numbers on it and finite numbers "
+                                   "above. Make it with isqtorch.quantizers.feedback_factor."));
 }
 
 // Weight number `at` of a tensor is NaN or infinite.

@@ -62,8 +62,18 @@ FEEDBACK_FAULTS = {
     ),
     "factor's diagonal": (
         ValueError,
-        r"factor\[0, 0\] is 2; a factor has zeros below",
-        lambda o: o.quantize_feedback(torch.ones(2, 64), "afq4", 2 * torch.eye(64), torch.ones(64)),
+        r"factor\[7, 7\] is 0; a factor has zeros below its diagonal, positive numbers on it",
+        lambda o: o.quantize_feedback(torch.ones(2, 64), "afq4", with_value(7, 7, 0), torch.ones(64)),
+    ),
+    "factor's diagonal, negative": (
+        ValueError,
+        r"factor\[7, 7\] is -1; a factor has",
+        lambda o: o.quantize_feedback(torch.ones(2, 64), "afq4", with_value(7, 7, -1), torch.ones(64)),
+    ),
+    "factor's diagonal, infinite": (
+        ValueError,
+        r"factor\[7, 7\] is inf; a factor has",
+        lambda o: o.quantize_feedback(torch.ones(2, 64), "afq4", with_value(7, 7, float("inf")), torch.ones(64)),
     ),
     "factor's lower part": (
         ValueError,

@@ -39,7 +39,7 @@ struct QuantizeJob {
 
 // The same with error feedback.
 struct FeedbackJob : QuantizeJob {
-  const float* factor;  // [k, k], unit upper triangular
+  const float* factor;  // [k, k], upper triangular: V above the diagonal, d on it
   int64_t threads;
 };
 

@@ -70,19 +70,19 @@ Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> 
 
 // ---- quantize_feedback --------------------------------------------------------------------------------------------
 
-// Checks that a factor [k, k] is unit upper triangular and finite.
+// Checks that a factor [k, k] is upper triangular and finite, with a positive diagonal.
 void check_factor(const float* factor, int64_t k) {
   const auto bad = [=](int64_t i, int64_t j) {
     const float v = factor[i * k + j];
-    return j < i ? v != 0 : j == i ? v != 1 : !std::isfinite(v);
+    return j < i ? v != 0 : !std::isfinite(v) || (j == i && v <= 0);
   };
   std::atomic<int64_t> first{QuantizeResult::kNone};  // row
   parallel_rows(k, k, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && i < first; ++i) {
       const float* row = factor + i * k;
-      bool fault = row[i] != 1;
+      bool fault = !(row[i] > 0);
       for (int64_t j = 0; j < i; ++j) fault |= row[j] != 0;
-      for (int64_t j = i + 1; j < k; ++j) fault |= !(std::abs(row[j]) <= FLT_MAX);
+      for (int64_t j = i; j < k; ++j) fault |= !(std::abs(row[j]) <= FLT_MAX);
       if (!fault) continue;
       int64_t seen = first;
       while (i < seen && !first.compare_exchange_weak(seen, i)) {

@@ -20,7 +20,7 @@ def quantize_feedback(w: Tensor, format: str, factor: Tensor, importance: Tensor
     Args:
         w: float `[N, K]`, any strides.
         format: name of the format.
-        factor: f32 `[K, K]`, unit upper triangular: `isqtorch.quantizers.feedback_factor` of the inputs' moments.
+        factor: f32 `[K, K]`, upper triangular: `isqtorch.quantizers.feedback_factor` of the inputs' moments.
         importance: float `[K]`, the diagonal of the moments.
         rule: alternative rule of the format's quantizer for the scales, as for `quantize`.
 
@@ -66,17 +66,17 @@ def check_feedback(w: Tensor, fmt: QuantFormat, factor: Tensor, importance: Tens
 
 
 def check_factor(factor: Tensor) -> None:
-    """Check that a factor `[K, K]` is unit upper triangular and finite."""
+    """Check that a factor `[K, K]` is upper triangular and finite, with a positive diagonal."""
     for start in range(0, len(factor), _ROWS_CHECKED):
         rows = factor[start : start + _ROWS_CHECKED]
         at = torch.arange(start, start + len(rows), device=factor.device)[:, None]
         column = torch.arange(len(factor), device=factor.device)
-        bad = ~rows.isfinite() | ((column < at) & (rows != 0)) | ((column == at) & (rows != 1))
+        bad = ~rows.isfinite() | ((column < at) & (rows != 0)) | ((column == at) & (rows <= 0))
         if bool(bad.any()):
             i, j = divmod(int(bad.reshape(-1).int().argmax()), len(factor))
             raise ValueError(
-                f"quantize_feedback: factor[{start + i}, {j}] is {float(rows[i, j]):.6g}; a factor has zeros below its diagonal, ones "
-                "on it and finite numbers above. Make it with isqtorch.quantizers.feedback_factor."
+                f"quantize_feedback: factor[{start + i}, {j}] is {float(rows[i, j]):.6g}; a factor has zeros below its diagonal, "
+                "positive numbers on it and finite numbers above. Make it with isqtorch.quantizers.feedback_factor."
             )
 
 

@@ -7,18 +7,25 @@ A weight W `[N, K]` reads inputs x. With H = mean of x x' over calibration token
 
 So the best code of column i, given the errors D of the columns before it, is the one nearest to w_i minus the errors that
 V carries to column i. This is the method of OBQ, GPTQ and LDLQ: rows do not depend on each other, and no weight is
-changed before its turn. The last columns cannot pass their errors on, and none looks ahead, so the result is good, not
-optimal.
+changed before its turn.
 
 The scales of a block come from the format's own quantizer, when the block's turn comes. It sees the weights that would
 make up for all errors before the block if they could be stored exactly. What its rule takes from a whole row (the mean
 square) or matrix (HQQ's number of steps) comes from the original weights. An element whose target is still the weight
 that the quantizer saw keeps the quantizer's code, so with a diagonal H the result is the quantizer's.
+
+Two things make up for the method's short sight (`curvature.py`):
+
+- Columns of a block take turns in the order that costs least, not from left to right.
+- The last columns cannot pass their errors on, and none looks ahead. So when a slab of 256 columns is rounded, each of its
+  codes is chosen again, given all others of the slab. Columns behind the slab still make up for what they can. The
+  scales stay.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +33,7 @@ from torch import Tensor
 from isqtorch.formats import Fields, QuantFormat
 
 from .blocks import Blocks, row_mean_square
+from .curvature import best_order, couplings, curvature
 from .denormals import blocks_per_chunk, denormals_kept
 from .families import Family, check_rule, family_of, uses_importance
 
@@ -33,10 +41,13 @@ _LEAST_DAMPING = 1e-6  # the next one after 0
 _MOST_DAMPING = 1.0  # of the mean diagonal; with more than this, little is left of the moments
 _ROWS_COMPARED = 1024  # at a time, to find out whether a matrix is symmetric
 _LEVELS_AT_ONCE = 1 << 26  # f32 numbers
+_SLAB = 256  # columns, a multiple of every block
 
 
 def feedback_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
     """Factorize second moments for `quantize_feedback`: H + damping = V diag(d) V', V unit upper triangular.
+
+    The result has V above its diagonal, and d on it, divided by the largest.
 
     `damping * mean(diag H)` is added to the diagonal, and 1 for inputs that are always zero. If the matrix is still not
     positive definite in f32, the damping is raised tenfold until it is, up to the mean of the diagonal itself.
@@ -46,15 +57,15 @@ def feedback_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
         damping: share of the mean diagonal.
 
     Returns:
-        V, f32 `[K, K]`, on the device of the moments.
+        f32 `[K, K]`, upper triangular, on the device of the moments.
 
     Raises:
         ValueError: `moments` is no matrix of second moments, or `damping` is not a number from 0 to 1.
 
     Example:
         x = torch.randn(1000, 64) @ torch.randn(64, 64)
-        v = feedback_factor(x.t() @ x / len(x))
-        print(v.shape, v.diagonal().unique())  # torch.Size([64, 64]) tensor([1.])
+        factor = feedback_factor(x.t() @ x / len(x))
+        print(factor.shape, bool((factor.diagonal() > 0).all()))  # torch.Size([64, 64]) True
     """
     if not 0 <= damping <= _MOST_DAMPING:
         raise ValueError(
@@ -80,7 +91,10 @@ def feedback_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
             )
     del turned
     upper: Tensor = lower.flip(0, 1)
-    upper /= upper.diagonal().clone()  # column j by its diagonal element
+    roots = upper.diagonal().clone()
+    upper /= roots  # column j by its diagonal element
+    shares = (roots / roots.max()).square()
+    upper.diagonal().copy_(shares.clamp(min=torch.finfo(torch.float32).tiny))
     return upper
 
 
@@ -108,6 +122,75 @@ def _check_moments(moments: Tensor) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Slab:
+    """Columns whose codes are chosen together.
+
+    Attributes:
+        columns: where they are.
+        blocks: of each block in the slab, the order of its columns, and V in this order.
+        couplings: see `curvature.couplings`; None if they are not finite, and the codes are not chosen again.
+    """
+
+    columns: slice
+    blocks: list[tuple[list[int], Tensor]]
+    couplings: Tensor | None
+
+
+def _slabs(factor: Tensor, block: int) -> list[_Slab]:
+    """Prepare the slabs of a factor `[K, K]`."""
+    slabs = []
+    for start in range(0, len(factor), _SLAB):
+        here = slice(start, min(start + _SLAB, len(factor)))
+        blocks = []
+        for at in range(start, here.stop, block):
+            v = factor[at : at + block, at : at + block]
+            order, turned = best_order(curvature(v)) or (torch.arange(block), v)
+            blocks.append((order.tolist(), turned))
+        u = couplings(curvature(factor[here, here]))
+        slabs.append(_Slab(here, blocks, u if bool(u.isfinite().all()) else None))
+    return slabs
+
+
+class _Codes:
+    """The codes of one block in each row, and what they stand for.
+
+    Attributes:
+        codes: `[n, block]`.
+        values: `[n, block]`.
+    """
+
+    def __init__(self, fmt: QuantFormat, chosen: Fields) -> None:
+        """Start with what the family's quantizer has chosen."""
+        self.fmt, self.chosen = fmt, chosen
+        self.codes, self.values = chosen["q"].clone(), fmt.decode(chosen)
+        levels = torch.stack([fmt.decode({**chosen, "q": torch.full_like(self.codes, code)}) for code in fmt.codes])
+        self._sign = torch.where(levels[-1] < levels[0], -1.0, 1.0)
+        self._levels = (levels * self._sign).permute(2, 0, 1)  # [block, codes, n], ascending in the order of codes
+        self._all = torch.tensor(fmt.codes, dtype=self.codes.dtype, device=self.codes.device)
+
+    def choose(self, i: int, target: Tensor, seen: Tensor) -> None:
+        """Choose the code of element i that is nearest to a target `[n]`, the first of two that are equally near.
+
+        The present code stays where the target is the weight that it stands for, `seen`, and where all codes mean the
+        same. So it does where the target is not finite.
+        """
+        levels, sign = self._levels[i], self._sign[:, i]
+        last = len(levels) - 1
+        turned = target * sign
+        above = (levels < turned).sum(dim=0)  # the number of the first level that is not below the target
+        low, high = (above - 1).clamp(min=0), above.clamp(max=last)
+        down, up = turned - _at(levels, low), _at(levels, high) - turned
+        rank = torch.where(down.abs() <= up.abs(), low, high)
+        keep = (target == seen) | (levels[0] == levels[last]) | ~target.isfinite()
+        self.codes[:, i] = torch.where(keep, self.codes[:, i], self._all[rank])
+        self.values[:, i] = torch.where(keep, self.values[:, i], _at(levels, rank) * sign)
+
+    def fields(self) -> Fields:
+        """The fields of the blocks."""
+        return self.fmt.with_codes(self.chosen, self.codes)
+
+
 def solve_feedback(
     fmt: QuantFormat, w: Tensor, factor: Tensor, importance: Tensor, rule: str | None = None
 ) -> tuple[Fields, Tensor, Tensor]:
@@ -118,13 +201,13 @@ def solve_feedback(
     Args:
         fmt: the format.
         w: f32 `[N, K]`, finite, K a multiple of `fmt.block`.
-        factor: f32 `[K, K]`, see `feedback_factor`. Only the part above the diagonal is read.
+        factor: f32 `[K, K]`, see `feedback_factor`. The part below the diagonal is not read.
         importance: f32 `[K]`, >= 0, the diagonal of H. Ignored if the rule that chooses the scales does not use one.
         rule: alternative rule of the family for the scales; None is the default.
 
     Returns:
         The fields of the `N * K / block` blocks, in row order, as `solve`. The weights for which the quantizer chose the
-        scales, f32 `[N, K]`. And those for which the codes were chosen: `w` minus the errors carried to it.
+        scales, f32 `[N, K]`. And those for which the codes were chosen first, with the errors made up for.
 
     Raises:
         ValueError: the family does not support `rule`.
@@ -133,17 +216,19 @@ def solve_feedback(
     family = family_of(fmt)
     vector = importance if uses_importance(fmt, rule) else None
     count = len(fmt.codes)
-    chunk = max(1, _LEVELS_AT_ONCE // (count * fmt.block))
+    chunk = max(1, _LEVELS_AT_ONCE // (count * _SLAB))
     if w.device.type == "cpu":
-        chunk = min(chunk, blocks_per_chunk(max(count, fmt.block), w.device))
+        chunk = min(chunk, blocks_per_chunk(max(count, _SLAB), w.device))
     done: list[Fields] = []
     seen, targets = [], []
     with denormals_kept() if w.device.type == "cpu" else nullcontext():
         steps = family.steps(fmt, w) if family.steps is not None and len(w) else None
+        slabs = _slabs(factor, fmt.block)
         for start in range(0, max(1, len(w)), chunk):
             rows = w[start : start + chunk]
             power = row_mean_square(rows) if vector is not None and family.row_power else None
-            fields, x, target = _solve_rows(fmt, family, rows, factor, Blocks(rows, vector, power, steps), rule)
+            whole = Blocks(rows, vector, power, steps)
+            fields, x, target = _solve_rows(fmt, family, rows, factor, slabs, whole, rule)
             done.append(fields)
             seen.append(x)
             targets.append(target)
@@ -152,99 +237,112 @@ def solve_feedback(
 
 
 def _solve_rows(
-    fmt: QuantFormat, family: Family, w: Tensor, factor: Tensor, whole: Blocks, rule: str | None
+    fmt: QuantFormat, family: Family, w: Tensor, factor: Tensor, slabs: list[_Slab], whole: Blocks, rule: str | None
 ) -> tuple[Fields, Tensor, Tensor]:
     """Quantize rows, f32 `[n, K]`. `whole` has what the family's quantizer is told about them."""
-    rows, columns = w.shape
-    errors = w.new_zeros(columns, rows)
-    blocks: list[Fields] = []
+    errors = w.new_zeros(w.shape[1], len(w))
+    done: list[Fields] = []
     seen, targets = [], []
-    for start in range(0, columns, fmt.block):
-        here = slice(start, start + fmt.block)
-        carried = _carried(errors[:start], factor[:start, here])
-        x = w[:, here] - _exact(carried, factor[here, here])
-        importance = None if whole.importance is None else whole.importance[here].expand_as(x)
-        chosen = family.solve(fmt, Blocks(x, importance, whole.row_power, whole.steps), rule)
-        codes, errors[here] = _codes(fmt, chosen, x, w[:, here], carried, factor[here, here])
-        blocks.append(fmt.with_codes(chosen, codes))
-        seen.append(x)
-        targets.append(w[:, here] - carried)
+    for slab in slabs:
+        begin, here = slab.columns.start, slab.columns
+        from_slabs = _sums(errors[:begin], factor[:begin, here])
+        parts: list[_Codes] = []
+        for order, v in slab.blocks:
+            start = begin + len(parts) * fmt.block
+            block = slice(start, start + fmt.block)
+            carried = _sums(
+                errors[begin:start], factor[begin:start, block], from_slabs[:, start - begin : block.stop - begin]
+            )
+            x = w[:, block] - _exact(carried, factor[block, block])
+            importance = None if whole.importance is None else whole.importance[block].expand_as(x)
+            part = _Codes(fmt, family.solve(fmt, Blocks(x, importance, whole.row_power, whole.steps), rule))
+            targets.append(_round(part, x, order, v))
+            errors[block] = (part.values - w[:, block]).t()
+            parts.append(part)
+            seen.append(x)
+        if slab.couplings is not None:
+            _sweep(parts, w[:, here] - _exact(from_slabs, factor[here, here]), slab.couplings)
+            errors[here] = (torch.cat([part.values for part in parts], dim=1) - w[:, here]).t()
+        done += [part.fields() for part in parts]
     # [n, blocks of a row, ...] -> in row order
-    fields = {name: torch.stack([each[name] for each in blocks], dim=1).flatten(0, 1) for name in blocks[0]}
+    fields = {name: torch.stack([each[name] for each in done], dim=1).flatten(0, 1) for name in done[0]}
     return fields, torch.cat(seen, dim=1), torch.cat(targets, dim=1)
 
 
-def _carried(errors: Tensor, factor: Tensor) -> Tensor:
-    """Sum the errors of earlier columns times the factor: `[s, n]`, `[s, block]` -> `[n, block]`.
+def _round(part: _Codes, x: Tensor, order: list[int], v: Tensor) -> Tensor:
+    """Choose the codes of one block in each row, column by column.
+
+    Args:
+        part: the codes.
+        x: `[n, block]`, what the block should be, so that all errors before it are made up for.
+        order: the order of its columns.
+        v: `[block, block]`, V in this order.
+
+    Returns:
+        The targets of the codes, `[n, block]`.
+    """
+    carried, targets = torch.zeros_like(x), torch.empty_like(x)
+    for position, i in enumerate(order):
+        targets[:, i] = x[:, i] - carried[:, position]
+        part.choose(i, targets[:, i], x[:, i])
+        rest = part.values[:, i] - x[:, i]
+        carried[:, position + 1 :] += rest[:, None] * v[position, position + 1 :]
+    return targets
+
+
+def _sweep(parts: list[_Codes], x: Tensor, u: Tensor) -> None:
+    """Choose each code of a slab again, given all others.
+
+    Args:
+        parts: the codes of its blocks.
+        x: `[n, s]`, what the slab should be, so that all errors before it are made up for.
+        u: `[s, s]`, its couplings.
+    """
+    block = parts[0].values.shape[1]
+    values = torch.cat([part.values for part in parts], dim=1)
+    sums = _sums((values - x).t(), u)
+    for i in range(x.shape[1]):
+        part, j = parts[i // block], i % block
+        before = part.values[:, j].clone()
+        part.choose(j, x[:, i] - sums[:, i], x[:, i])
+        change = part.values[:, j] - before
+        sums += change[:, None] * u[i]
+
+
+def _sums(errors: Tensor, factor: Tensor, before: Tensor | None = None) -> Tensor:
+    """Sum the errors of columns times the factor: `[s, n]`, `[s, c]` -> `[n, c]`.
 
     On a CPU in the order of the columns, which is that of the native kernel.
+
+    Args:
+        errors, factor: the factors of the product.
+        before: sums to begin with.
     """
+    total = errors.new_zeros(errors.shape[1], factor.shape[1]) if before is None else before.clone()
     if errors.device.type != "cpu":
         with torch.autocast(errors.device.type, enabled=False):
-            return errors.t() @ factor
-    total = errors.new_zeros(errors.shape[1], factor.shape[1])
+            return total + errors.t() @ factor
     for error, row in zip(errors.unbind(0), factor.unbind(0), strict=True):
         total += error[:, None] * row
     return total
 
 
 def _exact(carried: Tensor, factor: Tensor) -> Tensor:
-    """Return what to subtract from the weights of a block so that all errors before it are made up for.
+    """Return what to subtract from the weights of some columns so that all errors before them are made up for.
 
     The change of a column is carried to those behind it, as its errors are: d V = -carried, for the change d.
 
     Args:
-        carried: `[n, block]`, the errors carried from other blocks.
-        factor: V, `[block, block]`.
+        carried: `[n, s]`, the errors carried from other columns.
+        factor: V above the diagonal, `[s, s]`.
 
     Returns:
-        -d, `[n, block]`.
+        -d, `[n, s]`.
     """
     change = carried.clone()
     for i in range(change.shape[1] - 1):
         change[:, i + 1 :] -= change[:, i : i + 1] * factor[i, i + 1 :]
     return change
-
-
-def _codes(
-    fmt: QuantFormat, chosen: Fields, x: Tensor, w: Tensor, carried: Tensor, factor: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Choose the codes of one block in each row, column by column.
-
-    Args:
-        fmt: the format.
-        chosen: the fields of the blocks by the family's quantizer, which has seen x.
-        x: `[n, block]`.
-        w: `[n, block]`, the original weights.
-        carried: `[n, block]`, the errors carried from other blocks. Those of the block itself are added in place.
-        factor: `[block, block]`.
-
-    Returns:
-        Codes `[n, block]`, and errors `[block, n]`: what they stand for minus w.
-    """
-    q = chosen["q"]
-    levels = torch.stack([fmt.decode({**chosen, "q": torch.full_like(q, code)}) for code in fmt.codes])
-    sign = torch.where(levels[-1] < levels[0], -1.0, 1.0)
-    levels = (levels * sign).permute(2, 0, 1)  # [block, codes, n], ascending in the order of codes
-    last = levels.shape[1] - 1
-    standing = fmt.decode(chosen)
-    codes = torch.tensor(fmt.codes, dtype=q.dtype, device=q.device)
-    columns, errors = [], []
-    for i in range(fmt.block):
-        target = w[:, i] - carried[:, i]
-        turned = target * sign[:, i]
-        above = (levels[i] < turned).sum(dim=0)  # the number of the first level that is not below the target
-        low, high = (above - 1).clamp(min=0), above.clamp(max=last)
-        down = turned - _at(levels[i], low)
-        up = _at(levels[i], high) - turned
-        rank = torch.where(down.abs() <= up.abs(), low, high)
-        # the quantizer's code stands for the weight that it saw, and where all codes mean the same
-        keep = (target == x[:, i]) | (levels[i, 0] == levels[i, last])
-        columns.append(torch.where(keep, q[:, i], codes[rank]))
-        value = torch.where(keep, standing[:, i], _at(levels[i], rank) * sign[:, i])
-        errors.append(value - w[:, i])
-        carried[:, i + 1 :] += errors[-1][:, None] * factor[i, i + 1 :]
-    return torch.stack(columns, dim=1), torch.stack(errors)
 
 
 def _at(levels: Tensor, rank: Tensor) -> Tensor:

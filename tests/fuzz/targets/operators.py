@@ -45,7 +45,7 @@ WORDS = tuple(word for word in mutate.TEXTS if word.isprintable()) + ("\0",)
 class Spec:
     """A tensor: how to make it.
 
-    `values`: "bytes", "floats", "ids <most>", "unit" (a unit upper triangular matrix), or a number that some elements have.
+    `values`: "bytes", "floats", "ids <most>", "factor" (of moments: upper triangular), or a number that some elements have.
     """
 
     shape: tuple[int, ...]
@@ -68,8 +68,8 @@ class Spec:
             made = torch.randn(self.shape, generator=generator)
             if not isinstance(self.values, str):
                 made.view(-1)[:: max(1, made.numel() // 3)] = self.values
-            elif self.values == "unit" and made.ndim == 2:
-                made = (made / 8).triu(1) + torch.eye(*self.shape)
+            elif self.values == "factor" and made.ndim == 2:
+                made = (made / 8).triu(1) + torch.eye(*self.shape) * (made.abs() + 0.1)
         made = made.to(dtype)
         if self.layout == "expanded" and made.ndim:
             return made[:1].expand(self.shape)
@@ -116,7 +116,7 @@ def valid(rng: Random) -> tuple[str, list[Any]]:
             rng.choice((None, None, "search", "mlx")),
         ]
     if op == "quantize_feedback":
-        importance, factor = Spec((k,), "float32", 1.0), Spec((k, k), "float32", rng.choice(("unit", "unit", 1.0)))
+        importance, factor = Spec((k,), "float32", 1.0), Spec((k, k), "float32", rng.choice(("factor", "factor", 1.0)))
         return op, [Spec((n, k), x), fmt.name, factor, importance, rng.choice((None, None, "search", "mlx"))]
     if op == "dequantize":
         return op, [packed, fmt.name, dtype]
