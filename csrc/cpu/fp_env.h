@@ -11,32 +11,54 @@
 
 namespace isqtorch {
 
-class IeeeScope {
+// How a thread computes: rounding, and what happens to subnormal numbers.
+class FpMode {
  public:
 #if defined(__x86_64__)
-  IeeeScope() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~(kFlushToZero | kDenormalsAreZero)); }
-  ~IeeeScope() { _mm_setcsr(saved_); }
+  static FpMode here() { return FpMode(_mm_getcsr() & ~kHappened); }
+  void set() const { _mm_setcsr(bits_); }
 
  private:
-  static constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
-  unsigned saved_;
+  using Bits = unsigned;
+  static constexpr Bits kHappened = 63;  // exceptions that have occurred
+  static constexpr Bits kFlushes = 1u << 15 | 1u << 6;
 #elif defined(__aarch64__)
-  IeeeScope() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" : : "r"(saved_ & ~(kFlushToZero | kFlushHalf)));
+  static FpMode here() {
+    Bits bits;
+    asm volatile("mrs %0, fpcr" : "=r"(bits));
+    return FpMode(bits);
   }
-  ~IeeeScope() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+  void set() const { asm volatile("msr fpcr, %0" : : "r"(bits_)); }
 
  private:
-  static constexpr uint64_t kFlushToZero = 1u << 24, kFlushHalf = 1u << 19;
-  uint64_t saved_;
+  using Bits = uint64_t;
+  static constexpr Bits kFlushes = 1u << 24 | 1u << 19;
 #else
-  IeeeScope() {}
+  static FpMode here() { return FpMode(0); }
+  void set() const {}
+
+ private:
+  using Bits = unsigned;
+  static constexpr Bits kFlushes = 0;
 #endif
 
  public:
+  FpMode ieee() const { return FpMode(bits_ & ~kFlushes); }
+
+ private:
+  explicit FpMode(Bits bits) : bits_(bits) {}
+  Bits bits_;
+};
+
+class IeeeScope {
+ public:
+  IeeeScope() : saved_(FpMode::here()) { saved_.ieee().set(); }
+  ~IeeeScope() { saved_.set(); }
   IeeeScope(const IeeeScope&) = delete;
   IeeeScope& operator=(const IeeeScope&) = delete;
+
+ private:
+  const FpMode saved_;
 };
 
 }  // namespace isqtorch

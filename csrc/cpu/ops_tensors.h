@@ -1,46 +1,19 @@
-// What the CPU operators share: threads, memory, packed weights.
+// What the CPU operators share: memory, packed weights.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <string>
 
 #include "cpu/dispatch.h"
 #include "cpu/linear_choice.h"
+#include "cpu/ops_regions.h"
 #include "ops_checks.h"
 
 namespace isqtorch {
 
 constexpr int64_t kChunk = 1024;  // weights decoded at a time: 4 KB of f32, well inside the first-level cache
-constexpr int64_t kWeightsPerTask = 1 << 16;  // less than this is not worth another thread
-
-inline void parallel(int64_t count, int64_t grain, RangeFn body) {
-  torch::stable::parallel_for(0, count, grain,
-                              [&](int64_t begin, int64_t end) { body.call(body.context, begin, end); });
-}
-
-// Calls body(begin, end) for ranges of [0, tiles), a tile at a time, on all threads. A thread that is done takes the
-// next tile, because cores differ in speed and may be shared.
-template <class Body>
-void parallel_tiles(int64_t tiles, int64_t weights_per_tile, const Body& body) {
-  const int64_t worth = tiles * weights_per_tile / kWeightsPerTask;
-  const int64_t workers = std::min<int64_t>({tiles, worth, torch::stable::get_num_threads()});
-  if (workers <= 1) return body(0, tiles);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t tile = next++; tile < tiles; tile = next++) body(tile, tile + 1);
-    }
-  });
-}
-
-template <class Body>
-void parallel_rows(int64_t rows, int64_t weights_per_row, const Body& body) {
-  const int64_t grain = 1 + kWeightsPerTask / std::max<int64_t>(weights_per_row, 1);
-  torch::stable::parallel_for(0, rows, grain, body);
-}
 
 // Memory for intermediate results, aligned to a cache line.
 class Scratch {
