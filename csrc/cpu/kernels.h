@@ -160,9 +160,12 @@ struct FormatTable {
   void (*add_squares)(const void* from, Dtype dtype, int64_t stride, int64_t rows, int64_t count, float* sums);
 };
 
+struct StepKernels;  // cpu/steps.h
+
 struct KernelTable {
   const char* isa;
   FormatTable formats;
+  const StepKernels* steps;    // the parts of a decoding step besides products
   const RowKernels* rows;      // of the same formats, in the same order
   const TileKernels* tiles;    // likewise; the table, or the name of a format in it, is null where there is no kernel
   const PanelKernels* panels;  // likewise, as for tiles
