@@ -45,6 +45,31 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // number outside 0 .. count - 1 means no group; without groups, every row is in group 0
   m.def("square_sums(Tensor x, Tensor? groups=None, int count=1) -> Tensor");
 
+  // The parts of a decoding step, for tensors on the CPU and without gradients (isqtorch/ops/steps.py has the rules).
+  // norm: the weight [K] of an RMS norm of x; style: 0 rounds before its product with the weight, 1 does not, 2 is 1
+  // with 1 + weight; lanes: floats in the vectors of torch, which decide the order of its sums.
+  // x [..., K] -> x / rms(x) * weight
+  m.def("step_norm(Tensor x, Tensor weight, float eps, int style, int lanes) -> Tensor");
+  // x [..., 2 N] -> [..., N]: silu(first half) * second half
+  m.def("step_gate(Tensor x) -> Tensor");
+  // x [..., K] -> [..., sum of N]: products of the norm of x with several weights, side by side. With `gate`, the
+  // first half g and the second half u become silu(g) * u [..., sum of N / 2]
+  m.def(
+      "step_linears(Tensor x, Tensor[] weights, str[] formats, Tensor?[] biases, Tensor? norm, float eps, int style, "
+      "int lanes, bool gate) -> Tensor");
+  // x [..., K] -> residual + norm(x @ dequantize(weight)^T + bias)
+  m.def(
+      "step_linear_add(Tensor x, Tensor weight, str format, Tensor? bias, Tensor residual, Tensor? norm, float eps, "
+      "int style, int lanes) -> Tensor");
+  // x [B, 1, Hq * D + 2 * H * D], queries, keys and values of one token -> queries [B, Hq, 1, D], normed and turned by
+  // the angles cos and sin [B or 1, 1, R], R <= D; keys and values go into column `at` of the cache [B, H, C, D]
+  m.def(
+      "step_heads(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int at, Tensor? q_norm, "
+      "Tensor? k_norm, float eps, int style, int lanes) -> Tensor");
+  // q [B, Hq, 1, D] -> [B, 1, Hq * D]: attention to the columns [first, last) of keys and values [B, H, C, D]; mask
+  // bool [B or 1, 1, 1, last - first]
+  m.def("step_attend(Tensor q, Tensor keys, Tensor values, int first, int last, float scale, Tensor? mask) -> Tensor");
+
   // What the CPU part was compiled for, what this machine can run and what is selected, as JSON.
   m.def("cpu_info() -> str");
   // Select an instruction-set level by name, for tests and measurements; "" selects the best one again.

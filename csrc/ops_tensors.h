@@ -31,6 +31,33 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace isqtorch {
 
+// A string argument of an operator. torch's own conversion to std::string leaks a string per call (torch 2.10 to 2.13).
+struct Text : std::string {
+  using std::string::string;
+};
+
+}  // namespace isqtorch
+
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+
+template <>
+struct ToImpl<isqtorch::Text> {
+  static isqtorch::Text call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    const char* data = nullptr;
+    size_t length = 0;
+    const bool read = torch_string_length(handle, &length) == 0 && torch_string_c_str(handle, &data) == 0;
+    isqtorch::Text text = read ? isqtorch::Text(data, length) : isqtorch::Text();
+    torch_delete_string(handle);
+    if (!read) throw std::runtime_error("isqtorch: torch gave no string for an argument.");
+    return text;
+  }
+};
+
+HIDDEN_NAMESPACE_END(torch, stable, detail)
+
+namespace isqtorch {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

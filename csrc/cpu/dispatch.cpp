@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "check.h"
+#include "cpu/steps.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -123,6 +124,18 @@ struct ArmFeatures {
 };
 #endif
 
+// Levels share the kernels of a step as they share the decoders.
+const StepKernels* steps_of(const FormatTable& formats) {
+  static const StepKernels baseline = steps_baseline::step_kernels();
+#if defined(__x86_64__)
+  static const StepKernels avx2 = steps_avx2::step_kernels(), avx512 = steps_avx512::step_kernels();
+  if (formats.formats == avx512::format_table().formats) return &avx512;
+  if (formats.formats == avx2::format_table().formats) return &avx2;
+#endif
+  (void)formats;
+  return &baseline;
+}
+
 }  // namespace
 
 const std::vector<IsaLevel>& isa_levels() {
@@ -130,7 +143,7 @@ const std::vector<IsaLevel>& isa_levels() {
     std::vector<IsaLevel> all;
     const auto add = [&](const char* name, const char* needs, bool supported, FormatTable formats,
                          const RowKernels* rows, const PanelKernels* panels, const TileKernels* tiles = nullptr) {
-      all.push_back({name, needs, supported, {name, formats, rows, tiles, panels}});
+      all.push_back({name, needs, supported, {name, formats, steps_of(formats), rows, tiles, panels}});
     };
 #if defined(__aarch64__)
     add("baseline", "nothing", true, baseline::format_table(), baseline::row_kernels(), baseline::panel_kernels());

@@ -194,9 +194,12 @@ struct FormatTable {
   AttentionKernels attention;
 };
 
+struct StepKernels;  // cpu/steps.h
+
 struct KernelTable {
   const char* isa;
   FormatTable formats;
+  const StepKernels* steps;    // the parts of a decoding step besides products
   const RowKernels* rows;      // of the same formats, in the same order
   const TileKernels* tiles;    // likewise; the table, or the name of a format in it, is null where there is no kernel
   const PanelKernels* panels;  // likewise, as for tiles

@@ -38,8 +38,7 @@ void refuse_faults(const QuantizeResult& result, const KernelTable& kernels, con
   if (result.carried_at != kNone) refuse_carried(format, first + result.carried_at, shape);
 }
 
-Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
-                std::optional<std::string> rule) {
+Tensor quantize(const Tensor& w, Text format_name, std::optional<Tensor> importance, std::optional<Text> rule) {
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = kernels.formats.formats[find_format("quantize", format_name)];
   const std::vector<int64_t> packed_shape = checked_source(w, format.name, format.block, format.block_bytes);
@@ -96,8 +95,8 @@ void check_factor(const float* factor, int64_t k) {
   refuse_factor(i, j, factor[i * k + j]);
 }
 
-Tensor quantize_feedback(const Tensor& w, std::string format_name, const Tensor& factor, const Tensor& importance,
-                         std::optional<std::string> rule) {
+Tensor quantize_feedback(const Tensor& w, Text format_name, const Tensor& factor, const Tensor& importance,
+                         std::optional<Text> rule) {
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = kernels.formats.formats[find_format("quantize_feedback", format_name)];
   const std::vector<int64_t> packed_shape = checked_source(w, format.name, format.block, format.block_bytes);
@@ -128,7 +127,7 @@ Tensor quantize_feedback(const Tensor& w, std::string format_name, const Tensor&
 
 // ---- dequantize, embedding ----------------------------------------------------------------------------------------
 
-Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
+Tensor dequantize(const Tensor& weight, Text format_name, ScalarType dtype) {
   const PackedMatrix packed("dequantize", weight, format_name, false);
   const Dtype out_dtype = checked_dtype("dequantize", "dtype", dtype);
   std::vector<int64_t> shape = shape_of(weight);
@@ -142,7 +141,7 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
   return out;
 }
 
-Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
+Tensor embedding(const Tensor& ids, const Tensor& weight, Text format_name, ScalarType dtype) {
   const PackedMatrix packed("embedding", weight, format_name, true);
   const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
   const bool wide = checked_ids(ids);
@@ -229,7 +228,7 @@ std::string cpu_info() {
               ", \"formats\": {", formats, "}, \"linear\": {", linear, "}}");
 }
 
-void set_cpu_isa(std::string name) { select_isa(name); }
+void set_cpu_isa(Text name) { select_isa(name); }
 
 }  // namespace
 }  // namespace isqtorch

@@ -222,7 +222,7 @@ void multiply(const ExpertsCall& call) {
   multiply_many(call, many);
 }
 
-Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_name, const Tensor& ids,
+Tensor experts_linear(const Tensor& x, const Tensor& weight, Text format_name, const Tensor& ids,
                       std::optional<Tensor> bias) {
   const PackedMatrix packed("experts_linear", weight, format_name, false);
   const ExpertsShape sizes(x, weight, packed, format_name, ids);

@@ -102,7 +102,7 @@ void linear_decoded(const Product& p, const PackedMatrix& packed, const Tensor& 
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
+Tensor linear(const Tensor& x, const Tensor& weight, Text format_name, std::optional<Tensor> bias) {
   const PackedMatrix packed("linear", weight, format_name, true);
   Product p(packed, checked_dtype("linear", "x", x.scalar_type()));
   const std::vector<int64_t> shape = checked_linear(x, packed, format_name);

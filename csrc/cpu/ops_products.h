@@ -23,11 +23,12 @@ struct Product {
   LinearKernels linear;
   const uint8_t* w;  // packed [n, k]
   int64_t row_bytes, n, k, m;
+  int64_t ldy = 0;                                     // values from a row of y to the next; 0: n
   bool w_ends = true;                                  // memory may end with w
   const float* bias;                                   // [n], or null
   Dtype dtype;                                         // of x and y
   const uint8_t* x;                                    // contiguous [.., k]
-  uint8_t* y;                                          // contiguous [.., n]
+  uint8_t* y;                                          // [.., n]
   const int64_t *x_rows = nullptr, *y_rows = nullptr;  // null: i itself
 
   // Leaves x, y and m for the caller.
@@ -56,7 +57,8 @@ struct Product {
     if (bias) {
       for (int64_t j = 0; j < count; ++j) values[j] += bias[begin + j];
     }
-    kernels->formats.store(values, count, dtype, y + ((y_rows ? y_rows[i] : i) * n + begin) * item_bytes(dtype));
+    kernels->formats.store(values, count, dtype,
+                           y + ((y_rows ? y_rows[i] : i) * (ldy ? ldy : n) + begin) * item_bytes(dtype));
   }
 
   int64_t row_tiles() const { return (n + kRowsTile - 1) / kRowsTile; }

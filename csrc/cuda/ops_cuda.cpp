@@ -86,7 +86,7 @@ void linear_decoded(const Place& place, const Packed& packed, Tensor x, std::opt
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, std::optional<Tensor> bias) {
+Tensor linear(const Tensor& x, const Tensor& weight, Text format_name, std::optional<Tensor> bias) {
   const Packed packed("linear", weight, format_name, true);
   const Dtype dtype = checked_dtype("linear", "x", x.scalar_type());
   const std::vector<int64_t> shape = checked_linear(x, packed, format_name);
@@ -114,7 +114,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::string format_name, st
 
 // ---- dequantize, embedding ----------------------------------------------------------------------------------------
 
-Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtype) {
+Tensor dequantize(const Tensor& weight, Text format_name, ScalarType dtype) {
   const Packed packed("dequantize", weight, format_name, false);
   const Dtype out_dtype = checked_dtype("dequantize", "dtype", dtype);
   const Place place(weight);
@@ -130,7 +130,7 @@ Tensor dequantize(const Tensor& weight, std::string format_name, ScalarType dtyp
 
 // The kernel finds an id that is out of range and stops the device. Checking ids here would mean waiting for the
 // device.
-Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_name, ScalarType dtype) {
+Tensor embedding(const Tensor& ids, const Tensor& weight, Text format_name, ScalarType dtype) {
   const Packed packed("embedding", weight, format_name, true);
   const Dtype out_dtype = checked_dtype("embedding", "dtype", dtype);
   const bool wide = checked_ids(ids);
@@ -149,7 +149,7 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, std::string format_nam
 
 // ---- experts_linear -----------------------------------------------------------------------------------------------
 
-Tensor experts_linear(const Tensor& x, const Tensor& weight, std::string format_name, const Tensor& ids,
+Tensor experts_linear(const Tensor& x, const Tensor& weight, Text format_name, const Tensor& ids,
                       std::optional<Tensor> bias) {
   const char* op = "experts_linear";
   const Packed packed(op, weight, format_name, false);

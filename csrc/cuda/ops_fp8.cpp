@@ -88,7 +88,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor linear_w8a8(const Tensor& x, const Tensor& weight, std::string format, std::optional<Tensor> bias) {
+Tensor linear_w8a8(const Tensor& x, const Tensor& weight, Text format, std::optional<Tensor> bias) {
   if (format != kFormat) {
     check(false, "linear_w8a8: activations are rounded to FP8 for weights in fp8 alone, got \"", shortened(format),
           "\". Use linear.");

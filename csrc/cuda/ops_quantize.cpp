@@ -27,8 +27,7 @@ std::optional<Tensor> loaded_importance(const Place& place, const std::optional<
   return place.upload(values);
 }
 
-Tensor quantize(const Tensor& w, std::string format_name, std::optional<Tensor> importance,
-                std::optional<std::string> rule) {
+Tensor quantize(const Tensor& w, Text format_name, std::optional<Tensor> importance, std::optional<Text> rule) {
   const FormatKernels& format = known_format("quantize", format_name);
   const std::vector<int64_t> packed_shape =
       checked_source(w, format.name, format.shape.block, format.shape.block_bytes);

@@ -6,7 +6,7 @@ here are those operators. `reference` defines them in plain PyTorch.
 
 import torch
 
-from . import metal, schema
+from . import metal, schema, steps
 from .native import CpuInfo, CudaInfo, LinearKernel, cpu_info, cuda_info, set_cpu_isa
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "square_sums",
 ]
 
-del schema  # imported only to register the operators
+del schema, steps  # imported only to register the operators
 
 quantize = torch.ops.isqtorch.quantize
 quantize_feedback = torch.ops.isqtorch.quantize_feedback

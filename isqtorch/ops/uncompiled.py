@@ -12,13 +12,14 @@ import torch
 
 from .metal.source import folder
 
-_SCHEMA = re.compile(r'm\.def\("(\w+\(.*\) -> .*)"\)')
+_SCHEMA = re.compile(r'm\.def\(\s*"(\w+\(.*\) -> .*)"\)')
+_BROKEN = re.compile(r'"\s*\n\s*"')  # one string in several lines
 _ABOUT_THE_EXTENSION = ("cpu_info", "cuda_info", "set_cpu_isa", "allow_fp8_products")
 
 
 def schemas() -> list[str]:
     """Return the schemas ("linear(Tensor x, ...) -> Tensor") of all operators except those about compiled code."""
-    found: list[str] = _SCHEMA.findall((folder() / "ops.cpp").read_text(encoding="utf-8"))
+    found: list[str] = _SCHEMA.findall(_BROKEN.sub("", (folder() / "ops.cpp").read_text(encoding="utf-8")))
     return [schema for schema in found if not schema.startswith(_ABOUT_THE_EXTENSION)]
 
 
