@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def measure_model(
     repeat: int = 3,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
+    kv: tuple[str, str] | None = None,
 ) -> ModelSpeed:
     """Load a model and time it on random tokens. The peak memory is only meaningful in a fresh process.
 
     Args:
-        source, isq, device, options: see `LoadedModel`.
+        source, isq, device, options, kv: see `LoadedModel`.
         prompt_len, gen_len: number of tokens; gen_len must be 2 or more.
         repeat: number of timed runs, after one warm-up run.
 
@@ -63,7 +65,7 @@ def measure_model(
     import transformers.generation  # noqa: F401  # imported now, so that its memory and time do not count for the model
 
     before, gpu = resident_bytes(), device is not None and torch.device(device).type == "cuda"
-    loaded = LoadedModel(source, isq, need="answers", command="bench", device=device, options=options)
+    loaded = LoadedModel(source, isq, need="answers", command="bench", device=device, options=options, kv=kv)
     model, context = loaded.model, loaded.context
     if context is not None and prompt_len + gen_len > context:
         raise ValueError(f"{prompt_len} + {gen_len} tokens are more than {source}'s context of {context}")
@@ -71,8 +73,10 @@ def measure_model(
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prompt_len), generator=generator).to(model.device)
 
-    timed_generate(model, ids, 2)  # warm-up: threads start, and memory is touched for the first time
-    runs = [timed_generate(model, ids, gen_len) for _ in range(repeat)]
+    timed_generate(
+        model, ids, 2, loaded.new_cache()
+    )  # warm-up: threads start, and memory is touched for the first time
+    runs = [timed_generate(model, ids, gen_len, loaded.new_cache()) for _ in range(repeat)]
     prefill = [prompt_len / first for first, _ in runs]
     decode = [(gen_len - 1) / rest for _, rest in runs]
     return ModelSpeed(
@@ -92,8 +96,10 @@ def measure_model(
     )
 
 
-def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds until the first of `new` tokens, and from the first to the last."""
+def timed_generate(
+    model: Any, ids: torch.Tensor, new: int, cache: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[float, float]:
+    """Seconds until the first of `new` tokens, and from the first to the last; `cache`: see `LoadedModel.new_cache`."""
     stamps: list[float] = []
 
     class Stamp:
@@ -106,7 +112,14 @@ def timed_generate(model: Any, ids: torch.Tensor, new: int) -> tuple[float, floa
     began = time.perf_counter()
     mask = torch.ones_like(ids)
     model.generate(
-        ids, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new, streamer=Stamp(), num_beams=1
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        streamer=Stamp(),
+        num_beams=1,
+        **cache,
     )
     assert len(stamps) == new + 1, f"{len(stamps) - 1} tokens instead of {new}"
     return stamps[1] - began, stamps[-1] - stamps[1]

@@ -107,6 +107,7 @@ def generate(
         max_new_tokens=room,
         streamer=clock,
         stopping_criteria=[stop],
+        **loaded.new_cache(),
         **sampling.settings(),
     )
     new = out[0, clock.prompt :].tolist()

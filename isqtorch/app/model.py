@@ -49,6 +49,7 @@ class LoadedModel:
         packed: whether the checkpoint was written by isqtorch, so that nothing has the weights before they were packed.
         report: the report, if any weight is packed; else None.
         load_seconds: wall time of loading, including quantizing.
+        kv: the formats of keys and of values in the cache; None: floats.
         opened: the model before its weights were read.
         loaded: what `isqtorch.load` gave.
     """
@@ -63,6 +64,7 @@ class LoadedModel:
         opened: Opened | None = None,
         device: str | None = None,
         options: Mapping[str, Any] | None = None,
+        kv: tuple[str, str] | None = None,
     ) -> None:
         """Load a model.
 
@@ -75,10 +77,12 @@ class LoadedModel:
             device: the device to run on; None: the CPU.
             options: further arguments of `isqtorch.load` (topology, organization, imatrix or calibration_file,
                 fallback, those for "auto"). `requantize` uses them too.
+            kv: the formats of keys and of values in the cache; None: floats.
 
         Raises:
             ValueError: the format is unknown, options are given without a format, a format is given for a checkpoint
-                that is already quantized, or the model does not do what the command needs.
+                that is already quantized, or the model does not do what the command needs, or has no keys and values
+                that could be packed.
             OSError: the file, folder or model does not exist.
             ImportError: transformers or accelerate is missing.
         """
@@ -87,6 +91,9 @@ class LoadedModel:
         self.packed = self.opened.quantized_by == METHOD
         if need is not None:
             self.opened.check(need, command)
+        self.kv = kv
+        if kv is not None:
+            self._check_kv(kv)
         began = time.perf_counter()
         self.loaded = self._load(isq)
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -123,6 +130,20 @@ class LoadedModel:
         """Largest number of tokens of prompt and reply together; None: no limit is known."""
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
+
+    def new_cache(self) -> dict[str, Any]:
+        """The argument of `generate` for an empty cache; none if the cache is one of floats."""
+        from isqtorch.integrations.transformers.quantized_cache import new_cache
+
+        return new_cache(self.model, self.kv)
+
+    def _check_kv(self, kv: tuple[str, str]) -> None:
+        from isqtorch.integrations.transformers.quantized_cache import check_cache
+
+        try:
+            check_cache(self.opened.cls, self.opened.config, kv)
+        except ValueError as error:
+            raise ValueError(f"--kv {'/'.join(kv)}: {error}") from error
 
     def check(self, isq: str) -> None:
         """ValueError if `requantize` would refuse this format."""

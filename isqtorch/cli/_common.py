@@ -127,6 +127,28 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_kv(parser: argparse.ArgumentParser) -> None:
+    """`--kv`."""
+    parser.add_argument(
+        "--kv",
+        metavar="FORMAT",
+        help="keys and values of the context: q8_0 (8), q5_1 (5), q4_0 (4), q5_0, q4_1, iq4_nl, or keys/values, as q8_0/q4_0; "
+        "default: floats",
+    )
+
+
+def kv_of(args: argparse.Namespace) -> tuple[str, str] | None:
+    """The formats that `--kv` names, keys first; None: floats."""
+    from isqtorch.formats.kv import kv_formats
+
+    if args.kv is None:
+        return None
+    try:
+        return kv_formats(args.kv)
+    except ValueError as error:
+        raise ValueError(f"--kv: {error}") from error
+
+
 def add_details(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--details", action="store_true", help="print a line for every layer")
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._common import add_device, add_importance, add_json, add_model, add_policy, policy_options
+from ._common import add_device, add_importance, add_json, add_kv, add_model, add_policy, kv_of, policy_options
 from .doctor import machine_facts
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser)
     add_importance(parser)
     add_device(parser)
+    add_kv(parser)
     add_json(parser)
 
 
@@ -77,6 +78,7 @@ def _check(args: argparse.Namespace) -> list[str | None]:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(args, name)}")
     names = list(dict.fromkeys(part.strip() for part in (args.isq or "").split(",") if part.strip()))
     options = policy_options(args)
+    kv_of(args)
     if AUTO in map(mix_name, names):
         raise ValueError(
             "bench takes no 'auto': write the model with `isqtorch quantize --isq auto` and give that folder"
@@ -108,6 +110,7 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
         repeat=args.repeat,
         device=args.device,
         options=policy_options(args) if fmt is not None else None,
+        kv=kv_of(args),
     ).to_dict()
 
 
@@ -115,7 +118,7 @@ def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] |
     """`_measure` in a fresh process; None if it failed, with the reason on standard error."""
     command = [sys.executable, "-c", _START, "bench", "--in-process", "--json", "-m", args.model]
     given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
-    given["--device"] = args.device
+    given |= {"--device": args.device, "--kv": args.kv}
     if fmt is not None:
         given |= {"--" + name.replace("_", "-"): value for name, value in policy_options(args).items()}
     for option, value in given.items():

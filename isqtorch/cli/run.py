@@ -27,7 +27,18 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import (
+    add_auto,
+    add_device,
+    add_importance,
+    add_isq,
+    add_json,
+    add_kv,
+    add_model,
+    add_policy,
+    kv_of,
+    policy_options,
+)
 
 if TYPE_CHECKING:
     from isqtorch.app.chat import Conversation, Reply, Stop
@@ -59,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
     parser.add_argument("--seed", type=int, help="of sampling, for every reply")
+    add_kv(parser)
     add_policy(parser)
     add_importance(parser)
     add_auto(parser)
@@ -70,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = _check(args)
     from isqtorch.app.model import LoadedModel, check_request
 
-    options = policy_options(args)
+    options, kv = policy_options(args), kv_of(args)
     opened = check_request(args.model, args.isq, args.device, options)
     opened.check("answers", "run")
     opened.check_tokenizer("run")
     from isqtorch.app.chat import Conversation, Sampling
 
-    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
+    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     conversation = Conversation(loaded, sampling, args.system)
     _note(f"{args.model}{_format(loaded)}, loaded in {loaded.load_seconds:.1f} s")

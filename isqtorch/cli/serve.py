@@ -28,7 +28,18 @@ import json
 import sys
 from pathlib import Path
 
-from ._common import add_auto, add_device, add_importance, add_isq, add_json, add_model, add_policy, policy_options
+from ._common import (
+    add_auto,
+    add_device,
+    add_importance,
+    add_isq,
+    add_json,
+    add_kv,
+    add_model,
+    add_policy,
+    kv_of,
+    policy_options,
+)
 
 _MOST_AT_ONCE = 64
 
@@ -42,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_importance(parser)
     add_auto(parser)
     add_device(parser)
+    add_kv(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument(
         "--allow-host",
@@ -92,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--prefix-cache must be 0 or more megabytes, got {args.prefix_cache}")
     if args.save_dir is not None and not args.save_dir.is_dir():
         raise NotADirectoryError(f"--save-dir {args.save_dir} is not a folder")
-    options = policy_options(args)
+    options, kv = policy_options(args), kv_of(args)
     opened = check_request(args.model, args.isq, args.device, options)
     opened.check("reads", "serve")
     if opened.cls is None or getattr(opened.config, "is_encoder_decoder", False):
@@ -101,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     with bind(args.host, args.port) as sock:
         reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
         check_exposure(reach, args.insecure)
-        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options)
+        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
         served = Served(loaded, args.name or _name(path, args.model), args.batch, args.prefix_cache << 20)

@@ -16,6 +16,9 @@ from torch.nn import functional
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from isqtorch.integrations.transformers.packed_states import attend_packed
+from isqtorch.integrations.transformers.quantized_cache import PackedLayer, PackedWindowLayer
+
 _LAYERS = {"full_attention", "sliding_attention"}  # each token sees all tokens before it, or the last ones
 _EMPTY = getattr(cache_utils, "DummyLayer", None)  # transformers 5.24: a layer that uses the keys of another
 _ROOM = 64  # columns to add when a layer is full; without spare columns each step would copy the whole layer
@@ -62,18 +65,42 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.keys, self.values = keys, values
 
 
-def new_cache(model: Any) -> DynamicCache | None:
-    """An empty cache of one row; None: the model has layers whose state cannot be joined."""
+class PackedFullLayer(PackedLayer):
+    """A layer of packed rows that keeps all columns."""
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Other rows or columns; `keys` and `values` are not changed later."""
+        self.keys, self.values = keys, values
+
+
+class PackedLastLayer(PackedWindowLayer):
+    """A layer of packed rows that keeps the last columns only."""
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Other rows or columns."""
+        self.keys, self.values = keys, values
+
+
+def new_cache(model: Any, kv: tuple[str, str] | None = None) -> DynamicCache | None:
+    """An empty cache of one row; None: the model has layers whose state cannot be joined.
+
+    Args:
+        model: the model.
+        kv: the formats of keys and of values; None: floats.
+    """
     config = model.config.get_text_config(decoder=True)
     if set(getattr(config, "layer_types", None) or ()) - _LAYERS or getattr(config, "attention_chunk_size", None):
         return None
     cache = DynamicCache(config=config)
+    if kv is not None:
+        attend_packed()
     layers: list[Any] = []
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layers.append(FullLayer())
+            layers.append(FullLayer() if kv is None else PackedFullLayer(*kv))
         elif type(layer) is DynamicSlidingWindowLayer:
-            layers.append(WindowLayer(layer.sliding_window))
+            window = layer.sliding_window
+            layers.append(WindowLayer(window) if kv is None else PackedLastLayer(window, *kv))
         elif type(layer) is _EMPTY:
             layers.append(layer)
         else:
@@ -105,7 +132,11 @@ class Prefix:
         """Make the first `tokens` of them the content of an empty cache."""
         for layer, pair in zip(cache.layers, self.layers, strict=True):
             if pair is not None:
-                layer.update(pair[0][:, :, :tokens], pair[1][:, :, :tokens])
+                keys, values = pair[0][:, :, :tokens], pair[1][:, :, :tokens]
+                if isinstance(layer, (PackedFullLayer, PackedLastLayer)):
+                    layer.hold(keys, values)
+                else:
+                    layer.update(keys, values)
 
 
 class Batch:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
+from isqtorch.integrations.transformers import quantized_cache
+
 from .kv import Batch, beginning, new_cache
 from .measures import Measures
 from .memory import release_memory
@@ -74,15 +76,23 @@ class Scheduler:
         context: largest number of tokens of a prompt and its reply.
         most: replies that may run at once; 1: each is generated alone by `generate`.
         prefix_bytes: of the beginnings of prompts that are kept; 0: none.
+        kv: the formats of keys and of values; None: floats.
 
     Attributes:
         alone: why every reply is generated alone; None: replies share steps.
         measures: what was done so far.
     """
 
-    def __init__(self, model: Callable[[], Any], context: int, most: int, prefix_bytes: int) -> None:
-        self._model, self._most, self._limit = model, most, context + _MORE
-        self.alone = "only one may run at once" if most == 1 else why_not_batched(model())
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        context: int,
+        most: int,
+        prefix_bytes: int,
+        kv: tuple[str, str] | None = None,
+    ) -> None:
+        self._model, self._most, self._limit, self._kv = model, most, context + _MORE, kv
+        self.alone = "only one may run at once" if most == 1 else why_not_batched(model(), kv)
         self.measures = Measures()
         self._piece = _PIECE.get(model().device.type, _OTHER_PIECE)
         self._prefixes = Prefixes(0 if self.alone else prefix_bytes, self._piece)
@@ -178,7 +188,7 @@ class Scheduler:
             if self._stepper is None or self._stepper.model is not model:
                 self._stepper = Stepper(model)
             with torch.inference_mode():
-                cache, done = new_cache(model), 0
+                cache, done = new_cache(model, self._kv), 0
                 known = self._prefixes.find(job.ids)
                 if known is not None:
                     prefix, done = known
@@ -338,6 +348,7 @@ class Scheduler:
                 streamer=None if in_beams else streamer,
                 stopping_criteria=[ended],
                 logits_processor=LogitsProcessorList([*watches, *(rule() for rule in job.rules)]),
+                **quantized_cache.new_cache(model, self._kv),
             )
             if in_beams:
                 prompt = len(job.ids)

@@ -162,7 +162,7 @@ class Generations(GenerateManager):  # type: ignore[misc]  # transformers is not
 
     def __init__(self, served: Served, most: int, prefix_bytes: int) -> None:
         self.served = served
-        self.scheduler = Scheduler(lambda: served.loaded.model, served.context, most, prefix_bytes)
+        self.scheduler = Scheduler(lambda: served.loaded.model, served.context, most, prefix_bytes, served.loaded.kv)
         self._thread = self.scheduler  # what transformers submits calls to
 
     def generate_streaming(

@@ -58,11 +58,15 @@ class Stepper:
 
 
 @torch.inference_mode()
-def why_not_batched(model: Any) -> str | None:
+def why_not_batched(model: Any, kv: tuple[str, str] | None = None) -> str | None:
     """Why replies of a model cannot be generated together; None: they can.
 
     Two texts of different lengths are continued together and alone. A model that ignores the padding, or that keeps a
     state which cannot be joined, gives other scores or fails.
+
+    Args:
+        model: the model.
+        kv: the formats of keys and of values in the cache; None: floats.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
@@ -72,7 +76,7 @@ def why_not_batched(model: Any) -> str | None:
         return "it keeps a recurrent state"
     if not model._supports_default_dynamic_cache():
         return "it has a cache of its own kind"
-    if new_cache(model) is None:
+    if new_cache(model, kv) is None:
         return "it keeps a state that cannot be joined"
     vocabulary = model.config.get_text_config().vocab_size
     long, short = ([(i * step + 7) % vocabulary for i in range(n)] for step, n in ((31, _LONG), (17, _SHORT)))
@@ -80,7 +84,7 @@ def why_not_batched(model: Any) -> str | None:
         stepper = Stepper(model)
 
         def begun(ids: list[int]) -> Any:
-            cache = new_cache(model)
+            cache = new_cache(model, kv)
             stepper.read(cache, ids[:-1], 0)
             return cache
 

@@ -6,6 +6,7 @@ that begins a cache attends to its own floats, which are at hand.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from functools import wraps
 from typing import Any
@@ -106,10 +107,16 @@ class Packing:
         """Bytes of memory."""
         return sum(rows.nbytes for rows in self._rows if rows is not None)
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Make packed rows, which are not changed later, the content."""
+        self.device, self.is_initialized = keys.device, True
+        self.keys, self.values = keys, values
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = keys.shape[2]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note what the floats are like; hold no tokens."""
+        """Hold no tokens."""
         self.device = key_states.device
-        self._like = (key_states.shape[-1], key_states.dtype), (value_states.shape[-1], value_states.dtype)
         self.keys, self.values = (
             _packed(name, states[:, :, :0], fmt)
             for name, states, fmt in (
@@ -129,6 +136,7 @@ class Packing:
         """Add tokens; returns all that are held, or the floats given if there are no others."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._like = (key_states.shape[-1], key_states.dtype), (value_states.shape[-1], value_states.dtype)
         keys, values = self._rows
         assert keys is not None and values is not None
         first = keys.view.shape[2] == 0
@@ -237,6 +245,28 @@ class QuantizedCache(DynamicCache):  # type: ignore[misc]
     def __repr__(self) -> str:
         keys, values = self.formats
         return f"QuantizedCache({keys if keys == values else f'{keys}/{values}'}, {len(self.layers)} layers)"
+
+
+def new_cache(model: Any, formats: tuple[str, str] | None) -> dict[str, Any]:
+    """The argument of `generate` or of a forward that gives a model an empty cache; none for `formats` None."""
+    if formats is None:
+        return {}
+    taken = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"  # its name changes in transformers 5.24
+    return {name: QuantizedCache(model.config, *formats)}
+
+
+def check_cache(cls: Any, config: Any, formats: tuple[str, str]) -> None:
+    """ValueError if models of this class cannot have a cache of packed keys and values."""
+    name = getattr(cls, "__name__", str(cls))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"packed keys and values are for decoders; {name} has an encoder, too. Leave them as floats.")
+    if not getattr(cls, "_supports_default_dynamic_cache", lambda: False)() or getattr(cls, "_is_stateful", False):
+        raise ValueError(f"{name} keeps no keys and values that could be packed. Leave its state as it is.")
+    try:
+        QuantizedCache(config, *formats)
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from error
 
 
 def offer_backend() -> None:
