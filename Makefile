@@ -32,7 +32,7 @@ VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm vllm-env test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,8 +62,10 @@ test-all: build  ## the test suite with its slow tests, but for tests/engines an
 test-engines: build $(ENGINES_STAMP)  ## exported files in llama.cpp, which is compiled for that once (4 minutes on 2 cores), and in mlx-lm
 	ISQTORCH_ENGINES="$(abspath $(ENGINES))/bin/python" $(PYTHON) -m pytest tests/engines
 
+vllm-env: $(VLLM_STAMP)  ## the environment of test-vllm: vLLM for CPUs (3.4 GB, 4 minutes)
+
 # The description of the package beside the sources is how vLLM finds the plug-in there.
-test-vllm: build $(VLLM_STAMP)  ## the plug-in in vLLM itself, which is installed for that once (3.4 GB, 4 minutes); 15 minutes on 2 cores
+test-vllm: build $(VLLM_STAMP)  ## the plug-in in vLLM itself, which is installed for that once (vllm-env); 6 minutes on 2 cores
 	$(PYTHON) setup.py --quiet egg_info
 	ISQTORCH_VLLM="$(abspath $(VLLM_ENV))/bin/python" $(PYTHON) -m pytest tests/vllm
 
