@@ -1,6 +1,6 @@
 // The operators of one decoding step on CPU tensors. A token of a small model is hundreds of operators of a few
 // microseconds each; these do the work of five or ten of them. Each gives the bits of the operators of torch that it
-// stands for. Attention is in ops_attend.cpp.
+// stands for. Attention is in ops_step_attend.cpp.
 #include <algorithm>
 #include <cstring>
 #include <optional>

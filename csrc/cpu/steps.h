@@ -26,7 +26,7 @@ struct NormJob {
 };
 
 // Attention of the heads that share one head of keys and values, over some columns of the cache.
-struct AttendJob {
+struct StepAttendJob {
   const float* q;       // [heads, padded], zeros behind dim
   const uint8_t* keys;  // [columns, dim] of dtype
   const uint8_t* values;
@@ -51,7 +51,7 @@ struct StepKernels {
   void (*rotate)(float* head, const float* cos, const float* sin, int64_t n, Dtype dtype);
   // Values as they are after rounding to dtype.
   void (*round)(float* values, int64_t n, Dtype dtype);
-  void (*attend)(const AttendJob& job);
+  void (*attend)(const StepAttendJob& job);
 };
 
 // Levels that add only dot products share these, as they share the decoders.

@@ -169,7 +169,7 @@ void rotate(float* head, const float* cos, const float* sin, int64_t n, Dtype dt
 }
 
 // A row of keys or values as f32, with zeros behind it. In f32 it is not copied if it fills whole vectors.
-ISQ_INLINE const float* row_of(const AttendJob& job, const uint8_t* from, int64_t column) {
+ISQ_INLINE const float* row_of(const StepAttendJob& job, const uint8_t* from, int64_t column) {
   if (job.dtype == Dtype::kF32) {
     const float* row = reinterpret_cast<const float*>(from) + column * job.dim;
     if (job.dim == job.padded) return row;
@@ -180,7 +180,7 @@ ISQ_INLINE const float* row_of(const AttendJob& job, const uint8_t* from, int64_
   return job.row;
 }
 
-void attend(const AttendJob& job) {
+void attend(const StepAttendJob& job) {
   const int64_t n = job.columns, stride = (n + kStepLanes - 1) / kStepLanes * kStepLanes;
   for (int64_t i = job.dim; i < job.padded; ++i) job.row[i] = 0;
   for (int64_t c = 0; c < n; ++c) {

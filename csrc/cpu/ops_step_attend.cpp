@@ -151,7 +151,7 @@ Tensor step_attend(const Tensor& q, const Tensor& keys, const Tensor& values, in
     for (int64_t task = from; task < to; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % k.heads, b = task / chunks / k.heads;
       const int64_t begin = begins[b] + chunk * kColumnsAtOnce;
-      AttendJob job;
+      StepAttendJob job;
       float* own = states.floats() + task * state;
       job.columns = std::clamp<int64_t>(all - begin, 0, kColumnsAtOnce);
       job.q = queries.floats() + (b * heads + head * group) * padded;
