@@ -89,6 +89,12 @@ def quality(folder: Path) -> None:
     moments.save(folder / "demo.safetensors")
     fed = isqtorch.quantize_(load(), "q4_0", rule="feedback", imatrix=folder / "demo.safetensors", progress=False)
     print(fed.notes)
+    small = load()
+    isqtorch.quantize_(small, "afq3", progress=False)
+    refinement: isqtorch.Refinement = isqtorch.refine_(
+        small, model, text=text, tokenizer=tokenizer, steps=2, batch=2, progress=False
+    )
+    print(refinement, refinement.after / refinement.before)
     report = isqtorch.quantize_(model, "auto", target_bpw=4.5, probe="output", imatrix=imatrix, progress=False)
     assert report.choice is not None
     score: isqtorch.Perplexity = isqtorch.perplexity(model, text, tokenizer, context=128, mode="global")

@@ -20,12 +20,14 @@ from .importance.moments import Moments
 from .importance.passes import collect_moments
 from .inplace.dequantize import dequantize_
 from .inplace.quantize import quantize_
+from .inplace.refine import refine_
 from .inplace.requantize import requantize_
 from .modules import QuantEmbedding, QuantExperts, QuantLinear
 from .ops import metal
 from .policy.topology import Topology
 from .report.layer import LayerReport
 from .report.plan import plan
+from .report.refinement import Refinement
 from .report.report import QuantReport
 from .tensor import QuantizedTensor, quantize
 
@@ -56,6 +58,7 @@ __all__ = [
     "QuantReport",
     "QuantizedCache",
     "QuantizedTensor",
+    "Refinement",
     "Topology",
     "__version__",
     "calibrate",
@@ -78,6 +81,7 @@ __all__ = [
     "quantize_",
     "read_imatrix",
     "reference_logits",
+    "refine_",
     "requantize_",
     "resolve_format",
 ]

@@ -123,11 +123,15 @@ class Session:
         model = copy.deepcopy(self.model)
         began = time.perf_counter()
         options: dict[str, Any] = {**row.options, "rule": row.rule}
+        steps = options.pop("refine", None)  # of refine_, not of quantize_
         try:
             if row.imatrix:
                 options["imatrix"] = self.moments if row.rule == "feedback" else self.imatrix
                 began = time.perf_counter()  # the statistics are collected once for all rows
             report = isqtorch.quantize_(model, row.spec, progress=False, **options)
+            if steps is not None:
+                text, tokenizer = self.settings.calibration, self.tokenizer
+                isqtorch.refine_(model, self.model, text=text, tokenizer=tokenizer, steps=steps, progress=False)
         except (ValueError, TypeError) as error:  # TypeError: an option that this version does not have
             self.results.skipped[row.name] = str(error)
             return None

@@ -2,7 +2,8 @@
 
 A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". With
 the rule "feedback", the importance matrix has the second moments of the same text. SPEC and the options are whatever
-`isqtorch.quantize_` accepts, so a new recipe needs no line here. `default` has the rows of the demo model,
+`isqtorch.quantize_` accepts, so a new recipe needs no line here; besides, `refine=STEPS` calls `isqtorch.refine_` on the
+calibration text. `default` has the rows of the demo model,
 `for_real_models` fewer, because these take a hundred times as long.
 """
 
@@ -57,6 +58,8 @@ class Row:
 
 
 def _number(text: str) -> float | str:
+    if text.isdecimal():
+        return int(text)
     try:
         return float(text)
     except ValueError:

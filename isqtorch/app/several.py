@@ -19,7 +19,13 @@ from .model import LoadedModel, options_for
 
 
 def packed_in_turn(
-    source: str, formats: Sequence[str | None], *, opened: Opened, device: str | None, options: Mapping[str, Any]
+    source: str,
+    formats: Sequence[str | None],
+    *,
+    opened: Opened,
+    device: str | None,
+    options: Mapping[str, Any],
+    refined: bool = False,
 ) -> Iterator[tuple[str | None, LoadedModel]]:
     """Give a model in one format after the other. At most one packed model is in memory at a time.
 
@@ -31,12 +37,15 @@ def packed_in_turn(
         opened: what `check_request` has returned for the source.
         device: the device to run on; None: the CPU.
         options: further arguments of `isqtorch.load`. A format gets those that apply to it.
+        refined: whether the caller will refine each model. That changes norms, which the copies of one model share.
 
     Raises:
         ValueError, OSError, ImportError: as `LoadedModel`.
     """
     options = dict(options)
-    why = None if len(formats) < 2 else _why_not_once(source, formats, opened, device, options)
+    why = None
+    if len(formats) > 1:
+        why = "refining changes it" if refined else _why_not_once(source, formats, opened, device, options)
     if len(formats) < 2 or why is not None:
         if why is not None:
             print(f"isqtorch: {source} is read once for each format: {why}", file=sys.stderr)

@@ -3,6 +3,7 @@
     isqtorch quantize -m examples/demo_model/model --isq q4k -o demo-q4k
     isqtorch quantize -m ./my-model --isq q4k,q8_0 -o packed             writes packed/q4k and packed/q8_0
     isqtorch quantize -m ./my-model --isq auto --target-bpw 4.5 --calibration-file my.txt -o out --save-topology t.yaml
+    isqtorch quantize -m ./my-model --isq afq3 --rule feedback --calibration-file my.txt --refine 200 -o out
     isqtorch quantize -m ./my-model --isq 3 --imatrix my.imatrix --topology layers.yaml -o my-model-q3k
     isqtorch quantize -m ./my-model --isq q4k -o my-model-q4k --force    replaces what it wrote there before
     isqtorch quantize -m my-model.gguf -o my-model-gguf                  keeps the packed weights of a GGUF file or MLX folder
@@ -45,6 +46,7 @@ from ._common import (
     add_json,
     add_model,
     add_policy,
+    calibration_of,
     policy_options,
 )
 
@@ -76,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_policy(parser)
     add_importance(parser)
+    parser.add_argument(
+        "--refine",
+        type=int,
+        metavar="STEPS",
+        help="afterwards tune scales and norms against the float model on the calibration text, in so many steps (200 is enough)",
+    )
     add_auto(parser)
     add_device(parser)
     parser.add_argument(
@@ -103,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, formats[0], args.device, options_for(formats[0], options) if several else options
     )
     _check_format(args, opened)
+    _check_refine(args, opened)
     if several:
         check_parent(args)
     targets = {isq: args.output / isq if several else args.output for isq in formats}
@@ -111,9 +120,14 @@ def run(args: argparse.Namespace) -> int:
         check_output(target, args.model, force=args.force)
     check_files(args.save_topology, args.plot)
     reports = {}
-    for isq, loaded in packed_in_turn(args.model, formats, opened=opened, device=args.device, options=options):
+    turns = packed_in_turn(
+        args.model, formats, opened=opened, device=args.device, options=options, refined=args.refine is not None
+    )
+    for isq, loaded in turns:
         if loaded.report is None:
             raise ValueError(f"{args.model} holds no packed weights, and none was packed: give another --isq FORMAT")
+        if args.refine is not None:
+            refine(args, loaded)
         _write(loaded, targets[isq], args)
         reports[isq] = loaded.report
         if not args.json:
@@ -161,6 +175,30 @@ def _check_format(args: argparse.Namespace, opened: Opened) -> None:
         if opened.quantized_by is not None:
             raise ValueError(f"{args.model} is quantized already by {opened.quantized_by}; give the original model")
         raise ValueError(f"{args.model} holds float weights: give --isq FORMAT, such as --isq q4k")
+
+
+def _check_refine(args: argparse.Namespace, opened: Opened) -> None:
+    """ValueError if --refine is given without what it needs."""
+    if args.refine is None:
+        return
+    if args.refine < 1:
+        raise ValueError(f"--refine must be 1 or more steps, got {args.refine}")
+    if args.isq is None:
+        raise ValueError("--refine needs --isq FORMAT: weights that are taken over have no float model to learn from")
+    if not (args.calibration or args.calibration_file):
+        raise ValueError("--refine needs a text to learn from: --calibration-file FILE, or --calibration self")
+    opened.check("continues", "--refine")
+    opened.check_tokenizer("--refine")
+
+
+def refine(args: argparse.Namespace, loaded: LoadedModel) -> None:
+    """Tune the packed model against the weights that it was loaded from; the report gets what came of it as a note."""
+    from isqtorch.inplace.refine import refine_
+
+    text = calibration_of(args.calibration) if args.calibration else Path(args.calibration_file)
+    found = refine_(loaded.model, None, text=text, tokenizer=loaded.tokenizer, steps=args.refine)
+    assert loaded.report is not None
+    loaded.report.notes.append(str(found))
 
 
 def check_files(*files: Path | None) -> None:

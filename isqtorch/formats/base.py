@@ -215,6 +215,11 @@ class QuantFormat(ABC):
         return False
 
     @property
+    def offset_times_integers(self) -> bool:
+        """Whether integers of the block multiply the offset, as they multiply the scale."""
+        return False
+
+    @property
     def codes(self) -> Sequence[int]:
         """The codes that a quantizer may choose, in the order of the weights they stand for.
 

@@ -31,6 +31,10 @@ class _ScaleAndMin(QuantFormat):
     Fields: `d`, `dmin` f16 `[n]`; `sc`, `mn` uint8 `[n, s]`; `q` uint8 `[n, 256]`.
     """
 
+    @property
+    def offset_times_integers(self) -> bool:
+        return True
+
     def decode(self, fields: Fields) -> Tensor:
         scale = fields["d"].float()[:, None] * fields["sc"].float()  # [n, s]
         offset = fields["dmin"].float()[:, None] * fields["mn"].float()  # [n, s]

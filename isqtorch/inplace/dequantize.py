@@ -14,6 +14,7 @@ from isqtorch.policy.inventory import check_model, packed_names, storage_key
 from .host import announce
 from .origin import forget
 from .pack import naming_memory
+from .vectors import forget_vectors
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -55,6 +56,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         with naming_memory("dequantize_", group[0], "decoded", state):
             _decode(model, group, dtype)
     forget(model)
+    forget_vectors(model)
     announce(model, None)
 
 

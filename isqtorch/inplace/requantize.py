@@ -45,6 +45,7 @@ from .host import announce
 from .origin import Origin, forget
 from .pack import Job, naming_memory, pack_weight, relative_error
 from .prepare import Prepared, settle
+from .vectors import forget_vectors, originals, put_vectors, remember
 from .weights import Weights
 
 _OP = "requantize_"
@@ -171,8 +172,10 @@ def requantize_(
     for message in prepared.alarms:
         warnings.warn(message, stacklevel=3)
     permission = _permission(model, prepared, swaps, activations)
-    report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *weights.alarms])
-    _commit(model, swaps, permission, Origin.made(weights.files, weights.trouble, request), report, began)
+    vectors = originals(model) if again else {}
+    back = [f"{len(vectors)} norms that refine_ tuned have their values from before"] if vectors else []
+    report = prepared.report(errors, choice, [*weights.notes, *permission.notes, *back, *weights.alarms])
+    _commit(model, swaps, permission, vectors, Origin.made(weights.files, weights.trouble, request), report, began)
     return report
 
 
@@ -303,12 +306,23 @@ def _permission(model: nn.Module, prepared: Prepared, swaps: Sequence[Swap], ask
 
 
 def _commit(
-    model: nn.Module, swaps: list[Swap], permission: _Permission, origin: Origin, report: QuantReport, began: float
+    model: nn.Module,
+    swaps: list[Swap],
+    permission: _Permission,
+    vectors: dict[str, Tensor],
+    origin: Origin,
+    report: QuantReport,
+    began: float,
 ) -> None:
-    """Exchange the layers and tell the hosts. If either fails, both are undone."""
+    """Exchange the layers, give parameters their values from before, and tell the hosts. If one fails, all are undone."""
     before, told = Origin.of(model), getattr(model, "isq_report", None)
+    own = dict(model.named_parameters())
+    tuned = {name: own[name].detach().clone() for name in vectors}
 
     def tell() -> None:
+        if vectors:
+            put_vectors(model, vectors)
+            forget_vectors(model)
         report.seconds = time.perf_counter() - began
         origin.attach(model)
         permit(permission.kept, permission.value)
@@ -317,6 +331,9 @@ def _commit(
     def take_back() -> None:
         for layer, had in permission.kept.items():
             layer.activations = had
+        if vectors:
+            put_vectors(model, tuned)
+            remember(model, vectors)
         if before is None:
             forget(model)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,8 +165,12 @@ class TensorFiles(Source):
         self._store.release()
 
 
-def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def files_in(path: str | os.PathLike[str], op: str = "requantize_") -> tuple[str, ...]:
     """The safetensors files of a folder, else its GGUF file; or the one file that is given.
+
+    Args:
+        path: what the user gave.
+        op: name of the public function, for messages.
 
     Raises:
         ValueError: the index file of the folder is not valid, or there are several GGUF files.
@@ -174,25 +178,31 @@ def files_in(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     given = Path(path).expanduser()
     if not given.exists():
-        raise FileNotFoundError(f"requantize_: source: no folder or file {str(path)!r}")
+        raise FileNotFoundError(f"{op}: source: no folder or file {str(path)!r}")
     if given.is_dir():
         gguf = gguf_in(given)
-        files = checkpoint_files(given, "requantize_: source") if gguf is None else [gguf]
+        files = checkpoint_files(given, f"{op}: source") if gguf is None else [gguf]
     else:
         files = [given]
     return tuple(os.path.abspath(file) for file in files)
 
 
-def difference(model: nn.Module, source: Source) -> str | None:
+def difference(model: nn.Module, source: Source, instead: Mapping[str, Tensor] | None = None) -> str | None:
     """Say which float tensor of the model differs from the checkpoint, and by how much; None if none does.
 
     It was trained, merged or replaced since, or the checkpoint is another model's. All parameters and saved buffers
     that are not packed are compared, if the checkpoint has them in the same shape: norms, biases and small matrices
     whole, large matrices by rows spread over them. Some packed weights are only required to resemble the checkpoint's,
     which those of another model do not. This takes seconds for any model.
+
+    Args:
+        model: the model.
+        source: the checkpoint.
+        instead: values that are compared in the place of those of some parameters.
     """
     shared: dict[int, list[str]] = {}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= instead or {}
     saved = set(model.state_dict())
     tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
     for name, tensor in tensors.items():

@@ -20,6 +20,7 @@ from isqtorch.policy.inventory import Inventory
 from .host import open_source
 from .origin import Origin
 from .source import Source, difference, files_in
+from .vectors import originals
 
 STORED = "stored"
 _WAYS_OUT = (
@@ -39,6 +40,8 @@ class Weights:
         trouble: see `Origin`.
         notes: for the report.
         alarms: warnings for the user.
+        op: name of the public function, for messages.
+        ways_out: what the user can do if a weight is not there.
     """
 
     model: nn.Module
@@ -47,10 +50,24 @@ class Weights:
     trouble: str | None = None
     notes: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
+    op: str = "requantize_"
+    ways_out: str = _WAYS_OUT
 
     @classmethod
-    def find(cls, model: nn.Module, source: str | os.PathLike[str] | None, origin: Origin) -> Weights:
+    def find(
+        cls,
+        model: nn.Module,
+        source: str | os.PathLike[str] | None,
+        origin: Origin,
+        op: str = "requantize_",
+        ways_out: str = _WAYS_OUT,
+    ) -> Weights:
         """Find the weights from the `source` argument of `requantize_` and the origin of the model.
+
+        Args:
+            model, source, origin: see `requantize_`.
+            op: name of the public function, for messages.
+            ways_out: what the user can do if the weights are not known.
 
         Raises:
             ValueError: the source is not known, or its weights are not those of the model.
@@ -60,22 +77,21 @@ class Weights:
             note = "made from the quantized weights: their errors stay, and more bits gain nothing"
             return cls(model, None, origin.files, origin.trouble, [note])
         if source is None and not origin.files:
-            raise ValueError(f"requantize_: it is not known where the model's weights came from. {_WAYS_OUT}.")
+            raise ValueError(f"{op}: it is not known where the model's weights came from. {ways_out}.")
         if source is None and origin.trouble is not None:
             folder = os.path.dirname(origin.files[0])
-            raise ValueError(
-                f"requantize_: {folder} cannot stand for the model's weights: {origin.trouble}. {_WAYS_OUT}."
-            )
-        files = origin.files if source is None else files_in(source)
+            raise ValueError(f"{op}: {folder} cannot stand for the model's weights: {origin.trouble}. {ways_out}.")
+        files = origin.files if source is None else files_in(source, op)
         opened = open_source(model, files, files == origin.files)
         about = f": {opened.note}" if opened.note else ""
-        weights = cls(model, opened, files, notes=[f"made from the weights in {opened.where}{about}"])
-        changed = difference(model, opened)
+        note = f"made from the weights in {opened.where}{about}"
+        weights = cls(model, opened, files, notes=[note], op=op, ways_out=ways_out)
+        changed = difference(model, opened, originals(model))
         if changed is not None:
             finding = f"{changed} is not what {opened.where} has: the model was changed since, or it is another one's checkpoint"
             if source is None:
-                raise ValueError(f"requantize_: {finding}. {_WAYS_OUT}.")
-            weights.alarms.append(f"requantize_: {finding}; the parameters that are not quantized stay as they are")
+                raise ValueError(f"{op}: {finding}. {ways_out}.")
+            weights.alarms.append(f"{op}: {finding}; the parameters that are not quantized stay as they are")
         return weights
 
     def of(self, names: Sequence[str]) -> Tensor:
@@ -100,6 +116,13 @@ class Weights:
         if own.device.type in NATIVE_DEVICES:  # on other devices, packing on the CPU and copying is faster
             weight = weight.to(own.device)
         return weight.transpose(-2, -1) if module.is_turned() else weight
+
+    def as_before(self, names: Sequence[str]) -> Tensor:
+        """The float weight of a packed layer as `of`, but as the layer that it replaced stored it: of a Conv1D `[K, N]`."""
+        module, _ = owner_of(self.model, names[0])
+        weight = self.of(names)
+        turned = isinstance(module, PackedModule) and module.is_turned()
+        return weight.transpose(-2, -1) if turned and self.source is not None else weight
 
     def described(self, inventory: Inventory) -> Inventory:
         """The inventory with the formats that hold exactly what another program has quantized in the source."""
@@ -132,12 +155,12 @@ class Weights:
                 continue
             if tuple(blocks.shape) != (*rows, fmt.row_bytes(columns)):
                 raise ValueError(
-                    f"requantize_: {name} is {fmt.name} {list(blocks.shape)} in {self.source.where}, another shape than in the model"
+                    f"{self.op}: {name} is {fmt.name} {list(blocks.shape)} in {self.source.where}, another shape than in the model"
                 )
             why = weight_fault(blocks, fmt)
             if why is not None:
                 raise ValueError(
-                    f"requantize_: {self.source.where}: {name}: its bytes are not {fmt.name}: {why}. The file is damaged."
+                    f"{self.op}: {self.source.where}: {name}: its bytes are not {fmt.name}: {why}. The file is damaged."
                 )
             return blocks
         return None
@@ -151,11 +174,11 @@ class Weights:
                 continue
             if tuple(weight.shape) != shape:
                 raise ValueError(
-                    f"requantize_: {name} is {list(weight.shape)} in {source.where}, {list(shape)} in the model. {_WAYS_OUT}, or "
+                    f"{self.op}: {name} is {list(weight.shape)} in {source.where}, {list(shape)} in the model. {self.ways_out}, or "
                     "exclude the layer."
                 )
             return weight
-        raise ValueError(f"requantize_: {source.where} has no {names[0]}. {_WAYS_OUT}, or exclude the layer.")
+        raise ValueError(f"{self.op}: {source.where} has no {names[0]}. {self.ways_out}, or exclude the layer.")
 
     def release(self) -> None:
         """Free the pages of the weight that was read last."""
