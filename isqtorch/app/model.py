@@ -20,6 +20,7 @@ from isqtorch.inplace.requantize import requantize_
 from isqtorch.inplace.weights import STORED
 from isqtorch.integrations.classes import Need, unable
 from isqtorch.integrations.companions import copy_files
+from isqtorch.integrations.generation import optimize_
 from isqtorch.integrations.loading import Loaded, checked_request, load_opened
 from isqtorch.integrations.opening import Opened
 from isqtorch.integrations.record import METHOD
@@ -65,6 +66,7 @@ class LoadedModel:
         device: str | None = None,
         options: Mapping[str, Any] | None = None,
         kv: tuple[str, str] | None = None,
+        fast: bool = False,
     ) -> None:
         """Load a model.
 
@@ -78,6 +80,7 @@ class LoadedModel:
             options: further arguments of `isqtorch.load` (topology, organization, imatrix or calibration_file,
                 fallback, those for "auto"). `requantize` uses them too.
             kv: the formats of keys and of values in the cache; None: floats.
+            fast: whether the model will generate: on a CPU, `isqtorch.optimize_` sets it up.
 
         Raises:
             ValueError: the format is unknown, options are given without a format, a format is given for a checkpoint
@@ -87,6 +90,7 @@ class LoadedModel:
             ImportError: transformers or accelerate is missing.
         """
         self.source, self.isq, self.device, self.options = source, isq, device, dict(options or {})
+        self.fast = fast
         self.opened = opened or check_request(source, isq, device, self.options)
         self.packed = self.opened.quantized_by == METHOD
         if need is not None:
@@ -224,6 +228,9 @@ class LoadedModel:
         found = load_opened(self.opened, checked_request(isq, options), device=device)
         if found.imatrix is not None:  # so that `requantize` need not calibrate again
             self.options["imatrix"] = found.imatrix
+        model: Any = found.model
+        if self.fast and self.continues and model.device.type == "cpu":
+            optimize_(model)
         return found
 
 

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     opened.check_tokenizer("run")
     from isqtorch.app.chat import Conversation, Sampling
 
-    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv)
+    loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv, fast=True)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     conversation = Conversation(loaded, sampling, args.system)
     _note(f"{args.model}{_format(loaded)}, loaded in {loaded.load_seconds:.1f} s")

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     with bind(args.host, args.port) as sock:
         reach = Reach(sock, args.host, args.allow_host, api_key(args.api_key))
         check_exposure(reach, args.insecure)
-        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv)
+        loaded = LoadedModel(args.model, args.isq, opened=opened, device=args.device, options=options, kv=kv, fast=True)
         _quiet_transformers(args.log_level)
         path = Path(args.model)
         served = Served(loaded, args.name or _name(path, args.model), args.batch, args.prefix_cache << 20)

@@ -16,49 +16,24 @@ from torch.nn import functional
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from isqtorch.integrations.transformers.cache import GrowingLayer, GrowingWindowLayer
 from isqtorch.integrations.transformers.packed_states import attend_packed
 from isqtorch.integrations.transformers.quantized_cache import PackedLayer, PackedWindowLayer
 
 _LAYERS = {"full_attention", "sliding_attention"}  # each token sees all tokens before it, or the last ones
 _EMPTY = getattr(cache_utils, "DummyLayer", None)  # transformers 5.24: a layer that uses the keys of another
-_ROOM = 64  # columns to add when a layer is full; without spare columns each step would copy the whole layer
 
 
-class FullLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
-    """A layer that keeps all columns, with room for the next ones."""
-
-    _store: tuple[Tensor, Tensor] | None = None  # with spare columns; `keys` and `values` are views into it
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append columns."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        used = self.keys.shape[-2]
-        total = used + key_states.shape[-2]
-        if self._store is None or self._store[0].shape[-2] < total:
-            self._grow(total + _ROOM)
-        assert self._store is not None
-        for store, new in zip(self._store, (key_states, value_states), strict=True):
-            store[:, :, used:total] = new
-        self.keys, self.values = (store[:, :, :total] for store in self._store)
-        return self.keys, self.values
+class FullLayer(GrowingLayer):
+    """A layer that keeps all columns."""
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Other rows or columns; `keys` and `values` are not changed later."""
-        self.keys, self.values, self._store = keys, values, None
-
-    def _grow(self, columns: int) -> None:
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty((*old.shape[:2], columns, old.shape[3]))
-            new[:, :, : old.shape[2]] = old
-            return new
-
-        self._store = grown(self.keys), grown(self.values)
+        self.keys, self.values = keys, values
 
 
-class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A layer that keeps the last columns only; transformers' own, which can be joined."""
+class WindowLayer(GrowingWindowLayer):
+    """A layer that keeps the last columns only."""
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Other rows or columns."""

@@ -150,7 +150,6 @@ class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[m
 
 
 _GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindowLayer}
-_OURS = frozenset(_GROWING.values())
 
 
 def growing_layer(cache: Any, index: int) -> GrowingLayer | GrowingWindowLayer | None:
@@ -169,9 +168,8 @@ def growing_layer(cache: Any, index: int) -> GrowingLayer | GrowingWindowLayer |
         return None
     layer = cache.layers[index]
     kind = type(layer)
-    if kind in _OURS:
-        ours: GrowingLayer | GrowingWindowLayer = layer
-        return ours
+    if isinstance(layer, (GrowingLayer, GrowingWindowLayer)):
+        return layer
     if kind not in _GROWING or not layer.is_initialized or getattr(layer, "sliding_window", 2) < 2:
         return None
     grown: Any = _GROWING[kind].__new__(_GROWING[kind])

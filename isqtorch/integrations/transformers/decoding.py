@@ -59,15 +59,14 @@ class LayerForward:
 
     def __init__(self, layer: nn.Module, norms: Norms, exact: bool | None) -> None:
         self._layer, self._norms, self._exact = layer, norms, exact
-        self._plan: LayerPlan | None = None
-        self._conditions: Conditions | None = None
+        self._state: tuple[Conditions, LayerPlan | None] | None = None  # one object: several threads may generate
         self.why_not: str | None = None
         self.trial: list[str] | None = None
         self.tries = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the plan, which holds parts of the modules that a copy replaces."""
-        return {**vars(self), "_plan": None, "_conditions": None}
+        return {**vars(self), "_state": None}
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling() or args or hidden_states.ndim != 3 or hidden_states.shape[1] != 1 or not _plain_call():
@@ -75,8 +74,8 @@ class LayerForward:
         cache = next((kwargs[name] for name in CACHES if name in kwargs), None)
         if cache is None:
             return self._usual(hidden_states, **kwargs)
-        plan = self.plan(hidden_states.dtype)
-        if plan is None or self._conditions is None or self._conditions.hooked():
+        conditions, plan = self.planned(hidden_states.dtype)
+        if plan is None or conditions.hooked():
             return self._usual(hidden_states, **kwargs)
         if self.trial is not None:
             return self._tried(plan, hidden_states, cache, kwargs)
@@ -84,17 +83,17 @@ class LayerForward:
         out = plan.run(hidden_states, cache, kwargs, exact)
         return self._usual(hidden_states, **kwargs) if out is None else out
 
-    def plan(self, dtype: torch.dtype) -> LayerPlan | None:
-        """Return the plan, made anew if the layer has changed; None: `why_not` says why there is none."""
-        plan = self._plan
-        if self._conditions is None or not self._conditions.hold() or (plan is not None and plan.dtype is not dtype):
-            self._conditions = Conditions()
+    def planned(self, dtype: torch.dtype) -> tuple[Conditions, LayerPlan | None]:
+        """Return the plan and its conditions, made anew if the layer has changed. `why_not` says why there is none."""
+        state = self._state
+        if state is None or not state[0].hold() or (state[1] is not None and state[1].dtype is not dtype):
+            conditions, plan = Conditions(), None
             try:
-                plan, self.why_not = LayerPlan(self._layer, self._norms, dtype, self._conditions), None
+                plan, self.why_not = LayerPlan(self._layer, self._norms, dtype, conditions), None
             except Unsuitable as why:
-                plan, self.why_not = None, str(why)
-            self._plan = plan
-        return plan
+                self.why_not = str(why)
+            self._state = state = conditions, plan
+        return state
 
     def _usual(self, *args: Any, **kwargs: Any) -> Any:
         return type(self._layer).forward(self._layer, *args, **kwargs)
@@ -148,7 +147,7 @@ def attach(model: nn.Module, exact: bool | None) -> tuple[int, dict[str, str]]:
             continue
         forward = LayerForward(layer, norms, exact)
         with evaluating(layer):
-            plan = forward.plan(_dtype_of(layer))
+            _, plan = forward.planned(_dtype_of(layer))
         if plan is None:
             kept[name] = str(forward.why_not)
         else:

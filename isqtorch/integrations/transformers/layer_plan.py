@@ -31,8 +31,12 @@ CACHES = ("cache", "past_key_values")
 _ARGUMENTS = frozenset(
     {"attention_mask", "position_ids", "use_cache", "position_embeddings", "cache_position", *CACHES}
 )
-_IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "isqtorch-rows-sdpa": "sdpa", "isqtorch-rows-eager": "eager"}
+_IMPLEMENTATIONS = ("sdpa", "eager")
 """Functions of attention that a plan can stand for."""
+
+_OF_THE_SERVER = "isqtorch-rows-"
+"""Begin of the names of functions that a plan can call only: they hide padding themselves, so there is no mask."""
+
 _SILU_AT_ONCE = 1 << 15  # torch computes more values in several threads, and those at the borders with another exp
 _SILU_WIDTH = 32
 
@@ -174,7 +178,8 @@ class LayerPlan:
         config = attention.config
         conditions.add(vars(config), "_attn_implementation_internal")
         implementation = config._attn_implementation
-        if implementation not in _IMPLEMENTATIONS:
+        self._own_attention = implementation in _IMPLEMENTATIONS
+        if not self._own_attention and not implementation.startswith(_OF_THE_SERVER):
             raise Unsuitable(f"its attention is computed by {implementation!r}")
         self._usual_attention: Callable[..., Any] = _function(attention, implementation)
         self.dim: int = attention.head_dim
@@ -231,7 +236,7 @@ class LayerPlan:
         keys, values, first, last = store.keys, store.values, store.first, store.last + 1
         q = _step_heads(qkv, *angles, keys, values, last - 1, self.q_norm.weight, self.k_norm.weight, *self.q_norm.rule)
         layer.commit()
-        if usual_attention or not _is_mask(mask, x.shape[0], last - first):
+        if usual_attention or not self._own_attention or not _is_mask(mask, x.shape[0], last - first):
             seen = keys[:, :, first:last], values[:, :, first:last]
             y, _ = self._usual_attention(self.attention, q, *seen, mask, dropout=0.0, scaling=self.scale)
             y = y.reshape(x.shape[0], 1, -1)
