@@ -119,6 +119,15 @@ def one_way_in(folder: Path) -> None:
     print(report.bits_per_weight, tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"))[0]))
 
 
+def long_contexts() -> None:
+    """Keys and values in half of the memory, for a reply and for what follows it."""
+    model, tokenizer, _ = isqtorch.load(MODEL, "q4k", progress=False)
+    cache = isqtorch.QuantizedCache(model.config, "q8_0/q4_0")
+    out = model.generate(**tokenizer("The function", return_tensors="pt"), cache=cache, max_new_tokens=8)
+    print(tokenizer.decode(out[0]), cache.get_seq_length(), cache.nbytes)
+    model.generate(out, cache=cache, max_new_tokens=8)
+
+
 def other_programs(folder: Path) -> None:
     """Files for llama.cpp and for MLX, with the same packed weights; `load` opens them again."""
     model, tokenizer, _ = isqtorch.load(MODEL, "q4k", progress=False)
@@ -142,5 +151,6 @@ if __name__ == "__main__":
         quality(Path(scratch))
         while_loading(Path(scratch))
         one_way_in(Path(scratch))
+        long_contexts()
         other_programs(Path(scratch))
     metal()

@@ -147,7 +147,7 @@ class LoadedModel:
         try:
             check_cache(self.opened.cls, self.opened.config, kv)
         except ValueError as error:
-            raise ValueError(f"--kv {'/'.join(kv)}: {error}") from error
+            raise ValueError(f"--kv {'/'.join(dict.fromkeys(kv))}: {error}") from error
 
     def check(self, isq: str) -> None:
         """ValueError if `requantize` would refuse this format."""

@@ -60,6 +60,50 @@ def lines(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
+# ---- packed keys and values ------------------------------------------------------------------------------------------
+
+
+def test_a_reply_with_packed_keys_and_values(packed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from isqtorch.integrations.transformers import quantized_cache
+
+    few = ("-m", packed, "--prompt", PROMPT, "--max-new-tokens", "8", "--temperature", "0")
+    made: list[tuple[str, str]] = []
+    init = quantized_cache.QuantizedCache.__init__
+
+    def watched(self: Any, config: Any, *formats: str) -> None:
+        init(self, config, *formats)
+        made.append(self.formats)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized_cache.QuantizedCache, "__init__", watched)
+        plain = reply(capsys, *few)["text"]
+        assert not made
+        assert reply(capsys, *few, "--kv", "8")["text"] == plain
+        assert made[-1] == ("q8_0", "q8_0")
+        reply(capsys, *few, "--kv", "q8_0/q4_0")
+        assert made[-1] == ("q8_0", "q4_0")
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "bench"])
+def test_wrong_formats_of_keys_and_values(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "-m", MODEL, "--kv", "q4k", *["--prompt", "x"] * (command == "run")]) == 1
+    assert "--kv: keys and values cannot be in 'q4k'. There are q8_0, q5_1" in capsys.readouterr().err
+
+
+def test_a_model_without_keys_and_values_is_refused_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from isqtorch.app.model import LoadedModel
+
+    config = transformers.AutoConfig.for_model("mamba", vocab_size=4096, hidden_size=32, num_hidden_layers=1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(packed, file), tmp_path)
+    monkeypatch.setattr(LoadedModel, "_load", lambda self, isq: pytest.fail("it was read"))
+    assert main(["run", "-m", str(tmp_path), "--kv", "8", "--prompt", "x"]) == 1
+    assert "--kv q8_0: MambaForCausalLM keeps no keys and values" in capsys.readouterr().err
+
+
 # ---- one prompt ------------------------------------------------------------------------------------------------------
 
 
