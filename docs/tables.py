@@ -30,6 +30,17 @@ def stored() -> str:
     return markdown_table(("`quant_method`", "what is read", "taken over as"), rows)
 
 
+COST = ("bf16", "q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")
+
+
+def cost(demo: str) -> str:
+    """The first rows that a reader sees: the demo's table for the formats that a number of bits means."""
+    rows = {line.split(" | ")[0].removeprefix("| "): line.strip("| \n").split(" | ") for line in demo.splitlines()}
+    headers = ("format", "size MB", "perplexity", "KL from bf16", "same first choice %", "tokens/s")
+    chosen = [[name, *(rows[name][column] for column in (1, 3, 4, 5, 6))] for name in COST]
+    return markdown_table(headers, chosen, right=range(1, 6))
+
+
 def replace(text: str, name: str, content: str) -> str:
     """`text` with the part between the markers of `name` replaced; unchanged if it has no such markers."""
     begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
@@ -50,6 +61,8 @@ def main() -> int:
     parts = {"formats": markdown(), "stored": stored()}
     if args.demo:
         parts["demo"] = args.demo.read_text(encoding="utf-8")
+    readme = FILES[0].read_text(encoding="utf-8")
+    parts["cost"] = cost(parts.get("demo") or readme.partition("<!-- demo:begin -->")[2].partition("<!-- demo:end")[0])
     stale = []
     for path in FILES:
         old = new = path.read_text(encoding="utf-8")

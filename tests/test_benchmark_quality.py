@@ -135,8 +135,9 @@ def test_labels_of_the_plot_do_not_overlap() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 7))
     families = [plot.family(row.spec) for row in rows]
     axes.set_yscale("log")
-    axes.plot([row.bits_per_weight for row in rows], [row.scores[0].distance for row in rows], "o")
-    plot.place_labels(axes, rows, families)
+    points = [(row.bits_per_weight, row.scores[0].distance) for row in rows]
+    axes.plot(*zip(*points, strict=True), "o")
+    plot.place_labels(axes, plot.labels(rows, families), points)
     figure.canvas.draw()
     texts = [text for text in axes.texts if text.get_text()]
     assert sorted(text.get_text() for text in texts) == sorted(formats())

@@ -62,6 +62,28 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_labels_of_the_demos_plot_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for formats with nearly the same size and divergence. Families have markers of their own, for prints without colours."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    names = ["q8_0", "q4k", "iq4_xs", "q4_0", "afq4", "hqq4", "mxfp4", "q5_1", "fp8"]
+    rows = [
+        demo.Row(name, 4.4 + 0.02 * i, 4.8, 30.0, 0.01 * (1 + 0.05 * i), 92.0, 100.0, "")
+        for i, name in enumerate(names)
+    ]
+    demo.draw_demo([demo.Row("bf16", 14.7, 16.0, 30.0, 0.0, 100.0, 100.0, ""), *rows], tmp_path / "x.png")
+    (axes,) = pyplot.gcf().axes
+    texts = [text for text in axes.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert [text.get_text() for text in texts] == names
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    shapes = {points.get_paths()[0].vertices.tobytes() for points in axes.collections}
+    assert len(shapes) == len({get_format(name).solver for name in names})
+    pyplot.switch_backend("Agg")  # closes all
+
+
 def test_demo_text_and_markdown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(demo, "_DECODE_REPEATS", 1)

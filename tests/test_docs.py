@@ -21,6 +21,7 @@ PAGES = [
         "README.md",
         "CONTRIBUTING.md",
         "docs/guide.md",
+        "docs/coming-from.md",
         "docs/formats.md",
         "docs/quality.md",
         "docs/architecture.md",

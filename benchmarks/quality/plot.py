@@ -6,17 +6,15 @@ by line and filling, so that the plot can be read in print without colours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot
-from matplotlib.transforms import Bbox
 
 from isqtorch.formats import get_format
+from isqtorch.report.labels import Label, place_labels
 
 from .measure import Quality, Results
 
@@ -62,7 +60,9 @@ def draw(results: Results, path: Path) -> None:
             axes.legend(loc="upper right")
     panels[0].set_ylabel(f"mean {results.facts['measure']}, {results.rows[0].scores[0].text}")
     for axes, right in zip(panels, (False, True), strict=True):
-        place_labels(axes, [row for row in results.rows[1:] if (family(row.spec) in _RIGHT) == right], families)
+        members = [row for row in results.rows[1:] if (family(row.spec) in _RIGHT) == right]
+        points = [(row.bits_per_weight, row.scores[0].distance) for row in members]
+        place_labels(axes, labels(members, families), points)
     figure.savefig(path, dpi=_DPI)
     pyplot.close(figure)
 
@@ -89,54 +89,14 @@ def _line(axes: pyplot.Axes, rows: list[Quality], number: int, label: str, how: 
     )
 
 
-def place_labels(axes: pyplot.Axes, rows: list[Quality], families: list[str]) -> None:
-    """One label for every spec, at its lowest point, where there is room; a line leads to it from farther away."""
-    axes.figure.canvas.draw()  # decides the layout, so that positions in pixels are final
-    renderer = axes.figure.canvas.get_renderer()
+def labels(rows: list[Quality], families: list[str]) -> list[Label]:
+    """One label for every spec, at its lowest point."""
     lowest: dict[tuple[str, float], Quality] = {}
     for row in rows:
         key = row.spec, round(row.bits_per_weight, 2)
         if key not in lowest or row.scores[0].distance < lowest[key].scores[0].distance:
             lowest[key] = row
-    points = [axes.transData.transform((row.bits_per_weight, row.scores[0].distance)) for row in rows]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    legend = axes.get_legend()
-    if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
-    for row in sorted(lowest.values(), key=lambda row: row.bits_per_weight):
-        color = f"C{families.index(family(row.spec))}"
-        place = row.bits_per_weight, row.scores[0].distance
-        note = axes.annotate(
-            row.spec,
-            place,
-            textcoords="offset points",
-            xytext=(0, 0),
-            fontsize=9,
-            color=color,
-            annotation_clip=False,
-            bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )
-        for dx, dy in _offsets():
-            note.set_position((dx, dy))
-            note.set_horizontalalignment("left" if dx > 3 else "right" if dx < -3 else "center")
-            note.set_verticalalignment("bottom" if dy > 3 else "top" if dy < -3 else "center")
-            box = note.get_window_extent(renderer)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0
-            if inside and box.y1 <= axes.bbox.y1 and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
-        if math.hypot(dx, dy) > 12:
-            axes.annotate(
-                "",
-                place,
-                textcoords="offset points",
-                xytext=(dx, dy),
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": color},
-            )
-
-
-def _offsets() -> Iterator[tuple[float, float]]:
-    """Places for a label around its point, in points of print, the nearest first, and those beside the lines."""
-    for distance in range(10, 120, 8):
-        for angle in (-135, 45, -160, 20, -110, 70, 180, 0, -90, 90, -45, 135):  # lines fall from left to right
-            yield distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+    return [
+        Label(row.bits_per_weight, row.scores[0].distance, row.spec, f"C{families.index(family(row.spec))}")
+        for row in lowest.values()
+    ]

@@ -213,16 +213,22 @@ def draw_demo(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
+    from isqtorch.formats import get_format
+    from isqtorch.report.labels import Label, place_labels
+
     base, *quantized = rows
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained", facecolor="white")
+    solvers = list(dict.fromkeys(get_format(row.format).solver for row in quantized))
+    colors = {row.format: f"C{solvers.index(get_format(row.format).solver) % 10}" for row in quantized}
     for row in quantized:
-        axes.scatter(row.size_mb, row.kl, s=36, color="C0")
-        axes.annotate(row.format, (row.size_mb, row.kl), textcoords="offset points", xytext=(6, 4))
+        marker = "osD^vP*X"[solvers.index(get_format(row.format).solver) % 8]  # families differ without colours, too
+        axes.scatter(row.size_mb, row.kl, s=36, color=colors[row.format], marker=marker)
     axes.set_yscale("log")
-    axes.margins(x=0.08)  # room for the last label
+    axes.margins(x=0.08, y=0.08)  # room for the labels
     axes.set_xlabel(f"size of the model, MB ({base.format}: {base.size_mb:.1f} MB)")
     axes.set_ylabel(f"mean KL divergence from {base.format}, nats")
     axes.set_title("Quality against size: lower left is better")
     axes.grid(True, which="both", alpha=0.25)
+    place_labels(axes, [Label(row.size_mb, row.kl, row.format, colors[row.format]) for row in quantized])
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
