@@ -90,7 +90,7 @@ def feedback_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
                 "A mean of x x' is; collect them again."
             )
     del turned
-    upper: Tensor = lower.flip(0, 1)
+    upper: Tensor = lower.flip(0, 1).contiguous()
     roots = upper.diagonal().clone()
     upper /= roots  # column j by its diagonal element
     shares = (roots / roots.max()).square()

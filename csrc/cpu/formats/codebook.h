@@ -141,6 +141,7 @@ struct Mxfp4 : BlockwiseFormat {
   // By size, with the sign of the weight. There is one zero.
   static constexpr int kFirstRank = -7, kLastRank = 7;
   static LaneInts code_of(LaneInts rank) { return select(rank < 0, 8 - rank, rank); }
+  static LaneInts rank_of(LaneInts code) { return select(code < 8, code, 8 - code); }
 
   static void choose(const LaneBlocks<32>& in, Chosen* out) {
     out->e = mxfp4_exponent(in.largest);

@@ -28,6 +28,7 @@ struct Fp8 : BlockwiseFormat {
   // By size, with the sign of the weight. There is one zero, and NaN is not among them.
   static constexpr int kFirstRank = -0x7e, kLastRank = 0x7e;
   static LaneInts code_of(LaneInts rank) { return select(rank < 0, 0x80 - rank, rank); }
+  static LaneInts rank_of(LaneInts code) { return select(code < 0x80, code, 0x80 - code); }
 
   static void choose(const LaneBlocks<128>& in, Chosen* out) {
     // The scale is at least the smallest normal number, because kernels may flush subnormal scales to zero.

@@ -35,9 +35,10 @@ struct BlockwiseFormat {
   static constexpr uint8_t kRules = 0;
   static constexpr bool kF16Scales = true;
 
-  // The codes in the order of what they stand for: code_of(kFirstRank .. kLastRank).
+  // The codes in the order of what they stand for: code_of(kFirstRank .. kLastRank), and the other way round.
   static constexpr int kFirstRank = 0;
   static LaneInts code_of(LaneInts rank) { return rank; }
+  static LaneInts rank_of(LaneInts code) { return code; }
 
   // Adapts what else depends on codes, after those of some lanes have been replaced.
   template <class Chosen>

@@ -100,7 +100,10 @@ struct FeedbackPlan {
       for (int64_t slab = begin; slab < end; ++slab) {
         couple(job, slab, c.at);
         const int64_t first = slab * kSlabColumns;
-        for (int64_t column = first; column < first + columns_of(slab); column += block) arrange(job, column, c.at);
+        for (int64_t column = first; column < first + columns_of(slab); column += block) {
+          if (block < kSlabColumns) curvature(job, column, block, c.at);
+          arrange(job, column, c.at);
+        }
       }
     });
   }
@@ -128,8 +131,8 @@ struct FeedbackPlan {
     swept.at[slab] = finite;
   }
 
+  // c is the curvature of the block that begins with the column.
   void arrange(const FeedbackJob& job, int64_t column, float* c) {
-    curvature(job, column, block, c);
     if (best_order(c, block, order.at + column, turned.at + column * block)) return;
     for (int i = 0; i < block; ++i) {
       order.at[column + i] = i;

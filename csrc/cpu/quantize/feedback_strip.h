@@ -33,6 +33,18 @@ ISQ_INLINE LaneInts nearest_code(const typename Format::Chosen& chosen, int i, L
   return Format::code_of(select(down, low, high) + Format::kFirstRank);
 }
 
+// Lanes whose code `nearest_code` would choose as well: it is nearer than the codes below and above it.
+template <class Format>
+ISQ_INLINE LaneInts is_nearest(const typename Format::Chosen& chosen, int i, LaneFloats target) {
+  const LaneInts code = chosen.codes[i], rank = Format::rank_of(code);
+  const LaneInts lowest = rank <= Format::kFirstRank, highest = rank >= Format::kLastRank;
+  const LaneFloats off = abs(target - chosen.value(i, code));
+  const LaneFloats below = chosen.value(i, Format::code_of(select(lowest, rank, rank - 1)));
+  const LaneFloats above = chosen.value(i, Format::code_of(select(highest, rank, rank + 1)));
+  return (Format::code_of(rank) == code) & (lowest | (off < abs(target - below))) &
+         (highest | (off < abs(target - above)));
+}
+
 // The blocks of every row of a strip in a slab of columns.
 template <class Format>
 struct FeedbackStrip {
@@ -142,22 +154,18 @@ struct FeedbackStrip {
     }
     for (int i = 0; i < count; ++i) {
       const int64_t column = slab + i / kBlock * kBlock;
-      Strip change, errors;
-      LaneInts any_changed = splat<LaneInts>(0);
+      const float* factor = couplings + i * kTileStride;
       for (int u = 0; u < kStripUnits; ++u) {
-        const LaneInts code = chosen[block_of(column)][u].codes[i % kBlock];
-        const LaneFloats before = chosen[block_of(column)][u].value(i % kBlock, code);
+        const Chosen& unit = chosen[block_of(column)][u];
         const LaneFloats target = wanted[i][u] - sums[i * kStripUnits + u];
+        if (!any(~is_nearest<Format>(unit, i % kBlock, target))) continue;
+        const LaneInts code = unit.codes[i % kBlock];
+        const LaneFloats before = unit.value(i % kBlock, code);
         const LaneFloats value = choose_code(column, i % kBlock, u, target, wanted[i][u]);
-        change[u] = value - before;
-        errors[u] = value - w[u][i];
-        any_changed |= code != chosen[block_of(column)][u].codes[i % kBlock];
-      }
-      if (!any(any_changed)) continue;
-      std::memcpy((void*)panel.errors_of(strip, slab + i), errors, sizeof errors);
-      for (int j = i + 1; j < count; ++j) {
-        const LaneFloats weight = splat<LaneFloats>(couplings[i * kTileStride + j]);
-        for (int u = 0; u < kStripUnits; ++u) sums[j * kStripUnits + u] += change[u] * weight;
+        if (!any(code != unit.codes[i % kBlock])) continue;
+        const LaneFloats change = value - before;
+        panel.errors_of(strip, slab + i)[u] = value - w[u][i];
+        for (int j = i + 1; j < count; ++j) sums[j * kStripUnits + u] += change * factor[j];
       }
     }
   }
