@@ -31,8 +31,8 @@ DOCS          := mkdocs-material==9.8.2 mkdocstrings[python]==1.0.8 ruff
 DOCS_STAMP    := $(DOCS_ENV)/.stamp-$(subst [,-,$(subst ],-,$(subst $() ,-,$(subst =,-,$(DOCS)))))
 VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 
-# Threads that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
-# machines: decoding is then slower by a factor of 50. Threads that sleep cost little elsewhere.
+# Threads of torch that wait for work by spinning (the default of GNU OpenMP) starve each other where cores are shared, as in virtual
+# machines where tests run beside other programs. Our own kernels need no such setting: csrc/cpu/ops_regions.cpp.
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help

@@ -6,9 +6,12 @@
 // The pairs of an expert are one Product, which gathers rows of x and scatters rows of y. It uses the kernel that
 // `linear` uses for this number of rows. No more than a panel of weights is ever decoded into memory.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -22,14 +25,35 @@ constexpr int64_t kPackedAtOnce = 1 << 24;  // bytes of x packed for the panel k
 
 // Some of an expert's pairs, at most as many as a kernel takes at once.
 struct Unit {
-  int64_t expert, first, count;  // rows of the expert's Product
+  int64_t product, first, count;  // which Product, and which of its rows
 };
 
 struct ExpertsCall {
   std::vector<int64_t> pairs, x_rows;  // sorted by expert; the number of a pair is its row of y
   std::vector<int64_t> begins;    // [E + 2], indices into these; the last range has experts that are not on this device
-  std::vector<float> bias;        // [E, n], or empty
-  std::vector<Product> products;  // [E]
+  std::vector<float> bias;        // [products, n], or empty
+  std::vector<Product> products;  // of the experts that have pairs
+};
+
+// Something that the first thread that needs it makes; the others wait for that thread.
+class Once {
+ public:
+  // make: must not throw, and must not need what itself makes.
+  template <class Make>
+  void ensure(const Make& make) {
+    int state = state_.load(std::memory_order_acquire);
+    if (state == kMade) return;
+    if (state == kNothing && state_.compare_exchange_strong(state, kBegun)) {
+      make();
+      state_.store(kMade, std::memory_order_release);
+      return;
+    }
+    while (state_.load(std::memory_order_acquire) != kMade) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int kNothing = 0, kBegun = 1, kMade = 2;
+  std::atomic<int> state_{kNothing};
 };
 
 // Raises IndexError for an id that names no expert.
@@ -63,7 +87,8 @@ void sort_pairs(const Id* ids, int64_t tokens, int64_t slots, int64_t experts, b
 }
 
 // Units of the row kernels. Each row of x is packed once. A unit of one row uses it in place; a larger unit copies its
-// packed rows together.
+// packed rows together. All of this happens where a tile first needs it, so that there is only one region: for a single
+// token, a second one would take as long as a tenth of the product.
 void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
   if (units.empty()) return;
   const Product& any = call.products.front();
@@ -74,7 +99,7 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
   std::vector<int64_t> starts(size, -1);  // where the copies of a unit begin; -1: it needs none
   int64_t copied = 0;
   for (int64_t u = 0; u < size; ++u) {
-    const int64_t* x_rows = call.products[units[u].expert].x_rows + units[u].first;
+    const int64_t* x_rows = call.products[units[u].product].x_rows + units[u].first;
     for (int64_t i = 0; i < units[u].count; ++i) {
       int64_t& place = places[x_rows[i]];
       if (place < 0) {
@@ -87,37 +112,43 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
     copied += int64_t{1} << step_for(units[u].count);
   }
   const Scratch packed(rows.size() * bytes), together(copied * bytes);
+  const std::unique_ptr<Once[]> row_once(new Once[rows.size()]), unit_once(new Once[size]);
   Product all = any;  // all rows of x in their order
   all.x_rows = rows.data();
-  parallel_tiles(rows.size(), any.k * kMaxTokens, [&](int64_t begin, int64_t end) {
-    const Scratch x(any.k * sizeof(float));
-    for (int64_t i = begin; i < end; ++i) {
-      all.load(i, 1, x.floats());
-      kernels.pack(x.floats(), any.k, packed.bytes() + i * bytes);
-    }
-  });
-  for (int64_t u = 0; u < size; ++u) {
-    if (starts[u] < 0) continue;
-    uint8_t* to = together.bytes() + starts[u] * bytes;
-    const int64_t* x_rows = call.products[units[u].expert].x_rows + units[u].first;
-    for (int64_t i = 0; i < units[u].count; ++i) {
-      std::memcpy(to + i * bytes, packed.bytes() + places[x_rows[i]] * bytes, bytes);
-    }
-    const int64_t slots = int64_t{1} << step_for(units[u].count);
-    std::memset(to + units[u].count * bytes, 0, (slots - units[u].count) * bytes);
-  }
+
+  const auto packed_row = [&](int64_t place, const Scratch& x) {
+    uint8_t* const to = packed.bytes() + place * bytes;
+    row_once[place].ensure([&] {
+      all.load(place, 1, x.floats());
+      kernels.pack(x.floats(), any.k, to);
+    });
+    return to;
+  };
+  const auto packed_unit = [&](int64_t u, const Scratch& x) {
+    const int64_t* const x_rows = call.products[units[u].product].x_rows + units[u].first;
+    if (starts[u] < 0) return packed_row(places[*x_rows], x);
+    uint8_t* const to = together.bytes() + starts[u] * bytes;
+    unit_once[u].ensure([&] {
+      for (int64_t i = 0; i < units[u].count; ++i) {
+        std::memcpy(to + i * bytes, packed_row(places[x_rows[i]], x), bytes);
+      }
+      const int64_t slots = int64_t{1} << step_for(units[u].count);
+      std::memset(to + units[u].count * bytes, 0, (slots - units[u].count) * bytes);
+    });
+    return to;
+  };
 
   const int64_t tiles = any.row_tiles();
   parallel_tiles(size * tiles, kRowsTile * any.k, [&](int64_t begin, int64_t end) {
+    thread_local Scratch x;
+    x.grow(any.k * sizeof(float));
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t u = tile / tiles;
-      Product p = call.products[units[u].expert];
+      Product p = call.products[units[u].product];
       p.x_rows += units[u].first;
       p.y_rows += units[u].first;
       p.m = units[u].count;
-      const uint8_t* x =
-          starts[u] < 0 ? packed.bytes() + places[*p.x_rows] * bytes : together.bytes() + starts[u] * bytes;
-      multiply_row_tile(p, x, tile % tiles);
+      multiply_row_tile(p, packed_unit(u, x), tile % tiles);
     }
   });
 }
@@ -158,14 +189,14 @@ void multiply_grouped(const ExpertsCall& call, const std::vector<Unit>& units, i
       const Scratch x(group * any.k * sizeof(float));
       for (int64_t g = begin; g < stop; ++g) {
         const Unit& unit = *groups[g].unit;
-        pack(call.products[unit.expert], unit, groups[g].first, groups[g].count, x, packed + g * group_bytes);
+        pack(call.products[unit.product], unit, groups[g].first, groups[g].count, x, packed + g * group_bytes);
       }
     });
     const int64_t weights = any.n * any.k / parts * std::max<int64_t>(tokens / count / kMaxTokens, 1);
     parallel_tiles(count * parts, weights, [&](int64_t begin, int64_t stop) {
       for (int64_t tile = begin; tile < stop; ++tile) {
         const Unit& unit = units[done + tile / parts];
-        multiply(call.products[unit.expert], unit, tile % parts, packed + starts[tile / parts] * group_bytes);
+        multiply(call.products[unit.product], unit, tile % parts, packed + starts[tile / parts] * group_bytes);
       }
     });
     done = end;
@@ -207,7 +238,6 @@ void multiply(const ExpertsCall& call) {
   std::vector<Unit> few, handful, many;
   for (size_t e = 0; e < call.products.size(); ++e) {
     const Product& p = call.products[e];
-    if (!p.m) continue;
     const LinearWay way = linear_way(p.linear, p.m);
     std::vector<Unit>& units = way == LinearWay::kPanels ? many : way == LinearWay::kTiles ? handful : few;
     const int64_t most = way == LinearWay::kPanels  ? round_up(kPortion, p.linear.panels->token_block)
@@ -222,6 +252,23 @@ void multiply(const ExpertsCall& call) {
   multiply_many(call, many);
 }
 
+// The bias of those experts that have pairs.
+void load_used_bias(const PackedMatrix& packed, const Tensor& bias, int64_t experts, ExpertsCall& call) {
+  const Dtype dtype = *float_dtype(bias.scalar_type());
+  const Tensor all = dense(bias);
+  const uint8_t* const from = static_cast<const uint8_t*>(all.const_data_ptr());
+  const int64_t count = static_cast<int64_t>(call.products.size());
+  if (count == 0) return;
+  const int64_t n = call.products.front().n;
+  call.bias.resize(count * n);
+  for (int64_t e = 0, i = 0; e < experts; ++e) {
+    if (call.begins[e] == call.begins[e + 1]) continue;
+    packed.kernels->formats.load(from + e * n * item_bytes(dtype), dtype, n, call.bias.data() + i * n);
+    call.products[i].bias = call.bias.data() + i * n;
+    ++i;
+  }
+}
+
 Tensor experts_linear(const Tensor& x, const Tensor& weight, Text format_name, const Tensor& ids,
                       std::optional<Tensor> bias) {
   const PackedMatrix packed("experts_linear", weight, format_name, false);
@@ -229,7 +276,7 @@ Tensor experts_linear(const Tensor& x, const Tensor& weight, Text format_name, c
   const Dtype dtype = *float_dtype(x.scalar_type());
   const int64_t experts = sizes.experts, n = sizes.n, tokens = sizes.tokens, slots = sizes.slots;
   ExpertsCall call;
-  call.bias = loaded_bias("experts_linear", packed, bias, {experts, n});
+  if (bias) check_bias("experts_linear", *bias, {experts, n});
 
   const Tensor dense_ids = dense(ids);
   const auto with_ids = [&](const auto& use) {
@@ -247,19 +294,20 @@ Tensor experts_linear(const Tensor& x, const Tensor& weight, Text format_name, c
   product.y = static_cast<uint8_t*>(y.mutable_data_ptr());
   for (int64_t e = 0; e < experts; ++e) {
     Product p = product;
+    p.m = call.begins[e + 1] - call.begins[e];
+    if (p.m == 0) continue;
     p.w += e * n * packed.row_bytes;
     p.w_ends = e == experts - 1;
-    p.bias = bias ? call.bias.data() + e * n : nullptr;
     p.x_rows = call.x_rows.data() + call.begins[e];
     p.y_rows = call.pairs.data() + call.begins[e];
-    p.m = call.begins[e + 1] - call.begins[e];
     call.products.push_back(p);
   }
+  if (bias) load_used_bias(packed, *bias, experts, call);
   const int64_t row_bytes = n * item_bytes(dtype);
   for (int64_t i = call.begins[experts]; i < tokens * slots; ++i) {
     std::memset(product.y + call.pairs[i] * row_bytes, 0, row_bytes);
   }
-  if (experts) multiply(call);
+  multiply(call);
   return y;
 }
 

@@ -29,7 +29,7 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
-constexpr microseconds kDisturbance{500}, kShortestRest{1000};
+constexpr microseconds kDisturbance{100}, kShortestRest{1000}, kSoonAgain{100000};
 constexpr int kMostDoublings = 6;
 
 nanoseconds now() { return std::chrono::steady_clock::now().time_since_epoch(); }
@@ -78,11 +78,10 @@ void run_on_torch_threads(int64_t threads, RegionFn body) {
   const nanoseconds end = now();
   // The others had less left to do than the caller has done, so this took longer than their work.
   if (end - done > kDisturbance && end - done > done - begin) {
-    const int doublings = torch_threads.doublings;
+    const bool again = (end - nanoseconds(torch_threads.rest_until)) < kSoonAgain;
+    const int doublings = again ? std::min(torch_threads.doublings + 1, kMostDoublings) : 0;
+    torch_threads.doublings = doublings;
     torch_threads.rest_until = (end + kShortestRest * (1 << doublings) / (threads - 1)).count();  // many are a loss
-    torch_threads.doublings = std::min(doublings + 1, kMostDoublings);
-  } else if (torch_threads.doublings.load(std::memory_order_relaxed) > 0) {
-    --torch_threads.doublings;
   }
   region.finish();
 }

@@ -163,10 +163,12 @@ void multiply_rows_of(const RowsJob& job) {
   const int64_t units = (job.k + kWeights - 1) / kWeights;
   const int64_t unit_bytes = Unit::kBytes ? Unit::kBytes : job.layout.unit_bytes;
   const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
+  alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
   for (int64_t row = 0; row < job.rows; ++row) {
     const uint8_t* w = job.w + row * job.row_bytes;
     // Whole units are read in place. The rest of a row is read from a copy padded with zeros, and so is the last unit
-    // of all if loads may read beyond it and memory may end there.
+    // of all if loads may read beyond it and memory may end there. The last row may copy more than the rows before it,
+    // never less, so what follows the copied bytes stays zero.
     const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
     const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
     Floats acc[kTokens];
@@ -176,7 +178,6 @@ void multiply_rows_of(const RowsJob& job) {
       multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u, units, acc);
     }
     if (whole < units) {
-      alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
       std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
       multiply_unit<Unit, kTokens>(copy, job.layout, x + whole, units, acc);
     }
