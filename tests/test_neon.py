@@ -88,7 +88,7 @@ def driver() -> str:
     cpu = ROOT / "csrc" / "cpu"
     # The largest first, for they are compiled side by side.
     sources = [cpu / "isa" / f"{level}.cpp" for level in LEVELS]
-    sources += [cpu / "dispatch.cpp", ROOT / "tests" / "neon" / "driver.cpp"]
+    sources += [cpu / "steps" / "steps_baseline.cpp", cpu / "dispatch.cpp", ROOT / "tests" / "neon" / "driver.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(_compile, sources))
     out = BUILD / "driver"
