@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import PROMPT, Server, serving
+from serving import MODEL, PROMPT, ROOT, Server, serving
 
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -64,3 +68,14 @@ def test_8_clients_with_20_requests_each(server: Server) -> None:
     # The demo model is so small that most of a step is Python's work. A batch must still win, also on a busy machine.
     assert of_all > 1.2 * of_one
     assert p95 < CLIENTS / of_one  # seconds that a queue of whole replies would take for its last one
+
+
+def test_the_benchmark_of_clients_runs() -> None:
+    few = ("--clients", "2", "--tokens", "4", "--rounds", "1")
+    command = [sys.executable, "-m", "benchmarks.bench_serve", "-m", str(MODEL), "--isq", "4", *few]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"one after the other: \d+ tokens/s; 2 clients: \d+ tokens/s, .* p95 \d+[.]\d+ s\n", done.stdout
+    )

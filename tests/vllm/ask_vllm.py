@@ -3,9 +3,10 @@
     {"cases": [{"model": FOLDER, "settings": {...} for vllm.LLM, "prompts": [ids, ...], "new": 24, "adapter": FOLDER}, ...],
      "answers": FILE.json}
 
-An answer has the tokens that greedy decoding adds to each prompt, the logarithms of the probabilities of each prompt's tokens
-after the first, what isqtorch logged, and, if the model runs in this process, what its layers are, and the most bytes that float
-weights of packed layers took at once. A case that may fail ("fails": true) then has the text of its "error" instead.
+An answer has the tokens that greedy decoding adds to each prompt, without an adapter the logarithms of the probabilities of
+each prompt's tokens after the first, what isqtorch logged, and, if the model runs in this process, what its layers are, and the
+most bytes that float weights of packed layers took at once. A case that may fail ("fails": true) then has the text of its
+"error" instead.
 """
 
 import contextlib
@@ -79,7 +80,8 @@ def ask(case, alive, peak):
         with contextlib.redirect_stdout(sys.stderr):
             llm = LLM(model=case["model"], **settings)
         adapter = None if case.get("adapter") is None else LoRARequest("adapter", 1, case["adapter"])
-        params = SamplingParams(temperature=0, max_tokens=case["new"], prompt_logprobs=1, ignore_eos=True)
+        wanted = None if adapter else 1  # of prompts; vLLM for CPUs fails if they are wanted of an adapter
+        params = SamplingParams(temperature=0, max_tokens=case["new"], prompt_logprobs=wanted, ignore_eos=True)
         prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
         return {
@@ -91,6 +93,7 @@ def ask(case, alive, peak):
                     if step
                 ]
                 for output in outputs
+                if wanted
             ],
             "layers": llm.apply_model(describe)[0] if settings.get("tensor_parallel_size", 1) == 1 else None,
             "peak": peak[0],

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_engine import DEMO, Answer, ask_vllm, assert_same_tokens, case, difference, online, transformers_answer
+from vllm_engine import (
+    DEMO,
+    Answer,
+    ask_vllm,
+    assert_close,
+    assert_same_tokens,
+    case,
+    difference,
+    online,
+    transformers_answer,
+)
 
 import isqtorch
 
@@ -60,7 +70,7 @@ def answers(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) 
 def test_the_same_tokens_in_float32(fmt: str, answers: dict[str, Answer]) -> None:
     found, expected = answers[f"{fmt} float32"], answers[fmt]
     assert_same_tokens(found, expected)
-    assert difference(found, expected) < 0.003
+    assert_close(found, expected)
     assert found.methods() == {"IsqLinearMethod", "IsqTableMethod"}, "the table is packed, and the head is the table"
 
 
@@ -74,7 +84,7 @@ def test_packed_while_loading(fmt: str, answers: dict[str, Answer]) -> None:
     """The bytes are those of the saved model, and there is never more than one float layer."""
     found = answers[f"{fmt} online"]
     assert_same_tokens(found, answers[fmt])
-    assert difference(found, answers[fmt]) < 0.003
+    assert_close(found, answers[fmt])
     assert 0 < found.peak <= TABLE
     if fmt != "topology":
         weights = {name: sum(size for _, size in own.values()) for name, (_, own) in found.layers.items()}

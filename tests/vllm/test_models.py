@@ -20,8 +20,9 @@ WIDE = {**SIZES, "head_dim": 64}
 ROUTED = {"moe_intermediate_size": 256}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
         "beta_slow": 1.0, "truncate": False}  # fmt: skip
+# The ranks are those that vLLM's kernel for CPUs has; transformers knows one topk_method and does not ask for it.
 LATENT = {"q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
-          "num_hidden_layers": 2}  # fmt: skip  # the ranks that vLLM's kernel for CPUs has
+          "num_hidden_layers": 2, "topk_method": "noaux_tc"}  # fmt: skip
 EXPERTS, TABLE, HEAD, LINEAR = "IsqExpertsMethod", "IsqTableMethod", "IsqHeadMethod", "IsqLinearMethod"
 
 
