@@ -36,6 +36,7 @@ class ModelSpeed:
     decode: float  # new tokens / second, without the first
     prefill_range: tuple[float, float]  # slowest and fastest repeat
     decode_range: tuple[float, float]
+    roofline: dict[str, Any] | None = None  # of `Roofline.to_dict`, if it was asked for
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +52,7 @@ def measure_model(
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
     kv: tuple[str, str] | None = None,
+    roofline: bool = False,
 ) -> ModelSpeed:
     """Load a model and time it on random tokens. The peak memory is only meaningful in a fresh process.
 
@@ -58,6 +60,7 @@ def measure_model(
         source, isq, device, options, kv: see `LoadedModel`.
         prompt_len, gen_len: number of tokens; gen_len must be 2 or more.
         repeat: number of timed runs, after one warm-up run.
+        roofline: whether to measure the parts of a token and the speed of memory, too.
 
     Raises:
         ValueError: prompt and reply exceed the context; or as for loading.
@@ -79,13 +82,21 @@ def measure_model(
     runs = [timed_generate(model, ids, gen_len, loaded.new_cache()) for _ in range(repeat)]
     prefill = [prompt_len / first for first, _ in runs]
     decode = [(gen_len - 1) / rest for _, rest in runs]
+    peak = torch.cuda.max_memory_allocated() if gpu else peak_resident_bytes() - before
+    found = None
+    if roofline:
+        from .roofline import measure_roofline
+
+        # As many tokens as the context of a reply's token has on average.
+        before_it = ids.repeat(1, 1 + gen_len // prompt_len)[:, : prompt_len + gen_len // 2]
+        found = measure_roofline(model, before_it, 1 / statistics.median(decode), loaded.new_cache).to_dict()
     return ModelSpeed(
         model=source,
         isq=isq,
         format=_format(loaded),
         bytes=model_bytes(model),
         load_seconds=loaded.load_seconds,
-        peak_bytes=torch.cuda.max_memory_allocated() if gpu else peak_resident_bytes() - before,
+        peak_bytes=peak,
         peak_kind="GPU memory" if gpu else "resident memory",
         prompt_len=prompt_len,
         gen_len=gen_len,
@@ -93,6 +104,7 @@ def measure_model(
         decode=statistics.median(decode),
         prefill_range=(min(prefill), max(prefill)),
         decode_range=(min(decode), max(decode)),
+        roofline=found,
     )
 
 

@@ -3,10 +3,14 @@
     isqtorch bench -m examples/demo_model/model --isq 4,q8_0
     isqtorch bench -m ./my-model --isq 4,q8_0 --prompt-len 512 --gen-len 128
     isqtorch bench -m ./large-model --isq q4k --no-baseline --json
+    isqtorch bench -m ./my-model --isq q4k --kv q8_0 --roofline
 
 Prefill speed is the number of prompt tokens divided by the time until the first new token. Decode speed counts the new
 tokens after the first. Both are medians over the repeats of `generate` with one sequence. Peak memory is that of the
 process, minus its memory before loading.
+
+--roofline also measures how fast this machine reads memory, and shows which share of that speed a token reaches, and
+where its time goes: products, attention, other operators, Python, and what `generate` does around the model.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gen-len", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="timed runs of each (%(default)s)")
     parser.add_argument("--no-baseline", action="store_true", help="not the model as it is")
+    parser.add_argument(
+        "--roofline", action="store_true", help="where the time of a token goes, and what memory would allow (CPU)"
+    )
     parser.add_argument("--in-process", action="store_true", help="one measurement, in this process")
     add_policy(parser)
     add_importance(parser)
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [_measure(args, formats[0])]
         if not args.json:
             _print_head()
-            print(_line(_cells(rows[0])))
+            _print_row(rows[0])
     else:
         if not args.json:
             print("\n".join(machine_facts()), end="\n\n")
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             if row is not None:
                 rows.append(row)
                 if not args.json:
-                    print(_line(_cells(row)), flush=True)
+                    _print_row(row)
     if args.json:
         print(json.dumps({"machine": machine_facts(), "rows": rows}, indent=2))
     return 0 if len(rows) == len(formats) else 1
@@ -79,6 +86,8 @@ def _check(args: argparse.Namespace) -> list[str | None]:
     names = list(dict.fromkeys(part.strip() for part in (args.isq or "").split(",") if part.strip()))
     options = policy_options(args)
     kv_of(args)
+    if args.roofline and (args.device or "cpu").partition(":")[0] != "cpu":
+        raise ValueError(f"--roofline knows CPUs, not {args.device}")
     if AUTO in map(mix_name, names):
         raise ValueError(
             "bench takes no 'auto': write the model with `isqtorch quantize --isq auto` and give that folder"
@@ -111,12 +120,14 @@ def _measure(args: argparse.Namespace, fmt: str | None) -> dict[str, Any]:
         device=args.device,
         options=policy_options(args) if fmt is not None else None,
         kv=kv_of(args),
+        roofline=args.roofline,
     ).to_dict()
 
 
 def _in_a_process(args: argparse.Namespace, fmt: str | None) -> dict[str, Any] | None:
     """`_measure` in a fresh process; None if it failed, with the reason on standard error."""
     command = [sys.executable, "-c", _START, "bench", "--in-process", "--json", "-m", args.model]
+    command += ["--roofline"] * args.roofline
     given = {"--isq": fmt, "--prompt-len": args.prompt_len, "--gen-len": args.gen_len, "--repeat": args.repeat}
     given |= {"--device": args.device, "--kv": args.kv}
     if fmt is not None:
@@ -148,6 +159,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
         speed("prefill"),
         speed("decode"),
     ]
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    print(_line(_cells(row)), flush=True)
+    if row["roofline"] is not None:
+        from isqtorch.app.roofline import lines
+
+        print("\n".join(lines(row["roofline"])), end="\n\n", flush=True)
 
 
 def _print_head() -> None:
