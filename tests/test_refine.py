@@ -339,6 +339,10 @@ def test_a_refined_model_is_saved_and_loaded(tmp_path: Path) -> None:
     packed.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert state_bytes(again) == state_bytes(packed)
+    file = tmp_path / "model.safetensors"
+    before = file.read_bytes()
+    assert refine(again, teacher, steps=8).kept  # also where the weights are pages of a file
+    assert file.read_bytes() == before
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def lessons(
         with in_floats(model, weights):
             targets = predict(model, both, 2 * batch, OP, progress)
     index = torch.arange(len(both))
-    notes = () if weights is None else (*weights.notes, *weights.alarms)
+    notes: tuple[str, ...] = ()
+    if weights is not None and weights.source is not None:
+        notes = (f"the float model has the weights in {weights.source.where}", *weights.alarms)
     return learn, held, targets.rows(index[: len(learn)]), targets.rows(index[len(learn) :]), notes
 
 

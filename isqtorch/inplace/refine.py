@@ -318,8 +318,8 @@ class _Best:
     def look(self, step: int, value: float) -> None:
         """Remember what the model has now, if it is better."""
         if value < self.value:
-            self.value, self.step = value, step
-            self._stored = [each.stored() for each in self.tuned]
+            stored = [each.stored() for each in self.tuned]  # an interrupt here keeps the one before
+            self.value, self.step, self._stored = value, step, stored
 
     def put_back(self) -> None:
         for each, stored in zip(self.tuned, self._stored, strict=True):
