@@ -123,10 +123,11 @@ def _devices(model: Any) -> list[str]:
 
 
 def _on_cpu(model: Any, exact: bool | None) -> Optimization:
-    from .transformers.decoding import attach
+    from .transformers.decoding import attach, detach
 
     layers, kept = attach(model, exact)
     if not layers:
+        detach(model)  # norms alone gain little
         why = "no decoder layer can be computed with fewer operators"
         return Optimization("cpu", {}, why, 0, kept)
     same = "with the bits of torch"

@@ -366,6 +366,10 @@ def test_models_of_other_kinds_stay() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2)).eval()
     done = isqtorch.optimize_(model)
     assert done.layers == 0 and "no decoder layer" in str(done)
+    floats = tiny_llama(dtype=torch.float32)
+    done = isqtorch.optimize_(floats)
+    assert done.layers == 0 and set(done.kept.values()) == {"Linear is not packed"}
+    assert not any("forward" in vars(module) for module in floats.modules())
 
 
 def test_a_layer_that_computes_something_else_stays(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
