@@ -29,8 +29,8 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
-constexpr microseconds kDisturbance{100}, kShortestRest{1000}, kSoonAgain{100000};
-constexpr int kMostDoublings = 6;
+constexpr microseconds kDisturbance{300}, kShortestRest{1000}, kSoonAgain{100000};
+constexpr int kMostDoublings = 4;
 
 nanoseconds now() { return std::chrono::steady_clock::now().time_since_epoch(); }
 
