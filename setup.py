@@ -8,7 +8,7 @@ A second library, `isqtorch/_CUDA.abi3.so`, has the CUDA kernels. It is built wh
 not: csrc/cuda/build.py.
 
 Metal kernels are text that torch compiles when they are used; the package takes their sources along. So a Mac needs no compiler:
-without one, plain PyTorch computes on its CPU.
+without one, plain PyTorch computes on its CPU. So it does on Windows, where nothing is compiled yet.
 
 torch is imported when something is compiled, so the metadata and the source distribution need none.
 """
@@ -85,8 +85,12 @@ class Build(build_ext):
         self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
 
     def run(self) -> None:
-        if sys.platform == "win32":
-            raise SystemExit("isqtorch: Windows is not supported yet; use WSL.")
+        if sys.platform == "win32":  # the sources use what only GCC and Clang have
+            self.extensions = []
+            print(
+                "isqtorch: no compiled kernels on Windows yet; plain PyTorch computes. WSL has them.", file=sys.stderr
+            )
+            return
         try:
             self.compile()
         except Exception as error:

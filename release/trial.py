@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil")
-SAMPLE = ("test_formats.py", "test_tensor.py", "test_checkpoint.py", "test_import.py", "test_goldens.py")
-"""Tests of the files that are shipped: the registry, the kernels against outside arrays, saving, importing."""
+SAMPLE = ("test_formats.py", "test_tensor.py", "test_checkpoint.py", "test_goldens.py")
+"""Tests of the files that are shipped: the registry, the kernels against outside arrays, saving."""
 
 CHECK = """
 import json, pathlib, subprocess, sys

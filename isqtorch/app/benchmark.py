@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from isqtorch.files import system
 from isqtorch.formats import mix_name, resolve_format
 from isqtorch.modules import PackedModule
 
@@ -145,18 +145,13 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process in bytes; on other systems than Linux its peak so far."""
+    """Resident memory of this process in bytes; on other systems than Linux its peak so far; 0 if nothing says it."""
     return _status("VmRSS") or peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident memory of this process in bytes. Linux's getrusage would include the parent's at the fork."""
-    found = _status("VmHWM")
-    if found is None:
-        import resource
-
-        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return found
+    """Peak resident memory of this process in bytes; 0 if nothing says it. Linux's getrusage includes the parent's at the fork."""
+    return _status("VmHWM") or system.peak_resident_bytes() or 0
 
 
 def _status(key: str) -> int | None:

@@ -7,7 +7,6 @@ left, and removes it.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import shutil
@@ -15,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .system import flush, release, try_lock
 
 _OLD, _NEW = "old", "new"
 
@@ -38,8 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             mode = os.fstat(file.fileno()).st_mode
         yield temporary
         os.chmod(temporary, mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         _check_file(target)  # again: writing may have taken an hour
         os.replace(temporary, target)
 
@@ -137,15 +137,16 @@ def recover(target: Path) -> None:
     for left in glob.glob(glob.escape(_prefix(target)) + "*"):
         if os.path.islink(left) or not os.path.isdir(left):
             continue
-        lock = _lock(left, wait=False)
+        lock = try_lock(left, wait=False)
         if lock is None:
             continue  # its process is alive, or it is not ours
         try:
             if os.path.isdir(os.path.join(left, _OLD)) and not os.path.lexists(target):
                 os.rename(os.path.join(left, _OLD), target)
-            shutil.rmtree(left, ignore_errors=True)
-        finally:
+        except OSError:
             os.close(lock)
+            raise
+        release(left, lock)
 
 
 def _prefix(target: Path) -> str:
@@ -161,39 +162,13 @@ def _beside(target: Path) -> Iterator[Path]:
     prefix = Path(_prefix(target))
     while True:
         folder = tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent)
-        lock = _lock(folder, wait=True)
+        lock = try_lock(folder, wait=True)
         if lock is not None:
             break  # else another process took it for one that was left, in the moment before the lock
     try:
         yield Path(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(folder: str, *, wait: bool) -> int | None:
-    """Lock a folder until the descriptor that is returned is closed.
-
-    Returns None if the folder is gone. Without `wait`, also if another process holds the lock, or if the file system
-    has no locks: then nothing says that its process is dead.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        if not wait:
-            os.close(descriptor)
-            return None
-    try:
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            return descriptor
-    except FileNotFoundError:
-        pass
-    os.close(descriptor)
-    return None
+        release(folder, lock)
 
 
 def _finish(folder: Path) -> None:
@@ -202,5 +177,4 @@ def _finish(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            flush(path)

@@ -23,20 +23,26 @@ from . import uncompiled
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
+_WITHOUT = {
+    "darwin": "MPS is not affected. To compile them: xcode-select --install, then reinstall isqtorch.",
+    "win32": "There are none for Windows yet; in WSL, isqtorch has them.",
+}
+"""Systems on which the package may be used without compiled kernels, and what to do about it."""
+
 
 def _load() -> Path | None:
     """Load the compiled extension and return its path.
 
-    On a Mac without a compiled extension, define the operators without it, warn, and return None.
+    On a Mac or on Windows without a compiled extension, define the operators without it, warn, and return None.
 
     Raises:
-        ImportError: there is no extension, and this is not a Mac; or it does not load with this torch.
+        ImportError: there is no extension, and this is another system; or it does not load with this torch.
     """
     found = sorted([*PACKAGE.glob("_C*.so"), *PACKAGE.glob("_C*.pyd")])
-    if not found and sys.platform == "darwin":
+    if not found and sys.platform in _WITHOUT:
         warnings.warn(
-            "isqtorch is installed without compiled CPU kernels: plain PyTorch computes on the CPU, correct and slow. MPS is "
-            "not affected. To compile them: xcode-select --install, then reinstall isqtorch.",
+            "isqtorch is installed without compiled CPU kernels: plain PyTorch computes on the CPU, correct and slow. "
+            + _WITHOUT[sys.platform],
             stacklevel=2,
         )
         uncompiled.define()

@@ -1,4 +1,4 @@
-"""The operators without a compiled extension, on a Mac that has no compiler.
+"""The operators without a compiled extension: on a Mac that has no compiler, and on Windows.
 
 Plain PyTorch computes on the CPU; the Metal kernels are compiled by torch. The schemas are read from csrc/ops.cpp,
 which is their only definition and is installed with the package.

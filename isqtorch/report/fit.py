@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from isqtorch.files.system import memory
 from isqtorch.formats import Spec, formats
 from isqtorch.policy.options import Options
 from isqtorch.policy.request import Request
@@ -159,10 +160,13 @@ def memories() -> list[Memory]:
 
 
 def _host() -> Memory:
-    """RAM, within the limit of a Linux container. On other systems than Linux all of it counts as free."""
+    """RAM, within the limit of a Linux container. On a Mac all of it counts as free."""
     facts = _numbers(Path("/proc/meminfo"), scale=1024)
-    total = facts.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = facts.get("MemAvailable", total)
+    if "MemTotal" in facts:
+        total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
+    else:
+        total, known = memory()
+        free = total if known is None else known
     limit = _limit(_CGROUP / "memory.max")
     if limit is not None and limit < total:
         used = _numbers(_CGROUP / "memory.stat").get("anon", 0)  # the rest is page cache, which the kernel can evict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from isqtorch.files.system import c_function
 
 
 def release_memory() -> None:
@@ -11,6 +11,6 @@ def release_memory() -> None:
     glibc keeps what was freed between pieces that are still in use, so a server would grow with the largest requests
     that it ever had at once. Other libraries for memory have no such function and need none.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = c_function("malloc_trim")
     if trim is not None:
         trim(0)
