@@ -20,9 +20,6 @@ WIDE = {**SIZES, "head_dim": 64}
 ROUTED = {"moe_intermediate_size": 256}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0,
         "beta_slow": 1.0, "truncate": False}  # fmt: skip
-# The ranks are those that vLLM's kernel for CPUs has; transformers knows one topk_method and does not ask for it.
-LATENT = {"q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
-          "num_hidden_layers": 2, "topk_method": "noaux_tc"}  # fmt: skip
 EXPERTS, TABLE, HEAD, LINEAR = "IsqExpertsMethod", "IsqTableMethod", "IsqHeadMethod", "IsqLinearMethod"
 
 
@@ -40,9 +37,8 @@ MODELS = {
     "gemma": Case(WIDE, {LINEAR}, ("embed_tokens",)),
     "mixtral": Case(WIDE, {LINEAR, HEAD, EXPERTS}, ("embed_tokens",)),
     "qwen3_moe": Case({**WIDE, **ROUTED}, {LINEAR, TABLE, HEAD, EXPERTS}),
-    # shared experts; latent attention; experts that vLLM loads whole, with biases and an activation of their own
+    # shared experts; experts that vLLM loads whole, with biases and an activation of their own
     "qwen2_moe": Case({**SIZES, **ROUTED, "shared_expert_intermediate_size": 256}, {LINEAR, TABLE, HEAD, EXPERTS}),
-    "deepseek_v3": Case({**SIZES, **ROUTED, **LATENT}, {LINEAR, TABLE, HEAD, EXPERTS}),
     "gpt_oss": Case({**WIDE, "rope_parameters": YARN}, {LINEAR, EXPERTS}, ("embed_tokens", "lm_head")),
 }
 

@@ -114,8 +114,8 @@ def test_an_adapter(demo: Path, prompts: list[list[int]], expected: Answer, tmp_
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]))
     generator = torch.Generator().manual_seed(0)
     for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) / 20)
+        if "lora_" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) / (5 if "lora_B" in name else 28))
     adapted.save_pretrained(tmp_path)
     other = transformers_answer(adapted.eval(), prompts)
     [found] = ask_vllm([case(demo, prompts, enable_lora=True, max_lora_rank=8, adapter=str(tmp_path))])
