@@ -122,6 +122,7 @@ def test_the_text_is_the_models(packed: str, capsys: pytest.CaptureFixture[str])
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(packed)
     model = transformers.AutoModelForCausalLM.from_pretrained(packed).eval()
+    isqtorch.optimize_(model)  # as the command does: in bf16, sums of attention have another order
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
     assert now["text"] == tokenizer.decode(ids, skip_special_tokens=True)
@@ -413,7 +414,7 @@ def test_the_guides_commands_run(
     for line in commands:
         piped, _, command = line.rpartition("|")
         monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(shlex.split(piped)[1:])))
-        argv = shlex.split(command)[1:]
+        argv = shlex.split(command, comments=True)[1:]
         if argv[0] == "bench":
             argv += ["--isq", "q8_0", "--prompt-len", "16", "--gen-len", "4", "--repeat", "1"]
         assert main(argv) == 0, (line, capfd.readouterr().err)
