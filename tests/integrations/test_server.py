@@ -156,7 +156,13 @@ def test_a_reply_ends_at_the_context(server: Server) -> None:
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             400,
-            "parts of type 'text' only",
+            "must be a data URL",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            400,
+            "parts of type 'text' and 'image_url'",
         ),
         (
             "/v1/chat/completions",
