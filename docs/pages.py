@@ -49,6 +49,8 @@ API = {
         "load",
         "Loaded",
         "plan",
+        "refine_",
+        "Refinement",
         "optimize_",
         "Optimization",
     ],
@@ -73,7 +75,7 @@ API = {
     ],
     "Quality": ["perplexity", "Perplexity", "kl_divergence", "KLResult", "reference_logits"],
     "Files": ["export_gguf", "export_mlx", "checkpoint"],
-    "Layers": ["QuantLinear", "QuantEmbedding", "QuantExperts", "metal"],
+    "Layers": ["QuantLinear", "QuantEmbedding", "QuantExperts", "QuantizedCache", "metal"],
 }
 """Page of the reference -> its public names. A name that is on none is an error."""
 

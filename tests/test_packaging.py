@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"yaml": "pyyaml"}  # where a package is installed under another name
+NAMES = {"PIL": "pillow", "yaml": "pyyaml"}  # where a package is installed under another name
 BROUGHT = {"starlette": "fastapi", "vllm": ""}  # by what; vllm imports the plug-in itself
 
 

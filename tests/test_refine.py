@@ -42,13 +42,18 @@ def models(fmt: str = "afq3", make: Any = tiny_llama, *, planted: float = 1.3, *
     model = make(dtype=torch.float32) if make is tiny_llama else make()
     packed = copy.deepcopy(model)
     isqtorch.quantize_(packed, fmt, progress=False, **options)
+    plant(packed, planted)
+    return model, packed
+
+
+def plant(packed: Any, factor: float) -> None:
+    """Multiply the scales of all layers."""
     for layer in (module for module in packed.modules() if isinstance(module, isqtorch.QuantLinear)):
         form = get_format(layer.format)
         if untunable(form) is None:
             scale, _ = tunable_parts(form)
             blocks = layer.weight.plain.view(-1, form.block_bytes)[:, scale.offset : scale.offset + scale.nbytes]
-            blocks.copy_((blocks.clone().view(scale.dtype) * planted).view(torch.uint8))
-    return model, packed
+            blocks.copy_((blocks.clone().view(scale.dtype) * factor).view(torch.uint8))
 
 
 def refine(packed: Any, teacher: Any, **options: Any) -> isqtorch.Refinement:
@@ -323,6 +328,7 @@ def test_the_remembered_checkpoint_and_requantizing(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path, quantization_config=isqtorch.IsqConfig("afq3"))
+    plant(model, 1.3)
     found = refine(model, None, steps=8)
     assert found.kept
     assert refine(model, None, steps=2).before == pytest.approx(found.after, rel=1e-3)  # the same float model again
