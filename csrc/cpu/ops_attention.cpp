@@ -101,8 +101,8 @@ int64_t power_of_two(int64_t n) {
   return p;
 }
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, std::string k_format, std::string v_format,
-                 double scale, std::optional<Tensor> mask) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, Text k_format, Text v_format, double scale,
+                 std::optional<Tensor> mask) {
   const Dtype dtype = checked_dtype("attention", "q", q.scalar_type());
   const States keys("k", k, k_format), values("v", v, v_format);
   check_attention(shape_of(q), shape_of(k), keys.side.dim, shape_of(v));

@@ -5,6 +5,7 @@ Tracing knows no values, so it may accept what the others refuse for a value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
@@ -18,6 +19,7 @@ from fuzz import mutate
 from fuzz.targets import Target
 from isqtorch import ops
 from isqtorch.formats import formats, get_format
+from isqtorch.ops.attention import attention as reference_attention
 
 FLOATS = ("float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "float64", "uint8", "int8", "int16", "int32", "int64", "bool", "complex64", "float8_e4m3fn")
@@ -34,10 +36,9 @@ OF_VALUES = (
     "quantize_feedback: the errors",
 )
 NAMES = formats(variants=True)
-PACKING = (
-    "quantize",
-    "quantize_feedback",
-)  # only these take an importance on the CPU beside a weight on the meta device
+PACKING = {"quantize", "quantize_feedback"}  # these take an importance on the CPU beside a weight on the meta device
+REFERENCES = {"attention": reference_attention}  # the others are in ops.reference
+_HEAD = 32  # numbers in a row of keys or values come in runs of so many
 WORDS = tuple(word for word in mutate.TEXTS if word.isprintable()) + ("\0",)
 
 
@@ -104,6 +105,7 @@ def valid(rng: Random) -> tuple[str, list[Any]]:
             "embedding",
             "experts_linear",
             "experts_linear_dx",
+            "attention",
             "square_sums",
         )
     )
@@ -129,6 +131,15 @@ def valid(rng: Random) -> tuple[str, list[Any]]:
         return op, [Spec(shape, x), stack, fmt.name, ids, bias and replace(bias, shape=(experts, n))]
     if op == "experts_linear_dx":
         return op, [Spec((m, slots, n), x), stack, fmt.name, ids]
+    if op == "attention":
+        other = get_format(rng.choice(NAMES))
+        dim, value_dim = math.lcm(fmt.block, _HEAD), math.lcm(other.block, _HEAD)
+        states = (rng.choice((1, 2)), rng.choice((1, 2)), rng.choice((1, 5, 70, 300)))
+        q = (states[0], states[1] * rng.choice((1, 2)), rng.choice((1, 3, 9)))
+        shape = tuple(rng.choice((1, size)) for size in q) + (states[2],)
+        mask = rng.choice((None, Spec(shape, "bool"), Spec(shape, x)))
+        keys, values = (Spec((*states, f.row_bytes(d)), "uint8", "bytes") for f, d in ((fmt, dim), (other, value_dim)))
+        return op, [Spec((*q, dim), x), keys, values, fmt.name, other.name, rng.choice((0.0, 0.125, -1.0, 1e30)), mask]
     return op, [Spec((m, k), x), rng.choice((None, ids)), rng.choice((1, 3))]
 
 
@@ -210,7 +221,7 @@ def run(source: tuple[str, list[Any]]) -> bool:
             "memory that nobody wrote"
         )
         return not fault
-    want_fault, want = outcome(getattr(ops.reference, op), arguments)
+    want_fault, want = outcome(REFERENCES.get(op) or getattr(ops.reference, op), arguments)
     assert bool(fault) == bool(want_fault), f"native: {fault or 'accepted'}; reference: {want_fault or 'accepted'}"
     if y is not None and want is not None:
         assert (want.shape, want.dtype) == (y.shape, y.dtype), (
