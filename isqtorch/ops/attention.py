@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .checks import ACTIVATION_DTYPES, check_devices, check_packed, format_named
+from .checks import ACTIVATION_DTYPES, check_devices, check_packed, check_size, format_named
 
 _OP = "attention"
 _BLOCK = 32  # rows must have whole runs of so many numbers: what the kernels decode at a time
@@ -74,6 +74,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, k_format: str, v_format: st
     check_devices(_OP, k, q=q, v=v, mask=mask)
     if mask is not None:
         _check_mask(mask, [*q.shape[:3], k.shape[2]])
+    check_size((*q.shape[:3], value_dim))
     return value_dim
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from .mutate import FOLDER, new_folder
+from .targets import SLOW
 from .worker import PLACE, STARTING
 
 HANG = 1.0  # seconds of processor time for one input; milliseconds are usual
@@ -110,7 +111,7 @@ def _one_process(result: Result, name: str, base: int, first: int, end: int, sec
                    str(seconds), place.name]  # fmt: skip
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=REPOSITORY)
         try:
-            how = _watched(process, Path(place.name))
+            how = _watched(process, Path(place.name), SLOW.get(name, HANG))
         finally:
             process.kill()
             process.wait()
@@ -127,8 +128,8 @@ def _one_process(result: Result, name: str, base: int, first: int, end: int, sec
         return (first if number == STARTING else number), how
 
 
-def _watched(process: subprocess.Popen[bytes], place: Path) -> str | None:
-    """Wait for the end of a worker, or for a hang."""
+def _watched(process: subprocess.Popen[bytes], place: Path, most: float) -> str | None:
+    """Wait for the end of a worker, or for a hang: more than so many seconds of work for one input."""
     seen, since, used = STARTING, time.monotonic(), 0.0
     while True:
         try:
@@ -147,8 +148,8 @@ def _watched(process: subprocess.Popen[bytes], place: Path) -> str | None:
             seen, since, used = number, now, processor
         elif now - since > (STUCK if running else START):
             return f"no answer after {now - since:.0f} s"
-        elif running and processor - used > HANG:
-            return f"hang after {HANG:.0f} s of work"
+        elif running and processor - used > most:
+            return f"hang after {most:.0f} s of work"
 
 
 def report(results: Iterable[Result], base: int) -> bool:

@@ -24,6 +24,9 @@ SHARES = {
     "operators": 12,
 }
 
+SLOW = {"operators": 10.0}
+"""Targets whose inputs may take more seconds of processor time than `driver.HANG`: plain torch searches 100,000 weights."""
+
 
 @dataclass(frozen=True)
 class Target:
