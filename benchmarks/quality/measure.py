@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Results:
         ours_of, theirs_of = self.rows[0], earlier.rows[0]
         if ours_of.spec != theirs_of.spec or [s.count for s in ours_of.scores] != [s.count for s in theirs_of.scores]:
             raise ValueError("the results to go on with have another precision, or another number of tokens")
-        return {row.name: row for row in earlier.rows[1:]}
+        return {row.name: replace(row, commit=row.commit or earlier.facts["commit"]) for row in earlier.rows[1:]}
 
 
 class Session:
