@@ -89,4 +89,5 @@ def test_layers_that_vllm_does_not_ask_about_are_said(name: str, answers: dict[s
 def test_one_float_layer_at_a_time(name: str, answers: dict[str, Answer]) -> None:
     # float32: all experts of a layer, or an MLP
     largest = 4 * 256 * 256 * 3 * (4 if EXPERTS in MODELS[name].methods else 1)
-    assert 0 < answers[f"{name} online in vLLM"].peak <= largest
+    biases = 2 * 4 * 4 * (512 + 256) if name == "gpt_oss" else 0  # of the experts of both layers: they are not packed
+    assert 0 < answers[f"{name} online in vLLM"].peak <= largest + biases
