@@ -107,6 +107,6 @@ def for_real_models() -> list[Row]:
         fmt = get_format(name)
         rule = "search" if has_rule(fmt, "search") else None
         rows.append(Row(name))
-        if uses_importance(fmt, rule) and fmt.bits < 8:
-            rows += [Row(name, True, rule), Row(name, True, "feedback")]
+        if fmt.bits < 8:
+            rows += [Row(name, True, rule)] * uses_importance(fmt, rule) + [Row(name, True, "feedback")]
     return rows
