@@ -104,11 +104,12 @@ mutants: build  ## every barrier and address space of the Metal shaders is neede
 # runtimes, under GCC's names, are loaded first, and leaks, which would be its own, are not looked for.
 SANITIZED  := build/sanitize/lib
 SANITIZERS  = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
+SANITIZED_TESTS = attention experts_op feedback feedback_factor goldens linear moments_sums square_sums steps threads
 sanitize: build  ## ops, linear and golden tests on every CPU level, under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
 	ISQTORCH_SANITIZE=1 $(PYTHON) setup.py --quiet build --build-lib $(SANITIZED)
 	ISQTORCH_SANITIZE=1 LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) tests/test_feedback.py tests/test_feedback_factor.py tests/test_experts_op.py tests/test_linear.py tests/test_goldens.py
+	  $(PYTHON) -m pytest -s -o pythonpath=$(SANITIZED) $(wildcard tests/test_ops*.py) $(addprefix tests/test_,$(SANITIZED_TESTS:=.py))
 
 lint: build  ## ruff, mypy --strict, pyright on a user's program, clang-format, generated tables
 	$(PYTHON) -m ruff check .
