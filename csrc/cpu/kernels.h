@@ -76,6 +76,8 @@ struct RowsJob {
 };
 
 constexpr int kMaxTokens = 8;
+constexpr int kRowSlots[] = {1, 2, 3, 4, 6, 8};  // numbers of rows of x for which there are row kernels
+constexpr int kRowSteps = sizeof kRowSlots / sizeof *kRowSlots;
 
 struct RowKernels {
   const char* name;
@@ -83,7 +85,9 @@ struct RowKernels {
   UnitLayout layout;
   int64_t (*packed_bytes)(int64_t k);                     // of one row of x
   void (*pack)(const float* x, int64_t k, void* packed);  // one row of x; both 64-byte aligned
-  void (*multiply[4])(const RowsJob& job);                // for 1, 2, 4 and 8 rows of x
+  // Copies a packed row of x to row `token` of the `tokens` rows (one of kRowSlots, not 1) that a kernel takes.
+  void (*place)(const void* packed, int64_t k, int tokens, int token, void* together);
+  void (*multiply[kRowSteps])(const RowsJob& job);        // for kRowSlots[..] rows of x
 };
 
 // ---- `linear` for some rows of x, with AMX tiles: cpu/linear/int8_tiles.h -------------------------------------------

@@ -10,6 +10,7 @@
 #include "cpu/prelude.h"
 
 #define ISQ_INLINE inline __attribute__((always_inline))
+#define ISQ_INLINE_BODY __attribute__((always_inline))  // after the parameters of a lambda
 // Hints of the searches for a GPU's compiler (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
 // arrays in registers: a function to inline, a loop to unroll, a loop not to unroll.
 #define ISQ_GPU_INLINE

@@ -109,7 +109,7 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
     }
     if (units[u].count == 1) continue;
     starts[u] = copied;
-    copied += int64_t{1} << step_for(units[u].count);
+    copied += slots_for(units[u].count);
   }
   const Scratch packed(rows.size() * bytes), together(copied * bytes);
   const std::unique_ptr<Once[]> row_once(new Once[rows.size()]), unit_once(new Once[size]);
@@ -129,11 +129,11 @@ void multiply_few(const ExpertsCall& call, const std::vector<Unit>& units) {
     if (starts[u] < 0) return packed_row(places[*x_rows], x);
     uint8_t* const to = together.bytes() + starts[u] * bytes;
     unit_once[u].ensure([&] {
+      const int64_t slots = slots_for(units[u].count);
+      if (units[u].count < slots) std::memset(to, 0, slots * bytes);
       for (int64_t i = 0; i < units[u].count; ++i) {
-        std::memcpy(to + i * bytes, packed_row(places[x_rows[i]], x), bytes);
+        kernels.place(packed_row(places[x_rows[i]], x), any.k, static_cast<int>(slots), static_cast<int>(i), to);
       }
-      const int64_t slots = int64_t{1} << step_for(units[u].count);
-      std::memset(to + units[u].count * bytes, 0, (slots - units[u].count) * bytes);
     });
     return to;
   };

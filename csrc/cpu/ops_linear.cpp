@@ -18,13 +18,8 @@ constexpr int64_t kPanelWeights = 1 << 21;
 // For few rows of x, which are packed once.
 void linear_rows(const Product& p) {
   const RowKernels& kernels = *p.linear.rows;
-  const int64_t slots = 1 << step_for(p.m), packed_bytes = kernels.packed_bytes(p.k);
-  const Scratch packed_x(slots * packed_bytes), x(p.k * sizeof(float));
-  for (int64_t i = 0; i < p.m; ++i) {
-    p.load(i, 1, x.floats());
-    kernels.pack(x.floats(), p.k, packed_x.bytes() + i * packed_bytes);
-  }
-  std::memset(packed_x.bytes() + p.m * packed_bytes, 0, (slots - p.m) * packed_bytes);
+  const Scratch packed_x(slots_for(p.m) * kernels.packed_bytes(p.k));
+  pack_rows(kernels, p.k, p.m, packed_x.bytes(), [&](int64_t i, float* x) { p.load(i, 1, x); });
   parallel_tiles(p.row_tiles(), kRowsTile * p.k, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) multiply_row_tile(p, packed_x.bytes(), tile);
   });

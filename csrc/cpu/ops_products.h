@@ -64,11 +64,30 @@ struct Product {
   int64_t row_tiles() const { return (n + kRowsTile - 1) / kRowsTile; }
 };
 
-// Row kernels exist for 2^step rows of x. Rows of zeros fill up to that number.
-inline int step_for(int64_t rows) { return rows > 4 ? 3 : rows > 2 ? 2 : rows > 1 ? 1 : 0; }
+// The row kernel for so many rows of x. Rows of zeros fill up to its own number.
+inline int step_for(int64_t rows) {
+  int step = 0;
+  while (kRowSlots[step] < rows) ++step;
+  return step;
+}
+inline int64_t slots_for(int64_t rows) { return kRowSlots[step_for(rows)]; }
+
+// Packs rows of x for the row kernels. `together` has room for slots_for(rows) packed rows; load(i, floats) provides
+// row i. Slots without a row are filled with zeros.
+template <class Load>
+void pack_rows(const RowKernels& kernels, int64_t k, int64_t rows, uint8_t* together, const Load& load) {
+  const int64_t slots = slots_for(rows), bytes = kernels.packed_bytes(k);
+  const Scratch x(k * sizeof(float)), packed(slots > 1 ? bytes : 0);
+  if (rows < slots) std::memset(together, 0, slots * bytes);
+  for (int64_t i = 0; i < rows; ++i) {
+    load(i, x.floats());
+    kernels.pack(x.floats(), k, slots > 1 ? packed.bytes() : together);
+    if (slots > 1) kernels.place(packed.bytes(), k, static_cast<int>(slots), static_cast<int>(i), together);
+  }
+}
 
 // Multiplies up to eight rows of x, packed in the order of the format's code vectors. Each weight is decoded once, in
-// registers, and used for all of them. `packed_x` holds 2^step_for(p.m) rows.
+// registers, and used for all of them. `packed_x` holds slots_for(p.m) rows.
 inline void multiply_row_tile(const Product& p, const uint8_t* packed_x, int64_t tile) {
   alignas(64) float y[kMaxTokens * kRowsTile];
   const int64_t first = tile * kRowsTile, count = std::min(kRowsTile, p.n - first);

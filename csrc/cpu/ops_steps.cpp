@@ -103,7 +103,6 @@ class Products {
 
   // x f32 [m, k], values of dtype; y [m, width] of dtype.
   void run(const float* x, int64_t m, uint8_t* y) {
-    const int64_t slots = 1 << step_for(m);
     std::vector<Scratch> packed_x;  // one for each way to pack x; formats of one family share it
     std::vector<const RowKernels*> ways;
     std::vector<const uint8_t*> inputs;
@@ -121,16 +120,11 @@ class Products {
         inputs.push_back(packed_x[same - ways.begin()].bytes());
         continue;
       }
-      const int64_t bytes = kernels.packed_bytes(p.k);
-      Scratch& packed = packed_x.emplace_back(slots * bytes);
+      Scratch& packed = packed_x.emplace_back(slots_for(m) * kernels.packed_bytes(p.k));
       ways.push_back(&kernels);
       inputs.push_back(packed.bytes());
-      const Scratch row(p.k * sizeof(float));  // kernels read whole cache lines
-      for (int64_t i = 0; i < m; ++i) {
-        std::memcpy(row.bytes(), x + i * p.k, p.k * sizeof(float));
-        kernels.pack(row.floats(), p.k, packed.bytes() + i * bytes);
-      }
-      std::memset(packed.bytes() + m * bytes, 0, (slots - m) * bytes);
+      pack_rows(kernels, p.k, m, packed.bytes(),
+                [&](int64_t i, float* row) { std::memcpy(row, x + i * p.k, p.k * sizeof(float)); });
     }
     parallel_tiles(tiles, kRowsTile * k(), [&](int64_t begin, int64_t end) {
       int64_t before = 0;

@@ -99,16 +99,19 @@ void quantize(const Case& c, const FormatKernels& format, const Files& files) {
 // As linear_rows in cpu/ops_linear.cpp.
 void multiply_rows(const Case& c, const RowKernels& kernels, const uint8_t* w, int64_t row_bytes, const float* x,
                    float* y) {
-  const int step = c.tokens > 4 ? 3 : c.tokens > 2 ? 2 : c.tokens > 1 ? 1 : 0;
+  int step = 0;
+  while (kRowSlots[step] < c.tokens) ++step;
+  const int slots = kRowSlots[step];
   const int64_t bytes = kernels.packed_bytes(c.k);
-  const Guarded packed(bytes << step);
+  const Guarded packed(bytes * slots), one(bytes);
+  std::memset(packed.bytes(), 0, bytes * slots);
   for (int64_t t = 0; t < c.tokens; ++t) {
     const Guarded row(c.k * 4);
     std::memcpy(row.bytes(), x + t * c.k, c.k * 4);
-    kernels.pack(row.floats(), c.k, packed.bytes() + t * bytes);
+    kernels.pack(row.floats(), c.k, step ? one.bytes() : packed.bytes());
+    if (step) kernels.place(one.bytes(), c.k, slots, static_cast<int>(t), packed.bytes());
   }
-  std::memset(packed.bytes() + c.tokens * bytes, 0, ((1 << step) - c.tokens) * bytes);
-  const Guarded sums((c.rows << step) * 4, 1);
+  const Guarded sums(c.rows * slots * 4, 1);
   kernels.multiply[step]({w, row_bytes, c.rows, c.k, true, packed.bytes(), sums.floats(), c.rows, kernels.layout});
   std::memcpy(y, sums.bytes(), c.tokens * c.rows * 4);
 }

@@ -156,7 +156,6 @@ struct Fp8Facts {
 
 inline void decode_amx_fp8_panel(const DecodeJob& job) {
   const int64_t tiles = tiles_along_k(job.k_end - job.k_begin);
-  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
   for (int64_t row = 0; row < job.rows; ++row) {
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
     const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / kFp8Block * (int64_t)sizeof(BlockFp8);
@@ -165,10 +164,11 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
       __builtin_prefetch(block + kRowsAhead * job.row_bytes + 64);
       const __m512 scale = _mm512_set1_ps(load_f32(block));
       for (int step = 0; step < kFp8Block; step += Fp8Step::kWeights) {
-        const Fp8Step::Weights w = Fp8Step::load(block + offsetof(BlockFp8, codes) + step);
+        Floats w[4];
+        Fp8Step::load(block + offsetof(BlockFp8, codes) + step, w);
         for (int half = 0; half < 2; ++half, out += kTileBytes) {
-          const __m512 low = _mm512_mul_ps((__m512)_mm512_slli_epi32(w.half[half], 16), scale);
-          const __m512 high = _mm512_mul_ps((__m512)_mm512_and_si512(w.half[half], upper), scale);
+          const __m512 low = _mm512_mul_ps((__m512)w[2 * half].part[0], scale);
+          const __m512 high = _mm512_mul_ps((__m512)w[2 * half + 1].part[0], scale);
           _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
       }

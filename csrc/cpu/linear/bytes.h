@@ -37,6 +37,11 @@ ISQ_INLINE Wide load_wide(const void* from) {
   return v;
 }
 ISQ_INLINE Bytes load_64(const void* p) { return load_wide<Bytes>(p); }
+ISQ_INLINE void store_64(Bytes v, void* to) {
+  for (int p = 0; p < kParts; ++p) {
+    std::memcpy(static_cast<uint8_t*>(to) + p * kNativeBytes, &v.part[p], kNativeBytes);
+  }
+}
 ISQ_INLINE Quarter load_16(const void* p) {
 #if defined(__aarch64__)
   return (Quarter)vld1q_u8(static_cast<const uint8_t*>(p));  // GCC moves a memcpy through general registers

@@ -84,10 +84,7 @@ struct Fp8Step {
   }();
 
   static constexpr float kFactor = 1.0f;
-  struct Weights {
-    __m512i half[2];
-  };
-  ISQ_INLINE static Weights load(const uint8_t* codes) {
+  ISQ_INLINE static void load(const uint8_t* codes, Floats* w) {
     const __m512i code = _mm512_loadu_si512(codes);
 #if defined(ISQ_GFNI)
     // A normal code c is the bf16 (c & 127) * 16 + (120 << 7). The addition carries only through the uppermost bit of
@@ -100,7 +97,7 @@ struct Fp8Step {
     if (__builtin_expect(_mm512_cmple_epu8_mask(rare, _mm512_set1_epi8(8)) == 0, 1)) {
       const __m512i high = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(kHigh), 0x3c);
       const __m512i low = mix_bits(code, _mm512_set1_epi64(kLow));
-      return {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+      return widen(low, high, w);
     }
 #endif
     const auto look_up = [&](const uint8_t* table) {
@@ -108,17 +105,17 @@ struct Fp8Step {
     };
     const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8((char)0x80));
     const __m512i high = _mm512_or_si512(look_up(kTable.high), sign), low = look_up(kTable.low);
-    return {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+    widen(low, high, w);
   }
-  ISQ_INLINE static Floats multiply_add(const Weights& w, const Activations& x, Floats acc) {
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+
+ private:
+  // f32 from the lower and upper bytes of bf16.
+  ISQ_INLINE static void widen(__m512i low, __m512i high, Floats* w) {
+    const __m512i half[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
     for (int h = 0; h < 2; ++h) {
-      const Floats low = {{(NativeF32)_mm512_slli_epi32(w.half[h], 16)}};
-      const Floats high = {{(NativeF32)_mm512_and_si512(w.half[h], upper)}};
-      acc = ISQ_ISA::multiply_add(low, load_floats_16(x.x[2 * h]), acc);
-      acc = ISQ_ISA::multiply_add(high, load_floats_16(x.x[2 * h + 1]), acc);
+      w[2 * h] = {{(NativeF32)_mm512_slli_epi32(half[h], 16)}};
+      w[2 * h + 1] = {{(NativeF32)_mm512_and_si512(half[h], _mm512_set1_epi32((int)0xffff0000))}};
     }
-    return acc;
   }
 };
 
@@ -128,17 +125,13 @@ struct Fp8Step {
   static constexpr const char* kName = "f32 dot products";
   static constexpr int kWeights = 16;
   struct alignas(64) Activations {
-    float x[kWeights];
+    float x[1][kWeights];
   };
-  typedef Floats Weights;
 
   static void pack(const float* x, Activations* out) { std::memcpy(out->x, x, sizeof out->x); }
 
   static constexpr float kFactor = kSixteenFp8Factor;
-  ISQ_INLINE static Weights load(const uint8_t* codes) { return sixteen_fp8(codes); }
-  ISQ_INLINE static Floats multiply_add(const Weights& w, const Activations& x, Floats acc) {
-    return ISQ_ISA::multiply_add(w, load_floats_16(x.x), acc);
-  }
+  ISQ_INLINE static void load(const uint8_t* codes, Floats* w) { *w = sixteen_fp8(codes); }
 };
 
 #endif
@@ -152,28 +145,42 @@ inline void pack_fp8_activations(const float* x, int64_t k, void* packed) {
   for (int64_t i = 0; i < k; i += Fp8Step::kWeights) Fp8Step::pack(x + i, out++);
 }
 
+// As place_activations of rows.h.
+inline void place_fp8_activations(const void* row, int64_t k, int tokens, int token, void* together) {
+  const Fp8Step::Activations* from = static_cast<const Fp8Step::Activations*>(row);
+  Fp8Step::Activations* to = static_cast<Fp8Step::Activations*>(together) + token;
+  for (int64_t i = 0; i < k; i += Fp8Step::kWeights, to += tokens) *to = *from++;
+}
+
+// Multiplies a block by kTokens rows of x.
+template <int kTokens>
+ISQ_INLINE void multiply_fp8_block(const uint8_t* block, const Fp8Step::Activations* x, Floats* total) {
+  constexpr int kVectors = Fp8Step::kWeights / 16;
+  Floats acc[kTokens];
+  for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
+  for (int s = 0; s < kFp8Block / Fp8Step::kWeights; ++s, x += kTokens) {
+    Floats w[kVectors];
+    Fp8Step::load(block + offsetof(BlockFp8, codes) + s * Fp8Step::kWeights, w);
+    for (int m = 0; m < kTokens; ++m) {
+      for (int v = 0; v < kVectors; ++v) acc[m] = multiply_add(w[v], load_floats_16(x[m].x[v]), acc[m]);
+    }
+  }
+  const Floats scale = all_lanes(load_f32(block) * Fp8Step::kFactor);
+  for (int m = 0; m < kTokens; ++m) total[m] = multiply_add(acc[m], scale, total[m]);
+}
+
 template <int kTokens>
 void multiply_fp8_rows(const RowsJob& job) {
-  constexpr int kSteps = kFp8Block / Fp8Step::kWeights;
+  constexpr int64_t kBytes = sizeof(BlockFp8), kSteps = kFp8Block / Fp8Step::kWeights;
   const Fp8Step::Activations* x = static_cast<const Fp8Step::Activations*>(job.x);
-  const int64_t blocks = job.k / kFp8Block;
-  for (int64_t row = 0; row < job.rows; ++row) {
-    Floats total[kTokens];
-    for (int m = 0; m < kTokens; ++m) total[m] = all_lanes(0.0f);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* block = job.w + row * job.row_bytes + b * (int64_t)sizeof(BlockFp8);
-      prefetch_weights(block, sizeof(BlockFp8));
-      Floats acc[kTokens];
-      for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
-      for (int s = 0; s < kSteps; ++s) {
-        const auto w = Fp8Step::load(block + offsetof(BlockFp8, codes) + s * Fp8Step::kWeights);
-        for (int m = 0; m < kTokens; ++m) acc[m] = Fp8Step::multiply_add(w, x[(m * blocks + b) * kSteps + s], acc[m]);
-      }
-      const Floats scale = all_lanes(load_f32(block) * Fp8Step::kFactor);
-      for (int m = 0; m < kTokens; ++m) total[m] = multiply_add(acc[m], scale, total[m]);
-    }
-    for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(total[m]);
-  }
+  multiply_in_parts<kTokens>(job, job.k / kFp8Block, kBytes, kSteps * sizeof *x,
+                             [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* total) ISQ_INLINE_BODY {
+                               const uint8_t* w = job.w + row * job.row_bytes;
+                               for (int64_t b = begin; b < end; ++b) {
+                                 prefetch_weights(w + b * kBytes, kBytes, later);
+                                 multiply_fp8_block<kTokens>(w + b * kBytes, x + b * kSteps * kTokens, total);
+                               }
+                             });
 }
 
 }  // namespace isqtorch::ISQ_ISA

@@ -9,9 +9,11 @@ namespace isqtorch::ISQ_ISA {
 #if ISQ_VECTOR_FLOATS > 4 || defined(__aarch64__)
 template <class Unit, int kTokens>
 constexpr auto rows_kernel = multiply_rows<Unit, kTokens>;
+template <class Unit>
+constexpr auto place_row = place_activations<Unit>;
 #else
 // One row of x at a time: without vector instructions, sharing decoded weights gains nothing, and kernels for several
-// rows took longest of all to compile.
+// rows took longest of all to compile. So packed rows stay one after the other.
 template <class Unit, int kTokens>
 void rows_kernel(const RowsJob& job) {
   for (int t = 0; t < kTokens; ++t) {
@@ -21,26 +23,12 @@ void rows_kernel(const RowsJob& job) {
     multiply_rows<Unit, 1>(one);
   }
 }
+template <class Unit>
+void place_row(const void* row, int64_t k, int, int token, void* together) {
+  const int64_t bytes = packed_activation_bytes<Unit>(k);
+  std::memcpy(static_cast<uint8_t*>(together) + token * bytes, row, bytes);
+}
 #endif
-
-// Eight rows of x in two bytes do not fit into the first-level cache, so four are multiplied at a time.
-template <class Unit>
-void multiply_twice_four(const RowsJob& job) {
-  rows_kernel<Unit, 4>(job);
-  RowsJob rest = job;
-  rest.x = static_cast<const uint8_t*>(job.x) + 4 * packed_activation_bytes<Unit>(job.k);
-  rest.y = job.y + 4 * job.ldy;
-  rows_kernel<Unit, 4>(rest);
-}
-
-template <class Unit>
-constexpr auto eight_rows_kernel() {
-  if constexpr (kActivationBytes<Unit> == 2) {
-    return multiply_twice_four<Unit>;
-  } else {
-    return rows_kernel<Unit, 8>;
-  }
-}
 
 struct RowFamily {
   template <class Unit>
@@ -50,7 +38,9 @@ struct RowFamily {
             layout,
             packed_activation_bytes<Unit>,
             pack_activations<Unit>,
-            {rows_kernel<Unit, 1>, rows_kernel<Unit, 2>, rows_kernel<Unit, 4>, eight_rows_kernel<Unit>()}};
+            place_row<Unit>,
+            {rows_kernel<Unit, 1>, rows_kernel<Unit, 2>, rows_kernel<Unit, 3>, rows_kernel<Unit, 4>,
+             rows_kernel<Unit, 6>, rows_kernel<Unit, 8>}};
   }
   static RowKernels fp8() {
     return {Fp8Step::kName,
@@ -58,7 +48,9 @@ struct RowFamily {
             {},
             packed_fp8_activation_bytes,
             pack_fp8_activations,
-            {multiply_fp8_rows<1>, multiply_fp8_rows<2>, multiply_fp8_rows<4>, multiply_fp8_rows<8>}};
+            place_fp8_activations,
+            {multiply_fp8_rows<1>, multiply_fp8_rows<2>, multiply_fp8_rows<3>, multiply_fp8_rows<4>,
+             multiply_fp8_rows<6>, multiply_fp8_rows<8>}};
   }
 };
 

@@ -10,6 +10,11 @@
 // The integer sums are exact. The sums of sixteen groups share one vector, one lane each, so that the float part costs
 // three or four instructions per unit. A unit of weights is decoded once and used for up to eight rows of x.
 //
+// For one row of x, the four words of a quarter are multiplied side by side, and their sums are added afterwards
+// (sum_quarters). For several rows it is cheaper to bring the codes themselves into lanes, once: word j of every
+// quarter moves to vector j, so that all words of a group lie in its lane and their products simply add up. The sums
+// are the same integers, so a row of x has the same result in either way.
+//
 // What a format provides (see units_*.h):
 //   kWeights           512 or 256 weights per unit
 //   kBytes             packed bytes per unit; 0: known at run time, in the layout
@@ -20,7 +25,10 @@
 //   load(...)          the code vectors, the scales and the offsets
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/linear/activations.h"
+#include "cpu/linear/transpose.h"
 
 namespace isqtorch::ISQ_ISA {
 
@@ -117,72 +125,197 @@ int64_t packed_activation_bytes(int64_t k) {
   return (k + Unit::kWeights - 1) / Unit::kWeights * (int64_t)sizeof(UnitActivations<Unit>);
 }
 
-// Multiplies one unit by kTokens rows of x, which are token_stride units apart.
+// ---- several rows of x ----------------------------------------------------------------------------------------------
+
+// From how many rows of x on the codes are brought into lanes. That takes two instructions for each register of codes;
+// the sums that it spares take six per row of x and 512 bits on x86, and three per 128 bits on arm64.
+#if ISQ_VECTOR_FLOATS == 4
+constexpr int kLanesFrom = 8;
+#else
+constexpr int kLanesFrom = 4;
+#endif
+
+// Codes or activations of a unit: from runs of vectors whose quarters belong to lanes to vectors whose words do.
+template <class Unit>
+ISQ_INLINE void quarters_to_lanes(Bytes* v) {
+  constexpr int kDots = UnitFacts<Unit>::kDots;
+  for (int d = 0; d < kDots; ++d) {
+    transpose_quarters({v + d, v + kDots + d, v + 2 * kDots + d, v + 3 * kDots + d});
+  }
+}
+
+// Copies a packed row of x to row `token` of `tokens` rows that are multiplied together. They are unit by unit, so that
+// the rows of a unit are neighbours in memory.
+template <class Unit>
+void place_activations(const void* row, int64_t k, int tokens, int token, void* together) {
+  const UnitActivations<Unit>* from = static_cast<const UnitActivations<Unit>*>(row);
+  UnitActivations<Unit>* to = static_cast<UnitActivations<Unit>*>(together) + token;
+  for (int64_t begin = 0; begin < k; begin += Unit::kWeights, ++from, to += tokens) {
+    *to = *from;
+    if (tokens < kLanesFrom) continue;
+    for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+      Bytes q[UnitFacts<Unit>::kVectors];
+      for (int v = 0; v < UnitFacts<Unit>::kVectors; ++v) q[v] = load_64(from->q[part] + 64 * v);
+      quarters_to_lanes<Unit>(q);
+      for (int v = 0; v < UnitFacts<Unit>::kVectors; ++v) store_64(q[v], to->q[part] + 64 * v);
+    }
+  }
+}
+
+// How many rows of x are multiplied side by side: as many as there are registers for. Each of their sums depends on
+// the one before, so a single row would wait for every instruction.
+constexpr int kSideBySide = ISQ_VECTOR_FLOATS == 16 ? 8 : 2;
+
+// Per lane, the sum of the products of its group, for each row of x; codes and activations are in lanes.
+template <class Unit, int kTokens>
+ISQ_INLINE void lane_dots(const Bytes* codes, const UnitActivations<Unit>* x, Ints* sums) {
+  using Facts = UnitFacts<Unit>;
+  for (int m = 0; m < kTokens; ++m) sums[m] = all_lanes(0);
+  if constexpr (Facts::kWide && kWideWords) {
+    for (int v = 0; v < Facts::kVectors; ++v) {
+      for (int m = 0; m < kTokens; ++m) {
+        const Bytes q[2] = {load_64(x[m].q[0] + 64 * v), load_64(x[m].q[1] + 64 * v)};
+        sums[m] = sums[m] + wide_dots<1>(codes + v, q, q + 1);
+      }
+    }
+  } else {
+    constexpr int kTogether = std::min(kDotsTogether<Unit::kMaxCode>, Facts::kVectors);
+    for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+      for (int m = 0; part > 0 && m < kTokens; ++m) sums[m] = shift_left(sums[m], kTermBits);
+      for (int v = 0; v < Facts::kVectors; v += kTogether) {
+        for (int m = 0; m < kTokens; ++m) {
+          Bytes q[kTogether];
+          for (int d = 0; d < kTogether; ++d) q[d] = load_64(x[m].q[part] + 64 * (v + d));
+          sums[m] = add_dot_products<kTogether, Unit::kMaxCode>(sums[m], codes + v, q);
+        }
+      }
+    }
+  }
+}
+
+// The same where codes and activations are in quarters.
+template <class Unit>
+ISQ_INLINE Ints quarter_dots(const Bytes* codes, const UnitActivations<Unit>& a) {
+  using Facts = UnitFacts<Unit>;
+  Ints t[4];
+  for (int i = 0; i < 4; ++i) {
+    Bytes q[kActivationBytes<Unit>][Facts::kDots];
+    for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+      for (int d = 0; d < Facts::kDots; ++d) q[part][d] = load_64(a.q[part] + (i * Facts::kDots + d) * 64);
+    }
+    if constexpr (Facts::kWide) {
+      t[i] = wide_dots<Facts::kDots>(codes + i * Facts::kDots, q[0], q[1]);
+    } else {
+      t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q[0]);
+    }
+  }
+  return sum_quarters<Facts::kLargestSum>(t);
+}
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+
+// Multiplies one unit by kTokens rows of x.
 template <class Unit, int kTokens>
 ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, const UnitActivations<Unit>* x,
-                              int64_t token_stride, Floats* acc) {
+                              Floats* acc) {
   using Facts = UnitFacts<Unit>;
   Bytes codes[Facts::kVectors];
   Floats scale, offset;
   Unit::load(unit, layout, codes, &scale, &offset);
+  if constexpr (kTokens >= kLanesFrom) quarters_to_lanes<Unit>(codes);
   if constexpr (Unit::kAffine && Facts::kSigned) offset = multiply_add(scale, all_lanes(128.0f), offset);
-  for (int m = 0; m < kTokens; ++m) {
-    const UnitActivations<Unit>& a = x[m * token_stride];
-    Ints t[4];
-    for (int i = 0; i < 4; ++i) {
-      Bytes q[kActivationBytes<Unit>][Facts::kDots];
-      for (int part = 0; part < kActivationBytes<Unit>; ++part) {
-        for (int d = 0; d < Facts::kDots; ++d) q[part][d] = load_64(a.q[part] + (i * Facts::kDots + d) * 64);
-      }
-      if constexpr (Facts::kWide) {
-        t[i] = wide_dots<Facts::kDots>(codes + i * Facts::kDots, q[0], q[1]);
-      } else {
-        t[i] = dot_products<Facts::kDots, Unit::kMaxCode>(codes + i * Facts::kDots, q[0]);
-      }
+  constexpr int kAtOnce = kTokens < kLanesFrom ? 1 : std::min(kTokens, kSideBySide);
+  static_assert(kTokens % kAtOnce == 0);
+  for (int first = 0; first < kTokens; first += kAtOnce) {
+    Ints sums[kAtOnce];
+    if constexpr (kTokens >= kLanesFrom) {
+      lane_dots<Unit, kAtOnce>(codes, x + first, sums);
+    } else {
+      sums[0] = quarter_dots<Unit>(codes, x[first]);
     }
-    Ints sums = sum_quarters<Facts::kLargestSum>(t);
-    if constexpr (!Unit::kAffine && Facts::kCenter != 0) sums = sums - load_ints_16(a.center);
-    acc[m] = multiply_add(to_floats(sums), scale * load_floats_16(a.step), acc[m]);
-    if constexpr (Unit::kAffine) acc[m] = multiply_add(offset, load_floats_16(a.offset), acc[m]);
+    for (int t = 0; t < kAtOnce; ++t) {
+      const UnitActivations<Unit>& a = x[first + t];
+      Floats& total = acc[first + t];
+      if constexpr (!Unit::kAffine && Facts::kCenter != 0) sums[t] = sums[t] - load_ints_16(a.center);
+      total = multiply_add(to_floats(sums[t]), scale * load_floats_16(a.step), total);
+      if constexpr (Unit::kAffine) total = multiply_add(offset, load_floats_16(a.offset), total);
+    }
   }
 }
 
 // Weights needed soon go to the first-level cache, later ones to the second-level cache. With the hardware prefetchers
 // alone, a fifth of the bandwidth of memory is unused, and a third of that of the third-level cache.
-ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes) {
-  constexpr int64_t kSoon = 1024, kLater = 8192;
+constexpr int64_t kSoon = 1024, kLater = 8192;
+ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes, int64_t later = kLater) {
   for (int64_t b = 0; b < bytes; b += 64) {
     __builtin_prefetch(w + kSoon + b);
-    __builtin_prefetch(w + kLater + b, 0, 2);
+    __builtin_prefetch(w + later + b, 0, 2);
+  }
+}
+
+// Several rows of x do not fit into the first-level cache as a whole. So a part of them is multiplied by a few rows of
+// weights before its next part is read.
+constexpr int64_t kPartBytes = 20480;
+constexpr int kPartRows = 32;
+
+// Where the weights needed later lie, from those of `unit` on: in the next part of the same row, or in the first part
+// of a row to come.
+inline int64_t later_weights(int64_t unit, int64_t units, int64_t part, int64_t unit_bytes, int64_t row_bytes) {
+  if (part >= units) return kLater;
+  return unit + part < units ? part * unit_bytes : kPartRows * row_bytes - unit * unit_bytes;
+}
+
+// Computes y of all rows of a job. multiply(row, begin, end, later, acc) adds the products of the units begin .. end
+// - 1 of a row of weights. x_bytes: of a unit of one row of x.
+template <int kTokens, class Multiply>
+ISQ_INLINE void multiply_in_parts(const RowsJob& job, int64_t units, int64_t unit_bytes, int64_t x_bytes,
+                                  const Multiply& multiply) {
+  const int64_t part = kTokens == 1 ? units : std::max<int64_t>(kPartBytes / (kTokens * x_bytes), 1);
+  for (int64_t first = 0; first < job.rows; first += kPartRows) {
+    const int64_t last = std::min(first + kPartRows, job.rows);
+    Floats sums[kPartRows][kTokens];
+    for (int64_t begin = 0; begin < units; begin += part) {
+      const int64_t end = std::min(begin + part, units);
+      const int64_t later = later_weights(begin, units, part, unit_bytes, job.row_bytes);
+      for (int64_t row = first; row < last; ++row) {
+        Floats acc[kTokens];
+        for (int m = 0; m < kTokens; ++m) acc[m] = begin == 0 ? all_lanes(0.0f) : sums[row - first][m];
+        multiply(row, begin, end, later, acc);
+        for (int m = 0; m < kTokens; ++m) {
+          if (end < units) {
+            sums[row - first][m] = acc[m];
+          } else {
+            job.y[m * job.ldy + row] = sum(acc[m]);
+          }
+        }
+      }
+    }
   }
 }
 
 template <class Unit, int kTokens>
 void multiply_rows_of(const RowsJob& job) {
-  constexpr int kWeights = Unit::kWeights;
-  const int64_t units = (job.k + kWeights - 1) / kWeights;
+  const int64_t units = (job.k + Unit::kWeights - 1) / Unit::kWeights;
   const int64_t unit_bytes = Unit::kBytes ? Unit::kBytes : job.layout.unit_bytes;
   const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
   alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
-  for (int64_t row = 0; row < job.rows; ++row) {
-    const uint8_t* w = job.w + row * job.row_bytes;
-    // Whole units are read in place. The rest of a row is read from a copy padded with zeros, and so is the last unit
-    // of all if loads may read beyond it and memory may end there. The last row may copy more than the rows before it,
-    // never less, so what follows the copied bytes stays zero.
-    const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
-    const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
-    Floats acc[kTokens];
-    for (int m = 0; m < kTokens; ++m) acc[m] = all_lanes(0.0f);
-    for (int64_t u = 0; u < whole; ++u) {
-      prefetch_weights(w + u * unit_bytes, unit_bytes);
-      multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u, units, acc);
-    }
-    if (whole < units) {
-      std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
-      multiply_unit<Unit, kTokens>(copy, job.layout, x + whole, units, acc);
-    }
-    for (int m = 0; m < kTokens; ++m) job.y[m * job.ldy + row] = sum(acc[m]);
-  }
+  multiply_in_parts<kTokens>(
+      job, units, unit_bytes, sizeof *x, [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* acc) ISQ_INLINE_BODY {
+        const uint8_t* w = job.w + row * job.row_bytes;
+        // Whole units are read in place. The rest of a row is read from a copy padded with zeros, and so is the last
+        // unit of all if loads may read beyond it and memory may end there. The last row may copy more than the rows
+        // before it, never less, so what follows the copied bytes stays zero.
+        const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
+        const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
+        for (int64_t u = begin; u < std::min(end, whole); ++u) {
+          prefetch_weights(w + u * unit_bytes, unit_bytes, later);
+          multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u * kTokens, acc);
+        }
+        if (whole < end) {
+          std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
+          multiply_unit<Unit, kTokens>(copy, job.layout, x + whole * kTokens, acc);
+        }
+      });
 }
 
 // For a single row of x there is little work per unit, so a branch on the header in each unit would be noticeable.

@@ -32,6 +32,10 @@ ISQ_INLINE Bytes word_in_all_lanes(const void* word) {
 }
 ISQ_INLINE Floats load_floats_16(const float* p) { return load_wide<Floats>(p); }
 ISQ_INLINE Ints load_ints_16(const int32_t* p) { return load_wide<Ints>(p); }
+ISQ_INLINE Ints operator+(Ints a, Ints b) {
+  for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] + b.part[p];
+  return a;
+}
 ISQ_INLINE Ints operator-(Ints a, Ints b) {
   for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] - b.part[p];
   return a;

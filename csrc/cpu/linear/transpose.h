@@ -1,9 +1,41 @@
-// Transposes sixteen rows of sixteen 32-bit words.
+// Transposes 32-bit words: sixteen rows of sixteen, or four of four within quarters.
 #pragma once
 
 #include "cpu/linear/simd.h"
 
 namespace isqtorch::ISQ_ISA {
+
+// Words, or pairs of words, of the first or second half of every quarter of a and b, alternating.
+#if ISQ_VECTOR_FLOATS == 16
+#define ISQ_INTERLEAVE(name, instruction, ...) \
+  ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) { return (NativeU8)_mm512_##instruction((__m512i)a, (__m512i)b); }
+#elif ISQ_VECTOR_FLOATS == 8
+#define ISQ_INTERLEAVE(name, instruction, ...) \
+  ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) { return (NativeU8)_mm256_##instruction((__m256i)a, (__m256i)b); }
+#else
+#define ISQ_INTERLEAVE(name, instruction, ...)       \
+  ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) { \
+    return (NativeU8)ISQ_SHUFFLE((NativeI32)a, (NativeI32)b, __VA_ARGS__); \
+  }
+#endif
+ISQ_INTERLEAVE(first_words, unpacklo_epi32, 0, 4, 1, 5)
+ISQ_INTERLEAVE(second_words, unpackhi_epi32, 2, 6, 3, 7)
+ISQ_INTERLEAVE(first_pairs, unpacklo_epi64, 0, 1, 4, 5)
+ISQ_INTERLEAVE(second_pairs, unpackhi_epi64, 2, 3, 6, 7)
+#undef ISQ_INTERLEAVE
+
+// Word j of quarter q of *v[i] and word i of quarter q of *v[j] change places.
+ISQ_INLINE void transpose_quarters(Bytes* const (&v)[4]) {
+  for (int p = 0; p < kParts; ++p) {
+    const NativeU8 a = v[0]->part[p], b = v[1]->part[p], c = v[2]->part[p], d = v[3]->part[p];
+    const NativeU8 first_ab = first_words(a, b), first_cd = first_words(c, d);
+    const NativeU8 second_ab = second_words(a, b), second_cd = second_words(c, d);
+    v[0]->part[p] = first_pairs(first_ab, first_cd);
+    v[1]->part[p] = second_pairs(first_ab, first_cd);
+    v[2]->part[p] = first_pairs(second_ab, second_cd);
+    v[3]->part[p] = second_pairs(second_ab, second_cd);
+  }
+}
 
 #if ISQ_VECTOR_FLOATS == 16
 // Sixteen rows of sixteen 32-bit words become columns.
