@@ -1,6 +1,7 @@
-"""Whole models of real shapes with made-up weights: what loading takes, how fast they generate, against the targets and other libraries.
+"""Whole models, of real shapes with made-up weights and a small real one: what loading takes, how fast they generate, against the
+targets and other libraries.
 
-    python -m benchmarks.bench_models                      bf16, q8_0, q4k, afq4 and peers: some minutes on two cores, 10 GB of memory
+    python -m benchmarks.bench_models                      bf16, four formats and peers: 15 minutes on two cores, 10 GB of memory
     python -m benchmarks.bench_models --quick              small models: to see that it runs
     python -m benchmarks.bench_models --models llama --formats q4k --no-peers
     python -m benchmarks.bench_models --from FILE.json     the tables of a run again, nothing measured
@@ -27,33 +28,40 @@ from .tables import misses
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "models"
-MODELS = ("llama", "moe")
-FORMATS = ("q8_0", "q4k", "afq4")
+MODELS = ("llama", "moe", "smollm2")
+FORMATS = ("q8_0", "q4k", "afq4", "q4_0")
 
-HOW = """`llama` has the shapes of Llama-3.2-1B, `moe` three layers of Qwen3-30B-A3B with 64 experts and fewer words; the weights are made
-up. Every library and format has a process of its own. Memory is in MB of 10^6 bytes over that process after its imports: the most
-while loading, of everything and of what is not a page of a file, and what stays. Times are wall seconds with all cores; files are
-in the page cache. Loading, reading the files and quantizing matrices of the same shapes that are in memory run in turns, and the
-best of each counts; memory is that of the first load. What was saved (`save_original_format=False`) is loaded once, by a fresh
-process. Then all processes of a model generate in turns, with a cache, one sequence, greedy: prefill is the tokens of the prompt
-over the time until the first new token, decode is new tokens per second after it, medians of all rounds; who takes long has one
-round, and speeds are not judged where other programs took more than a tenth of the machine. Logits are compared with the bf16
-model's before anything is timed; llama.cpp computes with the very bytes that we saved. The overhead of a layer is CPU time on one
-thread."""
+HOW = """`llama` has the shapes of Llama-3.2-1B, `moe` three layers of Qwen3-30B-A3B with 64 experts and fewer words; their weights are
+made up. `smollm2` is SmolLM2-135M-Instruct, decoded from a GGUF file to bf16. Every library and format has a process of its own.
+Memory is in MB of 10^6 bytes over that process after its imports: the most while loading, of everything and of what is not a page of
+a file, and what stays. Times are wall seconds with all cores; files are in the page cache. Loading, reading the files and quantizing
+matrices of the same shapes that are in memory run in turns, and the best of each counts; memory is that of the first load. What was
+saved (`save_original_format=False`) is loaded once, by a fresh process. Then all processes of a format generate in turns, with a
+cache, one sequence, greedy: prefill is the tokens of the prompt over the time until the first new token, decode is new tokens per
+second after it, medians of all rounds; who takes long has one round, and speeds are not judged where other programs took more than a
+tenth of the machine. Ours generates after `optimize_`, as `isqtorch run`, `serve` and `bench` do. bf16 takes part in the turns of
+every format. Before each round, a loop in C reads memory with as many threads; the share of the bandwidth is the time in which the
+weights, keys and values of a token can be read at that speed, over the time of a token. Logits are compared with the bf16 model's
+before anything is timed; llama.cpp computes with the very bytes that we saved. mistral.rs and OpenVINO get a text of as many tokens
+and give no logits. No variable says how the threads of OpenMP wait: GNU's spin for some milliseconds, then sleep. llama.cpp also runs
+with `OMP_WAIT_POLICY=passive`, so that they sleep at once; the setting `poll` of its own threads has no effect in builds with OpenMP.
+The overhead of a layer is CPU time on one thread."""
 
 
 def measure(models: list[str], formats: list[str], *, quick: bool, peers: bool, cache: Path = CACHE) -> ModelResults:
     """Run everything for these models and formats."""
     from . import host
+    from .models.checkpoints import REAL
     from .models.session import Session
 
     began = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
     python = os.environ.get("ISQTORCH_PEERS_PYTHON", sys.executable)
-    session = Session(cache, rounds=2 if quick else 3, new=6 if quick else 20, python=python)
+    session = Session(cache, rounds=2 if quick else 3, new=6 if quick else 64, python=python)
     session.overhead(formats)
     for model in models:
-        session.model(f"{model}-small" if quick else model, formats, peers=peers)
+        session.model(f"{model}-small" if quick and model not in REAL else model, formats, peers=peers)
+    session.close()
     results = session.results
     results.facts |= {"host": host.facts([]), "quick": quick, "command": command(models, formats, quick, peers)}
     results.facts["seconds"] = round(time.perf_counter() - began)
@@ -73,6 +81,7 @@ def markdown(results: ModelResults) -> str:
     lines = [
         *facts["host"],
         f"libraries: {', '.join(versions) or 'none'}",
+        tables.bandwidth(results),
         tables.noise(results),
         f"{facts['seconds']} s in all",
     ]
@@ -82,7 +91,7 @@ def markdown(results: ModelResults) -> str:
         "# Models",
         *small,
         HOW,
-        f"    OMP_WAIT_POLICY=passive {facts['command']}",
+        f"    {facts['command']}",
         "## Targets",
         targets_table(targets),
         "### Below target",

@@ -17,11 +17,22 @@ import isqtorch
 from benchmarks import bench_models
 from benchmarks.models import tables
 from benchmarks.models.checkpoints import BLOCK, matrix
-from benchmarks.models.engines import BF16, ISQTORCH, LLAMA_CPP, TRANSFORMERS, Ours
+from benchmarks.models.engines import (
+    BF16,
+    ISQTORCH,
+    LLAMA_CPP,
+    LLAMA_CPP_SLEEPING,
+    MISTRAL_RS,
+    OPENVINO,
+    TRANSFORMERS,
+    Ours,
+)
 from benchmarks.models.gguf_writer import gguf_name, interleaved, write_gguf
+from benchmarks.models.llama_cpp import _has_openmp
 from benchmarks.models.memory import Peak, resident
 from benchmarks.models.neighbours import Neighbours
 from benchmarks.models.results import ModelResults, Run
+from benchmarks.models.session import Session
 from benchmarks.models.targets import judge
 from benchmarks.peers import Unavailable
 from benchmarks.targets import Target
@@ -32,10 +43,14 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 def made_up(others: float = 0.01) -> ModelResults:
     """A llama that meets every target by a little."""
-    plain = Run("llama", TRANSFORMERS, BF16, 2500 * MB, prefill={"128": [1.0]}, decode=[0.26, 0.24, 0.26], others=[0.0])
+    read = {"bandwidth": [9.5e9, 10e9, 10.5e9]}
+    plain = Run(
+        "llama", TRANSFORMERS, BF16, "q4k", 2500 * MB, prefill={"128": [1.0]}, decode=[0.26, 0.24, 0.26], others=[0.0]
+    )
     ours = Run(
         "llama",
         ISQTORCH,
+        "q4k",
         "q4k",
         800 * MB,
         load=[3.0, 2.4],
@@ -50,12 +65,21 @@ def made_up(others: float = 0.01) -> ModelResults:
         prefill={"128": [0.5, 0.4], "512": [2.0]},
         decode=[0.1, 0.1],
         others=[others, others],
+        token_bytes=850 * MB,
+        **read,
     )
-    theirs = Run("llama", LLAMA_CPP, "q4k", 800 * MB, decode=[0.11], others=[0.0])
+    theirs = Run("llama", LLAMA_CPP, "q4k", "q4k", 800 * MB, decode=[0.17], others=[0.0])
+    sleeping = Run("llama", LLAMA_CPP_SLEEPING, "q4k", "q4k", 800 * MB, decode=[0.16], others=[0.0])
     skipped = {"moe isqtorch q4k": "no such model here", "torchao": "not installed: pip install torchao"}
-    facts = {"host": ["made up"], "quick": False, "command": "python -m benchmarks.bench_models", "seconds": 1}
+    facts = {
+        "host": ["made up"],
+        "quick": False,
+        "reader": "C, one stream",
+        "command": "python -m benchmarks.bench_models",
+        "seconds": 1,
+    }
     overhead = {"q4k": {"microseconds": 2.5, "nn.Linear": 2.0}}
-    return ModelResults([plain, ours, theirs], overhead, skipped, facts)
+    return ModelResults([plain, ours, theirs, sleeping], overhead, skipped, facts)
 
 
 def named(results: ModelResults, what: str, against: str = "") -> Target:
@@ -72,7 +96,8 @@ def named(results: ModelResults, what: str, against: str = "") -> Target:
         ("load and quantize", "", 1.2),
         ("QuantLinear", "", 2.5),
         ("decoding", "bf16", 2.6),
-        ("decoding", "llama.cpp", 1.1),
+        ("decoding", "llama.cpp", 1.6),
+        ("decoding, llama", "read bandwidth", 0.85),
     ],
 )
 def test_ratios(what: str, against: str, ratio: float) -> None:
@@ -102,9 +127,50 @@ def test_other_bits_than_were_saved_miss_the_target() -> None:
 
 
 def test_speeds_are_not_judged_on_a_busy_machine() -> None:
-    for against in ("bf16", "llama.cpp"):
+    for against in ("bf16", "llama.cpp", "read bandwidth"):
         target = named(made_up(others=0.3), "decoding", against)
         assert (target.met, target.left_out) == (None, ["llama q4k"])
+
+
+def test_a_small_model_is_compared_with_its_group() -> None:
+    """Of two groups, each with bf16 and mistral.rs, what took turns counts; llama.cpp has a bound for each model."""
+    results = ModelResults(facts=made_up().facts)
+    for fmt, ours, theirs in (("q8_0", 0.010, 0.013), ("q4k", 0.010, 0.011)):
+        results.runs += [
+            Run("smollm2", TRANSFORMERS, BF16, fmt, decode=[0.02]),
+            Run("smollm2", ISQTORCH, fmt, fmt, 100 * MB, load=[0.9, 0.8], load_gguf=[1.1], decode=[ours]),
+            Run("smollm2", MISTRAL_RS, fmt, fmt, decode=[theirs]),
+            Run("smollm2", LLAMA_CPP, fmt, fmt, decode=[0.009]),
+        ]
+    mistral = named(results, "decoding, smollm2", "mistral.rs")
+    assert mistral.ratios == pytest.approx({"smollm2 q8_0": 1.3, "smollm2 q4k": 1.1}) and mistral.met is False
+    assert named(results, "decoding", "llama.cpp").met is True
+    packing = named(results, "packing while loading")
+    assert (
+        packing.ratios["smollm2 q8_0"] == 0.8
+        and packing.ratios["smollm2 q8_0 from GGUF"] == 1.1
+        and packing.met is False
+    )
+
+
+def test_groups() -> None:
+    """Each of our formats with those that have it; bf16 is in every group, so that all can be compared with it."""
+    groups = Session.groups("smollm2", ["q8_0", "fp8"], peers=True)
+    plain = (TRANSFORMERS, BF16)
+    theirs = [LLAMA_CPP, LLAMA_CPP_SLEEPING, MISTRAL_RS, OPENVINO]
+    assert groups["q8_0"] == [plain, *((who, "q8_0") for who in (ISQTORCH, *theirs))]
+    assert groups["fp8"] == [plain, (ISQTORCH, "fp8")]
+    assert [who for who, _ in groups["other libraries"]] == [TRANSFORMERS, "bitsandbytes", "torchao", "torchao"]
+    assert Session.groups("llama", ["q8_0"], peers=False) == {"q8_0": [plain, (ISQTORCH, "q8_0")]}
+    assert MISTRAL_RS not in dict(Session.groups("llama", ["q8_0"], peers=True)["q8_0"])
+
+
+def test_openmp_is_found_in_the_library(tmp_path: Path) -> None:
+    assert not _has_openmp(tmp_path)
+    (tmp_path / "libggml-cpu.so").write_bytes(b"ELF of threads of its own")
+    assert not _has_openmp(tmp_path)
+    (tmp_path / "libggml-cpu-haswell.so").write_bytes(b"ELF GOMP_parallel")
+    assert _has_openmp(tmp_path)
 
 
 def test_report_has_every_part_and_survives_json(tmp_path: Path) -> None:
@@ -113,8 +179,9 @@ def test_report_has_every_part_and_survives_json(tmp_path: Path) -> None:
     assert again == results
     text = bench_models.markdown(again)
     assert text.count("\n## ") == 7
-    assert "| llama | isqtorch | q4k | 800 | 2.40 | 0.50 | 2.00 | 1.20 | 872 | 810 | 1.09 | 820 |" in text
-    assert "| llama | isqtorch | q4k | 284.4 | 256.0 | 10.0 | 2.60 | 2 | 1 % | 0.400 |" in text
+    assert "| llama | isqtorch | q4k | 800 | 2.40 | - | 0.50 | 2.00 | 1.20 | 872 | 810 | 1.09 | 820 |" in text
+    assert "| llama | isqtorch | q4k | 284.4 | 256.0 | 10.0 | 2.60 | 85 % | 2 | 1 % | 0.400 |" in text
+    assert "- memory, read by all threads (C, one stream): 10.0 GB/s, 9.5 to 10.5" in text
     assert "- torchao: not installed: pip install torchao" in text
     bench_models.write(again, tmp_path / "models-cpu-date.json")
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}

@@ -1,4 +1,4 @@
-"""Checkpoints of real shapes with made-up weights: written once, in seconds, and the same on every machine.
+"""Checkpoints: real shapes with made-up weights, and small real models. Written once, in seconds, the same on every machine.
 
 The numbers of every matrix are one block of normally distributed ones again and again, scaled: a quantizer and a product take as
 long for them as for trained ones. The length of the block is prime, so that no two rows of a matrix are alike.
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..quality import packages
 
 BLOCK = 1_000_003  # numbers before they repeat; prime
 SCALE = 0.02  # of the weights, as transformers initializes them
@@ -59,6 +61,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 small ones of both kinds, to see that everything runs. The first word of a name is what the tables call it."""
 
 
+REAL = ("smollm2",)
+"""Models of `quality/packages.py`: a GGUF file with a tokenizer. Here they are folders of bf16."""
+
+
 def config(name: str) -> Any:
     """The configuration of one of `SHAPES`, of transformers."""
     from transformers import AutoConfig
@@ -67,19 +73,41 @@ def config(name: str) -> Any:
     return AutoConfig.for_model(family, **values, dtype="bfloat16")
 
 
+def original(name: str) -> Path | None:
+    """The GGUF file of one of `REAL`, downloaded if it is not there; None for `SHAPES`."""
+    return packages.find(name) if name in REAL else None
+
+
 def checkpoint(name: str, cache: Path) -> Path:
-    """The folder of one of `SHAPES` in `cache`, written if it is not there; another definition is another folder."""
-    family, values = SHAPES[name]
-    text = json.dumps([family, values, BLOCK, SCALE], sort_keys=True)
-    folder = cache / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    """The folder of one of `SHAPES` or `REAL` in `cache`, written if it is not there; another definition is another folder."""
+    file = original(name)
+    if file is None:
+        digest = hashlib.sha256(json.dumps([*SHAPES[name], BLOCK, SCALE], sort_keys=True).encode()).hexdigest()
+    else:
+        digest = packages.sha256(file)
+    folder = cache / f"{name}-{digest[:8]}"
     if not folder.is_dir():
         partial = cache / f"{folder.name}.{os.getpid()}.partial"
         try:
-            write(config(name), partial)
+            if file is None:
+                write(config(name), partial)
+            else:
+                decode(file, partial)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def decode(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to a folder, all weights in bf16."""
+    import isqtorch
+
+    loaded = isqtorch.load(str(file), dtype="bfloat16", progress=False)
+    isqtorch.dequantize_(loaded.model)
+    loaded.model.save_pretrained(folder)
+    assert loaded.tokenizer is not None
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def write(config: Any, folder: Path | str, shard_size: str = "1GB") -> int:

@@ -7,15 +7,22 @@ answer, `Unavailable`, and not a crash.
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..peers import Array, Unavailable, bitsandbytes, torchao
+from ..peers.ggml import TYPES
+from .checkpoints import REAL
 from .prompts import tokens
+from .texts import MistralRs, OpenVino
 
-ISQTORCH, TRANSFORMERS, LLAMA_CPP = "isqtorch", "transformers", "llama.cpp"
+ISQTORCH, TRANSFORMERS, BITSANDBYTES, TORCHAO = "isqtorch", "transformers", "bitsandbytes", "torchao"
+LLAMA_CPP, LLAMA_CPP_SLEEPING = "llama.cpp", "llama.cpp, threads sleep"
+MISTRAL_RS, OPENVINO = "mistral.rs", "OpenVINO"
+LLAMA_CPPS = (LLAMA_CPP, LLAMA_CPP_SLEEPING)
 BF16 = "bf16"  # the model as its checkpoint has it, by transformers alone
 _TRY = 256  # rows and columns of a matrix to try a library with
 _LEFT = 0.05  # of a model may stay in float: routers
@@ -43,8 +50,8 @@ class Engine(Protocol):
     def generate(self, prompt: int, new: int) -> tuple[float, float]:
         """Seconds for a prompt of that many tokens, and for the `new - 1` tokens after the first new one."""
 
-    def logits(self, ids: Array) -> Array:
-        """f32 `[vocabulary]`: the logits after those tokens."""
+    def logits(self, ids: Array) -> Array | None:
+        """f32 `[vocabulary]`: the logits after those tokens; None: it does not give them."""
 
 
 class Transformers:
@@ -61,6 +68,7 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         self._torch, self.version = torch, transformers.__version__
         self.model: Any = None
+        self._optimized: Any = None  # the model that is
 
     @property
     def size(self) -> int:
@@ -117,7 +125,22 @@ class Transformers:
 
 
 class Ours(Transformers):
-    """isqtorch; without a format, a checkpoint that it has saved."""
+    """isqtorch; without a format, a checkpoint that it has saved. It generates after `optimize_`, as `isqtorch run` does."""
+
+    def generate(self, prompt: int, new: int) -> tuple[float, float]:
+        import isqtorch
+
+        if self._optimized is not self.model:
+            print(isqtorch.optimize_(self.model), file=sys.stderr)
+            self._optimized = self.model
+        return super().generate(prompt, new)
+
+    def token_bytes(self, prompt: int) -> int:
+        """Bytes of weights, keys and values that a token after a prompt reads."""
+        from isqtorch.app.roofline import bytes_of_token
+
+        ids = self._torch.from_numpy(tokens(self.model.config.vocab_size, prompt))[None]
+        return sum(bytes_of_token(self.model, ids))
 
     def _load(self, source: str, fmt: str) -> Any:
         import isqtorch
@@ -162,8 +185,20 @@ class TorchAO(Transformers):
         return self._quantized_by(source, TorchAoConfig(torchao.configuration(fmt)))
 
 
-FORMATS: dict[str, tuple[str, ...]] = {"bitsandbytes": bitsandbytes.FORMATS, "torchao": torchao.FORMATS}
-"""Of other libraries through transformers. llama.cpp takes those of ours that ggml has."""
+FORMATS: dict[str, tuple[str, ...]] = {BITSANDBYTES: bitsandbytes.FORMATS, TORCHAO: torchao.FORMATS}
+"""Of other libraries through transformers, whose formats are not ours."""
+
+ENVIRONMENT: dict[str, dict[str, str | None]] = {LLAMA_CPP_SLEEPING: {"OMP_WAIT_POLICY": "passive"}}
+"""Variables of a library's process. For others, no variable says how OpenMP's threads wait: GNU's spin for some milliseconds."""
+
+
+def same_formats(model: str, fmt: str) -> list[str]:
+    """Other libraries that have one of our formats. Those that want a text are measured with a model that has a tokenizer."""
+    found = [*LLAMA_CPPS] if fmt in TYPES else []
+    if model in REAL:
+        found += [MISTRAL_RS] if fmt in MistralRs.FORMATS else []
+        found += [OPENVINO] if fmt in OpenVino.FORMATS else []
+    return found
 
 
 def open(who: str) -> Engine:
@@ -172,7 +207,9 @@ def open(who: str) -> Engine:
     Raises:
         Unavailable: it is not installed, and what to install.
     """
-    if who == LLAMA_CPP:
-        engine: Engine = importlib.import_module(".llama_cpp", __package__).LlamaCpp()
+    if who in LLAMA_CPPS:
+        engine: Engine = importlib.import_module(".llama_cpp", __package__).LlamaCpp(sleeps=who == LLAMA_CPP_SLEEPING)
         return engine
-    return {ISQTORCH: Ours, TRANSFORMERS: Transformers, "bitsandbytes": BitsAndBytes, "torchao": TorchAO}[who]()
+    kinds: dict[str, type[Engine]] = {ISQTORCH: Ours, TRANSFORMERS: Transformers, BITSANDBYTES: BitsAndBytes}
+    kinds |= {TORCHAO: TorchAO, MISTRAL_RS: MistralRs, OPENVINO: OpenVino}
+    return kinds[who]()

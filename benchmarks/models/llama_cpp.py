@@ -22,9 +22,16 @@ _CONTEXT = 1024
 
 
 class LlamaCpp:
-    """llama.cpp's CPU backend with as many threads as there are cores for this process."""
+    """llama.cpp's CPU backend with as many threads as there are cores for this process.
 
-    def __init__(self) -> None:
+    In a build with OpenMP, as the packages of llama-cpp-python are, OpenMP's threads compute: OMP_WAIT_POLICY says how they
+    wait, and the setting `poll` of ggml's own threads has no effect.
+
+    Args:
+        sleeps: its threads are meant to sleep, so the build must be one with OpenMP.
+    """
+
+    def __init__(self, sleeps: bool = False) -> None:
         try:
             import gguf  # noqa: F401
             import llama_cpp
@@ -34,6 +41,10 @@ class LlamaCpp:
         self._silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
+        if sleeps and not _has_openmp(Path(llama_cpp.__file__).parent / "lib"):
+            raise Unavailable(
+                "this build has threads of its own, and llama-cpp-python has no setting for how they wait"
+            )
         self.version: str = llama_cpp.__version__
         self._model: Any = None
         self._context: Any = None
@@ -94,3 +105,9 @@ class LlamaCpp:
         if self._model:
             self._api.llama_model_free(self._model)
         self._model = self._context = None
+
+
+def _has_openmp(folder: Path) -> bool:
+    """Whether the CPU backend among the libraries of a folder starts threads of OpenMP, GNU's or LLVM's."""
+    libraries = (path.read_bytes() for path in folder.glob("*ggml-cpu*"))
+    return any(name in library for library in libraries for name in (b"GOMP_parallel", b"__kmpc_fork_call"))

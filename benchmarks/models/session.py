@@ -1,11 +1,13 @@
 """Runs the measurements of whole models.
 
-Every library and format has a process of its own, so that memory is that of one load. All of one model then stay, and generate in
-turns: what else happens on the machine hits all alike.
+Every library and format has a process of its own, so that memory is that of one load. Those of a group then stay, and generate in
+turns: what else happens on the machine hits all alike. A group is one of our formats, in all libraries that have it; the last one is
+what other libraries have instead. bf16 takes part in every group, and so does a loop that reads memory.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -16,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from ..peers import Unavailable
-from ..peers.ggml import TYPES
 from ..peers.process import Process
-from .checkpoints import checkpoint, config
-from .engines import BF16, FORMATS, ISQTORCH, LLAMA_CPP, TRANSFORMERS
+from .checkpoints import checkpoint, original
+from .engines import BF16, ENVIRONMENT, FORMATS, ISQTORCH, LLAMA_CPPS, TRANSFORMERS, same_formats
 from .neighbours import Neighbours
 from .results import ModelResults, Run
 from .targets import PROMPTS
@@ -29,6 +30,9 @@ _SLOW = 2.0  # seconds for the new tokens of one turn: slower libraries get fewe
 _FEWEST = 3
 _LONG = 5.0  # seconds of generating in a round: who takes longer has one round
 _LOADING = 4.0  # seconds of loading and quantizing: slower formats do it twice, others more often
+_AGAIN = 1.5  # seconds of loading of other libraries: slower ones do it once, others three times
+_OTHERS = "other libraries"  # the last group
+_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # of the one who started this; see ENVIRONMENT
 
 
 @dataclass
@@ -54,6 +58,13 @@ class Session:
     def __init__(self, cache: Path, *, rounds: int, new: int, python: str = sys.executable) -> None:
         self.cache, self.rounds, self.new, self.python = cache, rounds, new, python
         self.results = ModelResults()
+        command = [sys.executable, "-m", f"{__package__}.reader"]
+        self._reader = Process("memory", command, dict.fromkeys(_VARIABLES))
+        self.results.facts["reader"] = self._reader.version
+
+    def close(self) -> None:
+        """End the process that reads memory."""
+        self._reader.close()
 
     def model(self, name: str, formats: list[str], *, peers: bool) -> None:
         """Everything about one checkpoint: bf16, our formats, other libraries."""
@@ -61,20 +72,31 @@ class Session:
         source = checkpoint(name, self.cache)
         self._say(f"{name}: checkpoint in {source}", began)
         with tempfile.TemporaryDirectory(prefix="saved-", dir=self.cache) as saved:
-            work, contenders = Path(saved), list[Contender]()
-            try:
-                self._enter(contenders, Run(label, TRANSFORMERS, BF16), source, name, work)
-                for fmt in formats:
-                    self._enter(contenders, Run(label, ISQTORCH, fmt), source, name, work)
-                for who, theirs in self._peers(formats).items() if peers else ():
-                    for fmt in theirs:
-                        folder = work / fmt if who == LLAMA_CPP else source
-                        self._enter(contenders, Run(label, who, fmt), folder, name, work)
-                self._turns(contenders)
-            finally:
-                for contender in contenders:
-                    contender.process.close()
+            for group, runs in self.groups(label, formats, peers=peers).items():
+                self._group([Run(label, who, fmt, group) for who, fmt in runs], source, name, Path(saved))
         self._say(f"{name}: done", began)
+
+    @staticmethod
+    def groups(label: str, formats: list[str], *, peers: bool) -> dict[str, list[tuple[str, str]]]:
+        """Libraries and formats that take turns."""
+        plain, found = (TRANSFORMERS, BF16), {}
+        for fmt in formats:
+            others = same_formats(label, fmt) if peers else []
+            found[fmt] = [plain, *((who, fmt) for who in (ISQTORCH, *others))]
+        if peers:
+            found[_OTHERS] = [plain, *((who, fmt) for who, theirs in FORMATS.items() for fmt in theirs)]
+        return found
+
+    def _group(self, runs: list[Run], source: Path, name: str, work: Path) -> None:
+        """Load all of a group, let them generate in turns, and end their processes."""
+        contenders: list[Contender] = []
+        try:
+            for run in runs:
+                self._enter(contenders, run, work / run.format if run.who in LLAMA_CPPS else source, name, work)
+            self._turns(contenders)
+        finally:
+            for contender in contenders:
+                contender.process.close()
 
     def overhead(self, formats: list[str]) -> None:
         """What a layer costs beside its operator."""
@@ -83,15 +105,12 @@ class Session:
             self.results.overhead[fmt] = process.ask("overhead", fmt=fmt, rounds=60)
         process.close()
 
-    @staticmethod
-    def _peers(formats: list[str]) -> dict[str, tuple[str, ...]]:
-        return {**FORMATS, LLAMA_CPP: tuple(fmt for fmt in formats if fmt in TYPES)}
-
     def _start(self, who: str) -> Process:
         """A fresh process. What other libraries have to say besides their answers is not shown."""
         ours = who in (ISQTORCH, TRANSFORMERS)
         command = [sys.executable if ours else self.python, "-m", f"{__package__}.worker", who]
-        return Process(who, command, errors=None if ours else subprocess.DEVNULL)
+        environment = {**dict.fromkeys(_VARIABLES), **ENVIRONMENT.get(who, {})}
+        return Process(who, command, environment, errors=None if ours else subprocess.DEVNULL)
 
     def _enter(self, contenders: list[Contender], run: Run, source: Path, name: str, work: Path) -> None:
         """Load one contender and measure that; what it cannot do is noted, and costs its own row only."""
@@ -103,22 +122,30 @@ class Session:
             return
         self.results.facts.setdefault("versions", {})[run.who] = process.version
         try:
-            self._load(run, process, source, work)
-            run.error = self._check(run, process, name, work)
-            contenders.append(Contender(run, process, self._tokens(process)))
+            self._load(run, process, source, name, work)
+            run.error = self._check(run, process, source, work)
+            new = self._tokens(process)
+            if run.who == ISQTORCH:
+                run.token_bytes = process.ask("token_bytes", prompt=min(PROMPTS))["bytes"]
+            contenders.append(Contender(run, process, new))
             self.results.runs.append(run)
             self._say(f"{run.model} {run.who} {run.format}: loaded in {run.load[0]:.1f} s", began)
         except Unavailable as reason:
             process.close()
             self._skip(f"{run.model} {run.who} {run.format}", str(reason))
 
-    def _load(self, run: Run, process: Process, source: Path, work: Path) -> None:
+    def _load(self, run: Run, process: Process, source: Path, name: str, work: Path) -> None:
         prepared = process.ask("prepare", folder=str(source), fmt=run.format)["source"]
         loaded = process.ask("load", source=prepared, fmt=run.format)
         run.size, run.peak, run.kept = loaded["size"], loaded["peak"], loaded["kept"]
         run.load.append(loaded["seconds"])
         if run.who != ISQTORCH:
+            while len(run.load) < 3 and max(run.load) < _AGAIN:
+                run.load.append(process.ask("load", source=prepared, fmt=run.format)["seconds"])
             return
+        file = original(name)
+        for _ in range(3 if file else 0):
+            run.load_gguf.append(process.ask("load", source=str(file), fmt=run.format)["seconds"])
         began = time.perf_counter()
         while len(run.load) < 2 or (len(run.load) < 4 and time.perf_counter() - began < _LOADING):
             # in turns with loading, whose bound they are
@@ -139,18 +166,19 @@ class Session:
         finally:
             fresh.close()
 
-    def _check(self, run: Run, process: Process, name: str, work: Path) -> float | None:
-        """The distance of the logits from the bf16 model's.
+    def _check(self, run: Run, process: Process, source: Path, work: Path) -> float | None:
+        """The distance of the logits from the bf16 model's; None where one of them gives none.
 
         Raises:
             Unavailable: they are not those of this model.
         """
         path = work / f"{run.who}-{run.format}.npy"
-        process.ask("logits", vocabulary=config(name).vocab_size, to=str(path))
-        got, exact = np.load(path), work / f"{TRANSFORMERS}-{BF16}.npy"
-        if not exact.exists():
+        vocabulary = json.loads((source / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        known = process.ask("logits", vocabulary=vocabulary, to=str(path))["known"]
+        exact = work / f"{TRANSFORMERS}-{BF16}.npy"
+        if not known or not exact.exists():
             return None
-        want = np.load(exact)
+        got, want = np.load(path), np.load(exact)
         error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
         if not error < _UNRELATED:
             raise Unavailable(f"its logits are off by {error:.2f}: it computes something else, and is not timed")
@@ -164,8 +192,10 @@ class Session:
 
     def _turns(self, contenders: list[Contender]) -> None:
         for _ in range(self.rounds):
+            bandwidth = self._reader.ask("read")["rate"]
             for contender in contenders:
                 run, began = contender.run, time.perf_counter()
+                run.bandwidth.append(bandwidth)
                 with Neighbours(contender.process.pid) as others:
                     for prompt in PROMPTS:
                         new = contender.new if prompt == PROMPTS[0] else 1

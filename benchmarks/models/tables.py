@@ -13,14 +13,15 @@ from .targets import PROMPTS
 
 def loading_table(results: ModelResults) -> str:
     """What loading takes."""
-    headers = ["model", "library", "format", "MB", "load s", "read s", "quantize s", "over the longer"]
+    headers = ["model", "library", "format", "MB", "load s", "from GGUF", "read s", "quantize s", "over the longer"]
     headers += ["peak MB", "anonymous", "peak / size", "kept MB"]
     rows = []
     for run in results.runs:
-        row = [run.model, run.who, run.format, _mb(run.size), _seconds(run.load), _seconds(run.read)]
+        row = [run.model, run.who, run.format, _mb(run.size or None), _seconds(run.load), _seconds(run.load_gguf)]
+        row.append(_seconds(run.read))
         row += [_seconds(run.quantize), _ratio(run.load_ratio())]
         row += [_mb(run.peak.get("total")), _mb(run.peak.get("anonymous"))]
-        row += [_ratio(run.peak["total"] / run.size if run.peak else None), _mb(run.kept.get("total"))]
+        row += [_ratio(run.peak["total"] / run.size if run.peak and run.size else None), _mb(run.kept.get("total"))]
         rows.append(row)
     return markdown_table(headers, rows, right=range(3, len(headers)))
 
@@ -42,11 +43,13 @@ def speed_table(results: ModelResults) -> str:
     """Tokens per second of `generate`."""
     headers = ["model", "library", "format"]
     headers += [f"prefill {prompt}" for prompt in PROMPTS]
-    headers += [f"decode after {PROMPTS[0]}", "over bf16", "rounds", "others took", "logits off by"]
+    headers += [f"decode after {PROMPTS[0]}", "over bf16", "of bandwidth", "rounds", "others took", "logits off by"]
     rows = []
     for run in results.runs:
         row = [run.model, run.who, run.format, *(_rate(run.prefill_rate(prompt)) for prompt in PROMPTS)]
-        row += [_rate(run.decode_rate), _ratio(_over_bf16(results, run)), str(len(run.decode))]
+        share = run.bandwidth_share
+        row += [_rate(run.decode_rate), _ratio(_over_bf16(results, run))]
+        row += [f"{100 * share:.0f} %" if share is not None else "-", str(len(run.decode))]
         row.append(f"{100 * statistics.median(run.others):.0f} %" if run.others else "-")
         rows.append([*row, f"{run.error:.3f}" if run.error is not None else "-"])
     return markdown_table(headers, rows, right=range(3, len(headers)))
@@ -59,7 +62,7 @@ def overhead_table(results: ModelResults) -> str:
 
 
 def _over_bf16(results: ModelResults, run: Run) -> float | None:
-    plain, rate = results.find(run.model, BF16, TRANSFORMERS), run.decode_rate
+    plain, rate = results.beside(run, TRANSFORMERS, BF16), run.decode_rate
     base = plain.decode_rate if plain else None
     return rate / base if rate and base else None
 
@@ -84,3 +87,13 @@ def noise(results: ModelResults) -> str:
     """How quiet the machine was: the slowest round over the fastest."""
     spreads = sorted(max(times) / min(times) for run in results.runs for times in run.prefill.values())
     return f"slowest over fastest round, median of all: {statistics.median(spreads):.2f}" if spreads else "no rounds"
+
+
+def bandwidth(results: ModelResults) -> str:
+    """How fast memory was read between the rounds."""
+    rates = [rate for run in results.runs for rate in run.bandwidth]
+    if not rates:
+        return "memory was not read"
+    method = results.facts.get("reader", "a loop")
+    median, least, most = (of(rates) / 1e9 for of in (statistics.median, min, max))
+    return f"memory, read by all threads ({method}): {median:.1f} GB/s, {least:.1f} to {most:.1f}"

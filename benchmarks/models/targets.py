@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from ..targets import Target
-from .engines import BF16, LLAMA_CPP, TRANSFORMERS
+from .engines import BF16, LLAMA_CPP, LLAMA_CPPS, MISTRAL_RS, TRANSFORMERS
 from .results import ModelResults, Run
 
 PROMPTS = (128, 512)  # tokens; a reply follows the first
 JUDGED = "q4k"  # the format of which most is asked
+OVER_LLAMA_CPP = {
+    "llama q4k": 1.5,
+    "llama q8_0": 1.3,
+    "moe q4k": 1.2,
+    "moe q8_0": 1.2,
+    "smollm2 q4k": 0.8,
+    "smollm2 q8_0": 0.8,
+}
+OVER_MISTRAL_RS = ("smollm2 q8_0", "smollm2 q4k")
 
 
 def judge(results: ModelResults) -> list[Target]:
@@ -23,7 +32,10 @@ def judge(results: ModelResults) -> list[Target]:
     load = Target("load and quantize", "the longer of reading and quantizing alone", 1.3, at_most=True)
     overhead = Target("QuantLinear", "its operator alone", 3.0, at_most=True, unit=" us")
     bf16 = Target(f"decoding, llama at {JUDGED}", "bf16, same run", 2.5)
-    other = Target("decoding", "llama.cpp, same weights, same run", 1.0)
+    memory = Target("decoding, llama", "read bandwidth, same run", 0.8, percent=True)
+    other = Target("decoding", "llama.cpp, same weights, same run, whichever way its threads wait", 1.0)
+    mistral = Target("decoding, smollm2", "mistral.rs, same run", 1.2)
+    packing = Target("packing while loading, smollm2", "wall time", 1.0, at_most=True, unit=" s")
 
     for run in results.ours():
         peak = peaks.get(run.model)
@@ -39,8 +51,20 @@ def judge(results: ModelResults) -> list[Target]:
         if ratio is not None:
             load.ratios[run.name] = ratio
         if (run.model, run.format) == ("llama", JUDGED):
-            _compare(bf16, run, results.find(run.model, BF16, TRANSFORMERS))
-        _compare(other, run, results.find(run.model, run.format, LLAMA_CPP))
+            _compare(bf16, run, results.beside(run, TRANSFORMERS, BF16))
+        if run.model == "llama" and run.bandwidth_share is not None:
+            if run.alone:
+                memory.ratios[run.name] = run.bandwidth_share
+            else:
+                memory.left_out.append(run.name)
+        theirs = [found for who in LLAMA_CPPS if (found := results.beside(run, who)) and found.decode_rate]
+        _compare(other, run, max(theirs, key=lambda found: found.decode_rate or 0.0, default=None))
+        if run.name in OVER_MISTRAL_RS:
+            _compare(mistral, run, results.beside(run, MISTRAL_RS))
+        if run.load_gguf:
+            packing.ratios[run.name] = min(run.load)
+            packing.ratios[f"{run.name} from GGUF"] = min(run.load_gguf)
+    other.needs = {name: need for name, need in OVER_LLAMA_CPP.items() if name in other.ratios}
     overhead.ratios = {fmt: found["microseconds"] for fmt, found in results.overhead.items()}
 
     for what, why in results.skipped.items():
@@ -48,7 +72,9 @@ def judge(results: ModelResults) -> list[Target]:
             peaks["moe"].missing.append(why)
         if what == LLAMA_CPP:
             other.missing.append(why)
-    return [*peaks.values(), reload, anonymous, load, overhead, bf16, other]
+        if what == MISTRAL_RS:
+            mistral.missing.append(why)
+    return [*peaks.values(), reload, anonymous, load, packing, overhead, memory, bf16, other, mistral]
 
 
 def _compare(target: Target, run: Run, other: Run | None) -> None:

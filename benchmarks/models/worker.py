@@ -105,9 +105,15 @@ class Worker:
         return {"sha256": sha.hexdigest()}
 
     def logits(self, vocabulary: int, to: str) -> dict[str, Any]:
-        """Writes the logits after a few tokens to a file of numpy's; they say whether all compute the same model."""
-        np.save(to, self._engine.logits(tokens(vocabulary, _WARM)))
-        return {}
+        """Writes the logits after a few tokens to a file of numpy's, if there are any; they say whether all compute the same."""
+        logits = self._engine.logits(tokens(vocabulary, _WARM))
+        if logits is not None:
+            np.save(to, logits)
+        return {"known": logits is not None}
+
+    def token_bytes(self, prompt: int) -> dict[str, Any]:
+        """Bytes that a token after a prompt reads."""
+        return {"bytes": self._engine.token_bytes(prompt)}  # type: ignore[attr-defined]  # asked of our own engine only
 
     def generate(self, prompt: int, new: int) -> dict[str, Any]:
         first, rest = self._engine.generate(prompt, new)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,15 @@ class Process:
     """
 
     def __init__(
-        self, name: str, command: list[str], environment: dict[str, str] | None = None, errors: int | None = None
+        self,
+        name: str,
+        command: list[str],
+        environment: Mapping[str, str | None] | None = None,
+        errors: int | None = None,
     ) -> None:
         self.name, self._command, self._errors = name, command, errors
-        self._environment = {**os.environ, **(environment or {})}
+        variables = {**os.environ, **(environment or {})}
+        self._environment = {key: value for key, value in variables.items() if value is not None}  # None: not set
         self._start()
 
     def _start(self) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _MOST_SEEING = 3e-6  # seconds that the profiler may take for an operator; more 
 _FORWARD, _CACHE = "isqtorch: forward", "isqtorch: cache"
 
 PARTS = {
-    "products": "linear layers and experts",
+    "products": "linear layers and experts; after optimize_, norms and activations beside them",
     "attention": "of the token to all others",
     "keys and values": "adding those of the token to the cache",
     "other operators": "norms, rotary, activations, the token table",
@@ -37,7 +38,8 @@ PARTS = {
 
 _PRODUCTS = {"linear", "linear_frozen", "linear_w8a8", "linear_w8a8_frozen", "experts_linear"}
 _PRODUCTS |= {"matmul", "mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmv", "mv"}
-_ATTENTION = {"attention", "scaled_dot_product_attention"}
+_STEP_PRODUCTS = {"step_linears", "step_linear_add"}
+_ATTENTION = {"attention", "scaled_dot_product_attention", "step_attend"}
 _READERS = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"}
 
 
@@ -132,6 +134,11 @@ def _read_speed() -> float:
     return _BUFFER / (time.perf_counter() - began)
 
 
+def bytes_of_token(model: Any, ids: Tensor, cache: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+    """Count the bytes of weights, and of keys and values, that the token after `ids`, `[1, T]`, reads; `cache`: its argument."""
+    return _Steps(model, ids, cache).reads()
+
+
 class _Steps:
     """Steps of a model with a cache, each with one more token."""
 
@@ -178,11 +185,23 @@ class _Counter(TorchDispatchMode):
         if name == "experts_linear":
             weight, ids = args[1], args[3]
             self.weights += weight[0].nbytes * len(ids.unique())
+        elif name in _STEP_PRODUCTS:
+            weights, biases = args[1], args[3]  # a list of each, or one
+            self.weights += _nbytes(weights) + _nbytes(biases)
         elif name in _PRODUCTS:
             self.weights += sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() in self._parameters)
+        elif name == "step_attend":
+            _, keys, values, first, last = args[:5]
+            self.states += _nbytes([part[:, :, first:last] for part in (keys, values)])
         elif name in _READERS or name in _ATTENTION:
             self.states += sum(t.nbytes for t in tensors[1:3])
         return func(*args, **(kwargs or {}))
+
+
+def _nbytes(values: Any) -> int:
+    """Bytes of a tensor or of those in a list."""
+    tensors = values if isinstance(values, list) else [values]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _profiled(step: _Steps, forward: float) -> dict[str, float]:
@@ -218,9 +237,9 @@ def _descendants(event: Any) -> int:
 
 def _part(name: str) -> str:
     operator = name.partition("::")[2]
-    if name == _CACHE:
+    if name == _CACHE or operator == "step_heads":  # which turns queries and keys, too
         return "keys and values"
-    if operator in _PRODUCTS:
+    if operator in _PRODUCTS or operator in _STEP_PRODUCTS:
         return "products"
     return "attention" if operator in _ATTENTION else "other operators"
 

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", "5.23")
 from gguf_models import tiny_model
 
 import isqtorch
-from isqtorch.app.roofline import PARTS, Roofline, lines, measure_roofline
+from isqtorch.app.roofline import PARTS, Roofline, _part, bytes_of_token, lines, measure_roofline
 from isqtorch.cli import main
 
 DEMO = str(Path(__file__).resolve().parents[2] / "examples/demo_model/model")
@@ -53,6 +53,34 @@ def test_bytes_are_exact_and_parts_make_up_the_token(isq: str | None, kv: str | 
     assert found.parts["products"] > 0 and found.parts["attention"] > 0
     assert sum(found.parts.values()) == pytest.approx(found.token_seconds) == 0.05
     assert found.token_share == pytest.approx((found.weight_bytes + found.cache_bytes) / found.bandwidth / 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_a_model_with_few_operators_reads_the_same(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    isqtorch.quantize_(model, "q8_0", fallback="skip", progress=False)
+    ids = torch.arange(3, 3 + TOKENS)[None]
+    usual = bytes_of_token(model, ids)
+    done = isqtorch.optimize_(model)
+    assert done.layers == model.config.num_hidden_layers
+    assert bytes_of_token(model, ids) == usual and min(usual) > 0
+    parts = measured(model).parts
+    assert parts["attention"] > 0 and parts["keys and values"] > 0  # both are operators of a step now
+
+
+def test_every_operator_of_a_step_is_a_part() -> None:
+    every = (name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("isqtorch::"))
+    names = [name for name in every if name.startswith("step_")]
+    found = {name: _part(f"isqtorch::{name}") for name in names}
+    assert found == {
+        "step_attend": "attention",
+        "step_gate": "other operators",
+        "step_heads": "keys and values",
+        "step_linear_add": "products",
+        "step_linears": "products",
+        "step_norm": "other operators",
+    }
 
 
 def test_experts_that_a_token_does_not_use_are_not_counted() -> None:
