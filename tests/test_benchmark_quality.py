@@ -66,8 +66,9 @@ def test_the_default_has_every_format_in_every_way() -> None:
 
 def test_the_rows_of_real_models() -> None:
     names = [row.name for row in for_real_models()]
-    assert len(set(names)) == len(names) and len({name.split("+")[0] for name in names}) == 15
+    assert len(set(names)) == len(names) and len({name.split("+")[0] for name in names}) == 16
     assert "q4k+imatrix" in names and "afq4+search+imatrix" in names and "q8_0+imatrix" not in names
+    assert "mxfp4+feedback+imatrix" in names and "auto+feedback+target_bpw=4.5+imatrix" in names
 
 
 def made_up() -> Results:
@@ -246,6 +247,21 @@ def test_a_run_on_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert divergence.p99 == pytest.approx(score.p99, rel=1e-2)
     assert divergence.top1_agreement == pytest.approx(score.top1)
     assert isqtorch.perplexity(model, ids, context=256) == pytest.approx(score.perplexity, rel=1e-4)
+
+
+def test_auto_measures_on_the_calibration_text(tmp_path: Path) -> None:
+    """The probe "kl" needs a text, so it would be refused without one; and it is what such a row means."""
+    calibration = tmp_path / "few.txt"
+    calibration.write_text((DEMO / "calibration.txt").read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    rows = [f"auto+feedback+target_bpw=4.5{probe}+imatrix" for probe in ("+probe=kl", "", "+probe=output")]
+    given = ["--calibration", str(calibration), "--tokens", "300", "--output", str(tmp_path)]
+    assert bench_quality.main([*given, "--rows", *rows]) == 0
+    (stored,) = tmp_path.glob("quality-demo-model-*.json")
+    results = Results.from_json(json.loads(stored.read_text()))
+    assert not results.skipped
+    asked, meant, other = ((row.stored, row.scores[0].distance) for row in results.rows[1:])
+    assert asked == meant != other
+    assert results.rows[1].bits_per_weight <= 4.5
 
 
 def test_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

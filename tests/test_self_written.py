@@ -13,7 +13,7 @@ from torch import nn
 import isqtorch
 from isqtorch.importance.self_written import draw, write_windows
 from isqtorch.importance.windows import token_windows
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_moe
 
 
 class Tokenizer:
@@ -105,6 +105,23 @@ def encoder() -> Any:
     )
 
 
+def speech() -> Any:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=64, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, **sizes)
+    )
+
+
+def sentences() -> Any:
+    from transformers import BertConfig, BertModel  # the model inside of all-MiniLM
+
+    return BertModel(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    )
+
+
 def with_encoder() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -116,7 +133,9 @@ def with_encoder() -> Any:
     [
         (lambda: nn.Sequential(nn.Linear(64, 64)), "Sequential has no method generate of transformers"),
         (encoder, "BertForMaskedLM has no method generate"),
+        (sentences, "BertModel has no method generate"),
         (with_encoder, "T5ForConditionalGeneration has an encoder and cannot begin a text"),
+        (speech, "WhisperForConditionalGeneration has an encoder and cannot begin a text"),
     ],
 )
 def test_who_cannot_write(make: Any, why: str) -> None:
@@ -160,6 +179,28 @@ def test_quantize_calibrates_on_what_the_model_writes() -> None:
     said = "text that the model wrote itself (8 sequences of 16 tokens, without a BOS token because no tokenizer was given)"
     assert any(said in note for note in report.notes) and im.datasets == (said,)
     assert im.tokens == 8 * 16
+
+
+@pytest.mark.parametrize("rule", [None, "feedback"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
+def test_experts_that_no_token_reached(family: str, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are packed by the importance of their layer, and the report says where they are."""
+    import isqtorch.importance.self_written as writing
+
+    monkeypatch.setitem(writing.write_windows.__kwdefaults__, "sequences", 1)
+    monkeypatch.setitem(writing.write_windows.__kwdefaults__, "tokens", 2)
+    model = tiny_moe(family)
+    im = isqtorch.collect_imatrix(model, progress=False)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    alone = int((im.counts[name] == 0).nonzero()[0])
+    weight = model.model.layers[0].mlp.experts.gate_up_proj[alone].detach().clone()
+    report = isqtorch.quantize_(model, "q4_0", include="experts", rule=rule, calibration="self", progress=False)
+    missing = im.unseen[name]
+    assert any("saw no token in calibration and have the importance of all" in note for note in report.notes)
+    assert any(f"{name} ({missing} of 6)" in note for note in report.notes), report.notes
+    layer = im.sums[name].sum(0) / im.counts[name].sum()
+    want = torch.ops.isqtorch.quantize(weight, "q4_0", layer, None)
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj.plain[alone], want)
 
 
 def test_with_a_tokenizer_nothing_is_said_of_bos() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import isqtorch
 from isqtorch.cli._common import read_text
 from isqtorch.cli.demo import model_size
+from isqtorch.formats import AUTO
 
 from .judges import Judge, Score, SentenceJudge, TextJudge
 from .originals import Original, is_language_model
@@ -128,6 +129,10 @@ class Session:
             if row.imatrix:
                 options["imatrix"] = self.moments if row.rule == "feedback" else self.imatrix
                 began = time.perf_counter()  # the statistics are collected once for all rows
+                if (
+                    row.spec == AUTO and self._is_text and self.results.facts["measure"] == KL
+                ):  # it measures on the text
+                    options |= {"calibration_file": self.settings.calibration, "tokenizer": self.tokenizer}
             report = isqtorch.quantize_(model, row.spec, progress=False, **options)
             if steps is not None:
                 text, tokenizer = self.settings.calibration, self.tokenizer
@@ -156,11 +161,16 @@ class Session:
         return found
 
     @property
+    def _is_text(self) -> bool:
+        """Whether the calibration is a text, and not an importance matrix."""
+        return self.settings.calibration.suffix not in _IMATRIX_FILES
+
+    @property
     def moments(self) -> isqtorch.Moments:
         """The second moments for `rule="feedback"`, from the calibration text that the importance matrix is from."""
         if self._moments is None:
             path = self.settings.calibration
-            if path.suffix in _IMATRIX_FILES:
+            if not self._is_text:
                 raise ValueError(f"feedback needs a calibration text, and {path.name} is an importance matrix")
             context = self.settings.context
             self._moments = isqtorch.collect_moments(self.model, path, self.tokenizer, chunk=context, progress=False)
@@ -168,6 +178,6 @@ class Session:
 
     def _importance(self, settings: Settings, tokenizer: Any) -> isqtorch.Imatrix:
         path = settings.calibration
-        if path.suffix in _IMATRIX_FILES:
+        if not self._is_text:
             return isqtorch.read_imatrix(path).for_model(self.model)
         return isqtorch.collect_imatrix(self.model, path, tokenizer, chunk=settings.context, progress=False)

@@ -1,7 +1,8 @@
 """What the quality table has a row for, as data: a format spec and how it is quantized.
 
 A row is spelled `SPEC[+imatrix][+RULE][+OPTION=VALUE]...`: "q4k+imatrix", "afq3+search+imatrix", "q8_0+fallback=skip". With
-the rule "feedback", the importance matrix has the second moments of the same text. SPEC and the options are whatever
+the rule "feedback", the importance matrix has the second moments of the same text. "auto" with an importance matrix
+measures on that text. SPEC and the options are whatever
 `isqtorch.quantize_` accepts, so a new recipe needs no line here; besides, `refine=STEPS` calls `isqtorch.refine_` on the
 calibration text. `default` has the rows of the demo model,
 `for_real_models` fewer, because these take a hundred times as long.
@@ -101,7 +102,7 @@ _REAL = (
 
 
 def for_real_models() -> list[Row]:
-    """Fifteen formats, plain, and those below 8 bits with an importance matrix and with error feedback."""
+    """Fifteen formats, plain, and those below 8 bits with an importance matrix and with error feedback; and "auto"."""
     rows = []
     for name in _REAL:
         fmt = get_format(name)
@@ -109,4 +110,4 @@ def for_real_models() -> list[Row]:
         rows.append(Row(name))
         if fmt.bits < 8:
             rows += [Row(name, True, rule)] * uses_importance(fmt, rule) + [Row(name, True, "feedback")]
-    return rows
+    return rows + [Row("auto", True, rule, {"target_bpw": 4.5}) for rule in (None, "feedback")]

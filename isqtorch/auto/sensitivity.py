@@ -35,6 +35,7 @@ HEAD = 16.0
 """18 was measured on the demo model. It gives the head about two more bits, as llama.cpp's mixes do."""
 
 _SAMPLE = 1 << 21  # largest number of weights measured in a layer; of larger layers rows are sampled
+_FED_SAMPLE = 1 << 18  # the same with feedback, which takes ten times as long
 _LEAST_ROWS = 8  # smallest sample of each matrix of a stack
 
 
@@ -81,8 +82,8 @@ def measure_errors(
 ) -> Sums:
     """The errors of a weight in several formats. Importance is used by formats that take it.
 
-    Of a layer with more than 2 million weights a sample of about that size is measured. It consists of whole rows,
-    always the same ones: evenly spread, or with a weighing in proportion to their factors.
+    Of a layer with more than 2 million weights, or 262,144 with feedback, a sample of about that size is measured. It
+    consists of whole rows, always the same ones: evenly spread, or with a weighing in proportion to their factors.
 
     Args:
         weight: `[N, K]` or `[E, N, K]`.
@@ -97,7 +98,8 @@ def measure_errors(
     """
     stack = weight if weight.dim() == 3 else weight[None]
     experts, rows, columns = stack.shape
-    count = min(rows, max(_LEAST_ROWS, _SAMPLE // (pieces * experts * columns)))
+    size = _SAMPLE if moments is None else _FED_SAMPLE
+    count = min(rows, max(_LEAST_ROWS, size // (pieces * experts * columns)))
     known = weighing or Weighing(torch.ones(rows, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64))
     row_weights, column_weights = known.rows.expand(experts, -1), known.columns.expand(experts, -1)
     sums = {fmt.name: torch.zeros(3, dtype=torch.float64) for fmt in formats}  # cost, output, weight

@@ -292,9 +292,8 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
             "It was made for another model."
         )
     notes = [imatrix.summary()] if imatrix.datasets else []
-    unseen = sum(imatrix.unseen.values())
-    if unseen:
-        notes.append(f"{unseen} expert matrices saw no token in calibration: all their columns count alike")
+    if imatrix.unseen:
+        notes.append(_unseen_note(imatrix))
     if without:
         notes.append(
             f"{len(without)} layers have no entry in the importance matrix and were quantized without: {first_names(without)}"
@@ -307,6 +306,16 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
         if names:
             notes.append(f"{len(names)} layers have {told}: {first_names(names)}")
     return notes
+
+
+def _unseen_note(imatrix: Imatrix) -> str:
+    """Which matrices saw no token, and what they get instead of an importance of their own."""
+    counts = {name: (missing, len(imatrix.counts[name])) for name, missing in imatrix.unseen.items()}
+    places = [f"{name} ({missing} of {of})" if of > 1 else name for name, (missing, of) in counts.items()]
+    return (
+        f"{sum(imatrix.unseen.values())} expert matrices saw no token in calibration and have the importance of all experts of "
+        f"their layer, or of equal columns if none saw one: {first_names(places)}"
+    )
 
 
 def _dead_columns(jobs: list[Job]) -> list[str]:
