@@ -25,7 +25,6 @@ from isqtorch.policy.layers import LayerInfo
 from isqtorch.policy.options import ImatrixLike
 
 from . import files
-from .unseen import layer_importance, without_zeros
 
 _KIND_OF = {".gguf": "gguf", ".imatrix": "legacy", ".dat": "legacy", ".cimatrix": "cimatrix"}  # for writing; see `save`
 
@@ -34,8 +33,7 @@ class Imatrix(Mapping[str, Tensor]):
     """An importance matrix: a read-only mapping from entry name to column weights, f32 `[K]` or `[E, K]` on the CPU.
 
     The weights are sums / counts: the mean square of each input column over the tokens of a calibration run. Use
-    `vector` to look up a layer: it also tries the names that other programs use, and it checks the length. Experts
-    without data have 1 here, as in llama.cpp, and the weights of all experts of their layer in `vector`.
+    `vector` to look up a layer: it also tries the names that other programs use, and it checks the length.
 
     Attributes:
         sums: the stored sums, f32 `[K]`, `[E, K]`, or `[E * K]` if there is one count for all experts.
@@ -79,7 +77,7 @@ class Imatrix(Mapping[str, Tensor]):
         divisor = counts.to(torch.float32)
         if sums.ndim == 2:
             divisor = divisor[:, None]  # [E, 1]
-        return torch.where(divisor > 0, sums / divisor, 1.0)  # without data, as in llama.cpp
+        return torch.where(divisor > 0, sums / divisor, 1.0)  # without data, all columns get the same weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sums)
@@ -109,9 +107,7 @@ class Imatrix(Mapping[str, Tensor]):
         if name is None:
             return None
         shape = (in_features,) if experts is None else (experts, in_features)
-        weights = self._for_packing(name)
-        if self.format == "cimatrix" and (experts is not None or expert is not None):
-            weights = without_zeros(weights, in_features)
+        weights = self[name]
         if expert is not None and experts is None:  # the layer is one of a list of experts; the entry holds all of them
             if in_features and weights.shape[-1] % in_features == 0 and expert * in_features < weights.numel():
                 weights = weights.reshape(-1, in_features)[expert]
@@ -119,7 +115,11 @@ class Imatrix(Mapping[str, Tensor]):
             shape = (in_features,)  # one vector for all experts
         if weights.numel() != prod(shape) or (weights.ndim == 2 and weights.shape[1] != in_features):
             raise self._misfit(layer, name, shape)
-        return weights.reshape(shape)
+        weights = weights.reshape(shape)
+        if self.format == "cimatrix" and (experts is not None or expert is not None):
+            unused = (weights == 0).all(dim=-1, keepdim=True)  # mistral.rs stores zeros for experts without data
+            weights = torch.where(unused, 1.0, weights)
+        return weights
 
     def shares(self, layer: str, experts: int) -> Tensor:
         """Return the fraction of the tokens that each expert of a stack got, f64 `[E]`.
@@ -138,7 +138,8 @@ class Imatrix(Mapping[str, Tensor]):
     def unseen(self) -> dict[str, int]:
         """{name of an entry: number of its experts without a token}, only for entries with such experts.
 
-        A single matrix counts as one expert. Legacy files do not hold this information.
+        A single matrix counts as one expert. Without a token, all columns get the same weight. Legacy files do not hold
+        this information.
         """
         found = {name: int((counts == 0).sum()) for name, counts in self.counts.items()}
         return {name: count for name, count in found.items() if count}
@@ -238,14 +239,6 @@ class Imatrix(Mapping[str, Tensor]):
         sums |= {name: self.sums[name] for name in kept}
         counts |= {name: self.counts[name] for name in kept}
         return sums, counts
-
-    def _for_packing(self, name: str) -> Tensor:
-        """Return the weights of an entry, where experts without data have those of their layer."""
-        counts = self.counts[name]
-        if bool(counts.all()):
-            return self[name]
-        seen = counts > 0 if self.sums[name].ndim == 1 else (counts > 0)[:, None]  # [1] or [E, 1]
-        return torch.where(seen, self[name], layer_importance(self.sums, self.counts, name))
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

@@ -309,12 +309,12 @@ def _importance_notes(jobs: list[Job], imatrix: Imatrix, op: str) -> list[str]:
 
 
 def _unseen_note(imatrix: Imatrix) -> str:
-    """Which matrices saw no token, and what they get instead of an importance of their own."""
+    """Which matrices saw no token. Their columns count alike, as in llama.cpp, so that the bytes are the same."""
     counts = {name: (missing, len(imatrix.counts[name])) for name, missing in imatrix.unseen.items()}
     places = [f"{name} ({missing} of {of})" if of > 1 else name for name, (missing, of) in counts.items()]
     return (
-        f"{sum(imatrix.unseen.values())} expert matrices saw no token in calibration and have the importance of all experts of "
-        f"their layer, or of equal columns if none saw one: {first_names(places)}"
+        f"{sum(imatrix.unseen.values())} expert matrices saw no token in calibration: all their columns count alike: "
+        f"{first_names(places)}"
     )
 
 
