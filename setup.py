@@ -84,7 +84,8 @@ class Build(build_ext):
             raise SystemExit(
                 "isqtorch: a library with sanitizers does not belong into the package; see `make sanitize`."
             )
-        self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
+        other = os.environ.get("_PYTHON_HOST_PLATFORM")  # set for a cross compiler, whose objects are others
+        self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else f"temp-{other}" if other else "temp"))
 
     def run(self) -> None:
         if not backend.COMPILES:  # the sources use what only GCC and Clang have
@@ -94,6 +95,9 @@ class Build(build_ext):
             )
             return
         backend.show_torch()
+        # Where the interpreter was called by its path, its environment is not on the path, and torch would find no ninja
+        # there: then it compiles one file after the other.
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
         try:
             self.compile()
         except Exception as error:

@@ -196,6 +196,26 @@ def test_isolation_uses_the_torch_that_is_installed(tmp_path: Path, torch: str |
     assert said == [False, needed, needed, serves, str(ROOT)]  # what was first on the path is first
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled there")
+def test_ninja_is_found_beside_the_interpreter() -> None:
+    """`make build` calls the interpreter of an environment that nobody has activated."""
+    if not (Path(sys.executable).parent / "ninja").exists():
+        pytest.skip("this environment has no ninja")
+    script = f"""
+import os, shutil, sys
+sys.path.insert(0, {str(ROOT)!r})
+import setuptools
+setuptools.setup = lambda **_: None
+import setup
+setup.build_cuda = lambda target: None
+setup.Build.compile = lambda self: print(shutil.which("ninja"))
+setup.Build(setuptools.Distribution()).run()
+"""
+    env = {**os.environ, "PATH": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(Path(sys.executable).parent / "ninja"), done.stderr
+
+
 def test_windows_needs_no_torch_to_build() -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.platform = 'win32'; from release import backend; "
     script += "print(backend.get_requires_for_build_wheel())"
