@@ -10,7 +10,8 @@ not: csrc/cuda/build.py.
 Metal kernels are text that torch compiles when they are used; the package takes their sources along. So a Mac needs no compiler:
 without one, plain PyTorch computes on its CPU. So it does on Windows, where nothing is compiled yet.
 
-torch is imported when something is compiled, so the metadata and the source distribution need none.
+torch is imported when something is compiled, so the metadata and the source distribution need none. An isolated build finds the
+torch that is installed: release/backend.py.
 """
 
 import os
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build in isolation starts elsewhere
 
 from csrc.cuda import build as cuda  # noqa: E402
+from release import backend  # noqa: E402
 
 
 def files(*patterns: str) -> list[str]:
@@ -82,15 +84,20 @@ class Build(build_ext):
             raise SystemExit(
                 "isqtorch: a library with sanitizers does not belong into the package; see `make sanitize`."
             )
-        self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else "temp"))
+        other = os.environ.get("_PYTHON_HOST_PLATFORM")  # set for a cross compiler, whose objects are others
+        self.build_temp = str(ROOT / "build" / ("sanitize/temp" if SANITIZE else f"temp-{other}" if other else "temp"))
 
     def run(self) -> None:
-        if sys.platform == "win32":  # the sources use what only GCC and Clang have
+        if not backend.COMPILES:  # the sources use what only GCC and Clang have
             self.extensions = []
             print(
                 "isqtorch: no compiled kernels on Windows yet; plain PyTorch computes. WSL has them.", file=sys.stderr
             )
             return
+        backend.show_torch()
+        # Where the interpreter was called by its path, its environment is not on the path, and torch would find no ninja
+        # there: then it compiles one file after the other.
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
         try:
             self.compile()
         except Exception as error:

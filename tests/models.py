@@ -19,6 +19,7 @@ HIDDEN, INNER, EXPERTS = 64, 96, 5  # of FusedMoE
 
 
 def tiny_llama(*, hidden: int = 256, tied: bool = False, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> Any:
+    pytest.importorskip("transformers")  # a wheel is tried without it, too: Python 3.10
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -37,6 +38,7 @@ def tiny_llama(*, hidden: int = 256, tied: bool = False, layers: int = 2, dtype:
 
 
 def tiny_gpt2() -> Any:
+    pytest.importorskip("transformers")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -45,6 +47,7 @@ def tiny_gpt2() -> Any:
 
 
 def tiny_bert() -> Any:
+    pytest.importorskip("transformers")
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)

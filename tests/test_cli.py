@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -65,6 +66,22 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
     assert run(*argv) == 2
     text = capsys.readouterr().err
     assert text.startswith("isqtorch") and "--help" in text and text.count("\n") == 1
+
+
+def test_letters_that_an_encoding_lacks_are_escaped() -> None:
+    """As where Windows writes into a file or a pipe: the reply of a model has letters of all languages."""
+    script = """
+import sys
+from isqtorch import cli
+def say(args):
+    print("caf\u00e9 \u732b")
+    return 0
+cli.formats.run = say
+sys.exit(cli.main(["formats"]))
+"""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, b"caf\\xe9 \\u732b"), done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,19 +29,31 @@ FILES = (
 pytestmark = pytest.mark.skipif(not WORKFLOWS, reason="the source distribution has no workflows")
 
 
-def made(folder: Path, name: str = GOOD, *, more: tuple[str, ...] = (), without: str = "") -> Path:
+def elf(machine: int) -> bytes:
+    """The beginning of a library of Linux: 64 bits, little-endian, shared, for this kind of processor."""
+    return b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + machine.to_bytes(2, "little")
+
+
+X86, ARM = 62, 183
+
+
+def made(
+    folder: Path, name: str = GOOD, *, more: tuple[str, ...] = (), without: str = "", library: bytes = elf(X86)
+) -> Path:
     with zipfile.ZipFile(folder / name, "w") as archive:
         for file in (*FILES, *more):
+            content = b"License-Expression: Apache-2.0\n" if file.endswith("METADATA") else b""
             if file != without:
-                archive.writestr(file, "License-Expression: Apache-2.0\n" if file.endswith("METADATA") else "")
+                archive.writestr(file, library if file.endswith(".so") else content)
     return folder / name
 
 
 def test_a_whole_wheel_has_no_faults(tmp_path: Path) -> None:
     assert wheel.look(made(tmp_path)) == []
     assert wheel.look(made(tmp_path, more=("isqtorch/_CUDA.abi3.so",))) == []
-    mac = made(tmp_path, "isqtorch-0.1.0-cp310-abi3-macosx_11_0_arm64.whl", without="isqtorch/_C.abi3.so")
-    assert wheel.look(mac) == []  # a Mac may do without
+    name = "isqtorch-0.1.0-cp310-abi3-macosx_11_0_arm64.whl"
+    assert wheel.look(made(tmp_path, name, without="isqtorch/_C.abi3.so")) == []  # a Mac may do without
+    assert wheel.look(made(tmp_path, name, library=b"\xcf\xfa\xed\xfe")) == []
 
 
 @pytest.mark.parametrize("missing", [file for file in FILES[1:] if not file.endswith((".h", "METADATA"))])
@@ -74,6 +86,33 @@ def test_what_does_not_belong_into_a_wheel(more: str, message: str, tmp_path: Pa
 )
 def test_names_that_would_not_be_found(name: str, tmp_path: Path) -> None:
     assert wheel.look(made(tmp_path, name))
+
+
+@pytest.mark.parametrize(
+    ("tag", "library", "fault"),
+    [
+        ("manylinux_2_28_aarch64", elf(ARM), ""),
+        ("manylinux_2_28_aarch64", elf(X86), "isqtorch/_C.abi3.so is for x86_64"),
+        ("manylinux_2_28_x86_64", elf(ARM), "isqtorch/_C.abi3.so is for aarch64"),
+        ("manylinux_2_28_x86_64", elf(243), "is for processor 243"),
+        ("manylinux_2_28_x86_64", b"MZ", "is for no Linux"),
+        ("manylinux_2_28_x86_64", b"", "is for no Linux"),
+    ],
+)
+def test_the_tag_names_the_processor_of_the_library(tag: str, library: bytes, fault: str, tmp_path: Path) -> None:
+    found = wheel.look(made(tmp_path, f"isqtorch-0.1.0-cp310-abi3-{tag}.whl", library=library))
+    assert len(found) == bool(fault) and fault in "".join(found)
+
+
+def test_a_wheel_for_another_processor_needs_its_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match=r"riscv64-linux-gnu-g\+\+ is needed .* apt install g\+\+-riscv64-linux-gnu"):
+        wheel.cross("riscv64")
+    with pytest.raises(SystemExit):
+        wheel.main(["--arch", "aarch64"])
+    assert "cannot be tried here: add --only build" in capsys.readouterr().err
 
 
 def test_a_failed_command_ends_it() -> None:

@@ -151,6 +151,14 @@ left.mkdir()
 writing.recover(here / "folder")
 assert not left.exists()
 assert system.memory() == (16 << 30, 5 << 30) and system.peak_resident_bytes() is None and system.c_function("malloc_trim") is None
+import socket
+class Listener:
+    def setsockopt(self, *option):
+        self.option = option
+socket.SO_EXCLUSIVEADDRUSE = ~socket.SO_REUSEADDR
+listener = Listener()
+system.claim_port(listener)
+assert listener.option == (socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
 fit._numbers = lambda path, scale=1: {}
 assert fit.memories()[0].free == 5 << 30
 """
@@ -186,6 +194,8 @@ def posix_only(path: Path) -> list[str]:
             found += [f"{line}: import {name.name}" for name in node.names if name.name in _POSIX_MODULES]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             found += [f"{line}: os.{node.attr}"] if node.attr in _ONLY_POSIX else []
+        elif isinstance(node, ast.Attribute) and node.attr in ("SO_REUSEADDR", "SO_REUSEPORT"):
+            found.append(f"{line}: {node.attr} means something else")
         elif isinstance(node, ast.Call):
             named = {word.arg for word in node.keywords}
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -212,8 +222,9 @@ def test_only_one_file_uses_what_windows_lacks(tmp_path: Path) -> None:
     sample = tmp_path / "sample.py"
     sample.write_text(
         "import fcntl\nopen('x')\nopen('x', 'rb')\nos.fork()\ntry:\n    import readline\nexcept ImportError:\n    pass\n"
+        "a.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
     )
-    assert [line.partition(":")[0] for line in posix_only(sample)] == ["1", "2", "4"]
+    assert {line.partition(":")[0] for line in posix_only(sample)} == {"1", "2", "4", "9"}
 
 
 @pytest.mark.parametrize("path", ["isqtorch", "csrc/metal"])

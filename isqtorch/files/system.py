@@ -1,4 +1,4 @@
-"""What differs between operating systems: locks on folders, flushing, and how much memory there is.
+"""What differs between operating systems: locks on folders, flushing, ports, and how much memory there is.
 
 No other file uses what only some systems have. On Windows a folder cannot be opened or locked, so a file in it is locked; and
 a folder with an open file cannot be removed, so the lock is given back first.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from typing import Any
 
@@ -54,6 +55,14 @@ def flush(path: str | os.PathLike[str]) -> None:
     """Write a file to the disk. OSError if that fails."""
     with open(path, "r+b" if _is_windows() else "rb") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
+
+
+def claim_port(listener: socket.socket) -> None:
+    """Before `bind`: a server may have the port of one that has just ended, and never that of one that runs."""
+    if _is_windows():  # where SO_REUSEADDR gives the same port to several servers
+        listener.setsockopt(socket.SOL_SOCKET, getattr(socket, "SO_EXCLUSIVEADDRUSE"), 1)  # noqa: B009  # only there
+    else:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def memory() -> tuple[int, int | None]:

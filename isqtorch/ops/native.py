@@ -56,7 +56,7 @@ def _load() -> Path | None:
     if not found:
         raise ImportError(
             f"isqtorch is not compiled: there is no _C library in {PACKAGE}. Build it with `make build` in a checkout, or "
-            "install the package with `pip install --no-build-isolation .`"
+            "install the package with `pip install .`"
         )
     try:
         torch.ops.load_library(str(found[0]))

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+from isqtorch.files.system import claim_port
+
 KEY_VARIABLE = "ISQTORCH_API_KEY"
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -121,7 +123,7 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        claim_port(sock)
         sock.bind((host, port))
     except (OSError, ValueError, TypeError) as error:  # the last two: no name of a host, too long or with a NUL in it
         sock.close()
