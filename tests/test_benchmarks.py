@@ -1,4 +1,4 @@
-"""The logic of the benchmark report, on made-up measurements; nothing is timed here."""
+"""The logic of the benchmark report, on made-up measurements; and that small tables are made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, tables, workloads
+from benchmarks import bench_feedback, report, tables, workloads
 from benchmarks.peers import MODULES, Unavailable, ggml, module
 from benchmarks.peers.process import PeerProcess
 from benchmarks.results import BF16, GGML, MEMORY, OURS, Case, Results
@@ -191,3 +191,11 @@ def test_peers_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_peer_that_cannot_start_is_an_answer(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="no libggml-base in"):
         PeerProcess("ggml", {"ISQTORCH_GGML_LIB": str(tmp_path)})
+
+
+def test_the_table_of_feedback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_feedback.main(["--formats", "q8_0", "afq4", "--shape", "8", "64"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| format |")
+    assert [row.split(" | ")[0] for row in rows] == ["| q8_0", "| afq4"]
+    assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split(" | ")[1:3])
