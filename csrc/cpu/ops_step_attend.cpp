@@ -13,7 +13,8 @@
 namespace isqtorch {
 namespace {
 
-constexpr int64_t kColumnsAtOnce = 512;  // of the cache, for each task
+constexpr int64_t kColumnsAtOnce = 512;    // of the cache, for each task
+constexpr int64_t kProductsPerWeight = 4;  // in the time of decoding one weight; see kWeightsPerTask
 
 // A cache of keys or values [batch, heads, columns, dim], columns of one head contiguous.
 struct Stored {
@@ -144,38 +145,39 @@ Tensor step_attend(const Tensor& q, const Tensor& keys, const Tensor& values, in
                          queries.floats() + i * padded);
   }
   const int64_t columns = std::min(most, kColumnsAtOnce);
-  parallel_tiles(batch * k.heads * chunks, 2 * group * columns * dim, [&](int64_t from, int64_t to) {
-    thread_local Scratch scores, row;
-    scores.grow(group * round_up(kColumnsAtOnce, kStepLanes) * sizeof(float));
-    row.grow(padded * sizeof(float));
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t chunk = task % chunks, head = task / chunks % k.heads, b = task / chunks / k.heads;
-      const int64_t begin = begins[b] + chunk * kColumnsAtOnce;
-      StepAttendJob job;
-      float* own = states.floats() + task * state;
-      job.columns = std::clamp<int64_t>(all - begin, 0, kColumnsAtOnce);
-      job.q = queries.floats() + (b * heads + head * group) * padded;
-      job.keys = k.at(b, head, first + begin, dtype);
-      job.values = v.at(b, head, first + begin, dtype);
-      job.mask = masks ? masks + (mask_rows == 1 ? 0 : b) * all + begin : nullptr;
-      job.heads = group;
-      job.dim = dim;
-      job.padded = padded;
-      job.scale = static_cast<float>(scale);
-      job.dtype = dtype;
-      job.scores = scores.floats();
-      job.row = row.floats();
-      job.largest = own;
-      job.sums = own + group;
-      job.out = own + 2 * group;
-      if (job.columns > 0) {
-        kernels.steps->attend(job);
-      } else {
-        std::fill_n(own, group, -INFINITY);
-        std::fill_n(own + group, state - group, 0.0f);
-      }
-    }
-  });
+  parallel_tiles(batch * k.heads * chunks, 2 * group * columns * dim / kProductsPerWeight,
+                 [&](int64_t from, int64_t to) {
+                   thread_local Scratch scores, rows;
+                   scores.grow(group * round_up(kColumnsAtOnce, kStepLanes) * sizeof(float));
+                   rows.grow(kStepColumns * padded * sizeof(float));
+                   for (int64_t task = from; task < to; ++task) {
+                     const int64_t chunk = task % chunks, head = task / chunks % k.heads, b = task / chunks / k.heads;
+                     const int64_t begin = begins[b] + chunk * kColumnsAtOnce;
+                     StepAttendJob job;
+                     float* own = states.floats() + task * state;
+                     job.columns = std::clamp<int64_t>(all - begin, 0, kColumnsAtOnce);
+                     job.q = queries.floats() + (b * heads + head * group) * padded;
+                     job.keys = k.at(b, head, first + begin, dtype);
+                     job.values = v.at(b, head, first + begin, dtype);
+                     job.mask = masks ? masks + (mask_rows == 1 ? 0 : b) * all + begin : nullptr;
+                     job.heads = group;
+                     job.dim = dim;
+                     job.padded = padded;
+                     job.scale = static_cast<float>(scale);
+                     job.dtype = dtype;
+                     job.scores = scores.floats();
+                     job.rows = rows.floats();
+                     job.largest = own;
+                     job.sums = own + group;
+                     job.out = own + 2 * group;
+                     if (job.columns > 0) {
+                       kernels.steps->attend(job);
+                     } else {
+                       std::fill_n(own, group, -INFINITY);
+                       std::fill_n(own + group, state - group, 0.0f);
+                     }
+                   }
+                 });
 
   Tensor y = empty({batch, 1, heads * dim}, q.scalar_type());
   uint8_t* to = static_cast<uint8_t*>(y.mutable_data_ptr());

@@ -35,13 +35,14 @@ struct StepAttendJob {
   float scale;
   Dtype dtype;
   float* scores;  // [heads, columns rounded up to kStepLanes], scratch
-  float* row;     // [padded], scratch
+  float* rows;    // [kStepColumns, padded], scratch
   // Results: the largest score of each head, the sum of exp(score - largest), and the sum of these times the values.
   float* largest;  // [heads]
   float* sums;     // [heads]
   float* out;      // [heads, padded]
 };
-constexpr int kStepLanes = 16;  // vectors have at most this many floats
+constexpr int kStepLanes = 16;        // vectors have at most this many floats
+constexpr int64_t kStepColumns = 16;  // of the cache, converted at once; they fit the first-level cache
 
 struct StepKernels {
   void (*norm)(const NormJob& job);

@@ -148,52 +148,91 @@ void gate(float* gate, const float* up, int64_t n, Dtype dtype) {
 }
 
 void rotate(float* head, const float* cos, const float* sin, int64_t n, Dtype dtype) {
+  constexpr int64_t kPiece = 64;
   const int64_t half = n / 2;
-  const auto rounded = [dtype](float v) {
-    round_values(&v, 1, dtype);
-    return v;
-  };
-  if (dtype == Dtype::kF32) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = head[i], b = head[half + i];
-      head[i] = a * cos[i] + -b * sin[i];
-      head[half + i] = b * cos[half + i] + a * sin[half + i];
+  float parts[4 * kPiece];  // the four products, each rounded before two of them are added
+  for (int64_t begin = 0; begin < half; begin += kPiece) {
+    const int64_t count = half - begin < kPiece ? half - begin : kPiece;
+    float *a = head + begin, *b = head + half + begin;
+    const float *c = cos + begin, *s = sin + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      parts[i] = a[i] * c[i];
+      parts[kPiece + i] = -b[i] * s[i];
+      parts[2 * kPiece + i] = b[i] * c[half + i];
+      parts[3 * kPiece + i] = a[i] * s[half + i];
     }
-    return;
-  }
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = head[i], b = head[half + i];
-    head[i] = rounded(rounded(a * cos[i]) + rounded(-b * sin[i]));
-    head[half + i] = rounded(rounded(b * cos[half + i]) + rounded(a * sin[half + i]));
+    for (int p = 0; p < 4; ++p) round_values(parts + p * kPiece, count, dtype);
+    for (int64_t i = 0; i < count; ++i) {
+      a[i] = parts[i] + parts[kPiece + i];
+      b[i] = parts[2 * kPiece + i] + parts[3 * kPiece + i];
+    }
+    round_values(a, count, dtype);
+    round_values(b, count, dtype);
   }
 }
 
-// A row of keys or values as f32, with zeros behind it. In f32 it is not copied if it fills whole vectors.
-ISQ_INLINE const float* row_of(const StepAttendJob& job, const uint8_t* from, int64_t column) {
-  if (job.dtype == Dtype::kF32) {
-    const float* row = reinterpret_cast<const float*>(from) + column * job.dim;
-    if (job.dim == job.padded) return row;
-    std::memcpy(job.row, row, job.dim * sizeof(float));
+// Some columns of keys or values as f32 rows [kStepColumns, padded], with zeros behind each. In f32 they are not copied
+// if they fill whole vectors.
+ISQ_INLINE const float* rows_of(const StepAttendJob& job, const uint8_t* from, int64_t column, int64_t count) {
+  const int64_t item = job.dtype == Dtype::kF32 ? 4 : 2;
+  const uint8_t* source = from + column * job.dim * item;
+  if (job.dim == job.padded) {
+    if (job.dtype == Dtype::kF32) return reinterpret_cast<const float*>(source);
+    load_floats(source, job.dtype, count * job.dim, job.rows);
   } else {
-    load_floats(from + column * job.dim * 2, job.dtype, job.dim, job.row);
+    for (int64_t c = 0; c < count; ++c) {
+      load_floats(source + c * job.dim * item, job.dtype, job.dim, job.rows + c * job.padded);
+      for (int64_t i = job.dim; i < job.padded; ++i) job.rows[c * job.padded + i] = 0;
+    }
   }
-  return job.row;
+  return job.rows;
+}
+
+// Products of a query with `columns` keys. Sums of several columns side by side do not wait for each other.
+template <int columns>
+ISQ_INLINE void score_columns(const float* q, const float* keys, int64_t padded, float scale, float* scores) {
+  LaneFloats sums[columns];
+  for (int c = 0; c < columns; ++c) sums[c] = load_lanes(q) * load_lanes(keys + c * padded);
+  for (int64_t i = kWidth; i < padded; i += kWidth) {
+    const LaneFloats part = load_lanes(q + i);
+    for (int c = 0; c < columns; ++c) sums[c] = fused(part, load_lanes(keys + c * padded + i), sums[c]);
+  }
+  for (int c = 0; c < columns; ++c) scores[c] = sum_of(sums[c]) * scale;
+}
+
+// Adds values [count, padded] times their weights to `vectors` vectors of a sum, which stay in registers.
+template <int vectors>
+ISQ_INLINE void add_values(const float* weights, const uint8_t* mask, const float* values, int64_t count,
+                           int64_t padded, float* out) {
+  LaneFloats sums[vectors];
+  for (int v = 0; v < vectors; ++v) sums[v] = load_lanes(out + v * kWidth);
+  for (int64_t c = 0; c < count; ++c) {
+    if (mask && !mask[c]) continue;
+    const LaneFloats weight = splat<LaneFloats>(weights[c]);
+    for (int v = 0; v < vectors; ++v) {
+      sums[v] = fused(weight, load_lanes(values + c * padded + v * kWidth), sums[v]);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) save_lanes(sums[v], out + v * kWidth);
 }
 
 void attend(const StepAttendJob& job) {
-  const int64_t n = job.columns, stride = (n + kStepLanes - 1) / kStepLanes * kStepLanes;
-  for (int64_t i = job.dim; i < job.padded; ++i) job.row[i] = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    if (job.mask && !job.mask[c]) {
-      for (int64_t h = 0; h < job.heads; ++h) job.scores[h * stride + c] = -__builtin_inff();
-      continue;
-    }
-    const float* key = row_of(job, job.keys, c);
+  constexpr int kBeside = 4;
+  const int64_t n = job.columns, padded = job.padded, stride = (n + kStepLanes - 1) / kStepLanes * kStepLanes;
+  for (int64_t begin = 0; begin < n; begin += kStepColumns) {
+    const int64_t count = n - begin < kStepColumns ? n - begin : kStepColumns;
+    const float* keys = rows_of(job, job.keys, begin, count);
     for (int64_t h = 0; h < job.heads; ++h) {
-      const float* q = job.q + h * job.padded;
-      LaneFloats sum = load_lanes(q) * load_lanes(key);
-      for (int64_t i = kWidth; i < job.padded; i += kWidth) sum = fused(load_lanes(q + i), load_lanes(key + i), sum);
-      job.scores[h * stride + c] = sum_of(sum) * job.scale;
+      const float* q = job.q + h * padded;
+      float* scores = job.scores + h * stride + begin;
+      int64_t c = 0;
+      for (; c + kBeside <= count; c += kBeside) {
+        score_columns<kBeside>(q, keys + c * padded, padded, job.scale, scores + c);
+      }
+      for (; c < count; ++c) score_columns<1>(q, keys + c * padded, padded, job.scale, scores + c);
+      for (int64_t i = 0; job.mask && i < count; ++i) {
+        if (!job.mask[begin + i]) scores[i] = -__builtin_inff();
+      }
     }
   }
   for (int64_t h = 0; h < job.heads; ++h) {
@@ -214,16 +253,19 @@ void attend(const StepAttendJob& job) {
     job.largest[h] = largest;
     job.sums[h] = sum_of(sum);
   }
-  for (int64_t i = 0; i < job.heads * job.padded; ++i) job.out[i] = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    if (job.mask && !job.mask[c]) continue;
-    const float* value = row_of(job, job.values, c);
+  for (int64_t i = 0; i < job.heads * padded; ++i) job.out[i] = 0;
+  for (int64_t begin = 0; begin < n; begin += kStepColumns) {
+    const int64_t count = n - begin < kStepColumns ? n - begin : kStepColumns;
+    const uint8_t* mask = job.mask ? job.mask + begin : nullptr;
+    const float* values = rows_of(job, job.values, begin, count);
     for (int64_t h = 0; h < job.heads; ++h) {
-      const LaneFloats p = splat<LaneFloats>(job.scores[h * stride + c]);
-      float* out = job.out + h * job.padded;
-      for (int64_t i = 0; i < job.padded; i += kWidth) {
-        save_lanes(fused(p, load_lanes(value + i), load_lanes(out + i)), out + i);
+      const float* weights = job.scores + h * stride + begin;
+      float* out = job.out + h * padded;
+      int64_t i = 0;
+      for (; i + kBeside * kWidth <= padded; i += kBeside * kWidth) {
+        add_values<kBeside>(weights, mask, values + i, count, padded, out + i);
       }
+      for (; i < padded; i += kWidth) add_values<1>(weights, mask, values + i, count, padded, out + i);
     }
   }
 }
