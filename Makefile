@@ -36,10 +36,10 @@ VLLM_STAMP    := $(VLLM_ENV)/.stamp-$(subst =,-,$(VLLM)-$(VLLM_TORCH))
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm vllm-env test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel docs build clean
+.PHONY: help demo bench bench-models quality test test-integrations test-all test-engines test-vllm vllm-env test-neon test-emulator cuda-check gpu-check fuzz sweep mutants sanitize lint format tables wheel wheel-arm64 docs build clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## quantize the demo model to every kind of format; a table, and a plot in build/demo.png
 	@mkdir -p build
@@ -86,7 +86,7 @@ cuda-check: build  ## compile the CUDA kernels without a GPU; fails on spills an
 # The kernels are compiled for the GPU that is here. A torch with CUDA is needed: make gpu-check TORCH='torch==2.11.0', or PYTHON=python3
 # where that has one.
 gpu-check: export ISQTORCH_CUDA ?= 1
-gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9[.]0$$/9.0a/' | paste -sd ';')
+gpu-check: export ISQTORCH_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
 gpu-check: build  ## on a machine with a GPU: build for it, its tests, compute-sanitizer if installed, speed against the targets; 9 minutes
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.cuda.gpu_check $(if $(QUICK),--quick)
@@ -129,6 +129,9 @@ tables: build  ## rewrite the generated format tables in README.md and docs/
 
 wheel: build  ## a wheel for others, in dist/, installed outside of the clone and tried there; ISQTORCH_CUDA=0 leaves the CUDA kernels out
 	$(PYTHON) -m release.wheel --torch '$(TORCH)'
+
+wheel-arm64: build  ## the wheel for Linux on arm64, in dist/arm64, cross-compiled; its tag and files are checked (Debian: g++-aarch64-linux-gnu)
+	$(PYTHON) -m release.wheel --only build --arch aarch64 --output dist/arm64
 
 docs: $(DOCS_STAMP)  ## the documentation site, in build/site; fails on a link that leads nowhere
 	$(DOCS_ENV)/bin/python docs/pages.py build/docs

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "compiler.h"
 #include "dtype.h"
 
 // The namespace of the operators. The tests build the CUDA operators a second time under another name, for an emulator.
@@ -26,7 +27,7 @@
 
 #if defined(__linux__)
 // What the last failed call to torch said. Older versions of torch, which a binary of ours may meet, lack it.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+extern "C" ISQ_WEAK const char* torch_exception_get_what_without_backtrace();
 #endif
 
 namespace isqtorch {

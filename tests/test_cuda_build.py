@@ -125,7 +125,7 @@ NEW = build.Toolkit(Path("nvcc"), (13, 0), (75, 80, 86, 89, 90, 100, 120))
 @pytest.mark.parametrize(
     ("environment", "names"),
     [
-        ({}, ["80", "86", "89", "90a", "100f", "120f+PTX"]),
+        ({}, ["80", "86", "89", "90", "100", "120+PTX"]),
         ({"ISQTORCH_CUDA_ARCHS": "90a"}, ["90a"]),
         ({"ISQTORCH_CUDA_ARCHS": "80;sm_90a"}, ["80", "90a"]),
         ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a 12.0+PTX"}, ["80", "90a", "120+PTX"]),
@@ -138,7 +138,8 @@ def test_gpus_to_compile_for(environment: dict[str, str], names: list[str]) -> N
 
 def test_an_older_toolkit_leaves_out_newer_gpus_and_says_so() -> None:
     found, unknown = build.chosen_archs(build.Toolkit(Path("nvcc"), (12, 4), (80, 86, 89, 90)), {})
-    assert [arch.name for arch in found] == ["80", "86", "89", "90a"] and unknown == ["100a", "120a"]
+    assert [arch.name for arch in found] == ["80", "86", "89", "90"] and unknown == ["100", "120"]
+    assert build.flags(found) == ["-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89,sm_90,compute_80]"]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,28 @@ def test_wrong_gpus_are_refused(text: str, message: str) -> None:
         build.chosen_archs(NEW, {"ISQTORCH_CUDA_ARCHS": text})
 
 
-def test_flags_of_a_gpu() -> None:
-    assert build.parse_archs("12.0+PTX")[0].flags == ["-gencode=arch=compute_120,code=[sm_120,compute_120]"]
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("12.0+PTX", ["compute_120,code=[sm_120,compute_120]"]),
+        ("89;86", ["compute_86,code=[sm_86,sm_89]"]),
+        (";".join(build.ARCHS), ["compute_80,code=[sm_80,sm_86,sm_89,sm_90]", "compute_100,code=[sm_100,sm_120]"]),
+        ("8.0 9.0+PTX", ["compute_80,code=[sm_80,sm_90,compute_80]"]),
+        # Code for these suffixes runs on one GPU or one family.
+        ("80;90a;100f", ["compute_80,code=[sm_80]", "compute_90a,code=[sm_90a]", "compute_100f,code=[sm_100f]"]),
+    ],
+)
+def test_gpus_of_a_generation_are_compiled_together(text: str, groups: list[str]) -> None:
+    assert build.flags(build.parse_archs(text)) == [f"-gencode=arch={group}" for group in groups]
+
+
+def test_the_kernels_ask_for_no_other_generation() -> None:
+    """A kernel that does something else on a GPU in the middle of a group would get the code of the oldest one there."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc/cuda").rglob("*.cu*"))
+    text += "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc/searches").rglob("*.h"))
+    text += (ROOT / "csrc/cuda/gpu.h").read_text(encoding="utf-8")
+    asked = re.findall(r"__CUDA_ARCH(?!__ >= \d|__\) &&)|__CUDA_ARCH__ >= (\d+)", text)
+    assert asked and set(asked) == {str(10 * build.GENERATION)}
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------------

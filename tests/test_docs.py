@@ -79,7 +79,7 @@ def test_commands_parse(line: str) -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in DOCS:
-        for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", page.read_text(encoding="utf-8"), re.M):
+        for target in re.findall(r"^make ([a-z0-9-]+)|`make ([a-z0-9-]+)", page.read_text(encoding="utf-8"), re.M):
             assert re.search(rf"^{''.join(target)}:", makefile, re.M), f"{name_of(page)}: make {''.join(target)}"
 
 

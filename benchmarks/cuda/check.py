@@ -30,7 +30,7 @@ from .sass import Code, Usage, demangle, disassemble, read_log
 
 FOLDER = cuda.ROOT / "build" / "cuda" / "check"
 EXPECTED = Path(__file__).with_name("expected.json")
-COUNTED = "90a"
+COUNTED = "90"
 """Where instructions are counted: an H100, the GPU with the fewest for each byte of its memory's bandwidth."""
 
 TOLERANCE = 0.05
@@ -172,7 +172,7 @@ def look(folder: Path, archs: list[cuda.Arch], release: str, nvdisasm: str, *, u
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", default=COUNTED, help='"90a", "80;90a", or "all"; default %(default)s')
+    parser.add_argument("--archs", default=COUNTED, help='"90", "80;90", or "all"; default %(default)s')
     parser.add_argument("--update", action="store_true")
     args = parser.parse_args(arguments)
     try:

@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "check.h"
+#include "compiler.h"
 #include "cpu/steps.h"
 
 #if defined(__x86_64__)
@@ -83,13 +84,12 @@ struct X86Features {
   bool avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx;
 
   X86Features() {
-    __builtin_cpu_init();
-    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
-                 __builtin_cpu_supports("gfni");
+    ISQ_CPU_FIND();
+    avx2 = ISQ_CPU_HAS("avx2") && ISQ_CPU_HAS("fma") && ISQ_CPU_HAS("f16c");
+    avx512 =
+        avx2 && ISQ_CPU_HAS("avx512f") && ISQ_CPU_HAS("avx512bw") && ISQ_CPU_HAS("avx512dq") && ISQ_CPU_HAS("avx512vl");
+    avx512vnni = avx512 && ISQ_CPU_HAS("avx512vnni");
+    avx512bf16 = avx512vnni && ISQ_CPU_HAS("avx512vbmi") && ISQ_CPU_HAS("avx512bf16") && ISQ_CPU_HAS("gfni");
     unsigned a = 0, b = 0, c = 0, d = 0;
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1) && (d >> 24 & 1) && (d >> 22 & 1);

@@ -9,6 +9,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "compiler.h"
+
 namespace isqtorch {
 
 // How a thread computes: rounding, and what happens to subnormal numbers.
@@ -25,10 +27,10 @@ class FpMode {
 #elif defined(__aarch64__)
   static FpMode here() {
     Bits bits;
-    asm volatile("mrs %0, fpcr" : "=r"(bits));
+    ISQ_GET_FPCR(bits);
     return FpMode(bits);
   }
-  void set() const { asm volatile("msr fpcr, %0" : : "r"(bits_)); }
+  void set() const { ISQ_SET_FPCR(bits_); }
 
  private:
   using Bits = uint64_t;

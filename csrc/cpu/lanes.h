@@ -9,27 +9,20 @@
 
 #include "cpu/prelude.h"
 
-#define ISQ_INLINE inline __attribute__((always_inline))
-#define ISQ_INLINE_BODY __attribute__((always_inline))  // after the parameters of a lambda
+#define ISQ_INLINE ISQ_ALWAYS_INLINE
+#define ISQ_INLINE_BODY ISQ_ALWAYS_INLINE_BODY  // after the parameters of a lambda
 // Hints of the searches for a GPU's compiler (cuda/kernels/quantize/lanes.cuh), which must inline them and keep their
 // arrays in registers: a function to inline, a loop to unroll, a loop not to unroll.
 #define ISQ_GPU_INLINE
 #define ISQ_GPU_UNROLL
 #define ISQ_GPU_ROLLED
 
-// Picks elements of a followed by b, two vectors of one type, by index. GCC has __builtin_shufflevector from 12 on.
-#if defined(__clang__)
-#define ISQ_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ISQ_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) == (b)){__VA_ARGS__})
-#endif
-
 namespace isqtorch::ISQ_ISA {
 
 template <int n>
 struct Vector {
-  typedef float Float __attribute__((vector_size(4 * n)));
-  typedef int32_t Int __attribute__((vector_size(4 * n)));  // also a mask: -1 or 0 per lane
+  typedef float Float ISQ_VECTOR(4 * n);
+  typedef int32_t Int ISQ_VECTOR(4 * n);  // also a mask: -1 or 0 per lane
 };
 
 constexpr int kLanes = 16;
@@ -39,7 +32,7 @@ typedef Vector<kLanes>::Int I;
 constexpr int kWidth = ISQ_VECTOR_FLOATS;
 typedef Vector<kWidth>::Float LaneFloats;
 typedef Vector<kWidth>::Int LaneInts;
-typedef double LaneDoubles __attribute__((vector_size(8 * kWidth)));
+typedef double LaneDoubles ISQ_VECTOR(8 * kWidth);
 
 // The vector types with as many lanes as V, and the type of a lane.
 template <class V>
@@ -76,19 +69,19 @@ ISQ_INLINE IntOf<V> as_int(V value) {
 }
 template <class V>
 ISQ_INLINE FloatOf<V> to_float(V i) {
-  return __builtin_convertvector(i, FloatOf<V>);
+  return ISQ_CONVERT(i, FloatOf<V>);
 }
 template <class V>
 ISQ_INLINE IntOf<V> truncate(V f) {
-  return __builtin_convertvector(f, IntOf<V>);
+  return ISQ_CONVERT(f, IntOf<V>);
 }
 
 template <class V>
 ISQ_INLINE LaneDoubles to_double(V v) {
-  return __builtin_convertvector(v, LaneDoubles);
+  return ISQ_CONVERT(v, LaneDoubles);
 }
-ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return __builtin_convertvector(d, LaneFloats); }
-ISQ_INLINE LaneInts truncate(LaneDoubles d) { return __builtin_convertvector(d, LaneInts); }
+ISQ_INLINE LaneFloats to_float(LaneDoubles d) { return ISQ_CONVERT(d, LaneFloats); }
+ISQ_INLINE LaneInts truncate(LaneDoubles d) { return ISQ_CONVERT(d, LaneInts); }
 
 // Sixteen bytes as integers: the input of every decoder. store_lanes writes its output, sixteen floats.
 ISQ_INLINE I load_bytes(const uint8_t* p) {
@@ -162,7 +155,7 @@ ISQ_INLINE V sqrt(V v) {
 #if defined(__aarch64__)
   if constexpr (sizeof v == 16) return (V)vsqrtq_f32((float32x4_t)v);
 #endif
-  for (size_t l = 0; l < sizeof v / 4; ++l) v[l] = __builtin_sqrtf(v[l]);
+  for (size_t l = 0; l < sizeof v / 4; ++l) v[l] = ISQ_SQRT(v[l]);
   return v;
 }
 // Bit l of the result is lane l of the mask.
@@ -231,7 +224,7 @@ ISQ_INLINE LaneFloats rounded_to_f16(LaneFloats f) {
   const LaneFloats normal = as_float((bits + 0xfff + (bits >> 13 & 1)) & (int32_t)0xffffe000);
   const LaneFloats subnormal = (size + 0.5f) - 0.5f;  // the ulp of 0.5 is 2^-24
   const LaneFloats finite = select(size < 0x1p-14f, subnormal, normal);
-  const LaneFloats rounded = select(finite > 65504.0f, __builtin_inff(), finite);
+  const LaneFloats rounded = select(finite > 65504.0f, ISQ_INFINITY, finite);
   return as_float(as_int(rounded) | (as_int(f) & (int32_t)0x80000000));
 }
 

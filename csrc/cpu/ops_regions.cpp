@@ -19,8 +19,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "compiler.h"
+
 namespace at {
-bool in_parallel_region() __attribute__((weak));  // torch's stable interface lacks it; null if a later torch has none
+bool in_parallel_region() ISQ_WEAK;  // torch's stable interface lacks it; null if a later torch has none
 }
 
 namespace isqtorch {

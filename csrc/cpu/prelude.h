@@ -23,4 +23,5 @@
 #endif
 
 #include "blocks.h"
+#include "compiler.h"
 #include "cpu/kernels.h"

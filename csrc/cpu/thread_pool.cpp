@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+#include "compiler.h"
+
 namespace isqtorch {
 namespace {
 
@@ -39,7 +41,7 @@ inline void pause_core() {
 #if defined(__x86_64__)
   _mm_pause();
 #elif defined(__aarch64__)
-  asm volatile("isb" ::: "memory");  // "yield" does nothing on most of these processors
+  ISQ_WAIT();
 #endif
 }
 

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 NAME = "_CUDA.abi3.so"
 
-ARCHS = ("80", "86", "89", "90a", "100f", "120f")
+ARCHS = ("80", "86", "89", "90", "100", "120")
 """A100; A10, RTX 30; L4, RTX 40; H100, H200; B200, B300; RTX 50. For others name them: ISQTORCH_CUDA_ARCHS."""
+
+GENERATION = 100
+"""The one compute capability that the kernels' text asks for (tests/test_cuda_build.py): GPUs on the same side of it have
+the same code until machine code is made of it, so the compiler's longer half runs once for them."""
 
 OLDEST = (12, 0)
 """nvcc, for its C++17 and the instructions of compute capability 9.0."""
@@ -119,7 +123,7 @@ def find_toolkit(environment: Mapping[str, str] = os.environ) -> Toolkit:
 
 @dataclass(frozen=True)
 class Arch:
-    """A kind of GPU: "90a", "100f"; with `ptx`, newer ones can compile for themselves at run time."""
+    """A kind of GPU: "90", "100f"; with `ptx`, newer ones can compile for themselves at run time."""
 
     name: str
     ptx: bool = False
@@ -129,9 +133,24 @@ class Arch:
         return int(self.name.rstrip("af"))
 
     @property
-    def flags(self) -> list[str]:
-        codes = [f"sm_{self.name}", *([f"compute_{self.name}"] if self.ptx else [])]
-        return [f"-gencode=arch=compute_{self.name},code=[{','.join(codes)}]"]
+    def group(self) -> str:
+        """What it shares code with: its generation, or, with a suffix, none but itself."""
+        if self.name[-1] in "af":
+            return self.name
+        return "old" if self.number < GENERATION else "new"
+
+
+def flags(archs: Iterable[Arch]) -> list[str]:
+    """nvcc's options for GPUs. Those of a group are compiled once, for the oldest of them."""
+    groups: dict[str, list[Arch]] = {}
+    for arch in sorted(archs, key=lambda arch: arch.number):
+        groups.setdefault(arch.group, []).append(arch)
+    options = []
+    for group in groups.values():
+        oldest = f"compute_{group[0].name}"
+        codes = [f"sm_{arch.name}" for arch in group] + [oldest] * any(arch.ptx for arch in group)
+        options.append(f"-gencode=arch={oldest},code=[{','.join(codes)}]")
+    return options
 
 
 def parse_archs(text: str) -> list[Arch]:
@@ -165,11 +184,9 @@ def chosen_archs(toolkit: Toolkit, environment: Mapping[str, str] = os.environ) 
         if unknown:
             raise NotBuilt(f"{toolkit.nvcc} does not compile for {', '.join(unknown)}; it knows {toolkit.archs}.")
         return archs, []
-    # Family code, which runs on later members of a generation too, is newer than the first of them.
-    names = [name if toolkit.version >= (12, 9) else name.replace("f", "a") for name in ARCHS]
-    known = [Arch(name) for name in names if Arch(name).number in toolkit.archs]
-    known[-1] = Arch(known[-1].name, ptx=not known[-1].name.endswith("a"))
-    return known, [name for name in names if Arch(name).number not in toolkit.archs]
+    known = [Arch(name) for name in ARCHS if Arch(name).number in toolkit.archs]
+    known[-1] = Arch(known[-1].name, ptx=True)
+    return known, [name for name in ARCHS if Arch(name).number not in toolkit.archs]
 
 
 @dataclass(frozen=True)
@@ -284,7 +301,7 @@ def _ninja_program() -> str:
 def _ninja(target: Path, folder: Path, toolkit: Toolkit, archs: list[Arch], torch: Torch, keep: bool) -> str:
     """The build file. Every command's output goes to a log and is shown if it fails."""
     cxx = os.environ.get("CXX", "c++")
-    nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *(flag for arch in archs for flag in arch.flags)]
+    nvcc = [str(toolkit.nvcc), *NVCC_FLAGS, *flags(archs)]
     nvcc += [f"-ccbin={shlex.split(cxx)[0]}"] if "CXX" in os.environ else []
     nvcc += ["-Xfatbin=-compress-all"]
     nvcc += [f"--threads={len(archs)}"] if len(archs) > 1 else []  # the largest files take minutes for each

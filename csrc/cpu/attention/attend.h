@@ -41,7 +41,7 @@ struct ReadQ8_0 {
 struct ReadQ4_0 {
   static constexpr int64_t kBytes = sizeof(BlockQ4_0);
   static ISQ_INLINE void load(const uint8_t* block, Floats* w) {
-    typedef uint16_t Words __attribute__((vector_size(16)));
+    typedef uint16_t Words ISQ_VECTOR(16);
     const Floats d = half_in_all_lanes(block);
     const Quarter codes = load_16(block + 2);
     w[0] = signed_bytes_to_floats((codes & 15) - 8) * d;
@@ -133,15 +133,15 @@ ISQ_INLINE float weigh_tile(float* scores, int64_t tokens, const float* mask, fl
   if (mask) {
     for (int64_t t = 0; t < tokens; ++t) scores[t] += mask[t];
   }
-  for (int64_t t = tokens; t < kAttendTile; ++t) scores[t] = -__builtin_inff();
-  NativeF32 largest = splat<NativeF32>(-__builtin_inff()), v;
+  for (int64_t t = tokens; t < kAttendTile; ++t) scores[t] = -ISQ_INFINITY;
+  NativeF32 largest = splat<NativeF32>(-ISQ_INFINITY), v;
   for (int t = 0; t < kAttendTile; t += kStep) {
     std::memcpy(&v, scores + t, sizeof v);
     largest = select((v > largest) | (v != v), v, largest);  // NaN wins, and the result is NaN
   }
   float best = *most;
   for (int l = 0; l < kStep; ++l) best = largest[l] > best || largest[l] != largest[l] ? largest[l] : best;
-  if (best == -__builtin_inff()) {  // all is masked
+  if (best == -ISQ_INFINITY) {  // all is masked
     std::memset(scores, 0, kAttendTile * sizeof(float));
     return 1.0f;
   }
@@ -232,7 +232,7 @@ void attend(const AttendJob& job) {
   const int step = job.queries > 4 ? 3 : job.queries > 2 ? 2 : job.queries > 1 ? 1 : 0;
   const int queries = 1 << step;
   for (int r = 0; r < queries; ++r) {
-    job.most[r] = -__builtin_inff();
+    job.most[r] = -ISQ_INFINITY;
     job.total[r] = 0.0f;
   }
   std::memset(job.sums, 0, queries * job.values.dim * sizeof(float));

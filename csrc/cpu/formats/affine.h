@@ -25,8 +25,8 @@ ISQ_INLINE Halves scale_to_f16(LaneFloats f) {
 
 // Codes 0 .. nmax, scale and bias of a unit of groups. Not inlined: one copy serves every number of bits.
 template <int kGroup>
-__attribute__((noinline)) void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, LaneInts* codes,
-                                             Halves* stored_scale, Halves* stored_bias) {
+ISQ_NOINLINE void choose_affine(const LaneBlocks<kGroup>& in, int nmax, bool f16, LaneInts* codes, Halves* stored_scale,
+                                Halves* stored_bias) {
   constexpr float kSmallestScale = 1e-7f;
   LaneFloats low, high;
   first_min_max(in.x, kGroup, &low, &high);

@@ -6,8 +6,8 @@
 
 namespace isqtorch::ISQ_ISA {
 
-typedef int32_t I8 __attribute__((vector_size(32)));
-typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 ISQ_VECTOR(32);
+typedef float F8 ISQ_VECTOR(32);
 
 // The first n bytes as a number. Loaded in parts: after a copy of n bytes into a wider zero, the next load would stall.
 template <int n>
@@ -36,7 +36,7 @@ ISQ_INLINE F8 eight_codes(const uint8_t* bytes) {
   const I8 word = kPerWord == 8 ? low : I8{-1, -1, -1, -1} ? low : high;
   constexpr auto kShift = [](int lane) { return lane % kPerWord * kBits; };
   const I8 shift = {kShift(0), kShift(1), kShift(2), kShift(3), kShift(4), kShift(5), kShift(6), kShift(7)};
-  return __builtin_convertvector(word >> shift & ((1 << kBits) - 1), F8);
+  return ISQ_CONVERT(word >> shift & ((1 << kBits) - 1), F8);
 }
 
 // w [count] = apply(codes [count])

@@ -50,7 +50,7 @@ struct Fp8 : BlockwiseFormat {
     const FloatOf<V> normal = as_float((magnitude << 20) + (120 << 23));  // exponent bias 7 to 127
     const FloatOf<V> subnormal = to_float(magnitude) * 0x1p-9f;
     const FloatOf<V> value = select(magnitude < 8, subnormal, normal);
-    const FloatOf<V> with_nan = select(magnitude == 0x7f, splat<FloatOf<V>>(__builtin_nanf("")), value);
+    const FloatOf<V> with_nan = select(magnitude == 0x7f, splat<FloatOf<V>>(ISQ_NAN), value);
     return as_float(as_int(with_nan) | (code & 0x80) << 24);
   }
 

@@ -183,7 +183,7 @@ struct Hqq : BlockwiseFormat {
     // Returns the number of steps.
     int solve() {
       for_units([&](int64_t unit, int64_t, const LaneBlocks<kGroup>& in) { lines[unit] = Line(in); });
-      double best = __builtin_inf();
+      double best = ISQ_INFINITY;
       for (int step = 1; step <= kSteps; ++step) {
         const double error = move_zeros();
         if (!(error < best)) return step;  // the last move is kept, as in the hqq package

@@ -2,7 +2,7 @@
 // kernels of avx512bf16.
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION(
     "avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,"

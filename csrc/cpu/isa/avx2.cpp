@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: x86 from 2013 on.
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION("avx,avx2,fma,f16c")
 

@@ -1,7 +1,7 @@
 // AVX-512 with the byte, word and short-vector extensions: x86 servers from 2017 on.
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 

@@ -1,7 +1,7 @@
 // AVX-512 with dot products of bytes: Cascade Lake, Ice Lake.
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 

@@ -1,7 +1,7 @@
 // AVX2 with AVX-VNNI, dot products of bytes: desktop processors from 2021 on (Alder Lake, Zen 5).
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION("avx,avx2,fma,f16c,avxvnni")
 

@@ -1,7 +1,7 @@
 // NEON with dot products of signed bytes: ARMv8.2 and later, from 2018 on (Cortex-A76, Graviton2, every Apple M).
 #if defined(__aarch64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION(ISQ_GCC_OR_CLANG("arch=armv8.2-a+dotprod", "dotprod"))
 

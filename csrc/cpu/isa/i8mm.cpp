@@ -2,7 +2,7 @@
 // M2).
 #if defined(__aarch64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION(ISQ_GCC_OR_CLANG("arch=armv8.2-a+dotprod+i8mm", "dotprod,i8mm"))
 

@@ -46,7 +46,7 @@ ISQ_INLINE float quantize_activations(const float* x, Integer* q) {
     const float scaled = finite ? x[i] * inverse : 0.0f;
     q[i] = (Integer)((int32_t)(float_bits(scaled + 12582912.0f) & 0x7fffff) - 0x400000);  // half to even
   }
-  return finite ? amax / kLargest : __builtin_nanf("");
+  return finite ? amax / kLargest : ISQ_NAN;
 }
 
 // The two bytes of the activations of a unit, for the dot products with codes in the same order.

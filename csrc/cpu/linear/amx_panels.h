@@ -123,7 +123,7 @@ void decode_amx_panel(const DecodeJob& job) {
     const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
     // The pieces of the rows are too short for the hardware prefetcher.
     const uint8_t* ahead = w + kRowsAhead * job.row_bytes;
-    for (int64_t b = first * unit_bytes; b < last * unit_bytes; b += 64) __builtin_prefetch(ahead + b);
+    for (int64_t b = first * unit_bytes; b < last * unit_bytes; b += 64) ISQ_PREFETCH(ahead + b);
     for (int64_t u = first; u < last; ++u, out += kWeights / kTileWeights * kTileBytes) {
       const int64_t left = job.row_bytes - u * unit_bytes;
       if (left > unit_bytes || (left == unit_bytes && !at_end)) {
@@ -160,8 +160,8 @@ inline void decode_amx_fp8_panel(const DecodeJob& job) {
     uint8_t* out = static_cast<uint8_t*>(job.panel) + row / kTileRows * tiles * kTileBytes + row % kTileRows * 64;
     const uint8_t* block = job.w + row * job.row_bytes + job.k_begin / kFp8Block * (int64_t)sizeof(BlockFp8);
     for (int64_t k = job.k_begin; k < job.k_end; k += kFp8Block, block += sizeof(BlockFp8)) {
-      __builtin_prefetch(block + kRowsAhead * job.row_bytes);
-      __builtin_prefetch(block + kRowsAhead * job.row_bytes + 64);
+      ISQ_PREFETCH(block + kRowsAhead * job.row_bytes);
+      ISQ_PREFETCH(block + kRowsAhead * job.row_bytes + 64);
       const __m512 scale = _mm512_set1_ps(load_f32(block));
       for (int step = 0; step < kFp8Block; step += Fp8Step::kWeights) {
         Floats w[4];

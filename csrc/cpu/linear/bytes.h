@@ -9,13 +9,13 @@ namespace isqtorch::ISQ_ISA {
 
 constexpr int kNativeBytes = 4 * ISQ_VECTOR_FLOATS, kParts = 64 / kNativeBytes;
 
-typedef uint8_t Quarter __attribute__((vector_size(16)));
-typedef uint8_t NativeU8 __attribute__((vector_size(kNativeBytes)));
-typedef uint16_t NativeU16 __attribute__((vector_size(kNativeBytes)));
-typedef uint64_t NativeU64 __attribute__((vector_size(kNativeBytes)));
-typedef int32_t NativeI32 __attribute__((vector_size(kNativeBytes)));
-typedef float NativeF32 __attribute__((vector_size(kNativeBytes)));
-typedef float FourFloats __attribute__((vector_size(16)));
+typedef uint8_t Quarter ISQ_VECTOR(16);
+typedef uint8_t NativeU8 ISQ_VECTOR(kNativeBytes);
+typedef uint16_t NativeU16 ISQ_VECTOR(kNativeBytes);
+typedef uint64_t NativeU64 ISQ_VECTOR(kNativeBytes);
+typedef int32_t NativeI32 ISQ_VECTOR(kNativeBytes);
+typedef float NativeF32 ISQ_VECTOR(kNativeBytes);
+typedef float FourFloats ISQ_VECTOR(16);
 
 struct Bytes {
   NativeU8 part[kParts];
@@ -258,7 +258,7 @@ ISQ_INLINE Bytes add_where(Bytes code, const uint8_t* const* from, uint8_t value
   const __m512i u = (__m512i)code.part[0];
   return {{(NativeU8)_mm512_mask_add_epi8(u, bits, u, _mm512_set1_epi8((char)value))}};
 #else
-  typedef uint16_t Words __attribute__((vector_size(16)));
+  typedef uint16_t Words ISQ_VECTOR(16);
   constexpr Quarter kByte = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
   constexpr Quarter kBit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
   const auto word = [&](int q) { return (Quarter)(Words)(load_u16(from[q]) - Words{}); };

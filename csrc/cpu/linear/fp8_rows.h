@@ -26,8 +26,8 @@ ISQ_INLINE Floats sixteen_fp8(const uint8_t* codes) {
   }
   return f;
 #else
-  typedef uint16_t Wide __attribute__((vector_size(32)));
-  const Wide code = __builtin_convertvector(load_16(codes), Wide);
+  typedef uint16_t Wide ISQ_VECTOR(32);
+  const Wide code = ISQ_CONVERT(load_16(codes), Wide);
   const Wide magnitude = (code & 0x7f) << 7;
   const Wide bits = magnitude | (code & 0x80) << 8 | ((Wide)(magnitude == 0x3f80) & 0x4000);
   uint16_t half[16];
@@ -94,7 +94,7 @@ struct Fp8Step {
     // comparison.
     constexpr uint64_t kRare = picks(0, 1, 2, 3, 4, 5, 6, -1) ^ picks(3, 3, 3, -1, 3, 4, 5, -1);
     const __m512i rare = mix_bits(code, _mm512_set1_epi64(kRare));
-    if (__builtin_expect(_mm512_cmple_epu8_mask(rare, _mm512_set1_epi8(8)) == 0, 1)) {
+    if (ISQ_LIKELY(_mm512_cmple_epu8_mask(rare, _mm512_set1_epi8(8)) == 0)) {
       const __m512i high = _mm512_gf2p8affine_epi64_epi8(code, _mm512_set1_epi64(kHigh), 0x3c);
       const __m512i low = mix_bits(code, _mm512_set1_epi64(kLow));
       return widen(low, high, w);

@@ -246,7 +246,7 @@ void decode_int8_panel(const DecodeJob& job) {
       for (int r = 0; r < kPanelRows; ++r) {
         // The pieces of the rows are too short for the hardware prefetcher.
         const uint8_t* ahead = job.w + (row + kPanelRows + r) * job.row_bytes + u * unit_bytes;
-        for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(ahead + b);
+        for (int64_t b = 0; b < unit_bytes; b += 64) ISQ_PREFETCH(ahead + b);
         const bool there = row + r < job.rows;
         const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row + r == job.rows - 1;
         const int64_t left = there ? job.row_bytes - u * unit_bytes : 0;

@@ -244,7 +244,7 @@ void decode_tile_unit(const TilesJob& job, int64_t row, int64_t unit, TileWeight
   const int64_t unit_bytes = job.layout.unit_bytes, left = job.row_bytes - unit * unit_bytes;
   for (int r = 0; r < 16 && row + r < job.rows; ++r) {
     const uint8_t* from = job.w + (row + r) * job.row_bytes + unit * unit_bytes;
-    for (int64_t b = 0; b < unit_bytes; b += 64) __builtin_prefetch(from + unit_bytes + b);
+    for (int64_t b = 0; b < unit_bytes; b += 64) ISQ_PREFETCH(from + unit_bytes + b);
     const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row + r == job.rows - 1;
     if (left > unit_bytes || (left == unit_bytes && !at_end)) {
       decode_tile_row<Unit>(from, job.layout, out, r);
@@ -269,7 +269,7 @@ void multiply_int8_tiles(const TilesJob& job) {
     std::memset(sums, 0, tiles * sizeof sums[0]);
     for (int64_t u = 0; u < units; ++u) {
       decode_tile_unit<Unit>(job, row, u, &w);
-      asm volatile("" : : : "memory");  // GCC does not know that tile loads read what was stored
+      ISQ_WRITE_ALL();  // GCC does not know that tile loads read what was stored
       for (int64_t t = 0; t < tiles; ++t) {
         UnitProduct<Unit, kTogether>::add(w, reinterpret_cast<const Packed*>(x + t * x_bytes)[u], sums[t]);
       }

@@ -248,8 +248,8 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
 constexpr int64_t kSoon = 1024, kLater = 8192;
 ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes, int64_t later = kLater) {
   for (int64_t b = 0; b < bytes; b += 64) {
-    __builtin_prefetch(w + kSoon + b);
-    __builtin_prefetch(w + later + b, 0, 2);
+    ISQ_PREFETCH(w + kSoon + b);
+    ISQ_PREFETCH(w + later + b, 0, 2);
   }
 }
 

@@ -7,7 +7,7 @@ namespace isqtorch::ISQ_ISA {
 
 ISQ_INLINE Floats to_floats(Ints a) {
   Floats f;
-  for (int p = 0; p < kParts; ++p) f.part[p] = __builtin_convertvector(a.part[p], NativeF32);
+  for (int p = 0; p < kParts; ++p) f.part[p] = ISQ_CONVERT(a.part[p], NativeF32);
   return f;
 }
 ISQ_INLINE Ints all_lanes(int32_t v) {
@@ -123,7 +123,7 @@ struct alignas(16) Factors {
   explicit Factors(FourFloats f) {
     std::memcpy(at, &f, sizeof at);
 #if defined(__x86_64__)
-    asm("" : "+m"(at));
+    ISQ_THROUGH_MEMORY(at);
 #endif
   }
   float at[4];

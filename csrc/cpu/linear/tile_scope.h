@@ -24,7 +24,7 @@ class TileScope {
       config.rows[i] = shapes[i].rows;
     }
     // GCC 12 does not know that the instruction reads the whole struct, so this tells it that memory is read.
-    asm volatile("" : : "r"(&config) : "memory");
+    ISQ_IN_MEMORY(&config);
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }

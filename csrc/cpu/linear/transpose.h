@@ -72,7 +72,7 @@ ISQ_INLINE void transpose_words(const uint8_t* rows, int64_t row_bytes, uint8_t*
   transpose_16(words);
   for (int c = 0; c < 16; ++c) _mm512_storeu_si512(columns[c / 4] + c % 4 * 64, words[c]);
 #else
-  typedef int32_t Four __attribute__((vector_size(16)));
+  typedef int32_t Four ISQ_VECTOR(16);
   for (int r = 0; r < 16; r += 4) {
     for (int q = 0; q < 4; ++q) {
       Four in[4], out[4];

@@ -7,7 +7,7 @@
 
 namespace isqtorch::ISQ_ISA {
 
-typedef int8_t SignedQuarter __attribute__((vector_size(16)));
+typedef int8_t SignedQuarter ISQ_VECTOR(16);
 
 // Tables of levels plus kCenter, because codes are unsigned.
 struct Iq4Levels {

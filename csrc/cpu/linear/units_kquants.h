@@ -9,7 +9,7 @@ namespace isqtorch::ISQ_ISA {
 constexpr uint64_t kNegateMins = 0x8000000080000000u;
 
 ISQ_INLINE Quarter quarter_of(uint64_t low, uint64_t high) {
-  typedef uint64_t Two __attribute__((vector_size(16)));
+  typedef uint64_t Two ISQ_VECTOR(16);
   return (Quarter)Two{low, high};
 }
 constexpr uint64_t each_byte(uint8_t v) { return v * 0x0101010101010101u; }

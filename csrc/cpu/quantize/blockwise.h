@@ -102,8 +102,8 @@ inline void row_mean_squares(const QuantizeJob& job, float* mean_square) {
 
 // Fills the lanes from block `first` on. Lanes past the last block get zeros.
 template <int kBlock>
-__attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first, int64_t count,
-                                           LaneBlocks<kBlock>& lanes, int64_t* bad_weight) {
+ISQ_NOINLINE void load_blocks(const QuantizeJob& job, int64_t first, int64_t count, LaneBlocks<kBlock>& lanes,
+                              int64_t* bad_weight) {
   alignas(64) float w[kWidth * kBlock];
   load_floats(weight_at(job, first * kBlock), job.dtype, count * kBlock, w);
   std::memset(w + count * kBlock, 0, (kWidth - count) * kBlock * sizeof(float));
@@ -128,11 +128,11 @@ __attribute__((noinline)) void load_blocks(const QuantizeJob& job, int64_t first
 
 // Not inlined, because more than one driver calls them.
 template <class Format>
-__attribute__((noinline)) void choose(const LaneBlocks<Format::kBlock>& in, typename Format::Chosen* out) {
+ISQ_NOINLINE void choose(const LaneBlocks<Format::kBlock>& in, typename Format::Chosen* out) {
   Format::choose(in, out);
 }
 template <class Format>
-__attribute__((noinline)) void store(const typename Format::Chosen& chosen, typename Format::Block* out) {
+ISQ_NOINLINE void store(const typename Format::Chosen& chosen, typename Format::Block* out) {
   Format::store(chosen, out);
 }
 

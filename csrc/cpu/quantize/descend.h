@@ -11,8 +11,7 @@ namespace isqtorch::ISQ_ISA {
 // numbers of sweeps, and in a sweep every step waits for the one before. So these blocks are first gathered into full
 // vectors.
 template <int kCount, int kBlocks>
-__attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels,
-                                                 LaneFloats* scales) {
+ISQ_NOINLINE void descend_symmetric(const LaneFloats* x, int nmax, LaneFloats* levels, LaneFloats* scales) {
   using T = Twin<Twin<LaneFloats>>;
   constexpr int kSide = sizeof(T) / sizeof(LaneFloats), kDense = kSide * kWidth;
   struct Place {
@@ -23,7 +22,7 @@ __attribute__((noinline)) void descend_symmetric(const LaneFloats* x, int nmax, 
   for (int b = 0; b < kBlocks; ++b) {
     Descent<LaneFloats, kCount> descent(x + kCount * b, nmax, levels + kCount * b);
     for (uint32_t bits = lane_bits(descent.restless()); bits; bits &= bits - 1) {
-      restless[found++] = {(uint8_t)b, (uint8_t)__builtin_ctz(bits)};
+      restless[found++] = {(uint8_t)b, (uint8_t)ISQ_TRAILING_ZEROS(bits)};
     }
     scales[b] = descent.finish();
   }

@@ -48,8 +48,7 @@ struct FeedbackPanel {
 
   // Adds to the sums of columns [to, to + count) the errors of columns [from, until), in `number` strips from `first`
   // on.
-  __attribute__((noinline)) void carry(int64_t from, int64_t until, int64_t to, int64_t count, int64_t first,
-                                       int64_t number) {
+  ISQ_NOINLINE void carry(int64_t from, int64_t until, int64_t to, int64_t count, int64_t first, int64_t number) {
     for (int64_t begin = from; begin < until; begin += kTileDepth) {
       const int64_t depth = until - begin < kTileDepth ? until - begin : kTileDepth;
       for (int64_t k = 0; k < depth; ++k) {
@@ -66,25 +65,25 @@ struct FeedbackPanel {
   // sums[c][u] += errors[k][u] * factor[k][c], for k < depth in this order. Rows of `factor` are kTileStride apart.
   static void add_products(const LaneFloats* errors, const float* factor, int64_t depth, LaneFloats* sums) {
     LaneFloats held[kTileColumns][kStripUnits];
-#pragma GCC unroll 4
+    ISQ_UNROLL_BY(4)
     for (int c = 0; c < kTileColumns; ++c) {
-#pragma GCC unroll 4
+      ISQ_UNROLL_BY(4)
       for (int u = 0; u < kStripUnits; ++u) held[c][u] = sums[c * kStripUnits + u];
     }
     for (int64_t k = 0; k < depth; ++k) {
       LaneFloats error[kStripUnits];
-#pragma GCC unroll 4
+      ISQ_UNROLL_BY(4)
       for (int u = 0; u < kStripUnits; ++u) error[u] = errors[k * kStripUnits + u];
-#pragma GCC unroll 4
+      ISQ_UNROLL_BY(4)
       for (int c = 0; c < kTileColumns; ++c) {
         const LaneFloats weight = splat<LaneFloats>(factor[k * kTileStride + c]);
-#pragma GCC unroll 4
+        ISQ_UNROLL_BY(4)
         for (int u = 0; u < kStripUnits; ++u) held[c][u] += error[u] * weight;
       }
     }
-#pragma GCC unroll 4
+    ISQ_UNROLL_BY(4)
     for (int c = 0; c < kTileColumns; ++c) {
-#pragma GCC unroll 4
+      ISQ_UNROLL_BY(4)
       for (int u = 0; u < kStripUnits; ++u) sums[c * kStripUnits + u] = held[c][u];
     }
   }

@@ -114,8 +114,8 @@ struct FeedbackStrip {
   }
 
   // Chooses the codes of all columns of a block, one column after the other.
-  __attribute__((noinline)) void round(const FeedbackPanel& panel, const FeedbackPlan& plan, int64_t strip,
-                                       int64_t column, QuantizeResult* result) {
+  ISQ_NOINLINE void round(const FeedbackPanel& panel, const FeedbackPlan& plan, int64_t strip, int64_t column,
+                          QuantizeResult* result) {
     std::memset((void*)carried, 0, sizeof carried);
     LaneInts lost[kStripUnits] = {};
     for (int position = 0; position < kBlock; ++position) {
@@ -142,8 +142,7 @@ struct FeedbackStrip {
   }
 
   // Chooses each code of the slab again, given all others.
-  __attribute__((noinline)) void sweep(const FeedbackPanel& panel, const float* couplings, int64_t strip, int64_t slab,
-                                       int count) {
+  ISQ_NOINLINE void sweep(const FeedbackPanel& panel, const float* couplings, int64_t strip, int64_t slab, int count) {
     LaneFloats* const sums = panel.sums_of(strip, slab);
     std::memset((void*)sums, 0, count * sizeof(Strip));
     for (int begin = 0; begin < count; begin += kTileDepth) {
@@ -197,8 +196,7 @@ struct FeedbackStrip {
 
   // Computes what columns should be, so that the errors of other columns, of which the panel has the sums, are made up
   // for. The change of a column is carried to those behind it, as its errors are.
-  __attribute__((noinline)) void make_up(const FeedbackPanel& panel, int64_t strip, int64_t column, int count,
-                                         Strip* out) const {
+  ISQ_NOINLINE void make_up(const FeedbackPanel& panel, int64_t strip, int64_t column, int count, Strip* out) const {
     std::memcpy((void*)out, panel.sums_of(strip, column), count * sizeof(Strip));
     for (int i = 0; i < count; ++i) {
       Strip here;

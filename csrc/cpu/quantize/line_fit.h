@@ -28,8 +28,7 @@ struct LaneGroup {
 
 // Searches for better lines than *line, for which the default rule chose `codes`. Replaces both where it finds one.
 template <int kGroup, class Line>
-__attribute__((noinline)) void fit_lines(const LaneBlocks<kGroup>& in, int nmax, bool f16, Line* line,
-                                         LaneInts* codes) {
+ISQ_NOINLINE void fit_lines(const LaneBlocks<kGroup>& in, int nmax, bool f16, Line* line, LaneInts* codes) {
   const LaneGroup<kGroup> group(in);
   LaneFloats cost = splat<LaneFloats>(0.0f), low, high;
   for (int i = 0; i < kGroup; ++i) {

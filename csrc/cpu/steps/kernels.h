@@ -56,7 +56,7 @@ ISQ_INLINE LaneFloats exponential(LaneFloats x) {
   const LaneInts power = truncate(q), half = power >> 1;
   u = u * as_float((half + 127) << 23) * as_float((power - half + 127) << 23);
   u = select(x < -104.0f, 0.0f, u);
-  u = select(x > 100.0f, __builtin_inff(), u);
+  u = select(x > 100.0f, ISQ_INFINITY, u);
   return select(x == x, u, x);  // NaN stays NaN
 }
 
@@ -117,7 +117,7 @@ void norm(const NormJob& job) {
   const float squares = job.lanes == 16  ? sum_of_squares<16>(job.x, n)
                         : job.lanes == 8 ? sum_of_squares<8>(job.x, n)
                                          : sum_of_squares<4>(job.x, n);
-  const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + job.eps);
+  const float factor = 1.0f / ISQ_SQRT(squares / static_cast<float>(n) + job.eps);
   switch (job.style) {
     case NormStyle::kRounded:
       for (int64_t i = 0; i < n; ++i) job.y[i] = job.x[i] * factor;
@@ -231,19 +231,19 @@ void attend(const StepAttendJob& job) {
       }
       for (; c < count; ++c) score_columns<1>(q, keys + c * padded, padded, job.scale, scores + c);
       for (int64_t i = 0; job.mask && i < count; ++i) {
-        if (!job.mask[begin + i]) scores[i] = -__builtin_inff();
+        if (!job.mask[begin + i]) scores[i] = -ISQ_INFINITY;
       }
     }
   }
   for (int64_t h = 0; h < job.heads; ++h) {
     float* scores = job.scores + h * stride;
-    for (int64_t c = n; c < stride; ++c) scores[c] = -__builtin_inff();
+    for (int64_t c = n; c < stride; ++c) scores[c] = -ISQ_INFINITY;
     LaneFloats most = load_lanes(scores);
     for (int64_t c = kWidth; c < stride; c += kWidth) most = max(load_lanes(scores + c), most);
     float largest = most[0];
     for (int l = 1; l < kWidth; ++l) largest = most[l] > largest ? most[l] : largest;
     // A NaN is a result, not a maximum. If nothing is seen, every difference must be -infinity and not NaN.
-    const float from = largest == -__builtin_inff() ? 0.0f : largest;
+    const float from = largest == -ISQ_INFINITY ? 0.0f : largest;
     LaneFloats sum = splat<LaneFloats>(0.0f);
     for (int64_t c = 0; c < stride; c += kWidth) {
       const LaneFloats e = exponential(load_lanes(scores + c) - from);

@@ -1,7 +1,7 @@
 // The kernels of a decoding step for AVX2 with FMA.
 #if defined(__x86_64__)
 
-#include "cpu/isa/target_region.h"
+#include "cpu/prelude.h"
 
 ISQ_TARGET_REGION("avx,avx2,fma,f16c")
 
