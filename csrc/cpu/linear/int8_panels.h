@@ -9,13 +9,6 @@
 
 namespace isqtorch::ISQ_ISA {
 
-// For loops whose index selects a register. Unless told to unroll them, GCC keeps the arrays in memory.
-#if defined(__clang__)
-#define ISQ_UNROLL _Pragma("unroll")
-#else
-#define ISQ_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 ISQ_INLINE Floats as_floats(Ints bits) {
   Floats f;
   for (int p = 0; p < kParts; ++p) f.part[p] = (NativeF32)bits.part[p];
