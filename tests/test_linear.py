@@ -141,6 +141,23 @@ def test_any_number_of_blocks(fmt: QuantFormat, isa: str) -> None:
 
 
 @every_format
+def test_rows_of_x_together_give_the_bits_of_each_alone(fmt: QuantFormat, isa: str) -> None:
+    """Few rows of x are multiplied part by part of their length, and in another order of bytes than one row."""
+    blocks = 4096 // fmt.block + 1  # several parts, and a unit that is not full
+    packed = packed_weight(fmt, 35, blocks)  # more weight rows than share a part
+    x = torch.randn(8, blocks * fmt.block, generator=torch.Generator().manual_seed(8))
+    alone = torch.cat([ops.linear(row[None], packed, fmt.name) for row in x])
+    kernel = kernel_of(fmt, 1)
+    for rows_of_x in range(2, 9):
+        if kernel_of(fmt, rows_of_x) != kernel:
+            break  # AMX tiles add in another order
+        assert torch.equal(ops.linear(x[:rows_of_x], packed, fmt.name), alone[:rows_of_x]), rows_of_x
+    else:
+        return
+    assert rows_of_x > 4
+
+
+@every_format
 @pytest.mark.parametrize("rows_of_x", [3, 6, 13, 20])
 def test_each_row_of_x_has_its_own_result(fmt: QuantFormat, isa: str, rows_of_x: int) -> None:
     """Rows of very different size, zeros, NaN and infinity: none may leak into another."""

@@ -87,7 +87,7 @@ struct RowKernels {
   void (*pack)(const float* x, int64_t k, void* packed);  // one row of x; both 64-byte aligned
   // Copies a packed row of x to row `token` of the `tokens` rows (one of kRowSlots, not 1) that a kernel takes.
   void (*place)(const void* packed, int64_t k, int tokens, int token, void* together);
-  void (*multiply[kRowSteps])(const RowsJob& job);        // for kRowSlots[..] rows of x
+  void (*multiply[kRowSteps])(const RowsJob& job);  // for kRowSlots[..] rows of x
 };
 
 // ---- `linear` for some rows of x, with AMX tiles: cpu/linear/int8_tiles.h -------------------------------------------

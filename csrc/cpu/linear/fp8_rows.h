@@ -174,13 +174,14 @@ void multiply_fp8_rows(const RowsJob& job) {
   constexpr int64_t kBytes = sizeof(BlockFp8), kSteps = kFp8Block / Fp8Step::kWeights;
   const Fp8Step::Activations* x = static_cast<const Fp8Step::Activations*>(job.x);
   multiply_in_parts<kTokens>(job, job.k / kFp8Block, kBytes, kSteps * sizeof *x,
-                             [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* total) ISQ_INLINE_BODY {
-                               const uint8_t* w = job.w + row * job.row_bytes;
-                               for (int64_t b = begin; b < end; ++b) {
-                                 prefetch_weights(w + b * kBytes, kBytes, later);
-                                 multiply_fp8_block<kTokens>(w + b * kBytes, x + b * kSteps * kTokens, total);
-                               }
-                             });
+                             [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* total)
+                                 ISQ_INLINE_BODY {
+                                   const uint8_t* w = job.w + row * job.row_bytes;
+                                   for (int64_t b = begin; b < end; ++b) {
+                                     prefetch_weights(w + b * kBytes, kBytes, later);
+                                     multiply_fp8_block<kTokens>(w + b * kBytes, x + b * kSteps * kTokens, total);
+                                   }
+                                 });
 }
 
 }  // namespace isqtorch::ISQ_ISA

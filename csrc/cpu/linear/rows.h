@@ -127,13 +127,13 @@ int64_t packed_activation_bytes(int64_t k) {
 
 // ---- several rows of x ----------------------------------------------------------------------------------------------
 
-// From how many rows of x on the codes are brought into lanes. That takes two instructions for each register of codes;
-// the sums that it spares take six per row of x and 512 bits on x86, and three per 128 bits on arm64.
-#if ISQ_VECTOR_FLOATS == 4
-constexpr int kLanesFrom = 8;
-#else
-constexpr int kLanesFrom = 4;
-#endif
+// Whether the codes are brought into lanes for so many rows of x. That takes two instructions for each register of
+// codes; the sums that it spares take six per row of x and 512 bits on x86, and three per 128 bits on arm64. Beside the
+// multiplications of activations as 16-bit numbers, the sums hardly count.
+template <class Unit>
+constexpr bool in_lanes(int tokens) {
+  return tokens >= (ISQ_VECTOR_FLOATS == 4 ? 8 : 4) && !(kActivationBytes<Unit> == 2 && kWideWords);
+}
 
 // Codes or activations of a unit: from runs of vectors whose quarters belong to lanes to vectors whose words do.
 template <class Unit>
@@ -152,7 +152,7 @@ void place_activations(const void* row, int64_t k, int tokens, int token, void* 
   UnitActivations<Unit>* to = static_cast<UnitActivations<Unit>*>(together) + token;
   for (int64_t begin = 0; begin < k; begin += Unit::kWeights, ++from, to += tokens) {
     *to = *from;
-    if (tokens < kLanesFrom) continue;
+    if (!in_lanes<Unit>(tokens)) continue;
     for (int part = 0; part < kActivationBytes<Unit>; ++part) {
       Bytes q[UnitFacts<Unit>::kVectors];
       for (int v = 0; v < UnitFacts<Unit>::kVectors; ++v) q[v] = load_64(from->q[part] + 64 * v);
@@ -162,34 +162,60 @@ void place_activations(const void* row, int64_t k, int tokens, int token, void* 
   }
 }
 
-// How many rows of x are multiplied side by side: as many as there are registers for. Each of their sums depends on
-// the one before, so a single row would wait for every instruction.
+// How many rows of x are multiplied side by side, and how many sums each of them has meanwhile: as many as there are
+// registers for. An instruction waits for the one before it in the same sum.
 constexpr int kSideBySide = ISQ_VECTOR_FLOATS == 16 ? 8 : 2;
+template <int kTokens>
+constexpr int kSumsOfRow = kTokens <= 4 ? 2 : 1;
 
 // Per lane, the sum of the products of its group, for each row of x; codes and activations are in lanes.
 template <class Unit, int kTokens>
 ISQ_INLINE void lane_dots(const Bytes* codes, const UnitActivations<Unit>* x, Ints* sums) {
   using Facts = UnitFacts<Unit>;
-  for (int m = 0; m < kTokens; ++m) sums[m] = all_lanes(0);
-  if constexpr (Facts::kWide && kWideWords) {
+  constexpr int kSums = kSumsOfRow<kTokens>;
+  Ints part_sums[kSums][kTokens];
+  ISQ_UNROLL
+  for (int s = 0; s < kSums; ++s) {
+    ISQ_UNROLL
+    for (int m = 0; m < kTokens; ++m) part_sums[s][m] = all_lanes(0);
+  }
+  if constexpr (Facts::kWide && kSums == 2) {  // a sum for each term
+    ISQ_UNROLL
     for (int v = 0; v < Facts::kVectors; ++v) {
+      ISQ_UNROLL
       for (int m = 0; m < kTokens; ++m) {
-        const Bytes q[2] = {load_64(x[m].q[0] + 64 * v), load_64(x[m].q[1] + 64 * v)};
-        sums[m] = sums[m] + wide_dots<1>(codes + v, q, q + 1);
-      }
-    }
-  } else {
-    constexpr int kTogether = std::min(kDotsTogether<Unit::kMaxCode>, Facts::kVectors);
-    for (int part = 0; part < kActivationBytes<Unit>; ++part) {
-      for (int m = 0; part > 0 && m < kTokens; ++m) sums[m] = shift_left(sums[m], kTermBits);
-      for (int v = 0; v < Facts::kVectors; v += kTogether) {
-        for (int m = 0; m < kTokens; ++m) {
-          Bytes q[kTogether];
-          for (int d = 0; d < kTogether; ++d) q[d] = load_64(x[m].q[part] + 64 * (v + d));
-          sums[m] = add_dot_products<kTogether, Unit::kMaxCode>(sums[m], codes + v, q);
+        ISQ_UNROLL
+        for (int part = 0; part < 2; ++part) {
+          const Bytes q = load_64(x[m].q[part] + 64 * v);
+          part_sums[part][m] = add_dot_products<1, Unit::kMaxCode>(part_sums[part][m], codes + v, &q);
         }
       }
     }
+    ISQ_UNROLL
+    for (int m = 0; m < kTokens; ++m) part_sums[0][m] = shift_left(part_sums[0][m], kTermBits);
+  } else {
+    constexpr int kTogether = std::min(kDotsTogether<Unit::kMaxCode>, Facts::kVectors);
+    ISQ_UNROLL
+    for (int part = 0; part < kActivationBytes<Unit>; ++part) {
+      ISQ_UNROLL
+      for (int m = 0; part > 0 && m < kTokens; ++m) part_sums[0][m] = shift_left(part_sums[0][m], kTermBits);
+      ISQ_UNROLL
+      for (int v = 0; v < Facts::kVectors; v += kTogether) {
+        ISQ_UNROLL
+        for (int m = 0; m < kTokens; ++m) {
+          Bytes q[kTogether];
+          for (int d = 0; d < kTogether; ++d) q[d] = load_64(x[m].q[part] + 64 * (v + d));
+          Ints& to = part_sums[v / kTogether % kSums][m];
+          to = add_dot_products<kTogether, Unit::kMaxCode>(to, codes + v, q);
+        }
+      }
+    }
+  }
+  ISQ_UNROLL
+  for (int m = 0; m < kTokens; ++m) {
+    sums[m] = part_sums[0][m];
+    ISQ_UNROLL
+    for (int s = 1; s < kSums; ++s) sums[m] = sums[m] + part_sums[s][m];
   }
 }
 
@@ -222,13 +248,14 @@ ISQ_INLINE void multiply_unit(const uint8_t* unit, const UnitLayout& layout, con
   Bytes codes[Facts::kVectors];
   Floats scale, offset;
   Unit::load(unit, layout, codes, &scale, &offset);
-  if constexpr (kTokens >= kLanesFrom) quarters_to_lanes<Unit>(codes);
+  constexpr bool kInLanes = in_lanes<Unit>(kTokens);
+  if constexpr (kInLanes) quarters_to_lanes<Unit>(codes);
   if constexpr (Unit::kAffine && Facts::kSigned) offset = multiply_add(scale, all_lanes(128.0f), offset);
-  constexpr int kAtOnce = kTokens < kLanesFrom ? 1 : std::min(kTokens, kSideBySide);
+  constexpr int kAtOnce = kInLanes ? std::min(kTokens, kSideBySide) : 1;
   static_assert(kTokens % kAtOnce == 0);
   for (int first = 0; first < kTokens; first += kAtOnce) {
     Ints sums[kAtOnce];
-    if constexpr (kTokens >= kLanesFrom) {
+    if constexpr (kInLanes) {
       lane_dots<Unit, kAtOnce>(codes, x + first, sums);
     } else {
       sums[0] = quarter_dots<Unit>(codes, x[first]);
@@ -255,7 +282,7 @@ ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes, int64_t later 
 
 // Several rows of x do not fit into the first-level cache as a whole. So a part of them is multiplied by a few rows of
 // weights before its next part is read.
-constexpr int64_t kPartBytes = 20480;
+constexpr int64_t kPartBytes = 24576;
 constexpr int kPartRows = 32;
 
 // Where the weights needed later lie, from those of `unit` on: in the next part of the same row, or in the first part
@@ -299,23 +326,25 @@ void multiply_rows_of(const RowsJob& job) {
   const int64_t unit_bytes = Unit::kBytes ? Unit::kBytes : job.layout.unit_bytes;
   const UnitActivations<Unit>* x = static_cast<const UnitActivations<Unit>*>(job.x);
   alignas(64) uint8_t copy[kMaxUnitBytes + 64] = {};
-  multiply_in_parts<kTokens>(
-      job, units, unit_bytes, sizeof *x, [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* acc) ISQ_INLINE_BODY {
-        const uint8_t* w = job.w + row * job.row_bytes;
-        // Whole units are read in place. The rest of a row is read from a copy padded with zeros, and so is the last
-        // unit of all if loads may read beyond it and memory may end there. The last row may copy more than the rows
-        // before it, never less, so what follows the copied bytes stays zero.
-        const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
-        const int64_t whole = at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
-        for (int64_t u = begin; u < std::min(end, whole); ++u) {
-          prefetch_weights(w + u * unit_bytes, unit_bytes, later);
-          multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u * kTokens, acc);
-        }
-        if (whole < end) {
-          std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
-          multiply_unit<Unit, kTokens>(copy, job.layout, x + whole * kTokens, acc);
-        }
-      });
+  multiply_in_parts<kTokens>(job, units, unit_bytes, sizeof *x,
+                             [&](int64_t row, int64_t begin, int64_t end, int64_t later, Floats* acc) ISQ_INLINE_BODY {
+                               const uint8_t* w = job.w + row * job.row_bytes;
+                               // Whole units are read in place. The rest of a row is read from a copy padded with
+                               // zeros, and so is the last unit of all if loads may read beyond it and memory may end
+                               // there. The last row may copy more than the rows before it, never less, so what follows
+                               // the copied bytes stays zero.
+                               const bool at_end = Unit::kReadsBeyond > 0 && job.w_ends && row == job.rows - 1;
+                               const int64_t whole =
+                                   at_end ? (job.row_bytes - 1) / unit_bytes : job.row_bytes / unit_bytes;
+                               for (int64_t u = begin; u < std::min(end, whole); ++u) {
+                                 prefetch_weights(w + u * unit_bytes, unit_bytes, later);
+                                 multiply_unit<Unit, kTokens>(w + u * unit_bytes, job.layout, x + u * kTokens, acc);
+                               }
+                               if (whole < end) {
+                                 std::memcpy(copy, w + whole * unit_bytes, job.row_bytes - whole * unit_bytes);
+                                 multiply_unit<Unit, kTokens>(copy, job.layout, x + whole * kTokens, acc);
+                               }
+                             });
 }
 
 // For a single row of x there is little work per unit, so a branch on the header in each unit would be noticeable.

@@ -263,9 +263,85 @@ ISQ_INLINE Ints gather_words(const uint8_t* base, Ints offsets) {
   }
   return v;
 }
-// The first four bytes of sixteen blocks of kStride bytes.
-template <int kStride>
+#if ISQ_VECTOR_FLOATS == 16
+// Four 32-bit words, at offsets from a base.
+ISQ_INLINE Quarter four_words(const uint8_t* base, const int32_t* offsets) {
+  const auto word = [&](int l) { return (int)load_u32(base + offsets[l]); };
+  return (Quarter)_mm_setr_epi32(word(0), word(1), word(2), word(3));
+}
+
+// How the first kBytes of sixteen blocks are picked from windows of 128 bytes. No window goes beyond the blocks.
+template <int kStride, int kBytes>
+struct HeadWindows {
+  static constexpr int kBlocks = 7 * kStride + kBytes <= 128 ? 8 : 4, kCount = 16 / kBlocks;
+  static_assert((kBlocks - 1) * kStride + kBytes <= 128 && 16 * kStride >= 128);
+  static constexpr int begin(int window) {
+    const int first = window * kBlocks * kStride, most = 16 * kStride - 128;
+    return first < most ? first : most;
+  }
+  // In the units of kSize bytes that an instruction moves.
+  template <class Index, int kSize>
+  struct Picks {
+    Index at[kCount][64 / kSize];
+  };
+  template <class Index, int kSize>
+  static constexpr auto kPicks = [] {
+    Picks<Index, kSize> picks{};
+    for (int w = 0; w < kCount; ++w) {
+      for (int i = 0; i < 64 / kSize; ++i) {
+        picks.at[w][i] = (Index)((i * kSize / 4 * kStride - begin(w)) / kSize + i % (4 / kSize));
+      }
+    }
+    return picks;
+  }();
+};
+
+// Blocks of an even number of bytes.
+template <class Windows>
+ISQ_INLINE Ints pick_heads_by_halves(const uint8_t* blocks) {
+  constexpr uint64_t kOfWindow = (uint64_t{1} << (2 * Windows::kBlocks)) - 1;
+  __m512i heads = _mm512_setzero_si512();
+  ISQ_UNROLL
+  for (int w = 0; w < Windows::kCount; ++w) {
+    const uint8_t* from = blocks + Windows::begin(w);
+    const __m512i pick = _mm512_loadu_si512(Windows::template kPicks<uint16_t, 2>.at[w]);
+    const __m512i picked =
+        _mm512_maskz_permutex2var_epi16((__mmask32)(kOfWindow << (2 * Windows::kBlocks * w)), _mm512_loadu_si512(from),
+                                        pick, _mm512_loadu_si512(from + 64));
+    heads = _mm512_or_si512(heads, picked);
+  }
+  return {{(NativeI32)heads}};
+}
+
+#if defined(ISQ_VBMI)
+template <class Windows>
+ISQ_INLINE Ints pick_heads_by_bytes(const uint8_t* blocks) {
+  static_assert(Windows::kCount == 2);
+  __m512i heads = _mm512_setzero_si512();
+  ISQ_UNROLL
+  for (int w = 0; w < 2; ++w) {
+    const uint8_t* from = blocks + Windows::begin(w);
+    const __m512i pick = _mm512_loadu_si512(Windows::template kPicks<uint8_t, 1>.at[w]);
+    const __m512i picked = _mm512_maskz_permutex2var_epi8(uint64_t{0xffffffff} << (32 * w), _mm512_loadu_si512(from),
+                                                          pick, _mm512_loadu_si512(from + 64));
+    heads = _mm512_or_si512(heads, picked);
+  }
+  return {{(NativeI32)heads}};
+}
+#endif
+#endif
+
+// The first kBytes of sixteen blocks of kStride bytes, each in the lower bytes of a lane. Its other bytes may be
+// anything.
+template <int kStride, int kBytes>
 ISQ_INLINE Ints block_heads(const uint8_t* blocks) {
+  // Permutations, because processors of AMD take dozens of instructions for a gather.
+#if ISQ_VECTOR_FLOATS == 16
+  if constexpr (kStride % 2 == 0) return pick_heads_by_halves<HeadWindows<kStride, kBytes>>(blocks);
+#if defined(ISQ_VBMI)
+  if constexpr (kStride % 2 != 0) return pick_heads_by_bytes<HeadWindows<kStride, kBytes>>(blocks);
+#endif
+#endif
   constexpr auto kOffsets = [] {
     struct {
       int32_t at[16];

@@ -13,8 +13,8 @@ namespace isqtorch::ISQ_ISA {
 #define ISQ_INTERLEAVE(name, instruction, ...) \
   ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) { return (NativeU8)_mm256_##instruction((__m256i)a, (__m256i)b); }
 #else
-#define ISQ_INTERLEAVE(name, instruction, ...)       \
-  ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) { \
+#define ISQ_INTERLEAVE(name, instruction, ...)                             \
+  ISQ_INLINE NativeU8 name(NativeU8 a, NativeU8 b) {                       \
     return (NativeU8)ISQ_SHUFFLE((NativeI32)a, (NativeI32)b, __VA_ARGS__); \
   }
 #endif

@@ -38,7 +38,7 @@ struct NibbleUnit {
         codes[2 * i + 1] = add_where(codes[2 * i + 1], high, 16);
       }
     }
-    const Ints head = block_heads<kStride>(unit);
+    const Ints head = block_heads<kStride, kHasMin ? 4 : 2>(unit);
     *scale = low_f16(head);
     if constexpr (kHasMin) *offset = high_f16(head);
   }
@@ -58,7 +58,7 @@ struct ByteUnit {
     for (int v = 0; v < 8; ++v) {
       codes[v] = quarters_of_blocks<kStride>(unit, v / 2, offsetof(Block, qs) + 16 * (v % 2)) ^ 0x80;
     }
-    *scale = low_f16(block_heads<kStride>(unit));
+    *scale = low_f16(block_heads<kStride, 2>(unit));
   }
 };
 

@@ -35,7 +35,7 @@ struct LevelUnit {
       codes[2 * i] = look_up(Levels::kTable, bit_field<0, 4>(qs));
       codes[2 * i + 1] = look_up(Levels::kTable, bit_field<4, 4>(qs));
     }
-    const Ints head = block_heads<sizeof(Block)>(unit);
+    const Ints head = block_heads<sizeof(Block), std::is_same_v<Block, BlockMxfp4> ? 1 : 2>(unit);
     if constexpr (std::is_same_v<Block, BlockMxfp4>) {
       *scale = half_power_of_two(head & 255);
     } else {

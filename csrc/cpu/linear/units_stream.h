@@ -46,7 +46,7 @@ struct StreamUnit {
   ISQ_INLINE static void load_with(const uint8_t* unit, const UnitLayout& layout, Bytes* codes, Floats* scale,
                                    Floats* offset) {
     for (int i = 0; i < 4; ++i) load_codes(unit, layout, i, codes + 2 * i);
-    const Ints head = gather_words(unit, load_ints_16(layout.header_at));
+    const Ints head = headers(unit, layout);
     if constexpr (kHeader == UnitHeader::kScaleBiasBf16) {
       *scale = low_bf16(head);
       *offset = high_bf16(head);
@@ -57,6 +57,20 @@ struct StreamUnit {
   }
 
  private:
+  // The headers of all lanes. Lane 4q + i has the 32 weights number 4i + q, so few headers are in many lanes.
+  ISQ_INLINE static Ints headers(const uint8_t* unit, const UnitLayout& layout) {
+    const int32_t* at = layout.header_at;
+#if ISQ_VECTOR_FLOATS == 16
+    if (at[4] == at[0]) {  // groups of 64 or more
+      const Quarter first = four_words(unit, at);
+      if (at[8] == at[0]) return words_of(four_times(first));
+      const Quarter third = four_words(unit, at + 8);
+      return words_of(from_quarters(first, first, third, third));
+    }
+#endif
+    return gather_words(unit, load_ints_16(at));
+  }
+
   // The words with the codes of the lanes i, 4 + i, 8 + i and 12 + i, from byte kFirst on.
   template <int kFirst>
   ISQ_INLINE static Bytes stream(const uint8_t* unit, const UnitLayout& layout, int i) {
