@@ -69,6 +69,18 @@ ISQTORCH_LIBRARY(ISQTORCH_OPERATORS, m) {
   // q [B, Hq, 1, D] -> [B, 1, Hq * D]: attention to the columns [first, last) of keys and values [B, H, C, D]; mask
   // bool [B or 1, 1, 1, last - first]
   m.def("step_attend(Tensor q, Tensor keys, Tensor values, int first, int last, float scale, Tensor? mask) -> Tensor");
+  // The halves of a decoder layer, each the operators above one after the other. `after` is a norm of what is added to
+  // x. Attention: step_linears, step_heads into column last - 1, step_attend, step_linear_add
+  m.def(
+      "step_attention(Tensor x, Tensor[] weights, str[] formats, Tensor?[] biases, Tensor? norm, float eps, int style, "
+      "int lanes, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int first, int last, Tensor? q_norm, "
+      "Tensor? k_norm, float heads_eps, int heads_style, int heads_lanes, float scale, Tensor? mask, Tensor o, "
+      "str o_format, Tensor? o_bias, Tensor? after, float after_eps, int after_style, int after_lanes) -> Tensor");
+  // MLP: step_linears with a gate, step_linear_add
+  m.def(
+      "step_mlp(Tensor x, Tensor[] weights, str[] formats, Tensor?[] biases, Tensor? norm, float eps, int style, "
+      "int lanes, Tensor down, str down_format, Tensor? down_bias, Tensor? after, float after_eps, int after_style, "
+      "int after_lanes) -> Tensor");
 
   // What the CPU part was compiled for, what this machine can run and what is selected, as JSON.
   m.def("cpu_info() -> str");

@@ -115,6 +115,49 @@ def test_heads_have_the_bits_of_torch(sizes: tuple[int, ...], dtype: torch.dtype
 
 
 @every_dtype
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("normed", [False, True])
+def test_halves_of_a_layer_are_their_operators_one_after_the_other(
+    batch: int, normed: bool, dtype: torch.dtype, isa: str
+) -> None:
+    heads, kv_heads, dim, inner = 4, 2, 32, 96
+    x, weights = torch.randn(batch, 1, 64).to(dtype), [packed(n * dim, 64, "q8_0") for n in (heads, kv_heads, kv_heads)]
+    products = (weights, ["q8_0"] * 3, [None, torch.randn(kv_heads * dim).to(dtype), None])
+    norm, after = torch.randn(64).to(dtype), torch.randn(64).to(dtype) if normed else None
+    of_heads = torch.randn(dim).to(dtype) if normed else None
+    angles = [torch.randn(batch, 1, dim).to(dtype) for _ in range(2)]
+    caches = [torch.randn(batch, kv_heads, 20, dim).to(dtype) for _ in range(2)]
+    mask = torch.rand(batch, 1, 1, 12) < 0.5 if normed else None
+    before, heads_rule, after_rule = (norm, 1e-5, 0, LANES), (1e-6, 1, LANES), (1e-4, 2, LANES)
+    out, bias = packed(64, heads * dim, "q4_0"), torch.randn(64).to(dtype)
+
+    mine, theirs = [part.clone() for part in caches], [part.clone() for part in caches]
+    qkv = native.step_linears(x, *products, *before, False)
+    q = native.step_heads(qkv, *angles, *theirs, 13, of_heads, of_heads, *heads_rule)
+    y = native.step_attend(q, *theirs, 2, 14, 0.3, mask)
+    expected = native.step_linear_add(y, out, "q4_0", bias, x, after, *after_rule)
+    attention = (2, 14, of_heads, of_heads, *heads_rule, 0.3, mask)
+    arguments = (*products, *before, *angles, *mine, *attention, out, "q4_0", bias, after, *after_rule)
+    assert torch.equal(native.step_attention(x, *arguments), expected)
+    assert all(map(torch.equal, mine, theirs)) and not torch.equal(mine[0], caches[0])
+    torch.testing.assert_close(
+        steps.step_attention(x, *arguments), expected, rtol=20 * TOLERANCE[dtype], atol=20 * TOLERANCE[dtype]
+    )
+
+    gate_up = ([packed(inner, 64, "q8_0") for _ in range(2)], ["q8_0"] * 2, [None, None], *before)
+    down = packed(64, inner, "q8_0")
+    y = native.step_linears(x, *gate_up, True)
+    expected = native.step_linear_add(y, down, "q8_0", None, x, after, *after_rule)
+    assert torch.equal(native.step_mlp(x, *gate_up, down, "q8_0", None, after, *after_rule), expected)
+    torch.testing.assert_close(
+        steps.step_mlp(x, *gate_up, down, "q8_0", None, after, *after_rule),
+        expected,
+        rtol=20 * TOLERANCE[dtype],
+        atol=20 * TOLERANCE[dtype],
+    )
+
+
+@every_dtype
 @pytest.mark.parametrize("columns", [1, 15, 130, 512, 513, 1300])
 def test_attention_is_as_precise_as_its_type(columns: int, dtype: torch.dtype, isa: str) -> None:
     for batch, heads, group, dim in ((1, 3, 3, 64), (2, 1, 4, 256), (2, 2, 1, 20)):
@@ -173,6 +216,14 @@ def test_faults_are_named(module: Any) -> None:
         module.step_heads(x[:, :40], angles, angles, cache, cache, 0, None, None, 0.0, 0, 8)
     with pytest.raises(ValueError, match="step_attend: columns 2 to 9 are not in a cache of 4"):
         module.step_attend(torch.zeros(2, 2, 1, 16), cache, cache, 2, 9, 1.0, None)
+    rule = (None, 0.0, 0, 8)
+    with pytest.raises(ValueError, match="step_heads: there is no column 8 in a cache of 4"):
+        heads = (angles, angles, cache, cache, 0, 9, None, None, 0.0, 0, 8, 1.0, None)
+        module.step_attention(x, [packed(64, 64, "q8_0")], ["q8_0"], [None], *rule, *heads, weight, "q8_0", None, *rule)
+    with pytest.raises(ValueError, match="step_linear_add: the residual must be"):
+        module.step_mlp(
+            x, [weight, weight], ["q8_0"] * 2, [None] * 2, *rule, packed(32, 32, "q8_0"), "q8_0", None, *rule
+        )
 
 
 def test_faults_of_memory_are_refused() -> None:
@@ -206,6 +257,14 @@ def test_schemas_and_fakes() -> None:
         ("step_heads", (x, angles, angles, cache, cache.clone(), 1, None, None, 1e-5, 0, 8)),
         ("step_attend", (torch.randn(2, 2, 1, 16), cache, cache, 0, 3, 1.0, None)),
     ]
+    rule, no_norm = (norm, 1e-5, 0, 8), (None, 0.0, 0, 8)
+    qkv, heads = [packed(n, 64, "q8_0") for n in (32, 16, 16)], (cache.clone(), cache.clone(), 0, 3)
+    last = (packed(64, 32, "q8_0"), "q8_0", None, *no_norm)
+    attention = (*heads, None, None, 1e-5, 0, 8, 1.0, None)
+    cases += [
+        ("step_attention", (x, qkv, ["q8_0"] * 3, [None] * 3, *rule, angles, angles, *attention, *last)),
+        ("step_mlp", (x, [weight, weight], ["q8_0"] * 2, [None] * 2, *rule, weight, "q8_0", None, *no_norm)),
+    ]
     for name, arguments in cases:
         opcheck(getattr(native, name).default, arguments, test_utils=checks)
 
@@ -214,6 +273,7 @@ def test_schemas_and_fakes() -> None:
 def test_operators_keep_no_memory() -> None:
     """torch's own conversion of string arguments leaks a string per call, which a server would feel."""
     x, weight = torch.randn(1, 64), packed(8, 64, "q8_0")
+    halves, down, rule = [packed(32, 64, "q8_0")] * 2, packed(64, 32, "q8_0"), (None, 0.0, 0, 8)
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -222,6 +282,7 @@ def test_operators_keep_no_memory() -> None:
         for _ in range(number):
             native.linear_frozen(x, weight, "q8_0", None)
             native.step_linears(x, [weight], ["q8_0"], [None], None, 0.0, 0, 8, False)
+            native.step_mlp(x, halves, ["q8_0"] * 2, [None] * 2, *rule, down, "q8_0", None, *rule)
 
     calls(1000)
     before = resident()

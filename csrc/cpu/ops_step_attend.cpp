@@ -9,6 +9,7 @@
 
 #include "cpu/ops_norm.h"
 #include "cpu/ops_products.h"
+#include "cpu/ops_steps.h"
 
 namespace isqtorch {
 namespace {
@@ -59,6 +60,8 @@ struct Angles {
   }
   const float* of(int64_t b) const { return values.floats() + (rows == 1 ? 0 : b * n); }
 };
+
+}  // namespace
 
 Tensor step_heads(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor keys, Tensor values, int64_t at,
                   std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps, int64_t style,
@@ -203,7 +206,6 @@ Tensor step_attend(const Tensor& q, const Tensor& keys, const Tensor& values, in
   return y;
 }
 
-}  // namespace
 }  // namespace isqtorch
 
 STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {

@@ -11,6 +11,7 @@
 
 #include "cpu/ops_norm.h"
 #include "cpu/ops_products.h"
+#include "cpu/ops_steps.h"
 
 namespace isqtorch {
 namespace {
@@ -163,6 +164,8 @@ std::vector<int64_t> checked_shape(const char* op, const Tensor& x, int64_t k, i
   return shape;
 }
 
+}  // namespace
+
 Tensor step_linears(const Tensor& x, std::vector<Tensor> weights, std::vector<Text> formats,
                     std::vector<std::optional<Tensor>> biases, std::optional<Tensor> norm_weight, double eps,
                     int64_t style, int64_t lanes, bool gate) {
@@ -242,7 +245,6 @@ Tensor step_linear_add(const Tensor& x, const Tensor& weight, Text format, std::
   return y;
 }
 
-}  // namespace
 }  // namespace isqtorch
 
 STABLE_TORCH_LIBRARY_IMPL(isqtorch, CPU, m) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -164,7 +164,7 @@ class _Steps:
     def reads(self) -> tuple[int, int]:
         """Bytes of weights, and of keys and values, that a step reads."""
         counter = _Counter(self._model)
-        with counter:
+        with _parts_alone(), counter:
             self()
         return counter.weights, counter.states
 
@@ -210,7 +210,7 @@ def _profiled(step: _Steps, forward: float) -> dict[str, float]:
     The profiler takes time for each operator that it sees. What it adds to a step is taken off again: for an operator
     inside of another one from the outer one, for the others from the time between them.
     """
-    with _marked(step.cache), profile(use_kineto=False) as profiler:
+    with _parts_alone(), _marked(step.cache), profile(use_kineto=False) as profiler:
         for _ in range(_STEPS):
             with record_function(_FORWARD):
                 step()
@@ -242,6 +242,18 @@ def _part(name: str) -> str:
     if operator in _PRODUCTS or operator in _STEP_PRODUCTS:
         return "products"
     return "attention" if operator in _ATTENTION else "other operators"
+
+
+@contextmanager
+def _parts_alone() -> Iterator[None]:
+    """Each part of a token is an operator, also after `optimize_`, which would join them. The bits are the same."""
+    from isqtorch.integrations.transformers.layer_plan import LayerPlan
+
+    LayerPlan.in_parts = True
+    try:
+        yield
+    finally:
+        LayerPlan.in_parts = False
 
 
 @contextmanager

@@ -10,6 +10,8 @@ for `step_attend`, which adds in an order of its own. SiLU has the bits of torch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -198,6 +200,86 @@ def step_attend(
     return y.to(q.dtype).transpose(1, 2).reshape(batch, 1, heads * dim)
 
 
+def step_attention(
+    x: Tensor,
+    weights: list[Tensor],
+    formats: list[str],
+    biases: list[Tensor | None],
+    norm: Tensor | None,
+    eps: float,
+    style: int,
+    lanes: int,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: int,
+    last: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    heads_eps: float,
+    heads_style: int,
+    heads_lanes: int,
+    scale: float,
+    mask: Tensor | None,
+    o: Tensor,
+    o_format: str,
+    o_bias: Tensor | None,
+    after: Tensor | None,
+    after_eps: float,
+    after_style: int,
+    after_lanes: int,
+) -> Tensor:
+    """Compute the attention half of a decoder layer: `step_linears`, `step_heads`, `step_attend`, `step_linear_add`.
+
+    Args:
+        x: the hidden states of one token, `[B, 1, K]`.
+        weights, formats, biases, norm, eps, style, lanes: of queries, keys and values; see `step_linears`.
+        cos, sin, keys, values: see `step_heads`. The token is written to column last - 1.
+        first, last, scale, mask: see `step_attend`.
+        q_norm, k_norm, heads_eps, heads_style, heads_lanes: norms of each head; see `step_heads`.
+        o, o_format, o_bias, after, after_eps, after_style, after_lanes: the output; see `step_linear_add`.
+
+    Returns:
+        `[B, 1, K]`.
+    """
+    qkv = step_linears(x, weights, formats, biases, norm, eps, style, lanes, False)
+    q = step_heads(qkv, cos, sin, keys, values, last - 1, q_norm, k_norm, heads_eps, heads_style, heads_lanes)
+    y = step_attend(q, keys, values, first, last, scale, mask)
+    return step_linear_add(y, o, o_format, o_bias, x, after, after_eps, after_style, after_lanes)
+
+
+def step_mlp(
+    x: Tensor,
+    weights: list[Tensor],
+    formats: list[str],
+    biases: list[Tensor | None],
+    norm: Tensor | None,
+    eps: float,
+    style: int,
+    lanes: int,
+    down: Tensor,
+    down_format: str,
+    down_bias: Tensor | None,
+    after: Tensor | None,
+    after_eps: float,
+    after_style: int,
+    after_lanes: int,
+) -> Tensor:
+    """Compute the MLP half of a decoder layer: `step_linears` with a gate, `step_linear_add`.
+
+    Args:
+        x: `[..., K]`.
+        weights, formats, biases, norm, eps, style, lanes: of gate and up projection; see `step_linears`.
+        down, down_format, down_bias, after, after_eps, after_style, after_lanes: see `step_linear_add`.
+
+    Returns:
+        `[..., K]`.
+    """
+    y = step_linears(x, weights, formats, biases, norm, eps, style, lanes, True)
+    return step_linear_add(y, down, down_format, down_bias, x, after, after_eps, after_style, after_lanes)
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads `[B, 1, H, D]`, of which the first values are turned by angles `[B, 1, R]`."""
     size = cos.shape[-1]
@@ -235,7 +317,7 @@ def _check_halves(op: str, width: int) -> None:
         raise ValueError(f"{op}: a gate and what it gates must be as wide as each other, got {width} values.")
 
 
-for _op in (step_norm, step_gate, step_linears, step_linear_add, step_heads, step_attend):
+for _op in (step_norm, step_gate, step_linears, step_linear_add, step_heads, step_attend, step_attention, step_mlp):
     torch.library.impl(f"isqtorch::{_op.__name__}", "CompositeExplicitAutograd", torch.no_grad()(_op))
 
 
@@ -306,3 +388,13 @@ def _(
 @torch.library.register_fake("isqtorch::step_attend")
 def _(q: Tensor, keys: Tensor, values: Tensor, first: int, last: int, scale: float, mask: Tensor | None) -> Tensor:
     return q.new_empty((q.shape[0], 1, q.shape[1] * q.shape[3]))
+
+
+@torch.library.register_fake("isqtorch::step_attention")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("isqtorch::step_mlp")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -71,7 +71,8 @@ def test_a_model_with_few_operators_reads_the_same(family: str, dtype: torch.dty
 
 def test_every_operator_of_a_step_is_a_part() -> None:
     every = (name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("isqtorch::"))
-    names = [name for name in every if name.startswith("step_")]
+    halves = {"step_attention", "step_mlp"}  # several parts each: a profile calls these one by one
+    names = [name for name in every if name.startswith("step_") and name not in halves]
     found = {name: _part(f"isqtorch::{name}") for name in names}
     assert found == {
         "step_attend": "attention",

@@ -24,6 +24,8 @@ _step_linears = torch.ops.isqtorch.step_linears.default._op
 _step_linear_add = torch.ops.isqtorch.step_linear_add.default._op
 _step_heads = torch.ops.isqtorch.step_heads.default._op
 _step_attend = torch.ops.isqtorch.step_attend.default._op
+_step_attention = torch.ops.isqtorch.step_attention.default._op
+_step_mlp = torch.ops.isqtorch.step_mlp.default._op
 
 CACHES = ("cache", "past_key_values")
 """Names of the argument that is the cache: since transformers 5.24, and before."""
@@ -122,6 +124,10 @@ class Linears:
 class LayerPlan:
     """A decoder layer whose parts are known.
 
+    Attributes:
+        in_parts: of the class: call an operator for each part, also where one computes half of a layer. The bits are
+            the same; it takes longer. The profile of a token needs it.
+
     Args:
         layer: the decoder layer.
         norms: finds the kinds of norms.
@@ -130,6 +136,8 @@ class LayerPlan:
     Raises:
         Unsuitable: the layer has other parts, or parts that are not packed.
     """
+
+    in_parts = False
 
     def __init__(self, layer: nn.Module, norms: Norms, dtype: torch.dtype, conditions: Conditions) -> None:
         self.dtype = dtype
@@ -230,19 +238,27 @@ class LayerPlan:
         store = None if layer is None else layer.reserve(x.shape[0], self.kv_heads, self.dim, self.dtype)
         if layer is None or store is None:
             return None
-        qkv = _step_linears(
-            x, self.qkv.weights, self.qkv.formats, self.qkv.biases, self.first.weight, *self.first.rule, False
-        )
         keys, values, first, last = store.keys, store.values, store.first, store.last + 1
-        q = _step_heads(qkv, *angles, keys, values, last - 1, self.q_norm.weight, self.k_norm.weight, *self.q_norm.rule)
+        own = not usual_attention and self._own_attention and _is_mask(mask, x.shape[0], last - first)
+        qkv, o, before, after = self.qkv, self.o, self.first, self.after_attention
+        if own and not self.in_parts:
+            x = _step_attention(
+                *(x, qkv.weights, qkv.formats, qkv.biases, before.weight, *before.rule, *angles, keys, values),
+                *(first, last, self.q_norm.weight, self.k_norm.weight, *self.q_norm.rule, self.scale, mask),
+                *(o.weights[0], o.formats[0], o.biases[0], after.weight, *after.rule),
+            )
+            layer.commit()
+            return self._run_mlp(x)
+        heads = _step_linears(x, qkv.weights, qkv.formats, qkv.biases, before.weight, *before.rule, False)
+        norms = self.q_norm.weight, self.k_norm.weight, *self.q_norm.rule
+        q = _step_heads(heads, *angles, keys, values, last - 1, *norms)
         layer.commit()
-        if usual_attention or not self._own_attention or not _is_mask(mask, x.shape[0], last - first):
+        if own:
+            y = _step_attend(q, keys, values, first, last, self.scale, mask)
+        else:
             seen = keys[:, :, first:last], values[:, :, first:last]
             y, _ = self._usual_attention(self.attention, q, *seen, mask, dropout=0.0, scaling=self.scale)
             y = y.reshape(x.shape[0], 1, -1)
-        else:
-            y = _step_attend(q, keys, values, first, last, self.scale, mask)
-        o, after = self.o, self.after_attention
         x = _step_linear_add(y, o.weights[0], o.formats[0], o.biases[0], x, after.weight, *after.rule)
         return self._run_mlp(x)
 
@@ -256,6 +272,12 @@ class LayerPlan:
             result = x + y
             return result
         silu = self._silu and (self.dtype is not torch.float32 or x.shape[0] * self.inner <= _SILU_AT_ONCE)
+        if silu and not self.in_parts:
+            result = _step_mlp(
+                *(x, gate_up.weights, gate_up.formats, gate_up.biases, second.weight, *second.rule),
+                *(down.weights[0], down.formats[0], down.biases[0], after.weight, *after.rule),
+            )
+            return result
         y = _step_linears(x, gate_up.weights, gate_up.formats, gate_up.biases, second.weight, *second.rule, silu)
         if not silu:
             gate, up = y.split(self.inner, dim=-1)
