@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil")
 SAMPLE = ("test_formats.py", "test_tensor.py", "test_checkpoint.py", "test_goldens.py")
 """Tests of the files that are shipped: the registry, the kernels against outside arrays, saving."""
+CHECKERS = ("mypy", "pyright[nodejs]")
+PROGRAM = "examples/tour.py"
+"""What a user's editor reads: a program that calls every public function."""
 
 CHECK = """
 import json, pathlib, subprocess, sys
@@ -48,8 +51,10 @@ def trial(wheel: Path, torch: str, python: str = sys.executable) -> None:
         )
         extra = "[hf]" if version.stdout.strip() == "True" else ""  # transformers needs Python 3.11
         pip = [str(own), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        _call([*pip, torch, f"{wheel.resolve()}{extra}", *TOOLS], place)
+        _call([*pip, torch, f"{wheel.resolve()}{extra}", *TOOLS, *(CHECKERS if extra else ())], place)
         use(own, place)
+        if extra:  # the program imports transformers
+            check_types(own, place)
 
 
 def use(python: Path, place: Path) -> None:
@@ -80,6 +85,28 @@ def use(python: Path, place: Path) -> None:
         )
     tests = [f"tests/{name}" for name in SAMPLE]
     _call([*run, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "pythonpath=", *tests], place, clean)
+
+
+def check_types(python: Path, place: Path) -> None:
+    """Read a user's program against the installed package, as mypy and pyright do by default, mypy as strictly as it can.
+
+    Args:
+        python: the interpreter of an environment with `CHECKERS`.
+        place: the folder that `use` has filled.
+
+    Raises:
+        SystemExit: a checker finds a fault, or does not find the types of the package.
+    """
+    run = [str(python), "-m"]
+    # Without our own settings; transformers itself is not ours to check.
+    settings = place / "mypy.ini"
+    settings.write_text(
+        "[mypy]\nstrict = True\n[mypy-transformers.*]\nfollow_imports = skip\nignore_missing_imports = True\n",
+        encoding="utf-8",
+    )
+    _call([*run, "mypy", "--config-file", str(settings), PROGRAM], place)
+    (place / "pyproject.toml").unlink()
+    _call([*run, "pyright", "--pythonpath", str(python), PROGRAM], place)
 
 
 def _has(python: Path, module: str) -> bool:
