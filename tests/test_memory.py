@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from isqtorch import ops
 
 LAYERS, WIDTH = 32, 4096  # 1.07 GB in bf16
 LAYER_BYTES = WIDTH * WIDTH * 2
@@ -61,23 +58,3 @@ def test_peak_memory_of_a_gigabyte(fmt: str, measure: bool) -> None:
     assert rss["before"] > LAYERS * LAYER_BYTES
     assert rss["peak"] - rss["before"] < 3 * LAYER_BYTES, rss
     assert rss["before"] - rss["after"] > LAYERS * LAYER_BYTES - rss["packed"] - 3 * LAYER_BYTES, rss
-
-
-def _flags_of_mapping(address: int) -> list[str]:
-    """What the kernel notes about the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, rest = line.partition(" ")
-        if "-" in name and not name.endswith(":"):
-            first, last = (int(bound, 16) for bound in name.split("-"))
-            inside = first <= address < last
-        elif inside and name == "VmFlags:":
-            return rest.split()
-    raise AssertionError(f"no mapping holds {address:#x}")
-
-
-def test_large_packed_weights_ask_for_huge_pages() -> None:
-    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
-        pytest.skip("needs Linux with transparent huge pages")
-    packed = ops.quantize(torch.zeros(4096, 4096), "q8_0")
-    assert "hg" in _flags_of_mapping(packed.data_ptr() + packed.nbytes // 2)

@@ -12,7 +12,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/huge_pages.h"
 #include "cpu/ops_tensors.h"
 
 namespace isqtorch {
@@ -39,13 +38,6 @@ void refuse_faults(const QuantizeResult& result, const KernelTable& kernels, con
   if (result.carried_at != kNone) refuse_carried(format, first + result.carried_at, shape);
 }
 
-// Memory for packed weights, which stay for long and are read again and again.
-Tensor packed_tensor(const std::vector<int64_t>& shape) {
-  Tensor out = empty(shape, ScalarType::Byte);
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel());
-  return out;
-}
-
 Tensor quantize(const Tensor& w, Text format_name, std::optional<Tensor> importance, std::optional<Text> rule) {
   const KernelTable& kernels = selected_table();
   const FormatKernels& format = kernels.formats.formats[find_format("quantize", format_name)];
@@ -58,7 +50,7 @@ Tensor quantize(const Tensor& w, Text format_name, std::optional<Tensor> importa
   const Dtype dtype = *float_dtype(source.scalar_type());
   const int64_t matrices = w.numel() ? w.numel() / (rows * k) : 0;
 
-  Tensor out = packed_tensor(packed_shape);
+  Tensor out = empty(packed_shape, ScalarType::Byte);
   const int64_t matrix_bytes = rows * packed_shape.back(), matrix_weights = rows * k;
   for (int64_t e = 0; e < matrices; ++e) {
     QuantizeJob job;
@@ -117,7 +109,7 @@ Tensor quantize_feedback(const Tensor& w, Text format_name, const Tensor& factor
   const Tensor source = dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
   check_factor(first, shape[1]);
 
-  Tensor out = packed_tensor(packed_shape);
+  Tensor out = empty(packed_shape, ScalarType::Byte);
   FeedbackJob job;
   job.w = source.const_data_ptr();
   job.dtype = *float_dtype(source.scalar_type());

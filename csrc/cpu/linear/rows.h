@@ -280,8 +280,8 @@ ISQ_INLINE void prefetch_weights(const uint8_t* w, int64_t bytes, int64_t later 
   }
 }
 
-// Several rows of x do not fit into the first-level cache as a whole. So a part of them is multiplied by a few rows of
-// weights before its next part is read.
+// More than two rows of x do not fit into the first-level cache as a whole. So a part of them is multiplied by a few
+// rows of weights before its next part is read.
 constexpr int64_t kPartBytes = 24576;
 constexpr int kPartRows = 32;
 
@@ -297,7 +297,7 @@ inline int64_t later_weights(int64_t unit, int64_t units, int64_t part, int64_t 
 template <int kTokens, class Multiply>
 ISQ_INLINE void multiply_in_parts(const RowsJob& job, int64_t units, int64_t unit_bytes, int64_t x_bytes,
                                   const Multiply& multiply) {
-  const int64_t part = kTokens == 1 ? units : std::max<int64_t>(kPartBytes / (kTokens * x_bytes), 1);
+  const int64_t part = kTokens <= 2 ? units : std::max<int64_t>(kPartBytes / (kTokens * x_bytes), 1);
   for (int64_t first = 0; first < job.rows; first += kPartRows) {
     const int64_t last = std::min(first + kPartRows, job.rows);
     Floats sums[kPartRows][kTokens];
