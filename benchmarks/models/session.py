@@ -127,6 +127,8 @@ class Session:
             new = self._tokens(process)
             if run.who == ISQTORCH:
                 run.token_bytes = process.ask("token_bytes", prompt=min(PROMPTS))["bytes"]
+            elif run.who in LLAMA_CPPS and (ours := self.results.beside(run, ISQTORCH)):
+                run.token_bytes = ours.token_bytes  # they are the same bytes
             contenders.append(Contender(run, process, new))
             self.results.runs.append(run)
             self._say(f"{run.model} {run.who} {run.format}: loaded in {run.load[0]:.1f} s", began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..targets import Target
+from .checkpoints import REAL
 from .engines import BF16, LLAMA_CPP, LLAMA_CPPS, MISTRAL_RS, TRANSFORMERS
 from .results import ModelResults, Run
 
@@ -43,12 +44,12 @@ def judge(results: ModelResults) -> list[Target]:
             peak.ratios[run.name] = run.peak["total"] / run.size
         if run.reload:
             reload.ratios[run.name] = min(run.reload)
-            if run.reload_peak:
+            if run.reload_peak and run.model not in REAL:  # a few megabytes are fixed costs
                 anonymous.ratios[run.name] = run.reload_peak["anonymous"] / run.size
             if run.identical is False:
                 reload.failed.append(f"{run.name}: other weights than were saved")
         ratio = run.load_ratio()
-        if ratio is not None:
+        if ratio is not None and run.model not in REAL:  # the time of a small model has a target of its own
             load.ratios[run.name] = ratio
         if (run.model, run.format) == ("llama", JUDGED):
             _compare(bf16, run, results.beside(run, TRANSFORMERS, BF16))

@@ -102,8 +102,10 @@ class OpenVino:
 
     def load(self, source: Path, fmt: str) -> None:
         self._pipeline = None
+        settings = self._library.SchedulerConfig()
+        settings.enable_prefix_caching = False  # it would find the prompt of the turn before
         try:
-            self._pipeline = self._library.LLMPipeline(str(source), "CPU")
+            self._pipeline = self._library.LLMPipeline(str(source), "CPU", scheduler_config=settings)
         except RuntimeError as error:
             raise Unavailable(f"{' '.join(str(error).split())[:160]}") from error
 

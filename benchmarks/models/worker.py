@@ -21,6 +21,7 @@ from torch import nn
 
 from isqtorch import get_format, ops
 from isqtorch.modules import PackedModule, QuantLinear
+from isqtorch.modules.parameter import plain_bytes
 
 from ..ours import Here
 from ..peers.worker import serve
@@ -128,7 +129,7 @@ class Worker:
         operator = torch.ops.isqtorch.linear_frozen.default._op  # what the layer calls
         cases = {
             "layer": functools.partial(layer, x),
-            "operator": functools.partial(operator, x, layer.weight, fmt, None),
+            "operator": functools.partial(operator, x, plain_bytes(layer.weight), fmt, None),
             "nn.Linear": functools.partial(plain, x),
             "F.linear": functools.partial(nn.functional.linear, x, plain.weight),
         }
