@@ -158,7 +158,7 @@ $(PYTHON):
 
 $(TORCH_STAMP): | $(PYTHON)
 	@command -v $${CXX:-c++} >/dev/null || { echo "isqtorch: no C++ compiler. On Debian or Ubuntu: sudo apt install g++; on macOS: xcode-select --install"; exit 1; }
-	$(PYTHON) -m pip install '$(TORCH)' 'setuptools>=77.0.3' wheel ninja
+	$(PYTHON) -m pip install '$(TORCH)' numpy 'setuptools>=77.0.3' wheel ninja
 	@rm -f $(VENV)/.stamp-*
 	@touch $@
 

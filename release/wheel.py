@@ -33,6 +33,8 @@ OUTSIDE = ("libtorch*", "libc10*")
 """Libraries that torch brings. A second copy of them would be a second torch."""
 LINKED = ("libc10.so", "libtorch.so", "libtorch_cpu.so")
 """Those that the link command names."""
+LOADED = ("libc10.so", "libtorch_cpu.so")
+"""Those that a library of ours has to ask for by name."""
 ELF_MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine, ELF-64 Object File Format
 
 
@@ -97,7 +99,8 @@ def cross(arch: str) -> dict[str, str]:
         "CXX": compiler,
         "LDSHARED": f"{compiler} -shared",
         "LDCXXSHARED": f"{compiler} -shared",
-        "LDFLAGS": f"-L{stand_ins}",
+        # Stand-ins define nothing, so a linker that keeps only what is needed would drop them.
+        "LDFLAGS": f"-L{stand_ins} -Wl,--no-as-needed",
         "_PYTHON_HOST_PLATFORM": f"linux-{arch}",  # what Python takes for the platform, and the wheel's tag
         "ISQTORCH_CUDA": "0",
     }
@@ -125,7 +128,8 @@ def look(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
-        machines = {name: elf_machine(archive.read(name)[:20]) for name in names if name.endswith(".so")}
+        contents_of = {name: archive.read(name) for name in names if name.endswith(".so")}
+    machines = {name: elf_machine(content[:20]) for name, content in contents_of.items()}
     found = []
     if tags[1].startswith("linux"):
         found.append(f"{wheel.name} has no manylinux tag: it was not repaired")
@@ -134,6 +138,12 @@ def look(wheel: Path) -> list[str]:
     if tags[1].startswith(("manylinux", "linux")) and "isqtorch/_C.abi3.so" not in own:
         found.append("isqtorch/_C.abi3.so is missing: no CPU kernels")
     found += [f"{name} belongs to torch or to the system" for name in set(libraries) - set(own)]
+    found += [
+        f"{name} does not ask for {library}: it loads only by chance, or not at all"
+        for name, content in contents_of.items()
+        for library in LOADED
+        if name in own and machines[name] in ELF_MACHINES.values() and library.encode() + b"\0" not in content
+    ]
     found += [
         f"{name} is for {made_for}, which the wheel's tag {tags[1]} does not say"
         for name, made_for in machines.items()

@@ -30,8 +30,9 @@ pytestmark = pytest.mark.skipif(not WORKFLOWS, reason="the source distribution h
 
 
 def elf(machine: int) -> bytes:
-    """The beginning of a library of Linux: 64 bits, little-endian, shared, for this kind of processor."""
-    return b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + machine.to_bytes(2, "little")
+    """The beginning of a library of Linux: 64 bits, little-endian, shared, for this kind of processor; and what it needs."""
+    header = b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + machine.to_bytes(2, "little")
+    return header + b"\0libc10.so\0libtorch_cpu.so\0"
 
 
 X86, ARM = 62, 183
@@ -95,6 +96,7 @@ def test_names_that_would_not_be_found(name: str, tmp_path: Path) -> None:
         ("manylinux_2_28_aarch64", elf(X86), "isqtorch/_C.abi3.so is for x86_64"),
         ("manylinux_2_28_x86_64", elf(ARM), "isqtorch/_C.abi3.so is for aarch64"),
         ("manylinux_2_28_x86_64", elf(243), "is for processor 243"),
+        ("manylinux_2_28_x86_64", elf(X86).replace(b"libtorch_cpu.so", b""), "does not ask for libtorch_cpu.so"),
         ("manylinux_2_28_x86_64", b"MZ", "is for no Linux"),
         ("manylinux_2_28_x86_64", b"", "is for no Linux"),
     ],
