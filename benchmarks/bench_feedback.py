@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -53,8 +54,8 @@ def measure(names: list[str], rows: int, columns: int) -> list[list[str]]:
     table = []
     for name in names:
         rule = scale_rule(get_format(name))
-        alone = _median(lambda name=name, rule=rule: quantize(weight, name, importance, rule))
-        fed = _median(lambda name=name, rule=rule: feed(weight, name, factor, importance, rule))
+        alone = _median(partial(quantize, weight, name, importance, rule))
+        fed = _median(partial(feed, weight, name, factor, importance, rule))
         each = 1e9 / weight.numel()
         table.append([name, f"{alone * each:.1f}", f"{fed * each:.0f}", f"{fed / alone:.0f}"])
     return table

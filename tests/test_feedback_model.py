@@ -202,17 +202,6 @@ def test_a_fallback_format_has_feedback_too() -> None:
     assert all(layer.fell_back and layer.feedback.importance for layer in report.quantized)
 
 
-def test_a_tied_head_and_the_embedding_are_packed_by_importance() -> None:
-    model = tiny_llama(tied=True, dtype=torch.float32)
-    moments = isqtorch.collect_moments(model, torch.arange(900) % 500, chunk=60, progress=False)
-    plain = copy.deepcopy(model)
-    report = isqtorch.quantize_(model, "afq4", rule="feedback", imatrix=moments, progress=False)
-    assert report["lm_head"].feedback is None and report["model.embed_tokens"].feedback is None
-    assert any("1 weights are tables of embeddings, which have no feedback" in note for note in report.notes)
-    isqtorch.quantize_(plain, "afq4", rule="search", imatrix=moments, include=["lm_head", "embed"], progress=False)
-    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
-
-
 def test_experts() -> None:
     """Each with its own moments; the few tokens of some are enough, with the help of the others."""
     model, moments = moments_of(tiny_moe)

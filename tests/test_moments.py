@@ -333,7 +333,7 @@ def test_passes_give_what_one_pass_gives() -> None:
             for name in part.readers:
                 columns = whole[name].shape[0]
                 assert torch.equal(matrix(part, name, columns), matrix(whole, name, columns))
-                assert passes.reads(part, name)
+                assert passes.reads(part, [name])
                 seen.add(name)
     assert seen == set(names)
 

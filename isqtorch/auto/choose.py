@@ -20,7 +20,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat, Spec, get_format, number_of_bits
-from isqtorch.importance.feedback import Shelf
+from isqtorch.importance.feedback import Shelf, has_inputs
 from isqtorch.importance.imatrix import Imatrix, importance_of
 from isqtorch.importance.moments import Moments
 from isqtorch.importance.passes import Passes
@@ -277,7 +277,8 @@ def measure_items(
             shelf.put(moments)
             later = []
             for item, sharing in waiting:
-                if supply is None or number == supply.count or supply.reads(moments, sharing[0].name):
+                names = [layer.name for layer in sharing]
+                if supply is None or number == supply.count or supply.reads(moments, names):
                     measure(item, sharing)
                     bar.update()
                 else:
@@ -307,7 +308,7 @@ def rules_for(
 
 def moments_for(sharing: Sequence[LayerInfo], shelf: Shelf, rule: str | None) -> ShelvedMoments | None:
     """The moments with which packing will use feedback for a weight; None if it will not."""
-    if rule != "feedback" or any(layer.kind not in ("linear", "experts") for layer in sharing):
+    if rule != FEEDBACK or not has_inputs(sharing):
         return None
     layer = shelf.layer([layer.name for layer in sharing], sharing[0].shape)
     return None if layer is None else ShelvedMoments(shelf, layer)

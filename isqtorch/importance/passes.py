@@ -6,7 +6,7 @@ runs over the text several times, each time for some of its inputs, in the order
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,9 +111,9 @@ class Passes:
         watch = MomentWatch(self._model, self._plan[number], self._readers, others=number == 0)
         return run_windows(self._model, watch, self._windows, self._progress, number, self.count)
 
-    def reads(self, moments: Moments | None, name: str) -> bool:
-        """Whether the moments of a layer are among those of a pass."""
-        return moments is not None and self._readers.get(name) in moments.inputs
+    def reads(self, moments: Moments | None, names: Iterable[str]) -> bool:
+        """Whether the moments of a weight are among those of a pass, by the names of the layers that share it."""
+        return moments is not None and any(self._readers.get(name) in moments.inputs for name in names)
 
     def _size(self, look: MomentWatch, key: str) -> int:
         """About how many bytes the moments of an input take."""

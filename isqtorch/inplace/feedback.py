@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from isqtorch.formats import QuantFormat
-from isqtorch.importance.feedback import Judged, Shelf, pack_by_feedback
+from isqtorch.importance.feedback import Judged, Shelf, has_inputs, pack_by_feedback
 from isqtorch.importance.imatrix import Imatrix
 from isqtorch.importance.inputs import joint_parts
 from isqtorch.importance.moments import Moments
@@ -80,8 +80,8 @@ class Feedback:
 
 
 def can_feed_back(layers: Sequence[LayerInfo], fmt: QuantFormat) -> bool:
-    """Whether a weight can be packed with feedback: not the table of an embedding, also where a head shares it."""
-    return all(layer.kind in ("linear", "experts") for layer in layers) and has_rule(fmt, FEEDBACK)
+    """Whether a weight can be packed with feedback: some layer reads it with an input, and its format has the rule."""
+    return has_inputs(layers) and has_rule(fmt, FEEDBACK)
 
 
 def feedback_of(layers: Sequence[LayerInfo], fmt: QuantFormat, shelf: Shelf) -> Feedback | None:
@@ -156,7 +156,7 @@ def feedback_notes(request: Request, feeds: Sequence[Feedback], passes: int, tie
         )
     if tied:
         notes.append(
-            f"{len(tied)} weights are tables of embeddings, which have no feedback, also where a head shares them: "
+            f"{len(tied)} weights are tables of embeddings, which have no feedback if no head shares them: "
             f"{first_names(list(tied))}"
         )
     return notes

@@ -62,7 +62,7 @@ class Prepared:
                 later: list[Job] = []
                 for job in waiting:
                     is_last = number == self.supply.count
-                    ready = job.feedback is None or is_last or self.supply.reads(moments, job.names[0])
+                    ready = job.feedback is None or is_last or self.supply.reads(moments, job.names)
                     (now if ready else later).append(job)
                 waiting = later
                 yield from now

@@ -84,8 +84,8 @@ def stream(
     path, layers = _decoder(model)
     head = next((layer for layer in prepared.inventory.layers if layer.role == "head" and layer.kind == "linear"), None)
     head_module = None if head is None else model.get_submodule(head.name)
-    outside = [job.names[0] for job in prepared.jobs if job.feedback is not None and not _inside(job, path)]
-    strange = [name for name in outside if head is None or name != head.name]
+    outside = [job for job in prepared.jobs if job.feedback is not None and not _inside(job, path)]
+    strange = [job.names[0] for job in outside if head is None or head.name not in job.names]
     if strange:
         raise Misfit(f"{strange[0]} is outside of the layers {path}.*")
     packed: dict[str, Tensor] = {}
