@@ -5,13 +5,6 @@
 
 #include "cpu/convert.h"
 
-// For loops whose index selects a register. Unless told to unroll them, GCC keeps the arrays in memory.
-#if defined(__clang__)
-#define ISQ_UNROLL _Pragma("unroll")
-#else
-#define ISQ_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 namespace isqtorch::ISQ_ISA {
 
 constexpr int kNativeBytes = 4 * ISQ_VECTOR_FLOATS, kParts = 64 / kNativeBytes;
