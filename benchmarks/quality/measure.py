@@ -130,7 +130,7 @@ class Session:
                 options["imatrix"] = self.moments if row.rule == "feedback" else self.imatrix
                 began = time.perf_counter()  # the statistics are collected once for all rows
                 if row.spec == AUTO and self._is_text and self.results.facts["measure"] == KL:
-                    options |= dict(calibration_file=self.settings.calibration, tokenizer=self.tokenizer)
+                    options |= {"calibration_file": self.settings.calibration, "tokenizer": self.tokenizer}
             report = isqtorch.quantize_(model, row.spec, progress=False, **options)
             if steps is not None:
                 text, tokenizer = self.settings.calibration, self.tokenizer
